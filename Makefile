@@ -35,3 +35,19 @@ stack-status: setup ## Say which parts of the local stack run
 .PHONY: data
 data: setup ## Load the real data into the local source
 	@node test/data/load.ts
+
+.PHONY: migrate
+migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)
+	@node scripts/ops/migrate.ts
+
+.PHONY: orders
+orders: setup ## Sync orders to BigQuery (FROM= TO= reads a window again)
+	@node scripts/orders.ts
+
+.PHONY: rewind
+rewind: setup ## Set a watermark back: PIPELINE= TO=
+	@node scripts/ops/rewind.ts
+
+.PHONY: status
+status: setup ## Where each pipeline is (JSON=1 for programs)
+	@node scripts/ops/status.ts

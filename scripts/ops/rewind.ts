@@ -1,0 +1,90 @@
+/**
+ * rewind: sets a pipeline's watermark back, so that its next run reads the rows since then again.
+ *
+ *   safe             yes: rows are upserted, so nothing is doubled; it never moves a watermark forward, which would lose rows
+ *   keeps            a row in etl.runs with state rewound, and the window that is read again
+ *   also             takes over the source's identity, after a restore or a failover
+ *
+ *   make rewind PIPELINE=orders TO=2017-06-01
+ *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    say what would be read again
+ */
+import { hostname } from "node:os";
+import { readEnv, UsageError } from "../../shared/env.ts";
+import { checkSession, connect } from "../../shared/postgres.ts";
+import { log } from "../../shared/progress.ts";
+import { describeHolder, lockKey, main, newRunId } from "../../shared/run.ts";
+import { pipelines, readSelect } from "../../shared/schema.ts";
+import { readBound, readWatermark } from "../../shared/watermark.ts";
+
+await main(import.meta, async () => {
+  const env = readEnv("SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "PIPELINE", "TO", "DRY_RUN");
+  const { PIPELINE: pipeline, TO: to } = env;
+  if (!to)
+    throw new UsageError(
+      "TO is missing: the time to set the watermark back to. Example: make rewind PIPELINE=orders TO=2017-06-01",
+    );
+  if (!pipelines().includes(pipeline))
+    throw new UsageError(`PIPELINE=${pipeline}: there is no such pipeline; there are: ${pipelines().join(", ")}`);
+  const runId = newRunId();
+  const session = { application: `etl:rewind run=${runId}`, timeoutSeconds: 300 };
+  const etl = connect(env.ETL_DATABASE_URL, session);
+  const source = connect(env.SOURCE_DATABASE_URL, {
+    ...session,
+    settings: { "etl.lag_seconds": "0", "etl.from": to },
+  });
+  await Promise.all([checkSession("ETL_DATABASE_URL", etl), checkSession("SOURCE_DATABASE_URL", source)]);
+
+  // 1. Not while a run is going: it would lose its compare-and-set and fail.
+  const [lock] = await etl<
+    { taken: boolean }[]
+  >`select pg_try_advisory_lock(hashtextextended(${lockKey(pipeline)}, 0)) as taken`;
+  if (!lock?.taken) {
+    const holder = await describeHolder(etl, pipeline);
+    throw new Error(
+      `a run of ${pipeline} is going (${Object.values(holder).join(", ")}): wait for its end, then: make rewind PIPELINE=${pipeline} TO=${to}`,
+    );
+  }
+
+  // 2. Where is it, and what will be read again?
+  const stored = await readWatermark(etl, pipeline);
+  if (!stored)
+    throw new UsageError(
+      `${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`,
+    );
+  const [order] = await etl<
+    { ahead: boolean }[]
+  >`select ${to}::text::timestamptz > ${stored.watermark}::text::timestamptz as ahead`;
+  if (order?.ahead) {
+    throw new UsageError(
+      `TO=${to} is after the watermark ${stored.watermark}: a rewind goes back only, since the rows between them would never be read.`,
+    );
+  }
+  const bound = await readBound(source);
+  await source`select set_config('etl.to', ${stored.watermark}, false)`;
+  const [again] = await source.unsafe<{ rows: string }[]>(`select count(*) as rows from (${readSelect(pipeline)}) q`);
+  log({
+    pipeline,
+    run: runId,
+    step: env.DRY_RUN ? "would-rewind" : "rewind",
+    from: stored.watermark,
+    to,
+    rows_to_read_again: again?.rows,
+  });
+
+  // 3. Set it, and keep the history.
+  if (!env.DRY_RUN) {
+    await etl.begin(async (sql) => {
+      const moved = await sql`
+        update etl.watermarks set watermark = ${to}::text::timestamptz, system_identifier = ${bound.system_identifier},
+          timeline = ${bound.timeline}, run_id = ${runId}, updated_at = now()
+        where pipeline = ${pipeline} and watermark = ${stored.watermark}::text::timestamptz`;
+      if (moved.count !== 1) throw new Error(`the watermark of ${pipeline} moved meanwhile. Next: make status`);
+      await sql`
+        insert into etl.runs (run_id, pipeline, state, chunk_from, chunk_to, rows, host, pid, finished_at)
+        values (${runId}, ${pipeline}, 'rewound', ${to}::text::timestamptz, ${stored.watermark}::text::timestamptz,
+          ${again?.rows ?? 0}, ${hostname()}, ${process.pid}, now())`;
+    });
+    log({ pipeline, run: runId, step: "done", watermark: to, next: `make ${pipeline}` });
+  }
+  await Promise.all([etl.end(), source.end()]);
+});

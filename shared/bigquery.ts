@@ -1,0 +1,186 @@
+/**
+ * BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key.
+ */
+import { pipeline } from "node:stream/promises";
+import { BigQuery, type Job, type TableField } from "@google-cloud/bigquery";
+import { OAuth2Client } from "google-auth-library";
+import { type Env, UsageError } from "./env.ts";
+import { type RowStream, SourceError } from "./postgres.ts";
+import type { Run } from "./run.ts";
+import { type Contract, checkDestination } from "./schema.ts";
+
+type BigQueryEnv = Env<"BIGQUERY_PROJECT" | "BIGQUERY_DATASET" | "BIGQUERY_LOCATION" | "BIGQUERY_ENDPOINT">;
+
+/** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
+const STAGING_HOURS = 24;
+
+/** The client, with the credentials of the environment; for a local server (BIGQUERY_ENDPOINT), without. */
+export function connectBigQuery(env: BigQueryEnv): BigQuery {
+  const options = { projectId: env.BIGQUERY_PROJECT, location: env.BIGQUERY_LOCATION };
+  if (!env.BIGQUERY_ENDPOINT) return new BigQuery(options);
+  // Without a token the client sends no headers at all to a custom endpoint, and its upload then crashes; and it would
+  // look for a metadata server for 15 s first.
+  process.env.METADATA_SERVER_DETECTION = "none";
+  const authClient = new OAuth2Client();
+  authClient.setCredentials({ access_token: "local", expiry_date: Number.MAX_SAFE_INTEGER });
+  return new BigQuery({ ...options, apiEndpoint: env.BIGQUERY_ENDPOINT, authClient });
+}
+
+/** A destination table, with what is needed to address it. */
+export interface Destination {
+  bigquery: BigQuery;
+  contract: Contract;
+  dataset: string;
+  table: string;
+  /** The column that says which of two versions of a row is newer. */
+  version: string;
+}
+
+/**
+ * The pipeline's table, compared with its contract.
+ * @throws UsageError where it is not there or differs.
+ */
+export async function openDestination(env: BigQueryEnv, contract: Contract, version: string): Promise<Destination> {
+  const bigquery = connectBigQuery(env);
+  const dataset = env.BIGQUERY_DATASET;
+  const table = contract.pipeline;
+  try {
+    const [metadata] = await bigquery.dataset(dataset).table(table).getMetadata();
+    checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
+  } catch (error) {
+    if ((error as { code?: number }).code !== 404) throw error;
+    throw new UsageError(
+      `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table} does not exist. Run: make migrate`,
+    );
+  }
+  return { bigquery, contract, dataset, table, version };
+}
+
+/** Creates the staging table of one attempt, with the contract's fields and an expiry. Returns its name. */
+export async function createStaging(run: Run, to: Destination, attempt: number): Promise<string> {
+  const staging = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
+  await to.bigquery.dataset(to.dataset).createTable(staging, {
+    description: `Rows of run ${run.id} on their way to ${to.table}. Nothing reads it; it deletes itself.`,
+    schema: { fields: to.contract.fields as TableField[] },
+    expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
+  });
+  return staging;
+}
+
+/**
+ * Streams JSON lines into the staging table as one load job, whose id follows from the attempt.
+ * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare
+ * this with the rows sent.
+ */
+export async function loadLines(run: Run, to: Destination, staging: string, rows: RowStream): Promise<number> {
+  const jobId = `etl_${staging}_load`;
+  const upload = to.bigquery
+    .dataset(to.dataset)
+    .table(staging)
+    .createWriteStream({
+      jobId,
+      sourceFormat: "NEWLINE_DELIMITED_JSON",
+      schema: { fields: to.contract.fields as TableField[] },
+      createDisposition: "CREATE_NEVER",
+      writeDisposition: "WRITE_EMPTY",
+      maxBadRecords: 0,
+      ignoreUnknownValues: false,
+      labels: labels(run),
+    } as object);
+  const completed = new Promise<Job>((resolve) => upload.once("complete", resolve));
+  using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
+  await pipeline(rows.lines, upload, { signal: run.signal });
+  const { metadata } = await completed;
+  return Number(metadata.statistics.load.outputRows ?? 0);
+}
+
+/**
+ * Compares the rows read with the rows loaded.
+ * @throws Error where they differ; the next attempt starts with a new staging table.
+ */
+export function compareCounts(sent: number, loaded: number): void {
+  if (sent !== loaded)
+    throw new Error(
+      `${SHORT_LOAD}: ${sent} rows were read from the source, and ${loaded} were loaded; nothing of it was merged`,
+    );
+}
+
+const SHORT_LOAD = "the counts differ";
+
+/**
+ * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
+ * run that was slow, or a window read again, never puts an old version back.
+ */
+export function mergeStatement(contract: Contract, target: string, staging: string, version: string): string {
+  const columns = contract.fields.map(({ name }) => `\`${name}\``);
+  const values = columns.filter((column) => !contract.key.includes(column.slice(1, -1)));
+  return [
+    `MERGE ${target} t USING ${staging} s`,
+    `ON ${contract.key.map((name) => `t.\`${name}\` = s.\`${name}\``).join(" AND ")}`,
+    `WHEN MATCHED AND s.\`${version}\` >= t.\`${version}\` THEN UPDATE SET ${values.map((column) => `${column} = s.${column}`).join(", ")}`,
+    `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `s.${column}`).join(", ")})`,
+  ].join("\n");
+}
+
+/** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
+export async function mergeStaging(
+  run: Run,
+  to: Destination,
+  staging: string,
+): Promise<{ inserted: number; updated: number }> {
+  const at = (table: string): string => `\`${to.bigquery.projectId}.${to.dataset}.${table}\``;
+  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, at(to.table), at(staging), to.version)}`;
+  const jobId = `etl_${staging}_merge`;
+  using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
+  const [job] = await to.bigquery.createQueryJob({ query, jobId, useLegacySql: false, labels: labels(run) });
+  await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
+  const [metadata] = await job.getMetadata();
+  if (metadata.status?.state !== "DONE" || metadata.status.errorResult) {
+    throw new Error(
+      `BigQuery job ${jobId} ended without a result: ${metadata.status?.errorResult?.message ?? metadata.status?.state}`,
+    );
+  }
+  const { insertedRowCount, updatedRowCount } = metadata.statistics.query.dmlStats;
+  return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
+}
+
+/** Drops the staging table; where that fails it is left to its expiry. */
+export async function dropStaging(run: Run, to: Destination, staging: string): Promise<void> {
+  try {
+    await to.bigquery.dataset(to.dataset).table(staging).delete({ ignoreNotFound: true });
+  } catch (error) {
+    run.log("warning", {
+      warning: `staging table ${staging} was not dropped and expires in ${STAGING_HOURS} h`,
+      error: (error as Error).message,
+    });
+  }
+}
+
+function labels(run: Run): Record<string, string> {
+  return { etl_pipeline: run.pipeline, etl_run: run.id };
+}
+
+/** Whether trying again may help: the service was overloaded, or the connection to it broke. */
+export function isTransient(error: unknown): boolean {
+  if (error instanceof SourceError) return false;
+  const { code, errors, message } = error as {
+    code?: number | string;
+    errors?: { reason?: string }[];
+    message?: string;
+  };
+  if ([408, 429, 500, 502, 503, 504].includes(Number(code))) return true;
+  if (
+    errors?.some(({ reason }) =>
+      /^(backendError|internalError|jobBackendError|jobInternalError|rateLimitExceeded|jobRateLimitExceeded)$/.test(
+        reason ?? "",
+      ),
+    )
+  )
+    return true;
+  return (
+    message?.startsWith(SHORT_LOAD) ||
+    /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|premature close|other side closed/i.test(
+      `${code} ${message}`,
+    )
+  );
+}

@@ -1,0 +1,170 @@
+/**
+ * Environment variables and arguments, read once, from the environment and from the file named by ENV_FILE
+ * (default: .env in the project's root). The environment wins. Every fault is reported at once; no value is echoed,
+ * because any of them may hold a secret.
+ */
+import { existsSync, readFileSync } from "node:fs";
+import { resolve } from "node:path";
+import { parseEnv } from "node:util";
+
+/** The project's root folder: sql/ and schemas/ are found from here, whatever the working directory. */
+export const root: string = resolve(import.meta.dirname, "..");
+
+/** Wrong arguments, environment or schema: nothing was moved, a person has to change something. Exit code 2. */
+export class UsageError extends Error {
+  override name = "UsageError";
+}
+
+type Reader<T> = (text: string) => T;
+interface Variable<T> {
+  about: string;
+  example: string;
+  read: Reader<T>;
+  /** Absent: the variable is required. */
+  fallback?: T;
+}
+
+function variable<T>(about: string, example: string, read: Reader<T>, ...fallback: T[]): Variable<T> {
+  return fallback.length ? { about, example, read, fallback: fallback[0] as T } : { about, example, read };
+}
+
+function url(...protocols: string[]): Reader<string> {
+  return (value) => {
+    if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
+    if (!protocols.includes(new URL(value).protocol)) throw new Error(`must start with ${protocols[0]}//`);
+    const { password } = new URL(value);
+    if (password) secrets.add(password).add(decodeURIComponent(password));
+    return value;
+  };
+}
+
+const secrets = new Set<string>();
+
+/** The text without any password that was read from the environment, whatever library wrote it into a message. */
+export function redact(message: string): string {
+  let result = message;
+  for (const secret of secrets) result = result.replaceAll(secret, "***");
+  return result;
+}
+
+function number(least: number): Reader<number> {
+  return (value) => {
+    if (!/^\d+(\.\d+)?$/.test(value) || Number(value) < least) throw new Error(`must be a number, at least ${least}`);
+    return Number(value);
+  };
+}
+
+function count(least: number): Reader<number> {
+  return (value) => {
+    if (!/^\d+$/.test(value) || Number(value) < least) throw new Error(`must be a whole number, at least ${least}`);
+    return Number(value);
+  };
+}
+
+function name(value: string): string {
+  if (!/^[A-Za-z0-9_-]+$/.test(value)) throw new Error("may hold letters, digits, _ and - only");
+  return value;
+}
+
+/**
+ * A point in time as typed by a person: a date, or a date with a time to the microsecond, in UTC unless it says otherwise.
+ * Returns it as text in UTC with six decimals, the form in which two of them compare as text.
+ * A JS Date would do for neither: it holds milliseconds and turns 30 February into 2 March.
+ */
+export function readTimestamp(value: string): string {
+  const form = /^(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?(Z|[+-]\d\d(?::?\d\d)?)?)?$/;
+  const match = form.exec(value.trim());
+  if (!match) throw new Error("must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+  const [year, month, day, hour, minute, second] = match.slice(1, 7).map((part) => Number(part ?? 0)) as number[];
+  const utc = new Date(Date.UTC(year ?? 0, (month ?? 0) - 1, day, hour, minute, second));
+  if (utc.getUTCDate() !== day || utc.getUTCMonth() + 1 !== month) throw new Error("is not a date of the calendar");
+  if ((hour ?? 0) > 23 || (minute ?? 0) > 59 || (second ?? 0) > 59) throw new Error("is not a time of the day");
+  const zone = /^([+-])(\d\d):?(\d\d)?$/.exec(match[8] ?? "Z");
+  if (zone) {
+    const minutes = Number(zone[2]) * 60 + Number(zone[3] ?? 0);
+    utc.setUTCMinutes(utc.getUTCMinutes() - (zone[1] === "-" ? -minutes : minutes));
+  }
+  return `${utc.toISOString().slice(0, 19)}.${(match[7] ?? "").padEnd(6, "0")}+00`;
+}
+
+const variables = {
+  SOURCE_DATABASE_URL: variable(
+    "the Postgres to read from, as the read-only role of sql/roles.sql",
+    "postgres://etl_reader:…@db.example.com:5432/shop",
+    url("postgres:", "postgresql:"),
+  ),
+  ETL_DATABASE_URL: variable(
+    "the Postgres that holds schema etl, as the metadata role of sql/roles.sql, not through a transaction pooler",
+    "postgres://etl_metadata:…@db.example.com:5432/shop",
+    url("postgres:", "postgresql:"),
+  ),
+  BIGQUERY_PROJECT: variable("the Google Cloud project", "my-shop", name),
+  BIGQUERY_DATASET: variable("the dataset of the raw tables", "raw", name),
+  BIGQUERY_LOCATION: variable("where the datasets are", "US", name),
+  BIGQUERY_ENDPOINT: variable<string | undefined>(
+    "a local BigQuery server; leave it out for Google's",
+    "http://127.0.0.1:19050",
+    url("http:", "https:"),
+    undefined,
+  ),
+  PUSHGATEWAY_URL: variable(
+    "where the metrics go: without them nobody is told of a failure",
+    "http://pushgateway.example.com:9091",
+    url("http:", "https:"),
+  ),
+  WATERMARK_LAG_SECONDS: variable("rows younger than this are left for the next run", "5", number(0), 5),
+  CHUNK_ROWS: variable("rows a chunk", "250000", count(1), 250_000),
+  RUN_TIMEOUT_SECONDS: variable("the deadline of a run", "1800", number(1), 1800),
+  FROM: variable<string | undefined>("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
+  TO: variable<string | undefined>("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
+  PIPELINE: variable("the pipeline's name", "orders", name),
+  JSON: variable("print JSON, for programs", "1", (value) => value !== "0", false),
+  DRY_RUN: variable("say what would be done, and do nothing", "1", (value) => value !== "0", false),
+};
+
+type Variables = typeof variables;
+type Value<N extends keyof Variables> = Variables[N] extends Variable<infer T> ? T : never;
+export type Env<N extends keyof Variables = never> = { [K in N]: Value<K> };
+
+function environment(): { values: NodeJS.Dict<string>; file: string } {
+  const file = resolve(root, process.env.ENV_FILE ?? ".env");
+  if (existsSync(file)) return { values: { ...parseEnv(readFileSync(file, "utf8")), ...process.env }, file };
+  if (process.env.ENV_FILE === undefined) return { values: process.env, file };
+  throw new UsageError(`ENV_FILE: there is no file ${file}. Copy .env.example there, or unset ENV_FILE.`);
+}
+
+/**
+ * The named variables, typed. An empty one counts as absent.
+ * @throws UsageError that lists every missing or malformed one with what it is for and an example.
+ */
+export function readEnv<N extends keyof Variables>(...names: N[]): Env<N> {
+  const { values, file } = environment();
+  const faults: string[] = [];
+  const result: Partial<Record<N, unknown>> = {};
+  for (const key of names) {
+    const { about, example, read, ...rest } = variables[key] as Variable<unknown>;
+    const value = values[key];
+    try {
+      if (value) result[key] = read(value);
+      else if ("fallback" in rest) result[key] = rest.fallback;
+      else throw new Error("is missing");
+    } catch (error) {
+      faults.push(`  ${key} ${(error as Error).message}: ${about}. Example: ${key}=${example}`);
+    }
+  }
+  const { FROM, TO } = result as { FROM?: string; TO?: string };
+  if (!faults.length && names.includes("FROM" as N)) {
+    if (FROM && !TO)
+      faults.push("  FROM was given without TO: a re-run needs both. Example: FROM=2017-01-01 TO=2017-02-01");
+    if (TO && !FROM)
+      faults.push("  TO was given without FROM: a re-run needs both. Example: FROM=2017-01-01 TO=2017-02-01");
+    if (FROM && TO && FROM > TO)
+      faults.push(`  FROM ${FROM} is after TO ${TO}: swap them. FROM is inclusive, TO exclusive.`);
+  }
+  if (faults.length) {
+    throw new UsageError(
+      `wrong environment or arguments, nothing was done:\n${faults.join("\n")}\nSet them in ${file} or in the environment (.env.example has them all).`,
+    );
+  }
+  return result as Env<N>;
+}

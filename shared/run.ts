@@ -1,0 +1,288 @@
+/**
+ * The life of a run: its id, its lock, its deadline, its record in etl.runs, its metrics and its exit code.
+ */
+import { randomBytes } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { hostname } from "node:os";
+import { setTimeout as delay } from "node:timers/promises";
+import type { Sql } from "postgres";
+import { type Env, redact, UsageError } from "./env.ts";
+import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
+import { checkSession, connect, type SessionOptions } from "./postgres.ts";
+import { type Fields, log, progress } from "./progress.ts";
+import type { Chunk, Window } from "./watermark.ts";
+
+/**
+ * Runs a script: --help prints its header comment, errors are printed in one place and become the exit code:
+ * 0 done, 1 failed, 2 wrong arguments, environment or schema.
+ */
+export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
+  const [argument] = process.argv.slice(2);
+  if (argument === "--help" || argument === "-h") {
+    const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";
+    process.stdout.write(`${header.replaceAll(/^ \* ?/gm, "")}\n`);
+    return;
+  }
+  try {
+    if (argument !== undefined)
+      throw new UsageError(
+        `unknown argument ${argument}: arguments are given as variables, FROM=… TO=…; --help explains.`,
+      );
+    await body();
+  } catch (error) {
+    progress("");
+    const programming = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
+    process.stderr.write(redact(`error: ${programming ? ((error as Error).stack ?? error) : explain(error)}\n`));
+    process.exit(error instanceof UsageError ? 2 : 1);
+  }
+}
+
+function explain(error: Error): string {
+  // undefined_table, invalid_schema_name, insufficient_privilege on schema etl
+  const { code } = error as { code?: string };
+  if ((code === "42P01" || code === "3F000") && /etl/.test(error.message))
+    return `${error.message}: the metadata tables are not there. Run: make migrate`;
+  return error.message || String(code ?? error.name);
+}
+
+type RunEnv = Env<
+  "SOURCE_DATABASE_URL" | "ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS" | "WATERMARK_LAG_SECONDS"
+> & {
+  FROM?: string | undefined;
+  TO?: string | undefined;
+};
+
+export interface Run {
+  /** Joins log, etl.runs, BigQuery's job labels and Postgres's application_name. */
+  id: string;
+  pipeline: string;
+  /** FROM and TO were given: the window is theirs, and the watermark and the metrics stay as they are. */
+  byHand: boolean;
+  /** How the run's sessions are opened; names them in pg_stat_activity. */
+  session: SessionOptions;
+  source: Sql;
+  etl: Sql;
+  /** Aborts at the deadline and at SIGINT or SIGTERM. */
+  signal: AbortSignal;
+  /** Something to undo if the run is stopped, until disposed of. */
+  onStop(undo: () => Promise<unknown>): Disposable;
+  log(step: string, fields?: Fields): void;
+  /** Seconds since the run began. */
+  seconds(): number;
+  state: "new" | "locked" | "skipped";
+  /** Sums over the chunks, for the report. */
+  totals: { chunks: number; rows: number; bytes: number };
+  /** The window and the watermark, once known, for the record and the metrics. */
+  window?: Window;
+  watermark?: string;
+  /** Columns of the source table that the contract does not know. */
+  unknownColumns: string[];
+}
+
+/**
+ * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held
+ * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
+ */
+export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
+  const { run, undos, settle } = createRun(pipeline, env);
+  const work = (async () => {
+    await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), checkSession("SOURCE_DATABASE_URL", run.source)]);
+    await body(run);
+    if (run.state === "locked") await record(run, "succeeded");
+  })();
+  work.catch(() => {}); // where the deadline wins the race, what is left of the work may still reject
+  let failure: Error | undefined;
+  try {
+    await Promise.race([work, rejectOnAbort(run.signal)]);
+  } catch (error) {
+    failure = error as Error;
+    progress("");
+    await within5s(Promise.allSettled([...undos].map((undo) => undo())));
+    if (run.state === "locked") await within5s(record(run, "failed", redact(explain(failure))));
+  }
+  settle();
+  if (run.state !== "skipped" && !run.byHand) await push(run, env, failure !== undefined);
+  const { rows, bytes, chunks } = run.totals;
+  const seconds = run.seconds();
+  if (failure) {
+    run.log("failed", { rows, chunks, seconds, watermark: run.watermark });
+    throw failure;
+  }
+  if (run.state === "locked") {
+    run.log("done", {
+      rows,
+      bytes,
+      chunks,
+      seconds,
+      rows_per_second: Math.round(rows / seconds),
+      watermark: run.watermark,
+    });
+  }
+  await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
+}
+
+/** Sorts by time; letters, digits and _ only, so that it can be part of a table's name. */
+export function newRunId(): string {
+  return `${new Date().toISOString().slice(0, 19).replaceAll(/[-:]/g, "")}_${randomBytes(3).toString("hex")}`;
+}
+
+function createRun(
+  pipeline: string,
+  env: RunEnv,
+): { run: Run; undos: Set<() => Promise<unknown>>; settle: () => void } {
+  const id = newRunId();
+  const started = performance.now();
+  const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
+  const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) };
+  const undos = new Set<() => Promise<unknown>>();
+  const stop = new AbortController();
+  const abort = (reason: string): void => {
+    if (stop.signal.aborted) process.exit(1); // a second Ctrl-C does not wait
+    stop.abort(
+      new Error(`${reason}: nothing is half done, the next run goes on from the watermark. Next: make status`),
+    );
+  };
+  const deadline = `the run's deadline of ${env.RUN_TIMEOUT_SECONDS} s (RUN_TIMEOUT_SECONDS) has passed`;
+  const timer = setTimeout(abort, env.RUN_TIMEOUT_SECONDS * 1000, deadline);
+  for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, () => abort(`stopped by ${signal}`));
+  const run: Run = {
+    id,
+    pipeline,
+    byHand: env.FROM !== undefined,
+    session,
+    etl: connect(env.ETL_DATABASE_URL, session),
+    source: connect(env.SOURCE_DATABASE_URL, { ...session, settings }),
+    signal: stop.signal,
+    onStop: (undo) => {
+      undos.add(undo);
+      return { [Symbol.dispose]: () => undos.delete(undo) };
+    },
+    log: (step, fields = {}) => log({ pipeline, run: id, step, ...fields }),
+    seconds: () => Math.round(performance.now() - started) / 1000,
+    state: "new",
+    totals: { chunks: 0, rows: 0, bytes: 0 },
+    unknownColumns: [],
+  };
+  return { run, undos, settle: () => clearTimeout(timer) };
+}
+
+function rejectOnAbort(signal: AbortSignal): Promise<never> {
+  return new Promise((_, reject) => {
+    signal.addEventListener("abort", () => reject(signal.reason));
+  });
+}
+
+/** What is done for a run that has failed must not keep it from ending. */
+async function within5s(promise: Promise<unknown>): Promise<void> {
+  const quiet = promise.catch((error: Error) => log({ step: "warning", error: error.message }));
+  await Promise.race([quiet, delay(5000, undefined, { ref: false })]);
+}
+
+async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
+  const now = Date.now() / 1000;
+  const metrics: Metrics = {
+    etl_last_run_timestamp_seconds: now,
+    etl_unknown_source_columns: run.unknownColumns.length,
+  };
+  if (run.window) metrics.etl_watermark_hold_seconds = run.window.holdSeconds;
+  if (failed) metrics.etl_last_failure_timestamp_seconds = now;
+  else {
+    metrics.etl_last_success_timestamp_seconds = now;
+    metrics.etl_rows = run.totals.rows;
+    metrics.etl_bytes = run.totals.bytes;
+    metrics.etl_duration_seconds = run.seconds();
+    if (run.watermark) metrics.etl_watermark_timestamp_seconds = epochSeconds(run.watermark);
+  }
+  try {
+    await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics);
+  } catch (error) {
+    run.log("warning", {
+      warning: "the metrics were not pushed; the run itself is not affected",
+      error: (error as Error).message,
+    });
+  }
+}
+
+/** Names the pipeline's advisory lock. */
+export const lockKey = (pipeline: string): string => `etl:${pipeline}`;
+
+/**
+ * Takes the pipeline's lock; false where another run holds it. A re-run by hand waits for it, to its deadline.
+ * It is a session advisory lock: it goes with its session, whatever becomes of the process. It is an economy, not the
+ * safety: with the lock lost, upsert and compare-and-set still keep everything right.
+ */
+export async function takeLock(run: Run): Promise<boolean> {
+  const { etl, pipeline } = run;
+  const key = lockKey(pipeline);
+  const [lock] = await etl<{ taken: boolean }[]>`select pg_try_advisory_lock(hashtextextended(${key}, 0)) as taken`;
+  if (!lock?.taken) {
+    run.log(run.byHand ? "waiting" : "skipped", {
+      because: "another run holds the lock",
+      ...(await describeHolder(etl, pipeline)),
+    });
+    if (!run.byHand) {
+      run.state = "skipped";
+      return false;
+    }
+    await etl`select set_config('lock_timeout', '0', false)`;
+    await etl`select pg_advisory_lock(hashtextextended(${key}, 0))`;
+  }
+  await etl`insert into etl.runs (run_id, pipeline, state, host, pid) values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
+  run.state = "locked";
+  return true;
+}
+
+/** Who holds the pipeline's lock, since when, and on which host. */
+export async function describeHolder(etl: Sql, pipeline: string): Promise<Fields> {
+  const [holder] = await etl<Fields[]>`
+    select coalesce(r.run_id, a.application_name) as holder, r.host, r.pid, a.pid as postgres_pid,
+      replace(date_trunc('second', a.backend_start)::text, ' ', 'T') as since
+    from pg_locks l
+    join pg_stat_activity a on a.pid = l.pid
+    left join etl.runs r on a.application_name = ${`etl:${pipeline} run=`} || r.run_id
+    where l.locktype = 'advisory' and l.granted and l.objsubid = 1
+      and l.database = (select oid from pg_database where datname = current_database())
+      and (l.classid::bigint << 32) | l.objid::bigint = hashtextextended(${lockKey(pipeline)}, 0)`;
+  return { ...holder };
+}
+
+/** What a chunk without rows moved. */
+export const noRows = { rows: 0, bytes: 0, inserted: 0, updated: 0 };
+
+/** Adds a chunk to the run's totals and prints its line. */
+export function reportChunk(run: Run, chunk: Chunk, done: typeof noRows): void {
+  run.totals.chunks += 1;
+  run.totals.rows += done.rows;
+  run.totals.bytes += done.bytes;
+  run.log("chunk", { chunk: run.totals.chunks, from: chunk.from, to: chunk.to, ...done, seconds: run.seconds() });
+}
+
+async function record(run: Run, state: "succeeded" | "failed", error: string | null = null): Promise<void> {
+  const { rows, bytes } = run.totals;
+  await run.etl`
+    update etl.runs set state = ${state}, rows = ${rows}, bytes = ${bytes}, error = ${error}, finished_at = now(),
+      chunk_from = ${run.window?.from ?? null}::text::timestamptz,
+      chunk_to = ${run.watermark ?? run.window?.to ?? null}::text::timestamptz
+    where run_id = ${run.id}`;
+}
+
+/**
+ * Calls `attempt` up to four times, waiting about 1, 2 and 4 s in between, as long as its errors are transient.
+ * Each attempt gets its number, from 1: nothing of an earlier one is used again.
+ */
+export async function withRetry<T>(
+  run: Run,
+  isTransient: (error: unknown) => boolean,
+  attempt: (number: number) => Promise<T>,
+): Promise<T> {
+  for (let number = 1; ; number++) {
+    try {
+      return await attempt(number);
+    } catch (error) {
+      if (number === 4 || run.signal.aborted || !isTransient(error)) throw error;
+      const seconds = 2 ** (number - 1) * (0.75 + Math.random() / 2);
+      run.log("retry", { attempt: number, in_seconds: seconds.toFixed(1), error: (error as Error).message });
+      await delay(seconds * 1000, undefined, { signal: run.signal });
+    }
+  }
+}

@@ -1,0 +1,26 @@
+/**
+ * Makes a database a source like the shop's: the tables of schema.sql, and the roles of sql/roles.sql with the
+ * passwords that the URLs of the environment hold. `make up` does it to the local stack's, the tests to theirs.
+ */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import postgres from "postgres";
+
+const root = join(import.meta.dirname, "../..");
+
+/** Safe to repeat. `adminUrl` is a superuser's; `roleUrls` are the URLs whose roles get the passwords in them. */
+export async function createSource(adminUrl: string, roleUrls: string[]): Promise<void> {
+  const sql = postgres(adminUrl, { max: 1, onnotice: () => {} });
+  try {
+    for (const file of ["test/data/schema.sql", "sql/roles.sql"])
+      await sql.unsafe(readFileSync(join(root, file), "utf8"));
+    for (const url of roleUrls) {
+      const { username, password } = new URL(url);
+      const [statement] = await sql<{ text: string }[]>`
+        select format('alter role %I password %L', ${username}::text, ${decodeURIComponent(password)}::text) as text`;
+      await sql.unsafe(statement?.text ?? "");
+    }
+  } finally {
+    await sql.end();
+  }
+}
