@@ -1,0 +1,282 @@
+/**
+ * A shop of one's own for a test: a source database with schema etl, a BigQuery dataset and a Pushgateway group, on the
+ * local stack's servers, and the scripts run against it as real processes, in the roles that production uses.
+ */
+import { type ChildProcess, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
+import { once } from "node:events";
+import { type AddressInfo, createServer } from "node:net";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import postgres, { type Sql } from "postgres";
+import { readContract } from "../../shared/schema.ts";
+import { createSource } from "../data/source.ts";
+import { type Env, localEnv, root } from "../stack/env.ts";
+import { stackPath } from "../stack/stack.ts";
+
+export interface Result {
+  code: number | null;
+  signal: NodeJS.Signals | null;
+  stdout: string;
+  stderr: string;
+  seconds: number;
+}
+
+export interface Process {
+  child: ChildProcess;
+  /** Resolves with the first line of stderr, past or to come, that matches. Rejects where the process ends without it. */
+  line(pattern: RegExp): Promise<string>;
+  ended: Promise<Result>;
+}
+
+export interface Shop extends AsyncDisposable {
+  env: Env;
+  /** The source's superuser: what the shop's own applications and its administrators do. */
+  admin: Sql;
+  dataset: string;
+  /** A further connection as superuser, for transactions held open. */
+  connect(application?: string): Sql;
+  /** Starts a script, for example "scripts/orders.ts". */
+  start(script: string, variables?: Env): Process;
+  /** Runs a script to its end. */
+  run(script: string, variables?: Env): Promise<Result>;
+  /** Runs it and requires exit code 0. */
+  succeed(script: string, variables?: Env): Promise<Result>;
+  /** Inserts orders first..last; the trigger sets updated_at. */
+  insertOrders(first: number, last: number): Promise<void>;
+  /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds. */
+  query(sql: string): Promise<Record<string, string | null>[]>;
+  /** Every row of a pipeline's table, as the source and as the destination have it, in one comparable form, by key. */
+  sourceRows(pipeline?: string): Promise<Record<string, string | null>[]>;
+  destinationRows(pipeline?: string): Promise<Record<string, string | null>[]>;
+  watermark(pipeline?: string): Promise<string | undefined>;
+  /** Names of staging tables that are left in the dataset. */
+  stagingTables(): Promise<string[]>;
+  /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
+  metrics(pipeline?: string): Promise<Record<string, number>>;
+}
+
+const apiOf = (env: Env): string => `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`;
+
+/**
+ * `folder`: where the project's code is, if not here (a scratch copy). `lag`: WATERMARK_LAG_SECONDS, 0 unless told.
+ * `pushgateway`: a Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop).
+ */
+export async function createShop({ folder = root, lag = 0, pushgateway = false } = {}): Promise<Shop> {
+  const name = `test_${randomBytes(5).toString("hex")}`;
+  const base = localEnv();
+  const at = (url: string | undefined): string => Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
+  const env: Env = {
+    ...base,
+    SOURCE_DATABASE_URL: at(base.SOURCE_DATABASE_URL),
+    ETL_DATABASE_URL: at(base.ETL_DATABASE_URL),
+    STACK_ADMIN_DATABASE_URL: at(base.STACK_ADMIN_DATABASE_URL),
+    BIGQUERY_DATASET: name,
+    WATERMARK_LAG_SECONDS: String(lag),
+  };
+  const gateway = pushgateway ? await startPushgateway() : undefined;
+  if (gateway) env.PUSHGATEWAY_URL = gateway.url;
+  const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
+  await server.unsafe(`create database ${name}`);
+  await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
+  const open: Sql[] = [];
+  const connect = (application = "test"): Sql => {
+    const sql = postgres(env.STACK_ADMIN_DATABASE_URL ?? "", {
+      max: 1,
+      onnotice: () => {},
+      fetch_types: false,
+      connection: { application_name: application },
+    });
+    open.push(sql);
+    return sql;
+  };
+  const admin = connect("admin");
+  const children = new Set<ChildProcess>();
+
+  const start = (script: string, variables: Env = {}): Process => {
+    const started = performance.now();
+    const child = spawn(process.execPath, [join(folder, script)], {
+      cwd: folder,
+      env: { ...env, ...variables } as NodeJS.ProcessEnv,
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    children.add(child);
+    const lines: string[] = [];
+    const waiting: { pattern: RegExp; resolve: (line: string) => void }[] = [];
+    createInterface({ input: child.stderr }).on("line", (line) => {
+      lines.push(line);
+      for (const wait of waiting.filter(({ pattern }) => pattern.test(line))) wait.resolve(line);
+    });
+    let stdout = "";
+    child.stdout.setEncoding("utf8").on("data", (text) => {
+      stdout += text;
+    });
+    const ended = once(child, "close").then(([code, signal]) => {
+      children.delete(child);
+      return { code, signal, stdout, stderr: lines.join("\n"), seconds: (performance.now() - started) / 1000 };
+    });
+    const line = (pattern: RegExp): Promise<string> =>
+      new Promise((resolve, reject) => {
+        const past = lines.find((text) => pattern.test(text));
+        if (past !== undefined) return resolve(past);
+        waiting.push({ pattern, resolve });
+        ended.then(({ stderr }) => reject(new Error(`${script} ended without a line like ${pattern}:\n${stderr}`)));
+      });
+    return { child, line, ended };
+  };
+  const run = (script: string, variables?: Env): Promise<Result> => start(script, variables).ended;
+  const succeed = async (script: string, variables?: Env): Promise<Result> => {
+    const result = await run(script, variables);
+    if (result.code !== 0) throw new Error(`${script} exited ${result.code ?? result.signal}:\n${result.stderr}`);
+    return result;
+  };
+  await succeed("scripts/ops/migrate.ts");
+
+  const query = async (sql: string): Promise<Record<string, string | null>[]> => {
+    const response = await fetch(`${apiOf(base)}/queries`, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: JSON.stringify({
+        query: sql,
+        useLegacySql: false,
+        maxResults: 1_000_000,
+        timeoutMs: 60_000,
+        defaultDataset: { projectId: base.BIGQUERY_PROJECT, datasetId: name },
+        formatOptions: { useInt64Timestamp: true },
+      }),
+    });
+    // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
+    const answer = (await response.json()) as any;
+    if (!response.ok || !answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
+    const names: string[] = (answer.schema?.fields ?? []).map((field: { name: string }) => field.name);
+    const rows: { f: { v: string | null }[] }[] = answer.rows ?? [];
+    if (String(rows.length) !== String(answer.totalRows ?? rows.length))
+      throw new Error("query: more than one page of rows");
+    return rows.map(({ f }) => Object.fromEntries(names.map((field, column) => [field, f[column]?.v ?? null])));
+  };
+
+  const sourceRows = async (pipeline = "orders"): Promise<Record<string, string | null>[]> => {
+    const { fields, key } = readContract(pipeline);
+    const forms: Record<string, (column: string) => string> = {
+      TIMESTAMP: (column) => `(extract(epoch from ${column}) * 1000000)::bigint::text`,
+      NUMERIC: (column) => `trim_scale(${column})::text`,
+      JSON: (column) => `${column}::jsonb::text`,
+    };
+    const columns = fields.map(
+      ({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`,
+    );
+    const rows = await admin.unsafe(
+      `select ${columns.join(", ")} from public.${pipeline} t order by ${key.map((k) => `t."${k}"`).join()}`,
+    );
+    return rows.map((row) => canonical(row, fields));
+  };
+  const destinationRows = async (pipeline = "orders"): Promise<Record<string, string | null>[]> => {
+    const { fields, key } = readContract(pipeline);
+    const rows = await query(
+      `SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${pipeline}\` ORDER BY ${key.join()}`,
+    );
+    return rows.map((row) => canonical(row, fields));
+  };
+
+  return {
+    env,
+    admin,
+    dataset: name,
+    connect,
+    start,
+    run,
+    succeed,
+    query,
+    sourceRows,
+    destinationRows,
+    insertOrders: async (first, last) => {
+      await admin`
+        insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
+        select i, i % 100, i % 10, 'paid', 1 + i % 7, (i % 10000) / 100.0, 0, timestamptz '2017-01-01' + i * interval '1 minute'
+        from generate_series(${first}::int, ${last}::int) i`;
+    },
+    watermark: async (pipeline = "orders") => {
+      const [row] =
+        await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${pipeline}`;
+      return row?.at;
+    },
+    stagingTables: async () => {
+      const response = await fetch(`${apiOf(base)}/datasets/${name}/tables?maxResults=1000`);
+      const { tables = [] } = (await response.json()) as { tables?: { tableReference: { tableId: string } }[] };
+      return tables.map(({ tableReference }) => tableReference.tableId).filter((table) => table.includes("_staging_"));
+    },
+    metrics: async (pipeline = "orders") => {
+      const response = await fetch(`${env.PUSHGATEWAY_URL}/metrics`);
+      const values: Record<string, number> = {};
+      for (const [, metric, labels, value] of (await response.text()).matchAll(/^(\w+)\{(.*)\} (\S+)$/gm)) {
+        if (labels?.includes(`pipeline="${pipeline}"`)) values[metric as string] = Number(value);
+      }
+      return values;
+    },
+    [Symbol.asyncDispose]: async () => {
+      for (const child of children) child.kill("SIGKILL");
+      gateway?.child.kill("SIGKILL");
+      await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
+      await server.unsafe(`drop database if exists ${name} with (force)`);
+      await server.end();
+      await fetch(`${apiOf(base)}/datasets/${name}?deleteContents=true`, { method: "DELETE" });
+    },
+  };
+}
+
+async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
+  const port = await freePort();
+  const child = spawn(stackPath("bin", "pushgateway"), [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
+  const url = `http://127.0.0.1:${port}`;
+  await until("Pushgateway ready", () =>
+    fetch(`${url}/-/ready`).then(
+      ({ ok }) => ok,
+      () => false,
+    ),
+  );
+  return { url, child };
+}
+
+/** A port that nothing listens on at the moment. */
+export async function freePort(): Promise<number> {
+  const server = createServer().listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const { port } = server.address() as AddressInfo;
+  server.close();
+  await once(server, "close");
+  return port;
+}
+
+function canonical(
+  row: Record<string, unknown>,
+  fields: { name: string; type: string }[],
+): Record<string, string | null> {
+  const form = ({ name, type }: { name: string; type: string }): string | null => {
+    const value = row[name] as string | null;
+    if (value === null || value === undefined) return null;
+    if (type === "NUMERIC") return value.includes(".") ? value.replace(/\.?0+$/, "") : value;
+    return type === "JSON" ? JSON.stringify(sorted(JSON.parse(value))) : value;
+  };
+  return Object.fromEntries(fields.map((field) => [field.name, form(field)]));
+}
+
+function sorted(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(sorted);
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(
+    Object.entries(value)
+      .sort(([a], [b]) => (a < b ? -1 : 1))
+      .map(([key, inner]) => [key, sorted(inner)]),
+  );
+}
+
+/** Waits until `condition` returns something true, looking every 20 ms; fails after `seconds` with `what`. */
+export async function until<T>(what: string, condition: () => Promise<T> | T, seconds = 30): Promise<NonNullable<T>> {
+  const deadline = performance.now() + seconds * 1000;
+  for (;;) {
+    const value = await condition();
+    if (value) return value;
+    if (performance.now() > deadline) throw new Error(`not within ${seconds} s: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+}
