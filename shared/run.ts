@@ -115,6 +115,7 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
       chunks,
       seconds,
       rows_per_second: Math.round(rows / seconds),
+      peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
       watermark: run.watermark,
     });
   }

@@ -5,6 +5,8 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import postgres from "postgres";
+import { say } from "../stack/stack.ts";
+import { loadData, openSource } from "./load.ts";
 
 const root = join(import.meta.dirname, "../..");
 
@@ -23,4 +25,12 @@ export async function createSource(adminUrl: string, roleUrls: string[]): Promis
   } finally {
     await sql.end();
   }
+}
+
+/** Loads the real data into a source that is new, so without orders; `make data` completes one whose load was cut off. */
+export async function fillSource(adminUrl: string): Promise<void> {
+  const sql = openSource(adminUrl);
+  const [orders] = await sql`select exists (select from public.orders) as any`;
+  await sql.end();
+  if (!orders?.any) await loadData(adminUrl, { log: say });
 }

@@ -1,0 +1,72 @@
+/**
+ * Changes some of the source's rows, as a shop would, so that the next run of a pipeline has something to do.
+ * Plain SQL: the triggers set updated_at, and nothing marks a changed row otherwise.
+ */
+import { openSource } from "./load.ts";
+
+export interface Changes {
+  /** Orders to change: status, and a part of the total that becomes discount. */
+  orders?: number;
+  /** Users to move to another income band. */
+  users?: number;
+  /** Orders to insert; their ids follow the highest one. */
+  newOrders?: number;
+  /** The same seed on the same rows makes the same changes; only the clock differs. */
+  seed?: number;
+}
+
+/** The ids that were changed or inserted, ascending. */
+export interface Changed {
+  orders: string[];
+  users: string[];
+  newOrders: string[];
+}
+
+/**
+ * One transaction: all of it happens or none.
+ * @param adminUrl the local stack's STACK_ADMIN_DATABASE_URL; another host is refused
+ */
+export async function changeSource(adminUrl: string, changes: Changes = {}): Promise<Changed> {
+  const { orders = 100, users = 20, newOrders = 5, seed = 1 } = changes;
+  const sql = openSource(adminUrl);
+  try {
+    return await sql.begin(async (tx) => {
+      // A hash of seed and id, as the order to pick by and as the dice.
+      const hash = tx`hashtextextended(id::text, ${seed})`;
+      // Off the same order's total: what it cost on the shelf stays what it was.
+      const changedOrders = await tx`
+        with picked as (
+          select id, least(total, (1 + abs(${hash} % 500)) / 100.0) as goodwill
+          from public.orders order by ${hash}, id limit ${orders}
+        )
+        update public.orders o
+        set status = case o.status when 'returned' then 'completed' else 'returned' end,
+          total = o.total - p.goodwill, discount = o.discount + p.goodwill
+        from picked p where o.id = p.id
+        returning o.id`;
+      const changedUsers = await tx`
+        with bands as (
+          select array['Under 15K', '15-24K', '25-34K', '35-49K', '50-74K', '75-99K', '100-124K', '125-149K', '150-174K',
+            '175-199K', '200-249K', '250K+'] as bands
+        ), picked as (
+          select id from public.users order by ${hash}, id limit ${users}
+        )
+        update public.users u
+        set income_band = bands[coalesce(array_position(bands, u.income_band), 0) % cardinality(bands) + 1]
+        from picked p, bands where u.id = p.id
+        returning u.id`;
+      // The same basket bought again.
+      const inserted = await tx`
+        insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
+        select (select max(id) from public.orders) + row_number() over (order by ${hash}, id),
+          user_id, store_id, 'placed', item_count, total, discount, clock_timestamp()
+        from public.orders order by ${hash}, id limit ${newOrders}
+        returning id`;
+      const ids = (rows: Iterable<{ [column: string]: unknown }>): string[] =>
+        [...rows].map((row) => String(row.id)).sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
+      return { orders: ids(changedOrders), users: ids(changedUsers), newOrders: ids(inserted) };
+    });
+  } finally {
+    await sql.end({ timeout: 1 });
+  }
+}

@@ -1,0 +1,229 @@
+// The real data set as loaded, and what guards it. One load, about half a minute; needs the local stack (make up).
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { after, before, test } from "node:test";
+import postgres from "postgres";
+import { localEnv } from "../stack/env.ts";
+import { changeSource } from "./change.ts";
+import { loadData, openSource, tables } from "./load.ts";
+
+const admin = localEnv().STACK_ADMIN_DATABASE_URL ?? "";
+const scratch = `data_test_${process.pid}`;
+const scratchUrl = Object.assign(new URL(admin), { pathname: `/${scratch}` }).href;
+const lines: string[] = [];
+let server: postgres.Sql;
+let sql: postgres.Sql;
+
+const one = async (query: string): Promise<postgres.Row> => (await sql.unsafe(query))[0] ?? assert.fail("no row");
+
+before(async () => {
+  server = openSource(admin);
+  await server.unsafe(`create database ${scratch} template template0`);
+  sql = postgres(scratchUrl, { max: 1, onnotice: () => {} });
+  assert.equal(await loadData(scratchUrl, { log: (line) => lines.push(line) }), true);
+});
+
+after(async () => {
+  await sql?.end();
+  await server.unsafe(`drop database if exists ${scratch} with (force)`);
+  await server.end();
+});
+
+test("a line of progress per table", () => {
+  assert.deepEqual(
+    lines.map((line) => line.replace(/seconds=.*/, "")),
+    [
+      "data: table=users rows=2469 ",
+      "data: table=orders rows=155848 ",
+      "data: table=events rows=1471409 ",
+      "data: table=sensor_readings rows=211061 ",
+    ],
+  );
+});
+
+test("every table has the rows of the data set", async () => {
+  assert.deepEqual(
+    { ...(await one("select count(*)::int as users, count(age_band)::int as demographics from users")) },
+    { users: 2469, demographics: 801 },
+  );
+  const statuses = await sql`select status, count(*)::int as orders from orders group by 1 order by 1`;
+  assert.deepEqual(
+    statuses.map(({ status, orders }) => [status, orders]),
+    [
+      ["completed", 155_370],
+      ["no_charge", 478],
+    ],
+  );
+  const types = await sql`select type, count(*)::int as events from events group by 1 order by 1`;
+  assert.deepEqual(
+    types.map(({ type, events }) => [type, events]),
+    [
+      ["purchase", 1_469_307],
+      ["redemption", 2_102],
+    ],
+  );
+  const metrics = await sql`
+    select metric, count(*)::int as readings, count(distinct sensor_id)::int as sensors,
+      count(distinct (sensor_id, recorded_at)) = count(*) as unique
+    from sensor_readings where value <> 'NaN' group by 1 order by 1`;
+  assert.deepEqual(
+    metrics.map((row) => [row.metric, row.readings, row.sensors, row.unique]),
+    [
+      ["dewp", 26_114, 3, true],
+      ["humid", 26_114, 3, true],
+      ["precip", 26_115, 3, true],
+      ["pressure", 23_386, 3, true],
+      ["temp", 26_114, 3, true],
+      ["visib", 26_115, 3, true],
+      ["wind_dir", 25_655, 3, true],
+      ["wind_gust", 5_337, 3, true],
+      ["wind_speed", 26_111, 3, true],
+    ],
+  );
+});
+
+test("events lie in the 365 UTC days of 2017, with none at Christmas, and their ids follow the time", async () => {
+  const days = await sql`
+    select day::date::text as day from generate_series('2017-01-01'::date, '2017-12-31', '1 day') day
+    where not exists (select from events where created_at >= day at time zone 'UTC'
+      and created_at < (day + interval '1 day') at time zone 'UTC')`;
+  assert.deepEqual(
+    days.map(({ day }) => day),
+    ["2017-12-25"],
+  );
+  const range = await one(`
+    select min(created_at at time zone 'UTC')::text as first, max(created_at at time zone 'UTC')::text as last,
+      count(*) filter (where created_at < previous)::int as backwards, min(id)::int as min, max(id)::int as max
+    from (select id, created_at, lag(created_at) over (order by id) as previous from events)`);
+  assert.deepEqual(
+    { ...range },
+    { first: "2017-01-01 00:00:00", last: "2017-12-31 23:01:20", backwards: 0, min: 1, max: 1_471_409 },
+  );
+});
+
+test("updated_at is history, not the time of the load", async () => {
+  const row = await one(`
+    select bool_and(updated_at >= created_at and updated_at < created_at + interval '15 minutes') as near,
+      max(updated_at) < '2018-01-01 00:00+00' as in2017, count(distinct updated_at) > 155000 as spread
+    from orders`);
+  assert.deepEqual({ ...row }, { near: true, in2017: true, spread: true });
+});
+
+test("an order's total, discount and items are those of its purchase lines, to the cent", async () => {
+  const row = await one(`
+    with lines as (
+      select (payload->>'basket_id')::bigint as id, count(*) as items, sum((payload->>'sales_value')::numeric) as total,
+        sum((payload->>'retail_disc')::numeric + (payload->>'coupon_match_disc')::numeric) as discount,
+        min(user_id) as user_id, min(created_at) as created_at
+      from events where type = 'purchase' group by 1
+    )
+    select count(*)::int as orders, sum(o.total)::text as total, sum(o.discount)::text as discount,
+      count(*) filter (where (o.item_count, o.total, o.discount, o.user_id, o.created_at)
+        is distinct from (l.items, l.total, l.discount, l.user_id, l.created_at))::int as different,
+      count(*) filter (where u.id is null)::int as strangers
+    from orders o full join lines l using (id) left join users u on u.id = o.user_id`);
+  const expected = { orders: 155_848, total: "4596039.58", discount: "796193.29", different: 0, strangers: 0 };
+  assert.deepEqual({ ...row }, expected);
+});
+
+test("every redemption is on a day on which its household bought", async () => {
+  const row = await one(`
+    select count(*)::int as alone from events r where type = 'redemption' and not exists (
+      select from orders o where o.user_id = r.user_id and o.created_at >= r.created_at
+        and o.created_at < r.created_at + interval '24 hours')`);
+  assert.equal(row.alone, 0);
+});
+
+test("new rows get the ids after those of the data", async () => {
+  for (const [table, next] of [
+    ["events", 1_471_410],
+    ["sensor_readings", 211_062],
+  ]) {
+    assert.equal((await one(`select nextval('public.${table}_id_seq')::int as id`)).id, next);
+  }
+});
+
+test("changeSource changes and inserts by seed, the triggers set updated_at, and the data still counts as loaded", async () => {
+  const before = await one("select clock_timestamp()::text as now");
+  const changed = await changeSource(scratchUrl, { orders: 40, users: 7, newOrders: 3, seed: 42 });
+  assert.deepEqual(
+    [changed.orders.length, changed.users.length, changed.newOrders],
+    [40, 7, ["41481282916", "41481282917", "41481282918"]],
+  );
+  const touched = (table: string) =>
+    one(`select coalesce(array_agg(id::text order by id), '{}') as ids, bool_and(updated_at <= clock_timestamp()) as past
+      from ${table} where updated_at >= '${before.now}'`);
+  assert.deepEqual({ ...(await touched("orders")) }, { ids: [...changed.orders, ...changed.newOrders], past: true });
+  assert.deepEqual({ ...(await touched("users")) }, { ids: changed.users, past: true });
+  const sums = await one(`select sum(total + discount)::text as shelf, count(*) filter (where status = 'returned')::int
+    as returned from orders where id <= 41481282915`);
+  assert.deepEqual({ ...sums }, { shelf: "5392232.87", returned: 40 });
+  const again = await changeSource(scratchUrl, { orders: 40, users: 7, newOrders: 0, seed: 42 });
+  assert.deepEqual([again.orders.length, again.users], [40, changed.users]);
+  assert.equal(await loadData(scratchUrl), false);
+});
+
+test("a second load does nothing, in under a second", async () => {
+  const start = performance.now();
+  assert.equal(await loadData(scratchUrl), false);
+  assert.ok(performance.now() - start < 1000, `${performance.now() - start} ms`);
+});
+
+test("a database off this machine is refused", async () => {
+  const url = "postgres://shop:secret@db.example.com/shop";
+  await assert.rejects(loadData(url), (error: Error) => {
+    assert.match(error.message, /STACK_ADMIN_DATABASE_URL is at db\.example\.com: only the local stack's database/);
+    assert.doesNotMatch(error.message, /secret/);
+    return true;
+  });
+  await assert.rejects(changeSource(url), /only the local stack's database/);
+});
+
+test("a load that fails half-way or at its last row leaves the table empty, and the next one loads it", async () => {
+  await sql`truncate sensor_readings`;
+  for (const [id, message] of [
+    [100_000, 'violates check constraint "less"'],
+    [211_061, "Postgres refused the last rows"],
+  ]) {
+    await sql.unsafe(`alter table sensor_readings add constraint less check (id < ${id})`);
+    const expected = new RegExp(`^data: public\\.sensor_readings: .*${message}.*; nothing of it was loaded`);
+    await assert.rejects(loadData(scratchUrl), { message: expected });
+    assert.equal((await one("select count(*)::int as n from sensor_readings")).n, 0);
+    await sql`alter table sensor_readings drop constraint less`;
+  }
+  assert.equal(await loadData(scratchUrl), true);
+  assert.equal(await loadData(scratchUrl, { only: ["sensor_readings"] }), false);
+});
+
+test("a load that is killed leaves the table empty and no session behind, and the next one loads it", async () => {
+  await sql`truncate orders, sensor_readings`;
+  const code = `import { loadData } from "./load.ts"; await loadData(process.env.SCRATCH_URL)`;
+  const env = { ...process.env, SCRATCH_URL: scratchUrl };
+  const args = ["--input-type=module-typescript", "--eval", code];
+  const loader = spawn(process.execPath, args, { cwd: import.meta.dirname, env, stdio: "ignore" });
+  const copying = () => one(`select count(*)::int as n from pg_stat_progress_copy where tuples_processed > 0`);
+  while ((await copying()).n === 0) assert.equal(loader.exitCode, null, "it ended before it could be killed");
+  loader.kill("SIGKILL");
+  const deadline = Date.now() + 10_000;
+  const sessions = () =>
+    one(
+      "select count(*)::int as n from pg_stat_activity where application_name = 'etl:data' and datname = current_database()",
+    );
+  while ((await sessions()).n > 0) assert.ok(Date.now() < deadline, "its session is still there");
+  assert.equal((await one("select count(*)::int as n from orders")).n, 0);
+  assert.equal(await loadData(scratchUrl), true);
+});
+
+test("a foreign row makes it refuse, with the next command, and nothing is loaded", async () => {
+  await sql`truncate orders, users`;
+  await sql`insert into orders (id) values (1)`;
+  await assert.rejects(
+    loadData(scratchUrl),
+    /public\.orders holds rows that are not this data set .*: nothing was loaded\. .* 'truncate public\.orders', then make data\./,
+  );
+  assert.equal((await one("select count(*)::int as n from users")).n, 0);
+  await sql`truncate orders`;
+  assert.equal(await loadData(scratchUrl, { only: ["orders"], maxRows: 1000 }), true);
+  assert.equal(await loadData(scratchUrl, { only: ["orders"], maxRows: 1000 }), false);
+  await assert.rejects(loadData(scratchUrl, { only: [...tables] }), /public\.orders holds rows/);
+});

@@ -1,0 +1,109 @@
+/**
+ * make demo: the pipelines on the real data and the local stack, and what happened as a table. May be run again at any time.
+ * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source.
+ */
+import { execFile, spawn } from "node:child_process";
+import { once } from "node:events";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import { promisify } from "node:util";
+import postgres from "postgres";
+import { connectBigQuery } from "../shared/bigquery.ts";
+import { table, thousands } from "../shared/progress.ts";
+import { changeSource } from "./data/change.ts";
+import { loadData } from "./data/load.ts";
+import { localEnv, root } from "./stack/env.ts";
+import { say } from "./stack/stack.ts";
+
+const env = localEnv();
+const admin = env.STACK_ADMIN_DATABASE_URL ?? "";
+
+/** Runs a command of the project, showing what it says. Returns the fields of its last line. */
+async function command(script: string, variables: NodeJS.Dict<string> = {}): Promise<Record<string, string>> {
+  const child = spawn(process.execPath, [join(root, script)], {
+    env: { ...env, ...variables },
+    stdio: ["ignore", "inherit", "pipe"],
+  });
+  let last = "";
+  createInterface({ input: child.stderr }).on("line", (line) => {
+    last = line;
+    process.stderr.write(`  ${line}\n`);
+  });
+  const [code] = await once(child, "close");
+  if (code !== 0) throw new Error(`${script} exited with ${code}`);
+  return Object.fromEntries([...last.matchAll(/(\w+)=(\S+)/g)].map(([, name, value]) => [name, value]));
+}
+
+const runs: Record<string, string>[] = [];
+async function orders(what: string): Promise<void> {
+  say(`\ndemo: ${what}: make orders CHUNK_ROWS=50000`);
+  const done = await command("scripts/orders.ts", { CHUNK_ROWS: "50000" });
+  runs.push({
+    run: what,
+    rows: thousands(Number(done.rows)),
+    chunks: done.chunks ?? "",
+    seconds: done.seconds ?? "",
+    "rows/s": thousands(Number(done.rows_per_second)),
+    watermark: done.watermark ?? "",
+  });
+}
+
+/** Count and sum of the orders on both sides: two numbers that a lost or doubled row would change. */
+async function compare(): Promise<void> {
+  const sum = "select count(*) as orders, sum(total) as total from";
+  const sql = postgres(env.SOURCE_DATABASE_URL ?? "", { max: 1 });
+  const [source] = await sql.unsafe(`${sum} orders`);
+  await sql.end();
+  const bigquery = connectBigQuery({
+    BIGQUERY_PROJECT: env.BIGQUERY_PROJECT ?? "",
+    BIGQUERY_DATASET: env.BIGQUERY_DATASET ?? "",
+    BIGQUERY_LOCATION: env.BIGQUERY_LOCATION ?? "",
+    BIGQUERY_ENDPOINT: env.BIGQUERY_ENDPOINT,
+  });
+  const [[destination]] = await bigquery.query(`${sum} ${env.BIGQUERY_DATASET}.orders`);
+  say(`demo: source       ${thousands(Number(source?.orders))} orders, total ${source?.total}`);
+  say(`demo: destination  ${thousands(Number(destination.orders))} orders, total ${destination.total}`);
+  if (Number(source?.orders) !== Number(destination.orders) || Number(source?.total) !== Number(destination.total)) {
+    throw new Error("source and destination differ: this must not happen, please report it");
+  }
+}
+
+say("demo: starting the local stack (make up)");
+await command("test/stack/up.ts");
+say("\ndemo: the real data (make data)");
+const loaded = await loadData(admin, { log: (line) => say(`  ${line}`) });
+// Orders that were loaded only now, with timestamps of 2017, may be behind a watermark of earlier runs.
+const status = await promisify(execFile)(process.execPath, [join(root, "scripts/ops/status.ts")], {
+  env: { ...env, JSON: "1" },
+});
+if (loaded && JSON.parse(status.stdout)[0].watermark)
+  await command("scripts/ops/rewind.ts", { PIPELINE: "orders", TO: "2017-01-01" });
+await orders("everything so far");
+
+const { orders: changed, newOrders } = await changeSource(admin, {
+  orders: 500,
+  users: 50,
+  newOrders: 20,
+  seed: Date.now() % 1_000_000,
+});
+say(`\ndemo: the shop goes on: ${changed.length} orders changed, ${newOrders.length} new`);
+say(`demo: waiting ${env.WATERMARK_LAG_SECONDS} s: rows younger than WATERMARK_LAG_SECONDS are left for the next run`);
+const sql = postgres(admin, { max: 1 });
+for (let old = false; !old; ) {
+  const [row] =
+    await sql`select max(updated_at) < now() - make_interval(secs => ${env.WATERMARK_LAG_SECONDS ?? "0"}) as old from orders`;
+  old = row?.old;
+  await new Promise((resolve) => setTimeout(resolve, 200));
+}
+await sql.end();
+await orders("what changed");
+await orders("nothing new");
+
+say("\ndemo: what happened");
+process.stdout.write(`${table(runs)}\n\n`);
+await compare();
+say("\ndemo: make status");
+await command("scripts/ops/status.ts");
+say(
+  "\nThe stack goes on running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
+);

@@ -1,0 +1,33 @@
+// BigQuery: local-bigquery, which speaks its REST API over DuckDB. What it does less strictly than Google's: DESIGN, README.
+import { mkdirSync } from "node:fs";
+import { endpoint } from "./env.ts";
+import { python, pythonInstall } from "./python.ts";
+import { type Part, stackPath } from "./stack.ts";
+
+export const bigquery: Part = {
+  name: "bigquery",
+  variable: "BIGQUERY_ENDPOINT",
+  installs: [pythonInstall],
+  prepare: async () => void mkdirSync(stackPath("bigquery"), { recursive: true }),
+  command: (env) => {
+    const { host, port } = endpoint(env.BIGQUERY_ENDPOINT ?? "");
+    const args = [
+      `--host=${host}`,
+      `--port=${port}`,
+      `--project=${env.BIGQUERY_PROJECT}`,
+      `--data-dir=${stackPath("bigquery")}`,
+    ];
+    return {
+      command: python,
+      // The gRPC API is not used here: port 0 is any free one.
+      args: ["-c", "from local_bigquery.cli import main; main()", ...args, "--grpc-port=0"],
+      env: { HOME: stackPath("python"), PYTHONUNBUFFERED: "1" }, // DuckDB's extensions are below this HOME
+      grace: 3, // it waits for its clients' open connections; its data survives SIGKILL
+    };
+  },
+  ready: async (env) => {
+    const url = `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}/datasets`;
+    const answer = await fetch(url, { signal: AbortSignal.timeout(10_000) });
+    if (!answer.ok) throw new Error(`${url}: HTTP ${answer.status} ${await answer.text()}`);
+  },
+};

@@ -1,0 +1,7 @@
+// The local stack: a part is one file and one line here.
+import { bigquery } from "./bigquery.ts";
+import { postgres } from "./postgres.ts";
+import { pushgateway } from "./pushgateway.ts";
+import type { Part } from "./stack.ts";
+
+export const parts: Part[] = [postgres, bigquery, pushgateway];

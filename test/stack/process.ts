@@ -1,0 +1,195 @@
+// The stack's processes: started, awaited, stopped. They are detached (a Ctrl-C in `make up` must not kill what already runs)
+// and remembered in .stack/run/NAME.json.
+import { spawn } from "node:child_process";
+import {
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { createServer } from "node:net";
+import { setTimeout as sleep } from "node:timers/promises";
+import { type Env, endpoint } from "./env.ts";
+import { type Install, installKey } from "./install.ts";
+import { digest, logPath, stackDir, stackPath } from "./stack.ts";
+
+/** How a process is started. A changed command line, or a changed install, restarts it. */
+export type Command = {
+  command: string;
+  args: string[];
+  env?: Env;
+  stopSignal?: NodeJS.Signals;
+  /** Seconds between stopSignal and SIGKILL. */
+  grace?: number;
+};
+
+type Record = {
+  pid: number;
+  bootTicks: string;
+  startedAt: number;
+  key: string;
+  stopSignal: NodeJS.Signals;
+  grace: number;
+};
+
+const recordPath = (name: string): string => stackPath("run", `${name}.json`);
+
+/** State and start time of a process, or undefined. Pids are reused: only pid and start time together name a process. */
+function processStat(pid: number): { state: string; bootTicks: string } | undefined {
+  try {
+    const fields = readFileSync(`/proc/${pid}/stat`, "utf8")
+      .replace(/^.*\) /s, "")
+      .split(" ");
+    return { state: fields[0] ?? "", bootTicks: fields[19] ?? "" };
+  } catch {
+    return undefined;
+  }
+}
+
+/** What runs under this name and was started by this stack. */
+export function running(name: string): Record | undefined {
+  try {
+    const record = JSON.parse(readFileSync(recordPath(name), "utf8")) as Record;
+    const stat = processStat(record.pid);
+    return stat && stat.state !== "Z" && stat.bootTicks === record.bootTicks ? record : undefined;
+  } catch {
+    return undefined; // no record, or one cut short by a kill
+  }
+}
+
+export const recordedNames = (): string[] =>
+  existsSync(stackPath("run"))
+    ? readdirSync(stackPath("run"))
+        .filter((f) => f.endsWith(".json"))
+        .map((f) => f.slice(0, -5))
+    : [];
+
+/** Servers get this and what their part adds: no variable of the caller, such as PGOPTIONS or PYTHONPATH, changes them. */
+const serverEnv = (): Env => ({
+  PATH: process.env.PATH,
+  HOME: stackDir,
+  TMPDIR: process.env.TMPDIR,
+  LANG: "C.UTF-8",
+  TZ: "UTC",
+});
+
+export const commandKey = (command: Command, installs: Install[] = []): string =>
+  digest(JSON.stringify([command, installs.map(installKey)]));
+
+/** Starts a detached process with its own log. Throws where it cannot be executed; being ready is `awaitReady`'s. */
+export async function startProcess(name: string, command: Command, installs: Install[] = []): Promise<void> {
+  mkdirSync(stackPath("log"), { recursive: true });
+  mkdirSync(stackPath("run"), { recursive: true });
+  if (existsSync(logPath(name))) renameSync(logPath(name), `${logPath(name)}.1`);
+  const log = openSync(logPath(name), "a");
+  const child = spawn(command.command, command.args, {
+    cwd: stackDir,
+    env: { ...serverEnv(), ...command.env },
+    stdio: ["ignore", log, log],
+    detached: true,
+  });
+  closeSync(log);
+  await new Promise<void>((resolve, reject) => {
+    child.once("spawn", resolve);
+    child.once("error", reject);
+  });
+  child.unref();
+  const pid = child.pid as number;
+  const record: Record = {
+    pid,
+    bootTicks: processStat(pid)?.bootTicks ?? "",
+    startedAt: Date.now(),
+    key: commandKey(command, installs),
+    stopSignal: command.stopSignal ?? "SIGTERM",
+    grace: command.grace ?? 10,
+  };
+  writeFileSync(`${recordPath(name)}.tmp`, JSON.stringify(record));
+  renameSync(`${recordPath(name)}.tmp`, recordPath(name));
+}
+
+const lastLines = (name: string): string =>
+  `${existsSync(logPath(name)) ? readFileSync(logPath(name), "utf8").trim().split("\n").slice(-12).join("\n") : ""}\n(log: ${logPath(name)})`;
+
+/** Waits until `ready` resolves. Throws with the end of the log when the process ends first, or after `seconds`. */
+export async function awaitReady(name: string, ready: () => Promise<void>, seconds = 60): Promise<void> {
+  const deadline = Date.now() + seconds * 1000;
+  for (;;) {
+    const failure = await ready().then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    if (!failure) return;
+    if (!running(name)) throw new Error(`${name} died at its start:\n${lastLines(name)}`);
+    if (Date.now() > deadline) {
+      throw new Error(
+        `${name} is not ready after ${seconds} s (${failure.message}); its log ends:\n${lastLines(name)}`,
+      );
+    }
+    await sleep(50);
+  }
+}
+
+function signal(pid: number, name: NodeJS.Signals): void {
+  try {
+    process.kill(pid, name);
+  } catch {
+    // it ended this instant
+  }
+}
+
+/** Stops what runs under this name: its signal, then SIGKILL for its whole group. Answers whether anything ran. */
+export async function stopProcess(name: string): Promise<boolean> {
+  const record = running(name);
+  if (record) {
+    signal(record.pid, record.stopSignal);
+    const deadline = Date.now() + record.grace * 1000;
+    while (running(name) && Date.now() < deadline) await sleep(20);
+    signal(-record.pid, "SIGKILL");
+    while (running(name)) await sleep(20);
+  }
+  rmSync(recordPath(name), { force: true });
+  return record !== undefined;
+}
+
+/** Throws where another process listens at this address, and says which; `remedy` ends the message. */
+export async function checkPort(
+  name: string,
+  url: string,
+  remedy = "Stop that process or choose another port",
+): Promise<void> {
+  const { host, port } = endpoint(url);
+  const server = createServer();
+  const taken = await new Promise<boolean>((resolve, reject) => {
+    server.once("error", (error: NodeJS.ErrnoException) =>
+      error.code === "EADDRINUSE" ? resolve(true) : reject(error),
+    );
+    server.listen(port, host.replace(/[[\]]/g, ""), () => server.close(() => resolve(false)));
+  });
+  if (taken) throw new Error(`${name}: port ${port} is taken by ${portHolder(port) ?? "another process"}. ${remedy}`);
+}
+
+/** The process that listens on a TCP port, from /proc; undefined where it belongs to a user that we may not look at. */
+export function portHolder(port: number): string | undefined {
+  const hex = `:${port.toString(16).toUpperCase().padStart(4, "0")}`;
+  const inodes = ["/proc/net/tcp", "/proc/net/tcp6"]
+    .flatMap((file) => (existsSync(file) ? readFileSync(file, "utf8").split("\n") : []))
+    .map((line) => line.trim().split(/\s+/))
+    .filter((fields) => fields[1]?.endsWith(hex) && fields[3] === "0A") // 0A is LISTEN
+    .map((fields) => `socket:[${fields[9]}]`);
+  for (const pid of readdirSync("/proc").filter((entry) => /^\d+$/.test(entry))) {
+    try {
+      if (readdirSync(`/proc/${pid}/fd`).some((fd) => inodes.includes(readlinkSync(`/proc/${pid}/fd/${fd}`)))) {
+        return `pid ${pid} (${readFileSync(`/proc/${pid}/cmdline`, "utf8").replaceAll("\0", " ").trim().slice(0, 120)})`;
+      }
+    } catch {
+      /* gone meanwhile, or another user's */
+    }
+  }
+  return undefined;
+}
