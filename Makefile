@@ -1,6 +1,6 @@
 # Every operation of the project, one line of help each.
 SHELL := bash
-.SHELLFLAGS := -eu -o pipefail -c
+.SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 # Node 24 comes from npm: the machine's own may be past its end of life.
@@ -20,8 +20,34 @@ node_modules/.package-lock.json: package-lock.json
 .PHONY: setup
 setup: node_modules/.package-lock.json
 
+# The pipelines
+
+.PHONY: orders
+orders: setup ## Sync orders to BigQuery (FROM= TO= reads a window again)
+	@node scripts/orders.ts
+
+# Operations
+
+.PHONY: status
+status: setup ## Where each pipeline is (JSON=1 for programs)
+	@node scripts/ops/status.ts
+
+.PHONY: rewind
+rewind: setup ## Set a watermark back: PIPELINE= TO= (DRY_RUN=1 says what would be read again)
+	@node scripts/ops/rewind.ts
+
+.PHONY: migrate
+migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)
+	@node scripts/ops/migrate.ts
+
+# The local stack
+
+.PHONY: demo
+demo: setup ## Set up, start the local stack, run the pipelines on real data, print what happened
+	@node test/demo.ts
+
 .PHONY: up
-up: setup ## Install what is missing into .stack/, start the local stack, create its tables
+up: setup ## Start the local stack: install what is missing into .stack/, load the real data
 	@node test/stack/up.ts
 
 .PHONY: down
@@ -29,25 +55,30 @@ down: setup ## Stop the local stack (its data stays)
 	@node test/stack/down.ts
 
 .PHONY: stack-status
-stack-status: setup ## Say which parts of the local stack run
+stack-status: setup ## Which parts of the local stack run
 	@node test/stack/status.ts
 
 .PHONY: data
-data: setup ## Load the real data into the local source
+data: setup ## Load what is missing of the real data into the local source
 	@node test/data/load.ts
 
-.PHONY: migrate
-migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)
-	@node scripts/ops/migrate.ts
+# Development
 
-.PHONY: orders
-orders: setup ## Sync orders to BigQuery (FROM= TO= reads a window again)
-	@node scripts/orders.ts
+.PHONY: test
+test: setup ## Set up, run all the tests on the local stack (TESTS= for some files)
+	@node test/run.ts $$TESTS
 
-.PHONY: rewind
-rewind: setup ## Set a watermark back: PIPELINE= TO=
-	@node scripts/ops/rewind.ts
+.PHONY: check
+check: setup ## Types, lint, alert rules
+	@echo "check: types" >&2 && tsc -p .
+	@echo "check: lint and format" >&2 && biome ci --colors=off --error-on-warnings .
+	@echo "check: alert rules" >&2 && node --test test/alerts.test.ts
 
-.PHONY: status
-status: setup ## Where each pipeline is (JSON=1 for programs)
-	@node scripts/ops/status.ts
+.PHONY: bench
+bench: setup ## Speed, as ratios measured side by side
+	@node test/bench/orders.ts
+
+.PHONY: size
+size: ## Lines to read: the jobs with the toolkit, and the operations
+	@printf 'jobs and toolkit  %s lines\n' "$$(cat scripts/*.ts shared/*.ts | wc -l)"
+	@printf 'operations        %s lines\n' "$$(cat scripts/ops/*.ts | wc -l)"

@@ -1,0 +1,131 @@
+/**
+ * make bench: what orders costs, as ratios measured side by side in one run. ROWS= (default 500,000) rows, RUNS= (default 5) runs
+ * of each, interleaved; medians are quoted. Absolute times are this machine's, and noisy.
+ */
+import { execFile, spawnSync } from "node:child_process";
+import { Writable } from "node:stream";
+import { pipeline } from "node:stream/promises";
+import { promisify } from "node:util";
+import {
+  compareCounts,
+  createStaging,
+  dropStaging,
+  loadLines,
+  mergeStaging,
+  openDestination,
+} from "../../shared/bigquery.ts";
+import { copyJsonLines } from "../../shared/postgres.ts";
+import { table, thousands } from "../../shared/progress.ts";
+import { runPipeline } from "../../shared/run.ts";
+import { checkSource, readContract, readSelect } from "../../shared/schema.ts";
+import { createShop } from "../lib/shop.ts";
+import { root } from "../stack/env.ts";
+import { say } from "../stack/stack.ts";
+
+const rows = Number(process.env.ROWS ?? 500_000);
+const runs = Number(process.env.RUNS ?? 5);
+const median = (values: number[]): number => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] ?? 0;
+const spread = (values: number[]): string =>
+  `${median(values).toFixed(2)} (${Math.min(...values).toFixed(2)} to ${Math.max(...values).toFixed(2)})`;
+
+async function timed<T>(work: () => Promise<T>): Promise<[number, T]> {
+  const started = performance.now();
+  const result = await work();
+  return [(performance.now() - started) / 1000, result];
+}
+
+if (spawnSync("psql", ["--version"]).error)
+  throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
+await using shop = await createShop();
+say(`bench: ${thousands(rows)} orders`);
+await shop.insertOrders(1, rows);
+await shop.admin`vacuum analyze orders`;
+
+const env = {
+  SOURCE_DATABASE_URL: shop.env.SOURCE_DATABASE_URL ?? "",
+  ETL_DATABASE_URL: shop.env.ETL_DATABASE_URL ?? "",
+  PUSHGATEWAY_URL: shop.env.PUSHGATEWAY_URL ?? "",
+  BIGQUERY_PROJECT: shop.env.BIGQUERY_PROJECT ?? "",
+  BIGQUERY_DATASET: shop.dataset,
+  BIGQUERY_LOCATION: "US",
+  BIGQUERY_ENDPOINT: shop.env.BIGQUERY_ENDPOINT,
+  RUN_TIMEOUT_SECONDS: 3600,
+  WATERMARK_LAG_SECONDS: 0,
+  FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
+};
+const source = { table: "public.orders", cursor: "updated_at", select: readSelect("orders") };
+const window = { from: "-infinity", to: "infinity" };
+
+await runPipeline("orders", env, async (run) => {
+  const contract = readContract("orders");
+  const select = await checkSource(run, contract, source);
+  const destination = await openDestination(env, contract, source.cursor);
+  const copy = (): ReturnType<typeof copyJsonLines> =>
+    copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
+  const psql =
+    `copy (select row_to_json(line) from (${select.replaceAll(/--.*$/gm, "")}) line) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`.replaceAll(
+      "\n",
+      " ",
+    );
+
+  const ours: number[] = [];
+  const floor: number[] = [];
+  for (let i = 0; i < runs; i++) {
+    const [a] = await timed(async () => {
+      await using stream = await copy();
+      await pipeline(stream.lines, new Writable({ write: (_piece, _encoding, done) => done() }));
+      if (stream.sent.rows !== rows) throw new Error(`${stream.sent.rows} rows came`);
+    });
+    const [b] = await timed(() =>
+      promisify(execFile)("sh", ["-c", 'exec psql -qX "$URL" -c "$COPY" >/dev/null'], {
+        env: {
+          ...process.env,
+          URL: env.SOURCE_DATABASE_URL,
+          COPY: psql,
+          PGOPTIONS: "-c etl.from=-infinity -c etl.to=infinity",
+        },
+      }),
+    );
+    ours.push(a);
+    floor.push(b);
+    say(`bench: extraction ${i + 1} of ${runs}: ours ${a.toFixed(2)} s, psql ${b.toFixed(2)} s`);
+  }
+  const ratios = ours.map((value, i) => value / (floor[i] ?? 1));
+  process.stdout.write(
+    `extraction as JSON lines, ours / psql COPY to /dev/null: ${spread(ratios)}; ${thousands(rows / median(ours))} rows/s\n`,
+  );
+
+  const [create, staging] = await timed(() => createStaging(run, destination, 1));
+  await using stream = await copy();
+  const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
+  compareCounts(stream.sent.rows, loaded);
+  const [merge] = await timed(() => mergeStaging(run, destination, staging));
+  const [drop] = await timed(() => dropStaging(run, destination, staging));
+  const total = create + load + merge + drop;
+  const part = (seconds: number): { seconds: string; share: string } => ({
+    seconds: seconds.toFixed(2),
+    share: `${Math.round((seconds / total) * 100)} %`,
+  });
+  process.stdout.write(
+    `\na first load as one chunk of ${thousands(rows)} rows: ${total.toFixed(1)} s, ${thousands(rows / total)} rows/s\n`,
+  );
+  process.stdout.write(
+    `${table([
+      { step: "create staging", ...part(create) },
+      { step: "of the load: extraction alone", ...part(median(ours)) },
+      { step: "extract and load", ...part(load) },
+      { step: "MERGE", ...part(merge) },
+      { step: "drop staging", ...part(drop) },
+    ])}\n`,
+  );
+});
+
+await shop.succeed("scripts/orders.ts", { CHUNK_ROWS: String(rows + 1) });
+const idle: number[] = [];
+for (let i = 0; i < runs; i++) {
+  const [seconds] = await timed(() =>
+    promisify(execFile)("make", ["orders"], { cwd: root, env: shop.env as NodeJS.ProcessEnv }),
+  );
+  idle.push(seconds);
+}
+process.stdout.write(`\na run with nothing to do, from make to exit: ${spread(idle)} s\n`);

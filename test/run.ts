@@ -1,0 +1,36 @@
+/**
+ * make test: starts the local stack where it does not run, runs every test on it, and stops it again if it started it.
+ * Always on the local stack's own addresses (.env.example), whatever .env says.
+ *   node test/run.ts [files]    some of them
+ */
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { globSync } from "node:fs";
+import { join } from "node:path";
+import { localEnv, root } from "./stack/env.ts";
+import { parts } from "./stack/parts.ts";
+import { running } from "./stack/process.ts";
+import { say } from "./stack/stack.ts";
+
+const env = localEnv();
+const ours = parts.some((part) => running(part.name));
+
+async function node(...args: string[]): Promise<number> {
+  const child = spawn(process.execPath, args, { cwd: root, env, stdio: "inherit" });
+  const [code] = await once(child, "close");
+  return code ?? 1;
+}
+
+// Ctrl-C reaches the children as well; what is left to do here is to stop the stack.
+for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, () => say(`make test: ${signal}, stopping`));
+
+say("test: starting the local stack (make up)");
+let code = await node(join("test", "stack", "up.ts"), "--without=real-data");
+if (code === 0) {
+  const files = process.argv.slice(2);
+  const all = globSync("test/**/*.test.ts", { cwd: root }).sort();
+  say(`test: ${files.length || all.length} files, two at a time`);
+  code = await node("--test", "--test-concurrency=2", ...(files.length ? files : all));
+}
+if (!ours) await node(join("test", "stack", "down.ts"));
+process.exit(code);
