@@ -17,7 +17,6 @@
 import {
   compareCounts,
   createStaging,
-  dropStaging,
   isTransient,
   loadLines,
   mergeStaging,
@@ -67,12 +66,11 @@ await main(import.meta, async () => {
       if (!chunk) break;
       const done = await withRetry(run, isTransient, async (attempt) => {
         if (chunk.rows === 0) return noRows;
-        const staging = await createStaging(run, destination, attempt);
+        await using staging = await createStaging(run, destination, attempt);
         await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, chunk);
         const loaded = await loadLines(run, destination, staging, rows);
         compareCounts(rows.sent.rows, loaded);
         const merged = await mergeStaging(run, destination, staging);
-        await dropStaging(run, destination, staging);
         return { ...rows.sent, ...merged };
       });
       await advance(run, chunk);

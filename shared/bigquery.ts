@@ -56,15 +56,30 @@ export async function openDestination(env: BigQueryEnv, contract: Contract, vers
   return { bigquery, contract, dataset, table, version };
 }
 
-/** Creates the staging table of one attempt, with the contract's fields and an expiry. Returns its name. */
-export async function createStaging(run: Run, to: Destination, attempt: number): Promise<string> {
-  const staging = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
-  await to.bigquery.dataset(to.dataset).createTable(staging, {
+export interface Staging extends AsyncDisposable {
+  name: string;
+}
+
+/**
+ * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
+ * well or not; where that fails it is left to its expiry.
+ */
+export async function createStaging(run: Run, to: Destination, attempt: number): Promise<Staging> {
+  const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
+  const [table] = await to.bigquery.dataset(to.dataset).createTable(name, {
     description: `Rows of run ${run.id} on their way to ${to.table}. Nothing reads it; it deletes itself.`,
     schema: { fields: to.contract.fields as TableField[] },
     expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
   });
-  return staging;
+  const drop = async (): Promise<void> => {
+    try {
+      await table.delete({ ignoreNotFound: true });
+    } catch (error) {
+      const warning = `staging table ${name} was not dropped and expires in ${STAGING_HOURS} h`;
+      run.log("warning", { warning, error: (error as Error).message });
+    }
+  };
+  return { name, [Symbol.asyncDispose]: drop };
 }
 
 /**
@@ -72,11 +87,11 @@ export async function createStaging(run: Run, to: Destination, attempt: number):
  * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare
  * this with the rows sent.
  */
-export async function loadLines(run: Run, to: Destination, staging: string, rows: RowStream): Promise<number> {
-  const jobId = `etl_${staging}_load`;
+export async function loadLines(run: Run, to: Destination, staging: Staging, rows: RowStream): Promise<number> {
+  const jobId = `etl_${staging.name}_load`;
   const upload = to.bigquery
     .dataset(to.dataset)
-    .table(staging)
+    .table(staging.name)
     .createWriteStream({
       jobId,
       sourceFormat: "NEWLINE_DELIMITED_JSON",
@@ -126,13 +141,17 @@ export function mergeStatement(contract: Contract, target: string, staging: stri
 export async function mergeStaging(
   run: Run,
   to: Destination,
-  staging: string,
+  staging: Staging,
 ): Promise<{ inserted: number; updated: number }> {
   const at = (table: string): string => `\`${to.bigquery.projectId}.${to.dataset}.${table}\``;
-  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, at(to.table), at(staging), to.version)}`;
-  const jobId = `etl_${staging}_merge`;
+  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, at(to.table), at(staging.name), to.version)}`;
+  const jobId = `etl_${staging.name}_merge`;
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
-  const [job] = await to.bigquery.createQueryJob({ query, jobId, useLegacySql: false, labels: labels(run) });
+  const created = to.bigquery.createQueryJob({ query, jobId, useLegacySql: false, labels: labels(run) });
+  const [job] = await created.catch((error: { code?: number }) => {
+    if (error.code === 409) return [to.bigquery.job(jobId)]; // the client asked again, since the first answer got lost
+    throw error;
+  });
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [metadata] = await job.getMetadata();
   if (metadata.status?.state !== "DONE" || metadata.status.errorResult) {
@@ -142,18 +161,6 @@ export async function mergeStaging(
   }
   const { insertedRowCount, updatedRowCount } = metadata.statistics.query.dmlStats;
   return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
-}
-
-/** Drops the staging table; where that fails it is left to its expiry. */
-export async function dropStaging(run: Run, to: Destination, staging: string): Promise<void> {
-  try {
-    await to.bigquery.dataset(to.dataset).table(staging).delete({ ignoreNotFound: true });
-  } catch (error) {
-    run.log("warning", {
-      warning: `staging table ${staging} was not dropped and expires in ${STAGING_HOURS} h`,
-      error: (error as Error).message,
-    });
-  }
 }
 
 function labels(run: Run): Record<string, string> {

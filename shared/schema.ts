@@ -89,73 +89,83 @@ export function readSelect(pipeline: string): string {
   return readFileSync(join(root, `sql/${pipeline}.sql`), "utf8");
 }
 
+/** A column of the source table. */
+interface TableColumn {
+  relation: number;
+  number: number;
+  name: string;
+  /** Postgres's name of the type, without modifiers, for example numeric. */
+  type: string;
+  notnull: boolean;
+  /** As declared, for example numeric(12,2). */
+  declared: string;
+}
+
+/** A column that the SELECT returns, and the table's column that it is, unless it is an expression. */
+interface Column {
+  name: string;
+  type: string;
+  of: TableColumn | undefined;
+}
+
 /**
  * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
  * contract does not know is a warning and a metric.
  * @returns the SELECT to copy: the contract's fields, each written as its BigQuery type reads it.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function checkSource(run: Run, contract: Contract, { table, cursor, select }: Source): Promise<string> {
-  const { source } = run;
+export async function checkSource(run: Run, contract: Contract, source: Source): Promise<string> {
+  const { table, cursor, select } = source;
+  const columns = await readColumns(run.source, table);
+  const { found, missing } = await describeSelect(run.source, select, columns);
   const faults: string[] = [];
-  const [relation] = await source<{ oid: number | null; rls: boolean; readable: boolean }[]>`
-    select to_regclass(${table})::oid as oid, row_security_active(to_regclass(${table})::oid) as rls,
-           has_table_privilege(to_regclass(${table})::oid, 'select') as readable`;
-  if (!relation?.oid)
-    throw new UsageError(
-      `source table ${table}: there is no such table, or it may not be seen. Is SOURCE_DATABASE_URL the right database?`,
-    );
-  if (relation.rls) {
-    throw new UsageError(
-      `source table ${table}: row-level security would hide rows from this role. Run as a superuser: alter role … bypassrls; or alter table ${table} disable row level security;`,
-    );
-  }
-  const columns = await source<{ name: string; notnull: boolean; type: string }[]>`
-    select attname as name, attnotnull as notnull, format_type(atttypid, atttypmod) as type
-    from pg_attribute where attrelid = ${relation.oid} and attnum > 0 and not attisdropped order by attnum`;
-  const unknown = columns
-    .filter(({ name }) => !contract.fields.some((field) => field.name === name))
-    .map(({ name }) => name);
-  const named = new Map(columns.map((column) => [column.name, column]));
-
-  const found = await describe(source, table, select, named, contract, unknown);
+  const fault = (column: string, expected: string, is: string): void =>
+    void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
   for (const field of contract.fields) {
-    const type = found.get(field.name);
-    const writable = type && types[type]?.[apiType(field.type)];
-    if (!type)
-      faults.push(
-        `column ${table}.${field.name}: expected ${field.type} (${contract.file}), found no such column in the SELECT`,
-      );
-    else if (!writable)
-      faults.push(
-        `column ${table}.${field.name}: expected ${field.type} (${contract.file}), found ${type}, which it cannot hold`,
-      );
-    else if (field.mode === "REQUIRED" && named.get(field.name)?.notnull === false) {
-      faults.push(
-        `column ${table}.${field.name}: expected NOT NULL (mode REQUIRED in ${contract.file}), found a nullable column`,
-      );
-    }
+    const column = found.find(({ name }) => name === field.name);
+    const expected = `${describeField(field)} (${contract.file})`;
+    if (!column) {
+      if (!missing || missing === field.name || !columns.some(({ name }) => name === field.name))
+        fault(field.name, expected, "no such column");
+    } else if (!types[column.type]?.[apiType(field.type)])
+      fault(field.name, expected, `${column.type}, which it cannot hold`);
+    else if (!fits(column, field))
+      fault(field.name, expected, `${column.of?.declared ?? column.type}, which it cannot hold`);
+    else if (field.mode === "REQUIRED" && column.of?.notnull === false)
+      fault(field.name, expected, "a nullable column");
   }
-  for (const name of found.keys()) {
-    if (!contract.fields.some((field) => field.name === name)) {
-      faults.push(`column ${table}.${name}: the SELECT returns it, but ${contract.file} has no such field`);
-    }
+  for (const { name } of found) {
+    if (!contract.fields.some((field) => field.name === name))
+      fault(name, `no such field (${contract.file})`, "it in the SELECT");
   }
-  const cursorColumn = named.get(cursor);
-  if (cursorColumn && cursorColumn.type !== "timestamp with time zone") {
-    faults.push(`cursor column ${table}.${cursor}: expected timestamp with time zone, found ${cursorColumn.type}`);
-  } else if (cursorColumn && !cursorColumn.notnull) {
-    faults.push(
-      `cursor column ${table}.${cursor}: expected NOT NULL, found a nullable column; a row without it would never be read. Run: alter table ${table} alter ${cursor} set not null;`,
+  const at = columns.find(({ name }) => name === cursor);
+  if (at?.type !== "timestamptz") fault(cursor, "timestamptz, since it is the cursor", at?.type ?? "no such column");
+  else if (!at.notnull) {
+    fault(
+      cursor,
+      "NOT NULL, since it is the cursor and a row without it would never be read",
+      `a nullable column. Run: alter table ${table} alter ${cursor} set not null;`,
     );
-  } else if (cursorColumn) {
-    const infinite = await source.unsafe(`select from ${table} where "${cursor}" in ('infinity', '-infinity') limit 1`);
+  } else {
+    const infinite = await run.source.unsafe(
+      `select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`,
+    );
     if (infinite.count)
-      faults.push(
-        `cursor column ${table}.${cursor}: holds infinity or -infinity in at least one row, which no window ends after. Give those rows a time.`,
+      fault(
+        cursor,
+        "finite times, since it is the cursor",
+        "infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
       );
   }
-  if (faults.length) throw new UsageError(schemaFaults(contract, "source", faults, unknown));
+  const unknown = columns
+    .map(({ name }) => name)
+    .filter(
+      (name) => !contract.fields.some((field) => field.name === name) && !found.some(({ of }) => of?.name === name),
+    );
+  if (faults.length || missing) {
+    if (!faults.length) faults.push(`sql/${contract.pipeline}.sql: column "${missing}" does not exist`);
+    throw new UsageError(schemaFaults(contract, "source", faults, unknown));
+  }
   run.unknownColumns = unknown;
   if (unknown.length) {
     run.log("warning", {
@@ -166,39 +176,70 @@ export async function checkSource(run: Run, contract: Contract, { table, cursor,
   return castSelect(contract, select, found);
 }
 
-/** Name → Postgres type of the columns that the SELECT returns. */
-async function describe(
+async function readColumns(source: Sql, table: string): Promise<TableColumn[]> {
+  const [relation] = await source<{ oid: number | null; rls: boolean; readable: boolean; role: string }[]>`
+    select oid, row_security_active(oid) as rls, has_table_privilege(oid, 'select') as readable, current_user as role
+    from (select to_regclass(${table})::oid as oid) relation`;
+  if (!relation?.oid)
+    throw new UsageError(
+      `source table ${table}: there is no such table, or it may not be seen. Is SOURCE_DATABASE_URL the right database?`,
+    );
+  const { role } = relation;
+  if (!relation.readable)
+    throw new UsageError(
+      `source table ${table}: role ${role} may not read it. Run as a superuser: grant select on ${table} to ${role};`,
+    );
+  if (relation.rls) {
+    throw new UsageError(
+      `source table ${table}: row-level security would hide rows from role ${role}. Run as a superuser: alter role ${role} bypassrls; or alter table ${table} disable row level security;`,
+    );
+  }
+  return await source<TableColumn[]>`
+    select attrelid as relation, attnum as number, attname as name, typname as type, attnotnull as notnull, format_type(atttypid, atttypmod) as declared
+    from pg_attribute join pg_type on pg_type.oid = atttypid
+    where attrelid = ${relation.oid} and attnum > 0 and not attisdropped order by attnum`;
+}
+
+/** The columns that the SELECT returns, and which of the table's they are; or the one that it names and the table has not. */
+async function describeSelect(
   source: Sql,
-  table: string,
   select: string,
-  named: Map<string, unknown>,
-  contract: Contract,
-  unknown: string[],
-): Promise<Map<string, string>> {
+  columns: TableColumn[],
+): Promise<{ found: Column[]; missing?: string }> {
   try {
-    const { columns } = await source.unsafe(select).describe();
-    const oids = columns.map((column) => column.type);
+    const described = await source.unsafe(select).describe();
     const names = await source<{ oid: number; name: string }[]>`
-      select oid, typname as name from pg_type where oid = any(${`{${oids.join()}}`}::text::oid[])`;
-    const byOid = new Map(names.map(({ oid, name }) => [oid, name]));
-    return new Map(columns.map((column) => [column.name, byOid.get(column.type) ?? `type ${column.type}`]));
+      select oid, typname as name from pg_type where oid = any(${`{${described.columns.map(({ type }) => type).join()}}`}::text::oid[])`;
+    const found = described.columns.map(({ name, type, table, number }) => ({
+      name,
+      type: names.find(({ oid }) => oid === type)?.name ?? `type ${type}`,
+      of: columns.find((column) => column.relation === table && column.number === number),
+    }));
+    return { found };
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
     if (code !== "42703") throw error; // undefined_column
-    const missing = contract.fields.filter((field) => !named.has(field.name));
-    const faults = missing.map(
-      (field) => `column ${table}.${field.name}: expected ${field.type} (${contract.file}), found no such column`,
-    );
-    throw new UsageError(
-      schemaFaults(contract, "source", faults.length ? faults : [`sql/${contract.pipeline}.sql: ${message}`], unknown),
-    );
+    return { found: [], missing: /column "?(?:\w+\.)?(.*?)"? does not exist/.exec(message)?.[1] ?? message };
   }
 }
 
-function castSelect(contract: Contract, select: string, found: Map<string, string>): string {
+/** Whether a NUMERIC field holds every value of the column, as declared: BigQuery would round or refuse the others. */
+function fits({ type: source, of }: Column, { type, precision, scale }: Field): boolean {
+  if (source !== "numeric" || apiType(type) === "STRING") return true;
+  const limit = precision ? [Number(precision), Number(scale ?? 0)] : apiType(type) === "NUMERIC" ? [38, 9] : [76, 38];
+  const declared = /^numeric\((\d+),(-?\d+)\)$/
+    .exec(of?.declared ?? "")
+    ?.slice(1)
+    .map(Number);
+  if (!declared) return precision === undefined; // any numeric: only a field without limits of its own may take it
+  const [[digits = 0, decimals = 0], [ours = 0, oursDecimals = 0]] = [declared, limit];
+  return decimals <= oursDecimals && digits - decimals <= ours - oursDecimals;
+}
+
+function castSelect(contract: Contract, select: string, found: Column[]): string {
   const key = contract.key.map((name) => `'${name}=' || ${quote(name)}`).join(" || ', ' || ");
   const columns = contract.fields.map((field) => {
-    const type = found.get(field.name) as string;
+    const type = found.find(({ name }) => name === field.name)?.type as string;
     const write = types[type]?.[apiType(field.type)] as (column: string) => string;
     const column = quote(field.name);
     const values = refused[type]?.map((value) => `'${value}'`).join(", ");

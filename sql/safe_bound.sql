@@ -9,15 +9,21 @@
 -- see has committed or begins later. now() is fixed before pg_stat_activity is scanned; clock_timestamp() would be read
 -- after it, and lose rows. The lag covers the instant between a transaction's start and its being listed.
 --
--- Left out: autovacuum workers and walsenders, which write no rows, and sessions of the reading role, which may not.
+-- Left out: autovacuum workers and walsenders, which write no rows, and sessions of the reading role, if it may not.
 with settings as (
-  select make_interval(secs => current_setting('etl.lag_seconds')::float8) as lag
+  select
+    make_interval(secs => current_setting('etl.lag_seconds')::float8) as lag,
+    exists (
+      select from pg_class
+      where relkind in ('r', 'p') and relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+        and has_table_privilege(oid, 'insert, update')
+    ) as role_writes
 ), others as (
   select pid, application_name, usename, state, backend_type, xact_start
-  from pg_stat_activity
+  from pg_stat_activity, settings
   where datname = current_database()
     and pid <> pg_backend_pid()
-    and usename is distinct from current_user
+    and (role_writes or usename is distinct from current_user)
     and backend_type is distinct from 'autovacuum worker'
     and backend_type is distinct from 'walsender'
 ), oldest as (

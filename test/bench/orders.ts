@@ -6,14 +6,7 @@ import { execFile, spawnSync } from "node:child_process";
 import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { promisify } from "node:util";
-import {
-  compareCounts,
-  createStaging,
-  dropStaging,
-  loadLines,
-  mergeStaging,
-  openDestination,
-} from "../../shared/bigquery.ts";
+import { compareCounts, createStaging, loadLines, mergeStaging, openDestination } from "../../shared/bigquery.ts";
 import { copyJsonLines } from "../../shared/postgres.ts";
 import { table, thousands } from "../../shared/progress.ts";
 import { runPipeline } from "../../shared/run.ts";
@@ -100,7 +93,7 @@ await runPipeline("orders", env, async (run) => {
   const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
   compareCounts(stream.sent.rows, loaded);
   const [merge] = await timed(() => mergeStaging(run, destination, staging));
-  const [drop] = await timed(() => dropStaging(run, destination, staging));
+  const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());
   const total = create + load + merge + drop;
   const part = (seconds: number): { seconds: string; share: string } => ({
     seconds: seconds.toFixed(2),
