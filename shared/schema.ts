@@ -117,17 +117,16 @@ interface Column {
 export async function checkSource(run: Run, contract: Contract, source: Source): Promise<string> {
   const { table, cursor, select } = source;
   const columns = await readColumns(run.source, table);
-  const { found, missing } = await describeSelect(run.source, select, columns);
+  const known = (name: string): boolean => contract.fields.some((field) => field.name === name);
+  const { found, missing } = await describeSelect(run.source, select, columns, known);
   const faults: string[] = [];
   const fault = (column: string, expected: string, is: string): void =>
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
   for (const field of contract.fields) {
     const column = found.find(({ name }) => name === field.name);
     const expected = `${describeField(field)} (${contract.file})`;
-    if (!column) {
-      if (!missing || missing === field.name || !columns.some(({ name }) => name === field.name))
-        fault(field.name, expected, "no such column");
-    } else if (!types[column.type]?.[apiType(field.type)])
+    if (!column) fault(field.name, expected, "no such column");
+    else if (!types[column.type]?.[apiType(field.type)])
       fault(field.name, expected, `${column.type}, which it cannot hold`);
     else if (!fits(column, field))
       fault(field.name, expected, `${column.of?.declared ?? column.type}, which it cannot hold`);
@@ -135,8 +134,7 @@ export async function checkSource(run: Run, contract: Contract, source: Source):
       fault(field.name, expected, "a nullable column");
   }
   for (const { name } of found) {
-    if (!contract.fields.some((field) => field.name === name))
-      fault(name, `no such field (${contract.file})`, "it in the SELECT");
+    if (!known(name)) fault(name, `no such field (${contract.file})`, "it in the SELECT");
   }
   const at = columns.find(({ name }) => name === cursor);
   if (at?.type !== "timestamptz") fault(cursor, "timestamptz, since it is the cursor", at?.type ?? "no such column");
@@ -159,9 +157,7 @@ export async function checkSource(run: Run, contract: Contract, source: Source):
   }
   const unknown = columns
     .map(({ name }) => name)
-    .filter(
-      (name) => !contract.fields.some((field) => field.name === name) && !found.some(({ of }) => of?.name === name),
-    );
+    .filter((name) => !known(name) && !found.some(({ of }) => of?.name === name));
   if (faults.length || missing) {
     if (!faults.length) faults.push(`sql/${contract.pipeline}.sql: column "${missing}" does not exist`);
     throw new UsageError(schemaFaults(contract, "source", faults, unknown));
@@ -205,6 +201,7 @@ async function describeSelect(
   source: Sql,
   select: string,
   columns: TableColumn[],
+  known: (name: string) => boolean,
 ): Promise<{ found: Column[]; missing?: string }> {
   try {
     const described = await source.unsafe(select).describe();
@@ -219,7 +216,9 @@ async function describeSelect(
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
     if (code !== "42703") throw error; // undefined_column
-    return { found: [], missing: /column "?(?:\w+\.)?(.*?)"? does not exist/.exec(message)?.[1] ?? message };
+    // The other columns are still worth checking, as the table has them.
+    const found = columns.filter(({ name }) => known(name)).map((of) => ({ name: of.name, type: of.type, of }));
+    return { found, missing: /column "?(?:\w+\.)?(.*?)"? does not exist/.exec(message)?.[1] ?? message };
   }
 }
 
@@ -280,7 +279,9 @@ function describeField({ type, mode, precision, scale }: TableField): string {
 }
 
 function schemaFaults(contract: Contract, side: string, faults: string[], unknown: string[]): string {
-  const renamed = unknown.length ? `\n  not in the contract: ${unknown.join(", ")} (was a column renamed?)` : "";
+  const renamed = unknown.length
+    ? `\n  not in the contract: ${unknown.join(", ")}${faults.some((fault) => fault.endsWith("no such column")) ? " (was a column renamed?)" : ""}`
+    : "";
   const next =
     side === "source"
       ? `Bring the source, sql/${contract.pipeline}.sql and ${contract.file} together`

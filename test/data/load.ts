@@ -130,11 +130,11 @@ async function stateOf(sql: postgres.Sql, table: Table, rows: number): Promise<S
 /** Streams a table from extract.py into COPY; memory does not grow with the rows. */
 async function copy(sql: postgres.TransactionSql, table: Table, rows: number): Promise<void> {
   const script = join(import.meta.dirname, "extract.py");
+  const target = await sql.unsafe(`copy public.${table} (${dataSet[table].columns}) from stdin`).writable();
   const child = spawn(python, ["-IB", script, table, String(rows)], { stdio: ["ignore", "pipe", "inherit"] });
   const exit = once(child, "exit") as Promise<[number | null, string | null]>;
   // It is awaited after the stream; until then a failed start must not count as unhandled.
   exit.catch(() => {});
-  const target = await sql.unsafe(`copy public.${table} (${dataSet[table].columns}) from stdin`).writable();
   try {
     await pipeline(child.stdout, target, { end: false });
     const [code, signal] = await exit;

@@ -5,8 +5,7 @@ import { type Install, run } from "./install.ts";
 import { stackPath } from "./stack.ts";
 
 export const goDir = join(import.meta.dirname, "go");
-export const needsGo =
-  "Install Go 1.24 or later (Debian: golang-go of backports; or the archive from Go's download page)";
+export const needsGo = "Install Go 1.21 or later: one older than go/go.mod asks for (1.26) fetches that itself";
 
 /** `package` is the import path of a `tool` line of go/go.mod. */
 export const goProgram = (name: string, path: string): Install => ({
