@@ -47,16 +47,12 @@ export function redact(message: string): string {
   return result;
 }
 
-function number(least: number): Reader<number> {
+function number(least: number, most: number, whole = true): Reader<number> {
   return (value) => {
-    if (!/^\d+(\.\d+)?$/.test(value) || Number(value) < least) throw new Error(`must be a number, at least ${least}`);
-    return Number(value);
-  };
-}
-
-function count(least: number): Reader<number> {
-  return (value) => {
-    if (!/^\d+$/.test(value) || Number(value) < least) throw new Error(`must be a whole number, at least ${least}`);
+    const form = whole ? /^\d+$/ : /^\d+(\.\d+)?$/;
+    if (!form.test(value) || Number(value) < least || Number(value) > most) {
+      throw new Error(`must be a ${whole ? "whole " : ""}number from ${least} to ${most}`);
+    }
     return Number(value);
   };
 }
@@ -112,9 +108,9 @@ const variables = {
     "http://pushgateway.example.com:9091",
     url("http:", "https:"),
   ),
-  WATERMARK_LAG_SECONDS: variable("rows younger than this are left for the next run", "5", number(0), 5),
-  CHUNK_ROWS: variable("rows a chunk", "250000", count(1), 250_000),
-  RUN_TIMEOUT_SECONDS: variable("the deadline of a run", "1800", number(1), 1800),
+  WATERMARK_LAG_SECONDS: variable("rows younger than this are left for the next run", "5", number(0, 86_400, false), 5),
+  CHUNK_ROWS: variable("rows a chunk", "250000", number(1, 100_000_000), 250_000),
+  RUN_TIMEOUT_SECONDS: variable("the deadline of a run", "1800", number(1, 604_800, false), 1800),
   FROM: variable<string | undefined>("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
   TO: variable<string | undefined>("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
   PIPELINE: variable("the pipeline's name", "orders", name),

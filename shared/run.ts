@@ -75,8 +75,8 @@ export interface Run {
   /** The window and the watermark, once known, for the record and the metrics. */
   window?: Window;
   watermark?: string;
-  /** Columns of the source table that the contract does not know. */
-  unknownColumns: string[];
+  /** Columns of the source table that the contract does not know, once they have been compared. */
+  unknownColumns?: string[];
 }
 
 /**
@@ -162,7 +162,6 @@ function createRun(
     seconds: () => Math.round(performance.now() - started) / 1000,
     state: "new",
     totals: { chunks: 0, rows: 0, bytes: 0 },
-    unknownColumns: [],
   };
   return { run, undos, settle: () => clearTimeout(timer) };
 }
@@ -181,10 +180,8 @@ async function within5s(promise: Promise<unknown>): Promise<void> {
 
 async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
   const now = Date.now() / 1000;
-  const metrics: Metrics = {
-    etl_last_run_timestamp_seconds: now,
-    etl_unknown_source_columns: run.unknownColumns.length,
-  };
+  const metrics: Metrics = { etl_last_run_timestamp_seconds: now };
+  if (run.unknownColumns) metrics.etl_unknown_source_columns = run.unknownColumns.length;
   if (run.window) metrics.etl_watermark_hold_seconds = run.window.holdSeconds;
   if (failed) metrics.etl_last_failure_timestamp_seconds = now;
   else {

@@ -1,0 +1,90 @@
+import assert from "node:assert/strict";
+import { execFile } from "node:child_process";
+import { globSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { test } from "node:test";
+import { promisify } from "node:util";
+import { localEnv, root } from "./stack/env.ts";
+
+const readme = readFileSync(join(root, "README.md"), "utf8");
+
+/** Numbers, times and run ids differ from run to run; everything else of a sample must not. */
+function shape(text: string): string {
+  return text
+    .replaceAll(/run=\w+/g, "run=N")
+    .replaceAll(/\d[\d,.:T+-]*(?=\s|$)/gm, "N")
+    .replaceAll(/=\d\S*/g, "=N")
+    .replaceAll(/(\d+[dhms] ?)+/g, "N ")
+    .replaceAll(/ +/g, " ")
+    .trim();
+}
+
+test("every command in the README's shell blocks works, and its sample outputs are what they print", async () => {
+  const blocks = [...readme.matchAll(/^```sh\n([\s\S]*?)^```$/gm)].map(([, block]) => block as string);
+  const commands = blocks.flatMap((block) => block.split("\n")).map((line) => line.replace(/\s+#.*$/, ""));
+  let output = "";
+  for (const command of commands.filter((line) => line && line !== "make test")) {
+    // As a newcomer's shell would, on the local stack whatever .env says.
+    const { stdout, stderr } = await promisify(execFile)("bash", ["-ec", command], {
+      cwd: root,
+      env: localEnv() as NodeJS.ProcessEnv,
+      maxBuffer: 100 * 1024 * 1024,
+    });
+    output += `${stderr}${stdout}\n`;
+  }
+  assert.ok(commands.includes("make demo") && commands.includes("make test"));
+  const printed = new Set(output.split("\n").map(shape));
+  const samples = [...readme.matchAll(/^<!-- sample: (\w+) -->\n```\n([\s\S]*?)^```$/gm)];
+  assert.deepEqual(
+    samples.map(([, name]) => name),
+    ["demo", "log", "status"],
+  );
+  for (const [, name, sample] of samples) {
+    for (const line of (sample as string).trim().split("\n")) {
+      assert.ok(
+        printed.has(shape(line)),
+        `sample "${name}": no command printed a line like\n${line}\nthat is\n${shape(line)}`,
+      );
+    }
+  }
+});
+
+test("every make target that the README, the runbook and the scripts name is there", () => {
+  const targets = new Set(
+    [...readFileSync(join(root, "Makefile"), "utf8").matchAll(/^([a-z-]+):/gm)].map(([, name]) => name),
+  );
+  for (const file of [
+    "README.md",
+    ".env.example",
+    ...globSync(["ops/*", "scripts/**/*.ts", "shared/*.ts"], { cwd: root }),
+  ]) {
+    for (const [, name] of readFileSync(join(root, file), "utf8").matchAll(
+      /\bmake ([a-z]+(?:-[a-z]+)*)\b(?=[ `;:.,)]|$)/gm,
+    )) {
+      if (["one", "it", "sure"].includes(name as string)) continue;
+      assert.ok(targets.has(name), `${file} names make ${name}`);
+    }
+  }
+});
+
+test("every test that the README names beside a promise is there", () => {
+  const tests = new Map(
+    globSync("test/**/*.test.ts", { cwd: root }).map((file) => [file, readFileSync(join(root, file), "utf8")]),
+  );
+  const rows = [...readme.matchAll(/^\| .*? \| (test\/\S+\.test\.\w+): (.*) \|$/gm)];
+  assert.ok(rows.length >= 10);
+  for (const [, file, names] of rows) {
+    for (const name of (names as string).split("; "))
+      assert.ok(tests.get(file as string)?.includes(name), `${file} has no test "${name}"`);
+  }
+});
+
+test("every variable of .env.example is in the README's table or belongs to a later pipeline, and the other way round", () => {
+  const example = new Set(readFileSync(join(root, ".env.example"), "utf8").match(/^[A-Z_]+(?==)/gm));
+  for (const name of readFileSync(join(root, "shared/env.ts"), "utf8").match(/^ {2}([A-Z_]+)(?=: variable)/gm) ?? []) {
+    const variable = name.trim();
+    if (["FROM", "TO", "PIPELINE", "JSON", "DRY_RUN"].includes(variable)) continue;
+    assert.ok(example.has(variable), `.env.example has no ${variable}`);
+    assert.ok(readme.includes(`\`${variable}\``), `README has no ${variable}`);
+  }
+});
