@@ -48,7 +48,14 @@ export async function openDestination(env: BigQueryEnv, contract: Contract, vers
     const [metadata] = await bigquery.dataset(dataset).table(table).getMetadata();
     checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
   } catch (error) {
-    if ((error as { code?: number }).code !== 404) throw error;
+    const { code, message } = error as { code?: number; message: string };
+    if (code !== 404 && !(error instanceof UsageError)) {
+      const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
+      throw new Error(
+        `cannot read the destination table ${dataset}.${table}: ${message}. Check ${at}; for the local stack: make up`,
+      );
+    }
+    if (code !== 404) throw error;
     throw new UsageError(
       `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table} does not exist. Run: make migrate`,
     );

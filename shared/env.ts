@@ -72,14 +72,18 @@ export function readTimestamp(value: string): string {
   const match = form.exec(value.trim());
   if (!match) throw new Error("must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z");
   const [year, month, day, hour, minute, second] = match.slice(1, 7).map((part) => Number(part ?? 0)) as number[];
-  const utc = new Date(Date.UTC(year ?? 0, (month ?? 0) - 1, day, hour, minute, second));
+  const utc = new Date(0); // Date.UTC() would take the years 0 to 99 for 1900 to 1999
+  utc.setUTCFullYear(year ?? 0, (month ?? 0) - 1, day);
+  utc.setUTCHours(hour ?? 0, minute, second);
   if (utc.getUTCDate() !== day || utc.getUTCMonth() + 1 !== month) throw new Error("is not a date of the calendar");
   if ((hour ?? 0) > 23 || (minute ?? 0) > 59 || (second ?? 0) > 59) throw new Error("is not a time of the day");
   const zone = /^([+-])(\d\d):?(\d\d)?$/.exec(match[8] ?? "Z");
   if (zone) {
+    if (Number(zone[2]) > 15 || Number(zone[3] ?? 0) > 59) throw new Error("is not a time zone's offset");
     const minutes = Number(zone[2]) * 60 + Number(zone[3] ?? 0);
     utc.setUTCMinutes(utc.getUTCMinutes() - (zone[1] === "-" ? -minutes : minutes));
   }
+  if (utc.getUTCFullYear() < 1 || utc.getUTCFullYear() > 9999) throw new Error("is not in the years 0001 to 9999");
   return `${utc.toISOString().slice(0, 19)}.${(match[7] ?? "").padEnd(6, "0")}+00`;
 }
 

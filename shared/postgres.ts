@@ -124,7 +124,12 @@ export async function copyJsonLines(
   const copy = `/* ${options.application} */ copy (select row_to_json(line) from (${select}) line) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`;
   async function* lines(): AsyncGenerator<Buffer> {
     try {
-      const rows: Readable = await session.unsafe(copy).readable();
+      const query = session.unsafe(copy) as ReturnType<Sql["unsafe"]> & { resolve(rows: Readable): void };
+      // An error in one packet with the first rows is emitted before an await goes on: a listener must be there by then.
+      const { resolve } = query;
+      query.resolve = (rows) => resolve(rows.on("error", () => {}));
+      const rows: Readable = await query.readable();
+      if (rows.errored) throw rows.errored;
       // postgres.js hands over one CopyData message, which is one row, at a time.
       yield* rows.compose(gather(sent)) as AsyncIterable<Buffer>;
     } catch (error) {

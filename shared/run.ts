@@ -26,7 +26,7 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
   try {
     if (argument !== undefined)
       throw new UsageError(
-        `unknown argument ${argument}: arguments are given as variables, FROM=… TO=…; --help explains.`,
+        `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
       );
     await body();
   } catch (error) {

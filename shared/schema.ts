@@ -64,15 +64,32 @@ const types: Record<string, Record<string, (column: string) => string>> = {
   bytea: { BYTES: asBase64 },
 };
 
-/** Types whose special values have no place in the BigQuery type; a row that holds one is refused by name. */
-const refused: Record<string, string[]> = {
-  numeric: ["NaN", "Infinity", "-Infinity"],
-  float4: ["NaN", "Infinity", "-Infinity"],
-  float8: ["NaN", "Infinity", "-Infinity"],
-  date: ["infinity", "-infinity"],
-  timestamp: ["infinity", "-infinity"],
-  timestamptz: ["infinity", "-infinity"],
+/**
+ * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
+ * refuse it without naming the row. A row that holds one is refused by name.
+ */
+const special = (column: string): string => `${column} in ('NaN', 'Infinity', '-Infinity')`;
+const outside = (column: string): string => `not ${column} >= '0001-01-01' or not ${column} < '10000-01-01'`;
+const refused: Record<string, (column: string, field: Field, declared?: string) => string> = {
+  numeric: (column, field, declared) => {
+    if (declared && declared !== "numeric") return `${column} = 'NaN'`; // fits() has compared what it is declared as
+    const [digits, decimals] = numericSize(field);
+    return `not abs(${column}) < 1e${digits - decimals} or ${column} <> round(${column}, ${decimals})`; // NaN is above every number
+  },
+  float4: special,
+  float8: special,
+  date: outside,
+  time: (column) => `${column} = '24:00:00'`,
+  timestamp: outside,
+  timestamptz: outside,
+  json: (column) => String.raw`${column}::text ~ '(^|[^\\])(\\\\)*\\u0000'`,
 };
+
+/** Digits in all and after the point that a NUMERIC or BIGNUMERIC field holds. */
+function numericSize({ type, precision, scale }: Field): [number, number] {
+  if (precision) return [Number(precision), Number(scale ?? 0)];
+  return apiType(type) === "NUMERIC" ? [38, 9] : [76, 38];
+}
 
 /** BigQuery's API answers with the legacy names; a contract may use the SQL ones. */
 const apiNames: Record<string, string> = { INT64: "INTEGER", FLOAT64: "FLOAT", BOOL: "BOOLEAN" };
@@ -222,29 +239,25 @@ async function describeSelect(
   }
 }
 
-/** Whether a NUMERIC field holds every value of the column, as declared: BigQuery would round or refuse the others. */
-function fits({ type: source, of }: Column, { type, precision, scale }: Field): boolean {
-  if (source !== "numeric" || apiType(type) === "STRING") return true;
-  const limit = precision ? [Number(precision), Number(scale ?? 0)] : apiType(type) === "NUMERIC" ? [38, 9] : [76, 38];
-  const declared = /^numeric\((\d+),(-?\d+)\)$/
-    .exec(of?.declared ?? "")
-    ?.slice(1)
-    .map(Number);
-  if (!declared) return precision === undefined; // any numeric: only a field without limits of its own may take it
-  const [[digits = 0, decimals = 0], [ours = 0, oursDecimals = 0]] = [declared, limit];
-  return decimals <= oursDecimals && digits - decimals <= ours - oursDecimals;
+/** Whether a NUMERIC field holds every value of the column, as declared; one declared without a size is looked at row by row. */
+function fits({ type, of }: Column, field: Field): boolean {
+  const declared = /^numeric\((\d+),(-?\d+)\)$/.exec(of?.declared ?? "");
+  if (type !== "numeric" || !declared || apiType(field.type) === "STRING") return true;
+  const [digits, decimals] = numericSize(field);
+  return Number(declared[2]) <= decimals && Number(declared[1]) - Number(declared[2]) <= digits - decimals;
 }
 
 function castSelect(contract: Contract, select: string, found: Column[]): string {
   const key = contract.key.map((name) => `'${name}=' || ${quote(name)}`).join(" || ', ' || ");
   const columns = contract.fields.map((field) => {
-    const type = found.find(({ name }) => name === field.name)?.type as string;
+    const from = found.find(({ name }) => name === field.name);
+    const type = from?.type ?? "";
     const write = types[type]?.[apiType(field.type)] as (column: string) => string;
     const column = quote(field.name);
-    const values = refused[type]?.map((value) => `'${value}'`).join(", ");
-    if (!values || apiType(field.type) === "STRING") return `${write(column)} as ${column}`;
+    const homeless = refused[type]?.(column, field, from?.of?.declared);
+    if (!homeless || apiType(field.type) === "STRING") return `${write(column)} as ${column}`;
     const message = `'column ${field.name.replaceAll("'", "''")} of ${contract.pipeline}, row ' || ${key} || ': ' || ${column}::text`;
-    return `${write(`(case when ${column} in (${values}) then ${raise(message, type)} else ${column} end)`)} as ${column}`;
+    return `${write(`(case when ${homeless} then ${raise(message, type)} else ${column} end)`)} as ${column}`;
   });
   return `select ${columns.join(", ")} from (${select}) source`;
 }

@@ -50,7 +50,7 @@ await main(import.meta, async () => {
   });
   await etl.end();
 
-  // 2. The dataset and the tables of BigQuery. Another migrate may create one at the same moment: 409 is as good.
+  // 2. The dataset and the tables of BigQuery. Another migrate may create one at the same moment: that is as good.
   const dataset = connectBigQuery(env).dataset(env.BIGQUERY_DATASET);
   const create = async (
     what: string,
@@ -61,8 +61,9 @@ await main(import.meta, async () => {
     if (there) return;
     log({ step: would, bigquery: what });
     if (env.DRY_RUN) return;
-    await make().catch((error: { code?: number }) => {
-      if (error.code !== 409) throw error;
+    await make().catch(async (error: Error) => {
+      const [now] = await exists();
+      if (!now) throw error;
     });
   };
   await create(
