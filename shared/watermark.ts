@@ -97,9 +97,8 @@ export async function takeWindow(
   return run.window;
 }
 
-async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window> {
-  const stored = await readWatermark(etl, pipeline);
-  const bound = await readBound(source);
+/** @throws Error where open transactions of the source cannot be seen, so that no bound is safe. */
+export function checkVisible(bound: Bound): void {
   const where = `source database ${bound.database}`;
   if (bound.standby) {
     throw new Error(
@@ -116,6 +115,13 @@ async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window>
       `a session of ${where} runs with track_activities off, so its transaction cannot be seen and no bound is safe: ${bound.untracked}. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);).`,
     );
   }
+}
+
+async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window> {
+  const stored = await readWatermark(etl, pipeline);
+  const bound = await readBound(source);
+  checkVisible(bound);
+  const where = `source database ${bound.database}`;
   const identity = { system_identifier: bound.system_identifier, timeline: bound.timeline };
   const from = stored?.watermark ?? "-infinity";
   const rewind = `make rewind PIPELINE=${pipeline} TO=…`;

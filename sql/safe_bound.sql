@@ -16,20 +16,23 @@ with settings as (
     exists (
       select from pg_class
       where relkind in ('r', 'p') and relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-        and has_table_privilege(oid, 'insert, update')
+        and has_table_privilege(session_user, oid, 'insert, update')
     ) as role_writes
 ), others as (
   select pid, application_name, usename, state, backend_type, xact_start
   from pg_stat_activity, settings
   where datname = current_database()
     and pid <> pg_backend_pid()
-    and (role_writes or usename is distinct from current_user)
+    and (role_writes or usename is distinct from session_user)
     and backend_type is distinct from 'autovacuum worker'
     and backend_type is distinct from 'walsender'
 ), oldest as (
   select * from others where xact_start is not null order by xact_start limit 1
 ), prepared as (
-  select gid, owner, prepared from pg_prepared_xacts where database = current_database() order by prepared limit 1
+  select gid, owner, prepared from pg_prepared_xacts
+  -- Without columns, so tested first: one that is prepared in between must be in the one or the other.
+  where (select count(*) from others) >= 0
+    and database = current_database() order by prepared limit 1
 )
 select
   current_user as role,
@@ -40,15 +43,17 @@ select
     and not exists (select from others where backend_type is null) as sees_all,
   (select format('pid %s, application "%s", role %s', pid, application_name, usename)
    from others where state = 'disabled' limit 1) as untracked,
-  (select format('prepared transaction "%s" of role %s, prepared %s ago', gid, owner, date_trunc('second', now() - prepared))
+  (select format('prepared transaction "%s" of role %s, prepared %s ago', gid, owner, to_char(now() - prepared, 'HH24:MI:SS'))
    from prepared) as prepared,
   (select format('pid %s, application "%s", role %s, state %s, open for %s', pid, application_name, usename, state,
-                 date_trunc('second', now() - xact_start))
+                 to_char(now() - xact_start, 'HH24:MI:SS'))
    from oldest where xact_start < now() - lag) as holder,
   replace(now()::text, ' ', 'T') as now,
   replace(least(now() - lag, (select xact_start from oldest))::text, ' ', 'T') as bound,
   greatest(0, extract(epoch from now() - lag
     - coalesce((select prepared from prepared), (select xact_start from oldest))))::float8 as hold_seconds,
   (select system_identifier::text from pg_control_system()) as system_identifier,
-  (select timeline_id from pg_control_checkpoint()) as timeline
+  -- After a promotion the control file keeps the old timeline until the first checkpoint is done, which takes minutes.
+  case when pg_is_in_recovery() then (select timeline_id from pg_control_checkpoint())
+    else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end as timeline
 from settings

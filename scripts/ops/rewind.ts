@@ -51,15 +51,26 @@ await main(import.meta, async () => {
     throw new UsageError(
       `${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`,
     );
-  const [order] = await etl<
-    { ahead: boolean }[]
-  >`select ${to}::text::timestamptz > ${stored.watermark}::text::timestamptz as ahead`;
+  const bound = await readBound(source);
+  const [order] = await etl<{ ahead: boolean; clockBack: boolean }[]>`
+    select ${to}::text::timestamptz > ${stored.watermark}::text::timestamptz as ahead,
+           ${stored.watermark}::text::timestamptz > ${bound.now}::text::timestamptz as "clockBack"`;
   if (order?.ahead) {
     throw new UsageError(
       `TO=${to} is after the watermark ${stored.watermark}: a rewind goes back only, since the rows between them would never be read.`,
     );
   }
-  const bound = await readBound(source);
+  if (order?.clockBack || bound.system_identifier !== stored.system_identifier || bound.timeline !== stored.timeline) {
+    const warning =
+      "the destination may hold versions that the source has lost, dated later than the source's own: the upsert keeps them";
+    log({
+      pipeline,
+      run: runId,
+      step: "warning",
+      warning,
+      next: 'ops/runbook.md, "After a restore, a failover or a clock set back"',
+    });
+  }
   await source`select set_config('etl.to', ${stored.watermark}, false)`;
   const [again] = await source.unsafe<{ rows: string }[]>(`select count(*) as rows from (${readSelect(pipeline)}) q`);
   log({

@@ -9,7 +9,7 @@ import { checkSession, connect } from "../../shared/postgres.ts";
 import { duration, table, thousands } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
 import { pipelines } from "../../shared/schema.ts";
-import { readBound } from "../../shared/watermark.ts";
+import { checkVisible, readBound } from "../../shared/watermark.ts";
 
 interface Status {
   pipeline: string;
@@ -38,7 +38,10 @@ await main(import.meta, async () => {
   // The metadata is worth showing also when the source is down; that is when people look.
   const holder = await checkSession("SOURCE_DATABASE_URL", source)
     .then(() => readBound(source))
-    .then(({ prepared, holder, hold_seconds }) => ({ held_by: prepared ?? holder, hold_seconds }))
+    .then((bound) => {
+      checkVisible(bound);
+      return { held_by: bound.prepared ?? bound.holder, hold_seconds: bound.hold_seconds };
+    })
     .catch((error: Error) => ({ held_by: `unknown: ${error.message}`, hold_seconds: 0 }));
   const rows = await etl<Status[]>`
     select p.pipeline,

@@ -7,28 +7,30 @@ import { stackPath } from "./stack.ts";
 const needsApt = "Install the program itself and have it on PATH: only Debian and its relatives have apt-get";
 
 /**
- * apt checks the packages' signatures, with package lists of its own in .stack/: the machine's may be absent, and need
- * root to be fetched. A point release of Debian replaces a version, so none can be named here.
+ * apt checks the packages' signatures. A point release of Debian replaces a version, so none can be named here. Where the
+ * machine's package lists are absent or old, lists of our own are fetched, since renewing the machine's needs root.
  */
 export const debianPackage = (name: string): Install => ({
   name: `debian-${name}`,
   definition: () => name,
   run: async () => {
     const work = stackPath("debian", `${name}.work`);
-    const folders = ["lists/partial", "cache/archives/partial"].map((folder) => join(work, folder));
-    for (const folder of folders) mkdirSync(folder, { recursive: true });
-    const options = [
+    for (const folder of ["lists/partial", "cache/archives/partial"])
+      mkdirSync(join(work, folder), { recursive: true });
+    const own = [
       `Dir::State::Lists=${work}/lists`,
       `Dir::Cache=${work}/cache`,
       "Debug::NoLocking=1",
       "APT::Sandbox::User=",
     ];
-    const apt = (...command: string[]): Promise<string> =>
-      run("apt-get", [...options.flatMap((option) => ["-o", option]), ...command], { cwd: work, needs: needsApt });
-    await apt("update");
-    await apt("download", name);
+    const options = { cwd: work, needs: needsApt };
+    await run("apt-get", ["download", name], options).catch(async () => {
+      const settings = own.flatMap((option) => ["-o", option]);
+      await run("apt-get", [...settings, "update"], options);
+      await run("apt-get", [...settings, "download", name], options);
+    });
     const file = readdirSync(work).find((entry) => entry.endsWith(".deb"));
-    await run("dpkg", ["-x", join(work, file ?? ""), stackPath("debian", name)], { needs: needsApt });
+    await run("dpkg", ["-x", join(work, file ?? ""), stackPath("debian", name)], options);
     rmSync(work, { recursive: true });
   },
 });
