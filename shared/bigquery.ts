@@ -73,11 +73,13 @@ export interface Staging extends AsyncDisposable {
  */
 export async function createStaging(run: Run, to: Destination, attempt: number): Promise<Staging> {
   const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
-  const [table] = await to.bigquery.dataset(to.dataset).createTable(name, {
+  const table = to.bigquery.dataset(to.dataset).table(name);
+  const created = table.create({
     description: `Rows of run ${run.id} on their way to ${to.table}. Nothing reads it; it deletes itself.`,
     schema: { fields: to.contract.fields as TableField[] },
     expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
   });
+  await created.catch(ignoreAlreadyThere);
   const drop = async (): Promise<void> => {
     try {
       await table.delete({ ignoreNotFound: true });
@@ -155,10 +157,8 @@ export async function mergeStaging(
   const jobId = `etl_${staging.name}_merge`;
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
   const created = to.bigquery.createQueryJob({ query, jobId, useLegacySql: false, labels: labels(run) });
-  const [job] = await created.catch((error: { code?: number }) => {
-    if (error.code === 409) return [to.bigquery.job(jobId)]; // the client asked again, since the first answer got lost
-    throw error;
-  });
+  await created.catch(ignoreAlreadyThere);
+  const job = to.bigquery.job(jobId);
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [metadata] = await job.getMetadata();
   if (metadata.status?.state !== "DONE" || metadata.status.errorResult) {
@@ -168,6 +168,11 @@ export async function mergeStaging(
   }
   const { insertedRowCount, updatedRowCount } = metadata.statistics.query.dmlStats;
   return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
+}
+
+/** For what has a name of its own: it is there because the client asked again when the first answer got lost. */
+function ignoreAlreadyThere(error: { code?: number }): void {
+  if (error.code !== 409) throw error;
 }
 
 function labels(run: Run): Record<string, string> {
