@@ -1,0 +1,371 @@
+/**
+ * Faults between a run and its servers: an HTTP proxy that refuses, cuts, holds or shortens single requests, and a TCP
+ * proxy that cuts a Postgres connection in mid-COPY. Behind both is the real server; what passes is its own answer.
+ *
+ *   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+ *   const merge = hold();
+ *   proxy.fault(steps.merge, merge);
+ *   const run = shop.start("scripts/orders.ts", { BIGQUERY_ENDPOINT: proxy.url });
+ *   await merge.reached;
+ */
+import assert from "node:assert/strict";
+import { once } from "node:events";
+import { Agent, createServer, type IncomingMessage, request as open, type ServerResponse } from "node:http";
+import { type AddressInfo, connect, createServer as createTcpServer, type Socket } from "node:net";
+import { buffer } from "node:stream/consumers";
+import { pipeline } from "node:stream/promises";
+import { createShop, type Process, type Result, type Shop, until } from "./shop.ts";
+
+/** The requests of a run in their order, as `METHOD path` without the query string. Its one query job is the MERGE. */
+export const steps = {
+  tableGet: /^GET .+\/tables\/[^/]+$/,
+  createStaging: /^POST .+\/tables$/,
+  upload: /^POST \/upload\//,
+  loadState: /^GET .+\/jobs\/\w+_load$/,
+  merge: /^POST \/bigquery\/.+\/jobs$/,
+  mergeResult: /^GET .+\/queries\//,
+  mergeState: /^GET .+\/jobs\/\w+_merge$/,
+  cancel: /^POST .+\/cancel$/,
+  dropStaging: /^DELETE .+\/tables\//,
+  push: /^POST \/metrics\//,
+  anything: /./,
+};
+
+export interface Exchange {
+  request: IncomingMessage;
+  response: ServerResponse;
+  /** Forwards the request, as it comes or with another body, and returns the server's answer. */
+  send(body?: Buffer): Promise<IncomingMessage>;
+  /** Gives the client an answer of the server. */
+  reply(answer: IncomingMessage): Promise<void>;
+}
+
+/** What happens to a request. */
+export type Fault = (exchange: Exchange) => Promise<void>;
+
+/** A fault that waits. */
+export interface Gate extends Fault {
+  /** Resolves when the first request has come as far as the gate. */
+  reached: Promise<void>;
+  /** Lets pass what waits, and what is still to come. */
+  release(): void;
+}
+
+/** The server refuses: BigQuery's form of an error. `early`: while the body is still on its way, whose rest is not read. */
+export function answer(status: number, { early = false, reason = "backendError" } = {}): Fault {
+  return async ({ request, response }) => {
+    await (early ? once(request, "data") : buffer(request));
+    if (early) request.pause();
+    const message = `answered ${status} by the test`;
+    const error = { code: status, message, errors: [{ reason, message }] };
+    response.writeHead(status, { "content-type": "application/json" }).end(JSON.stringify({ error }));
+  };
+}
+
+/** The connection is reset after so many bytes of the body; nothing reaches the server. */
+export function reset(bytes = 0): Fault {
+  return async ({ request }) => {
+    await readAtLeast(request, bytes);
+    request.socket.resetAndDestroy();
+  };
+}
+
+/** The server does it, and the connection is reset instead of its answer. */
+export const loseAnswer: Fault = async ({ request, send }) => {
+  await buffer(await send());
+  request.socket.resetAndDestroy();
+};
+
+/** The answer comes at a byte every half second and never ends: no pause is long enough for an idle socket's time limit. */
+export const trickle: Fault = async ({ request, response }) => {
+  await buffer(request);
+  response.writeHead(200);
+  const drip = setInterval(() => response.write("."), 500);
+  await once(response, "close");
+  clearInterval(drip);
+};
+
+/** The upload loses its last `lines` at a line's end: a load of fewer rows, which succeeds. */
+export function dropLines(lines: number): Fault {
+  return async ({ request, send, reply }) => {
+    const parts = (await buffer(request)).toString().split("\r\n"); // a multipart body ends: lines, boundary, ""
+    const rows = parts.findLastIndex((part) => part.startsWith('{"id"'));
+    parts[rows] = `${parts[rows]?.trimEnd().split("\n").slice(0, -lines).join("\n")}\n`;
+    await reply(await send(Buffer.from(parts.join("\r\n"))));
+  };
+}
+
+/** The whole request has come and is not forwarded: never released, a server that hangs. */
+export function hold(): Gate {
+  return gate(async ({ request, send, reply }, wait) => {
+    const body = await buffer(request);
+    await wait();
+    await reply(await send(body));
+  });
+}
+
+/** The upload stops after so many bytes, and goes on when released: the rows before it wait in flight. */
+export function pause(bytes: number): Gate {
+  return gate(async ({ request, send, reply }, wait) => {
+    const head = await readAtLeast(request, bytes);
+    await wait();
+    await reply(await send(Buffer.concat([head, await buffer(request)])));
+  });
+}
+
+/** The server has done it, and the client does not hear of it. */
+export function withhold(): Gate {
+  return gate(async ({ send, reply }, wait) => {
+    const done = await send();
+    await wait();
+    await reply(done);
+  });
+}
+
+function gate(fault: (exchange: Exchange, wait: () => Promise<void>) => Promise<void>): Gate {
+  const reached = Promise.withResolvers<void>();
+  const released = Promise.withResolvers<void>();
+  const wait = (): Promise<void> => {
+    reached.resolve();
+    return released.promise;
+  };
+  const start: Fault = (exchange) => fault(exchange, wait);
+  return Object.assign(start, { reached: reached.promise, release: released.resolve });
+}
+
+async function readAtLeast(request: IncomingMessage, bytes: number): Promise<Buffer> {
+  const pieces: Buffer[] = [];
+  let size = 0;
+  while (size < bytes) {
+    const piece = request.read() as Buffer | null;
+    if (piece) {
+      pieces.push(piece);
+      size += piece.length;
+    } else await Promise.race([once(request, "readable"), once(request, "end").then(() => (size = bytes))]);
+  }
+  return Buffer.concat(pieces);
+}
+
+export interface HttpProxy extends AsyncDisposable {
+  url: string;
+  /** Each request that came, as `METHOD path`, in order. */
+  requests: string[];
+  /** Applies a fault to the requests that match, `times` of them; the others pass. The fault named first wins. */
+  fault(step: RegExp, fault: Fault, times?: number): void;
+}
+
+/** An HTTP server in front of `target` that passes everything on until told otherwise. */
+export async function createProxy(target = ""): Promise<HttpProxy> {
+  const rules: { step: RegExp; fault: Fault; left: number }[] = [];
+  const requests: string[] = [];
+  const agent = new Agent();
+  const server = createServer(async (request, response) => {
+    const line = `${request.method} ${request.url?.split("?")[0]}`;
+    requests.push(line);
+    const rule = rules.find(({ step, left }) => left > 0 && step.test(line));
+    if (rule) rule.left -= 1;
+    const send = async (body?: Buffer): Promise<IncomingMessage> => {
+      const { "transfer-encoding": _, "content-length": length, ...headers } = request.headers;
+      const size = body?.length ?? length;
+      const onward = open(new URL(request.url ?? "", target), {
+        agent,
+        method: request.method,
+        headers: { ...headers, host: new URL(target).host, ...(size !== undefined && { "content-length": size }) },
+      });
+      onward.on("error", () => {}); // also after its answer began; who waits for it is told by what follows
+      const sent = body ? onward.end(body) : pipeline(request, onward);
+      const [[answered]] = await Promise.all([once(onward, "response") as Promise<[IncomingMessage]>, sent]);
+      return answered;
+    };
+    const reply = async (answer: IncomingMessage): Promise<void> => {
+      response.writeHead(answer.statusCode ?? 502, answer.headers);
+      await pipeline(answer, response);
+    };
+    const pass: Fault = async () => reply(await send());
+    // Where the client or the server goes away in mid-request, the other side's connection goes too.
+    await (rule?.fault ?? pass)({ request, response, send, reply }).catch(() => request.socket.destroy());
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  return {
+    url: `http://127.0.0.1:${(server.address() as AddressInfo).port}`,
+    requests,
+    fault: (step, fault, times = Number.POSITIVE_INFINITY) => rules.push({ step, fault, left: times }),
+    [Symbol.asyncDispose]: async () => {
+      server.closeAllConnections();
+      agent.destroy();
+      server.close();
+      await once(server, "close");
+    },
+  };
+}
+
+export interface PostgresProxy extends AsyncDisposable {
+  /** The target's URL, by way of the proxy. */
+  url: string;
+  /** Resolves when a connection has been cut. */
+  cut: Promise<void>;
+}
+
+/**
+ * A TCP proxy in front of a Postgres that cuts a connection once `bytes` have come from the server, at the end of a
+ * message, so at the end of a COPY's row: by a reset, by a FIN, the way a server ends whose machine shuts down, or by a
+ * stall: it stays open, and nothing comes any more.
+ */
+export async function createPostgresProxy(
+  target = "",
+  how: "reset" | "fin" | "stall",
+  bytes: number,
+): Promise<PostgresProxy> {
+  const { hostname, port } = new URL(target);
+  const url = new URL(target);
+  const cut = Promise.withResolvers<void>();
+  const sockets = new Set<Socket>();
+  const server = createTcpServer((client) => {
+    const upstream = connect(Number(port), hostname);
+    for (const socket of [client, upstream]) {
+      sockets.add(socket);
+      socket.on("error", () => {}).on("close", () => sockets.delete(socket));
+    }
+    client.pipe(upstream);
+    let pending = Buffer.alloc(0);
+    let passed = 0;
+    upstream.on("data", (data: Buffer) => {
+      pending = Buffer.concat([pending, data]);
+      let whole = 0; // a message: its type, its length without the type, its content
+      while (passed + whole < bytes && pending.length >= whole + 5) {
+        const next = whole + 1 + pending.readUInt32BE(whole + 1);
+        if (next > pending.length) break;
+        whole = next;
+      }
+      passed += whole;
+      const last = passed >= bytes;
+      if (whole > 0 && !client.write(pending.subarray(0, whole)) && !last) {
+        upstream.pause();
+        client.once("drain", () => upstream.resume());
+      }
+      pending = pending.subarray(whole);
+      if (!last) return;
+      upstream.removeAllListeners("data");
+      cut.resolve();
+      if (how === "stall") return;
+      upstream.destroy();
+      if (how === "fin") client.end();
+      else client.resetAndDestroy();
+    });
+    upstream.on("close", () => client.end());
+    client.on("close", () => upstream.destroy());
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  url.port = String((server.address() as AddressInfo).port);
+  url.hostname = "127.0.0.1";
+  return {
+    url: url.href,
+    cut: cut.promise,
+    [Symbol.asyncDispose]: async () => {
+      for (const socket of sockets) socket.destroy();
+      server.close();
+      await once(server, "close");
+    },
+  };
+}
+
+/**
+ * Inserts orders first..last of 4 KB each. 5,000 of them are more than all the buffers between Postgres and BigQuery
+ * hold, so that a stream of them is in flight until its reader has taken the last.
+ */
+export async function insertWideOrders(shop: Shop, first: number, last: number): Promise<void> {
+  await shop.insertOrders(first, last);
+  await shop.admin`update orders set status = repeat('wide', 1000) where id between ${first} and ${last}`;
+}
+
+/**
+ * A shop made ready by `fill`. Where that fails the shop is disposed of: its connections would keep the test's process
+ * from ending.
+ */
+export async function readyShop(
+  fill: (shop: Shop) => Promise<void>,
+  options: { pushgateway?: boolean } = {},
+): Promise<Shop> {
+  const shop = await createShop(options);
+  try {
+    await fill(shop);
+    return shop;
+  } catch (error) {
+    await shop[Symbol.asyncDispose]();
+    throw error;
+  }
+}
+
+/** The end of a run that must not hang: fails after `seconds`, and the shop then kills it. */
+export async function ending(run: Process, seconds = 90): Promise<Result> {
+  let result: Result | undefined;
+  run.ended.then((ended) => {
+    result = ended;
+  });
+  return await until("the run ends", () => result, seconds);
+}
+
+/** Waits for what a run has to come to; fails with what the run said if it ends before. */
+export async function reach<T>(run: Process, there: Promise<T>): Promise<T> {
+  const ended = run.ended.then(({ stderr }) => assert.fail(`the run ended before it came there:\n${stderr}`));
+  return await Promise.race([there, ended]);
+}
+
+/** The sessions that the runs of a shop have open in its database, by name, state and what they wait for. */
+export async function sessions(
+  shop: Shop,
+): Promise<{ name: string; pid: number; state: string; wait: string | null }[]> {
+  return await shop.admin`
+    select application_name as name, pid, state, wait_event as wait from pg_stat_activity
+    where datname = current_database() and application_name like 'etl:%'`;
+}
+
+/** Waits until a run's COPY cannot go on because nobody takes its rows. Returns its backend's pid. */
+export async function copyBlocked(shop: Shop): Promise<number> {
+  const blocked = await until("the COPY waits for its reader", async () =>
+    (await sessions(shop)).find(({ wait }) => wait === "ClientWrite"),
+  );
+  return blocked.pid;
+}
+
+/** Nothing is left of a run that has ended: no session, so no open transaction and no lock. */
+export async function assertNoSessions(shop: Shop): Promise<void> {
+  await until("the sessions of the run are gone", async () => (await sessions(shop)).length === 0, 10);
+  const locks = await shop.admin`
+    select pid from pg_locks join pg_database d on d.oid = database where locktype = 'advisory' and datname = current_database()`;
+  assert.equal(locks.length, 0, "advisory locks left");
+}
+
+export async function assertEqualRows(shop: Shop): Promise<void> {
+  const [source, destination] = await Promise.all([shop.sourceRows(), shop.destinationRows()]);
+  assert.deepEqual(destination, source);
+}
+
+/** One more normal run moves exactly so many rows, after which both sides are equal and the watermark has advanced. */
+export async function assertHeals(shop: Shop, rows: number): Promise<Result> {
+  const before = await shop.watermark();
+  const result = await ending(shop.start("scripts/orders.ts"));
+  assert.equal(result.code, 0, result.stderr);
+  assert.match(result.stderr, new RegExp(`step=done rows=${rows} `));
+  await assertEqualRows(shop);
+  const after = await shop.watermark();
+  assert.ok(after && after > (before ?? ""), `watermark: ${before} before, ${after} after`);
+  return result;
+}
+
+/** So many staging tables were left, each with an expiry, as BigQuery tells it, of at most a day. */
+export async function assertExpiring(shop: Shop, left: number): Promise<void> {
+  const { BIGQUERY_ENDPOINT, BIGQUERY_PROJECT } = shop.env;
+  const tables = await shop.stagingTables();
+  assert.equal(tables.length, left, `${tables}`);
+  for (const table of tables) {
+    const response = await fetch(
+      `${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${BIGQUERY_PROJECT}/datasets/${shop.dataset}/tables/${table}`,
+    );
+    const { expirationTime } = (await response.json()) as { expirationTime?: string };
+    const hours = (Number(expirationTime) - Date.now()) / 3_600_000;
+    assert.ok(hours > 23 && hours <= 24, `${table} expires in ${hours} h`);
+  }
+}
