@@ -66,7 +66,7 @@ data: setup ## Load what is missing of the real data into the local source
 
 .PHONY: test
 test: setup ## Set up, run all the tests on the local stack (TESTS= for some files)
-	@node test/run.ts $$TESTS
+	@node test/run.ts $${TESTS:-}
 
 .PHONY: check
 check: setup ## Types, lint, alert rules
