@@ -23,8 +23,9 @@ import {
   openDestination,
 } from "../shared/bigquery.ts";
 import { readEnv } from "../shared/env.ts";
+import { takeLock } from "../shared/lock.ts";
 import { copyJsonLines } from "../shared/postgres.ts";
-import { main, noRows, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { main, noRows, reportChunk, runPipeline, withRetry } from "../shared/run.ts";
 import { checkSource, readContract, readSelect } from "../shared/schema.ts";
 import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
 

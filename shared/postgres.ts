@@ -7,6 +7,7 @@
 import { connect as connectSocket, type Socket } from "node:net";
 import { type Readable, Transform } from "node:stream";
 import postgres, { type Sql } from "postgres";
+import { progress, thousands } from "./progress.ts";
 
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
@@ -131,7 +132,10 @@ export async function copyJsonLines(
       const rows: Readable = await query.readable();
       if (rows.errored) throw rows.errored;
       // postgres.js hands over one CopyData message, which is one row, at a time.
-      yield* rows.compose(gather(sent)) as AsyncIterable<Buffer>;
+      for await (const piece of rows.compose(gather(sent))) {
+        yield piece;
+        progress(`${options.application}: ${thousands(sent.rows)} rows, ${thousands(sent.bytes / 1e6)} MB read`);
+      }
     } catch (error) {
       throw new SourceError(`reading the source failed after ${sent.rows} rows: ${explainRefused(error as Error)}`, {
         cause: error,

@@ -101,9 +101,9 @@ export function pipelines(): string[] {
   return files.map((file) => file.replace(/\.json$/, ""));
 }
 
-/** The SELECT of sql/NAME.sql. */
+/** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
 export function readSelect(pipeline: string): string {
-  return readFileSync(join(root, `sql/${pipeline}.sql`), "utf8");
+  return `${readFileSync(join(root, `sql/${pipeline}.sql`), "utf8").replace(/;\s*$/, "")}\n`;
 }
 
 /** A column of the source table. */

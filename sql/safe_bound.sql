@@ -56,4 +56,4 @@ select
   -- After a promotion the control file keeps the old timeline until the first checkpoint is done, which takes minutes.
   case when pg_is_in_recovery() then (select timeline_id from pg_control_checkpoint())
     else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end as timeline
-from settings
+from settings;

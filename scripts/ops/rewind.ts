@@ -10,9 +10,10 @@
  */
 import { hostname } from "node:os";
 import { readEnv, UsageError } from "../../shared/env.ts";
+import { describeHolder, lockKey } from "../../shared/lock.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
-import { describeHolder, lockKey, main, newRunId } from "../../shared/run.ts";
+import { main, newRunId } from "../../shared/run.ts";
 import { pipelines, readSelect } from "../../shared/schema.ts";
 import { readBound, readWatermark } from "../../shared/watermark.ts";
 
