@@ -30,7 +30,14 @@ if (code === 0) {
   const files = process.argv.slice(2);
   const all = globSync("test/**/*.test.ts", { cwd: root }).sort();
   say(`test: ${files.length || all.length} files, two at a time`);
-  code = await node("--test", "--test-concurrency=2", ...(files.length ? files : all));
+  // A test that leaves something open must not keep the others' result from being told.
+  code = await node(
+    "--test",
+    "--test-force-exit",
+    "--test-timeout=900000",
+    "--test-concurrency=2",
+    ...(files.length ? files : all),
+  );
 }
 if (!ours) await node(join("test", "stack", "down.ts"));
 process.exit(code);

@@ -4,7 +4,7 @@
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import postgres from "postgres";
+import postgres, { type Sql } from "postgres";
 import { say } from "../stack/stack.ts";
 import { loadData, openSource } from "./load.ts";
 
@@ -14,8 +14,7 @@ const root = join(import.meta.dirname, "../..");
 export async function createSource(adminUrl: string, roleUrls: string[]): Promise<void> {
   const sql = postgres(adminUrl, { max: 1, onnotice: () => {} });
   try {
-    for (const file of ["test/data/schema.sql", "sql/roles.sql"])
-      await sql.unsafe(readFileSync(join(root, file), "utf8"));
+    for (const file of ["test/data/schema.sql", "sql/roles.sql"]) await execute(sql, file);
     for (const url of roleUrls) {
       const { username, password } = new URL(url);
       const [statement] = await sql<{ text: string }[]>`
@@ -25,6 +24,14 @@ export async function createSource(adminUrl: string, roleUrls: string[]): Promis
   } finally {
     await sql.end();
   }
+}
+
+/** Roles belong to the whole server: two that alter them at once, for two databases, fail with "tuple concurrently updated". */
+async function execute(sql: Sql, file: string, tries = 10): Promise<void> {
+  await sql.unsafe(readFileSync(join(root, file), "utf8")).catch((error: Error) => {
+    if (tries === 0 || error.message !== "tuple concurrently updated") throw error;
+    return execute(sql, file, tries - 1);
+  });
 }
 
 /** Loads the real data into a source that is new, so without orders; `make data` completes one whose load was cut off. */
