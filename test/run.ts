@@ -15,8 +15,8 @@ import { say } from "./stack/stack.ts";
 const env = localEnv();
 const ours = parts.some((part) => running(part.name));
 
-async function node(...args: string[]): Promise<number> {
-  const child = spawn(process.execPath, args, { cwd: root, env, stdio: "inherit" });
+async function node(args: string[], stdio: "inherit" | "ignore" = "inherit"): Promise<number> {
+  const child = spawn(process.execPath, args, { cwd: root, env, stdio });
   const [code] = await once(child, "close");
   return code ?? 1;
 }
@@ -25,19 +25,14 @@ async function node(...args: string[]): Promise<number> {
 for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, () => say(`make test: ${signal}, stopping`));
 
 say("test: starting the local stack (make up)");
-let code = await node(join("test", "stack", "up.ts"), "--without=real-data");
+let code = await node([join("test", "stack", "up.ts"), "--without=real-data"]);
 if (code === 0) {
-  const files = process.argv.slice(2);
-  const all = globSync("test/**/*.test.ts", { cwd: root }).sort();
-  say(`test: ${files.length || all.length} files, two at a time`);
+  const named = process.argv.slice(2);
+  const files = named.length ? named : globSync("test/**/*.test.ts", { cwd: root }).sort();
+  say(`test: ${files.length} files, two at a time`);
   // A test that leaves something open must not keep the others' result from being told.
-  code = await node(
-    "--test",
-    "--test-force-exit",
-    "--test-timeout=900000",
-    "--test-concurrency=2",
-    ...(files.length ? files : all),
-  );
+  code = await node(["--test", "--test-force-exit", "--test-timeout=900000", "--test-concurrency=2", ...files]);
 }
-if (!ours) await node(join("test", "stack", "down.ts"));
+// Quietly: the last lines are the test runner's.
+if (!ours) await node([join("test", "stack", "down.ts")], "ignore");
 process.exit(code);
