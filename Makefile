@@ -68,6 +68,10 @@ data: setup ## Load what is missing of the real data into the local source
 test: setup ## Set up, run all the tests on the local stack (TESTS= for some files)
 	@node test/run.ts $${TESTS:-}
 
+.PHONY: soak
+soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS= for some files)
+	@SOAK=1 node test/run.ts $${TESTS:-}
+
 .PHONY: check
 check: setup ## Types, lint, alert rules
 	@echo "check: types" >&2 && tsc -p .

@@ -18,8 +18,6 @@ test("peak memory of a first load grows by at most 10 MB per further million row
   const before = await peak(small);
   const after = await peak(large);
   console.log(`# peak RSS: ${before} MB at ${small} rows, ${after} MB at ${large} rows`);
-  // Two runs of the same size differ by a few MB; that much is measured, not grown.
-  const noise = 10;
-  assert.ok(after - before <= 10 * ((large - small) / 1_000_000) + noise, `${before} MB, then ${after} MB`);
+  assert.ok(after - before <= 10 * Math.ceil((large - small) / 1_000_000), `${before} MB, then ${after} MB`);
   assert.ok(after < 250, `${after} MB`);
 });

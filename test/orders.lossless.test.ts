@@ -3,7 +3,7 @@ import { test } from "node:test";
 import { createShop, type Shop } from "./lib/shop.ts";
 
 const seed = Number(process.env.SEED ?? Date.now() % 1_000_000);
-const wantedRuns = Number(process.env.RUNS ?? 6);
+const wantedRuns = process.env.SOAK ? 60 : 6;
 
 /** mulberry32: a small seeded generator, so that a failing run can be told by its seed. */
 function random(start: number): () => number {
