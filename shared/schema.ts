@@ -286,7 +286,8 @@ export function checkDestination(contract: Contract, table: string, actual: Tabl
   if (faults.length) throw new UsageError(schemaFaults(contract, "destination", faults, []));
 }
 
-function describeField({ type, mode, precision, scale }: TableField): string {
+/** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */
+export function describeField({ type, mode, precision, scale }: TableField): string {
   const size = precision ? `(${precision}${scale ? `,${scale}` : ""})` : "";
   return `${apiType(type ?? "")}${size} ${(mode ?? "NULLABLE").toUpperCase()}`;
 }

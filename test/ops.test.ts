@@ -1,11 +1,10 @@
-// migrate, rewind, status and the two roles. Needs the local stack (make up).
+// rewind, status and the two roles. Needs the local stack (make up).
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import postgres from "postgres";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createShop, until } from "./lib/shop.ts";
 
-const migrate = "scripts/ops/migrate.ts";
 const rewind = "scripts/ops/rewind.ts";
 const status = "scripts/ops/status.ts";
 const orders = "scripts/orders.ts";
@@ -16,62 +15,6 @@ await using shop = await createShop({ folder: scratch.folder });
 const rows = async (query: string): Promise<postgres.Row[]> => [...(await shop.admin.unsafe(query))];
 const watermarks = () => rows("select * from etl.watermarks");
 const runs = () => rows("select * from etl.runs order by started_at");
-
-/** Everything that migrate creates, as it is there now. */
-async function created(): Promise<unknown> {
-  const tables = await rows(
-    "select relname from pg_class where relnamespace = to_regnamespace('etl') and relkind = 'r' order by 1",
-  );
-  const migrations = tables.length ? await rows("select file from etl.migrations order by 1") : [];
-  const columns = await shop.query(
-    "SELECT table_name, column_name, data_type, is_nullable FROM INFORMATION_SCHEMA.COLUMNS ORDER BY 1, 2",
-  );
-  return { tables, migrations, columns };
-}
-
-/** As before the first migrate. */
-async function unmigrate(): Promise<void> {
-  await shop.admin.unsafe("drop schema etl cascade; create schema etl authorization etl_metadata");
-  await shop.query("DROP TABLE IF EXISTS orders");
-}
-
-/** What the lines of a migrate say it does or would do. */
-const steps = (stderr: string): string[] => stderr.split("\n").map((line) => line.replace(/^ts=\S+ /, ""));
-
-await test("migrate creates what is missing, a second time nothing, and with DRY_RUN=1 only says so", async () => {
-  const before = await created();
-  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["step=done"]);
-  assert.deepEqual(await created(), before);
-  await unmigrate();
-  const empty = await created();
-  const todo = ["file=sql/etl/001_metadata.sql", `bigquery="table ${shop.dataset}.orders"`];
-  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
-  for (const what of todo) assert.ok(steps(dry.stderr).includes(`step=would-apply ${what}`), dry.stderr);
-  assert.deepEqual(await created(), empty);
-  const applied = await shop.succeed(migrate);
-  for (const what of todo) assert.ok(steps(applied.stderr).includes(`step=apply ${what}`), applied.stderr);
-  assert.deepEqual(await created(), before);
-});
-
-await test("two migrates at once are safe: both succeed, and each file is applied once", async () => {
-  const before = await created();
-  await unmigrate();
-  const both = await Promise.all([shop.succeed(migrate), shop.succeed(migrate)]);
-  const text = both.map(({ stderr }) => stderr).join("\n");
-  assert.equal(text.match(/step=apply file=sql\/etl\/001_metadata\.sql/g)?.length, 1, text);
-  assert.deepEqual(await created(), before);
-});
-
-await test("migrate without schema etl says which file a superuser has to run", async () => {
-  await shop.admin.unsafe("alter schema etl rename to aside");
-  const { code, stderr } = await shop.run(migrate);
-  await shop.admin.unsafe("alter schema aside rename to etl");
-  assert.match(
-    stderr,
-    /schema etl is not there\. Run sql\/roles\.sql in that database as a superuser, then: make migrate/,
-  );
-  assert.equal(code, 1);
-});
 
 interface Status {
   pipeline: string;

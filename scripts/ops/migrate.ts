@@ -1,21 +1,28 @@
 /**
- * migrate: creates what the pipelines need from the committed files, where it is missing.
+ * migrate: creates and evolves what the pipelines need, from the committed files. What it does is printed first.
  *
- *   etl tables       sql/etl/*.sql, each applied once, in order of its number, in ETL_DATABASE_URL
- *   BigQuery tables  schemas/bigquery/*.json, in BIGQUERY_DATASET
- *   safe to re-run   yes: what is there already is left as it is
+ *   etl tables       sql/etl/*.sql in ETL_DATABASE_URL: each applied once, in order of its number; one that was applied may
+ *                    not be edited, which its checksum tells
+ *   BigQuery tables  schemas/bigquery/*.json in BIGQUERY_DATASET: created, or extended by what loses nothing (a new NULLABLE
+ *                    column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL
+ *                    that a person would run
+ *   safe to re-run   yes: what is there already is left as it is; a second migrate waits for the first
  *
  *   make migrate             do it
  *   make migrate DRY_RUN=1   say what would be done
  */
+import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
+import { isDeepStrictEqual } from "node:util";
+import type { TableField, TableMetadata } from "@google-cloud/bigquery";
+import type { Sql } from "postgres";
 import { connectBigQuery } from "../../shared/bigquery.ts";
-import { readEnv, root } from "../../shared/env.ts";
+import { readEnv, root, UsageError } from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
-import { pipelines, readContract } from "../../shared/schema.ts";
+import { type Contract, describeField, pipelines, readContract } from "../../shared/schema.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(
@@ -26,59 +33,146 @@ await main(import.meta, async () => {
     "BIGQUERY_ENDPOINT",
     "DRY_RUN",
   );
-  const would = env.DRY_RUN ? "would-apply" : "apply";
+  /** Says what is to be done, and does it unless this is a dry run. */
+  const apply = async (what: string, work: () => Promise<unknown>): Promise<void> => {
+    log({ step: env.DRY_RUN ? "would-apply" : "apply", what });
+    if (!env.DRY_RUN) await work();
+  };
 
-  // 1. The etl tables, under a lock: a second migrate waits, and then finds nothing to do.
+  // 1. One migrate at a time: a second one waits, and then finds nothing to do.
   const etl = connect(env.ETL_DATABASE_URL, { application: "etl:migrate", timeoutSeconds: 300 });
   await checkSession("ETL_DATABASE_URL", etl);
-  await etl.begin(async (sql) => {
-    await sql`select pg_advisory_xact_lock(hashtextextended('etl:migrate', 0))`;
-    const [schema] = await sql`select to_regclass('etl.migrations') as migrations, to_regnamespace('etl') as etl`;
-    if (!schema?.etl)
-      throw new Error("schema etl is not there. Run sql/roles.sql in that database as a superuser, then: make migrate");
-    if (!schema.migrations && !env.DRY_RUN) {
-      await sql`create table etl.migrations (file text primary key, applied_at timestamptz not null default now())`;
-    }
-    const applied = schema.migrations ? await sql<{ file: string }[]>`select file from etl.migrations` : [];
-    for (const file of readdirSync(join(root, "sql/etl")).sort()) {
-      if (applied.some((migration) => migration.file === file)) continue;
-      log({ step: would, file: `sql/etl/${file}` });
-      if (env.DRY_RUN) continue;
-      await sql.unsafe(readFileSync(join(root, "sql/etl", file), "utf8"));
-      await sql`insert into etl.migrations (file) values (${file})`;
-    }
-  });
-  await etl.end();
+  await etl`select set_config('lock_timeout', '0', false)`;
+  await etl`select pg_advisory_lock(hashtextextended('etl:migrate', 0))`;
 
-  // 2. The dataset and the tables of BigQuery. Another migrate may create one at the same moment: that is as good.
+  // 2. The etl tables.
+  const [schema] = await etl`select to_regclass('etl.migrations') as migrations, to_regnamespace('etl') as etl`;
+  if (!schema?.etl) {
+    throw new Error("schema etl is not there. Run sql/roles.sql in that database as a superuser, then: make migrate");
+  }
+  const applied = schema.migrations
+    ? await etl<Applied[]>`select file, sha256, date_trunc('second', applied_at)::text as at from etl.migrations`
+    : [];
+  for (const file of readdirSync(join(root, "sql/etl")).sort()) {
+    const text = readFileSync(join(root, "sql/etl", file), "utf8");
+    if (!isApplied(file, text, applied)) await apply(`sql/etl/${file}`, () => applyFile(etl, file, text));
+  }
+
+  // 3. The dataset and its tables.
   const dataset = connectBigQuery(env).dataset(env.BIGQUERY_DATASET);
-  const create = async (
-    what: string,
-    exists: () => Promise<[boolean]>,
-    make: () => Promise<unknown>,
-  ): Promise<void> => {
-    const [there] = await exists();
-    if (there) return;
-    log({ step: would, bigquery: what });
-    if (env.DRY_RUN) return;
-    await make().catch(async (error: Error) => {
-      const [now] = await exists();
-      if (!now) throw error;
-    });
-  };
-  await create(
-    `dataset ${env.BIGQUERY_DATASET}`,
-    () => dataset.exists(),
-    () => dataset.create({ location: env.BIGQUERY_LOCATION }),
-  );
+  const [datasetThere] = await dataset.exists();
+  if (!datasetThere) {
+    await apply(`create dataset ${dataset.id}`, () => dataset.create({ location: env.BIGQUERY_LOCATION }));
+  }
+  const refused: string[] = [];
   for (const pipeline of pipelines()) {
-    const { resource } = readContract(pipeline);
+    const contract = readContract(pipeline);
     const table = dataset.table(pipeline);
-    await create(
-      `table ${env.BIGQUERY_DATASET}.${pipeline}`,
-      () => table.exists(),
-      () => table.create(resource),
+    const name = `${env.BIGQUERY_DATASET}.${pipeline}`;
+    const [there] = datasetThere ? await table.exists() : [false];
+    if (!there) {
+      await apply(`create table ${name}`, () => table.create(contract.resource));
+      continue;
+    }
+    const [actual] = await table.getMetadata();
+    const difference = compare(contract, name, actual);
+    refused.push(...difference.refused);
+    if (difference.refused.length || !difference.additions.length) continue;
+    for (const addition of difference.additions) log({ step: env.DRY_RUN ? "would-apply" : "apply", what: addition });
+    if (!env.DRY_RUN)
+      await table.setMetadata({
+        description: contract.resource.description ?? "",
+        schema: { fields: contract.fields },
+      });
+  }
+  await etl.end();
+  if (refused.length) {
+    throw new UsageError(
+      `these differences could lose data or need a decision, and were left as they are:\n${refused.map((line) => `  ${line}`).join("\n")}\nRun the SQL in BigQuery, or bring the contract back to the table; then: make migrate`,
     );
   }
   log({ step: "done" });
 });
+
+interface Applied {
+  file: string;
+  sha256: string;
+  at: string;
+}
+
+function checksum(text: string): string {
+  return createHash("sha256").update(text).digest("hex");
+}
+
+function isApplied(file: string, text: string, applied: Applied[]): boolean {
+  const before = applied.find((migration) => migration.file === file);
+  if (before && before.sha256 !== checksum(text)) {
+    throw new UsageError(
+      `sql/etl/${file} was applied at ${before.at} and has been edited since: an applied file is not applied again. Restore it (git checkout), and put the change into a new file with the next number.`,
+    );
+  }
+  return before !== undefined;
+}
+
+async function applyFile(etl: Sql, file: string, text: string): Promise<void> {
+  await etl.begin(async (sql) => {
+    await sql`create table if not exists etl.migrations (
+      file text primary key, sha256 text not null, applied_at timestamptz not null default now())`;
+    await sql.unsafe(text);
+    await sql`insert into etl.migrations (file, sha256) values (${file}, ${checksum(text)})`;
+  });
+}
+
+/** What the contract has and the table has not: additions, in words, and what is refused, with the SQL a person would run. */
+function compare(contract: Contract, name: string, actual: TableMetadata): { additions: string[]; refused: string[] } {
+  const additions: string[] = [];
+  const refused: string[] = [];
+  const there: TableField[] = actual.schema?.fields ?? [];
+  for (const field of contract.fields) {
+    const now = there.find((column) => column.name === field.name);
+    const [is, wanted] = [describeField(now ?? {}), describeField(field)];
+    const type = wanted
+      .replace(/ \w+$/, "")
+      .replace("INTEGER", "INT64")
+      .replace("FLOAT", "FLOAT64")
+      .replace("BOOLEAN", "BOOL");
+    const alter = `ALTER TABLE ${name} ALTER COLUMN ${field.name}`;
+    if (!now && field.mode === "NULLABLE") additions.push(`add column ${name}.${field.name} ${wanted}`);
+    else if (!now) {
+      refused.push(
+        `column ${name}.${field.name} is ${wanted} in ${contract.file} and not there: rows that exist have no value for it. Add it as NULLABLE`,
+      );
+    } else if (is === wanted) {
+      if ((now.description ?? "") !== (field.description ?? "")) additions.push(`describe ${name}.${field.name}`);
+    } else if (is.replace("REQUIRED", "NULLABLE") === wanted)
+      additions.push(`relax ${name}.${field.name} from ${is} to ${wanted}`);
+    else if (is.replace("NULLABLE", "REQUIRED") === wanted) {
+      refused.push(
+        `column ${name}.${field.name}: expected ${wanted} (${contract.file}), found ${is}. BigQuery cannot make a column REQUIRED again: create the table anew`,
+      );
+    } else
+      refused.push(
+        `column ${name}.${field.name}: expected ${wanted} (${contract.file}), found ${is}. SQL: ${alter} SET DATA TYPE ${type};`,
+      );
+  }
+  for (const { name: column } of there) {
+    if (!contract.fields.some((field) => field.name === column)) {
+      refused.push(
+        `column ${name}.${column} is not in ${contract.file}. SQL: ALTER TABLE ${name} DROP COLUMN ${column};`,
+      );
+    }
+  }
+  if ((actual.description ?? "") !== (contract.resource.description ?? "")) additions.push(`describe ${name}`);
+  for (const part of ["timePartitioning", "clustering", "tableConstraints"] as const) {
+    const wanted = contract.resource[part] ?? {};
+    const is = actual[part] ?? {};
+    // What the service adds of its own, such as an expiry that is 0, is nobody's difference.
+    const same = Object.entries(wanted).every(([key, value]) => isDeepStrictEqual(is[key as keyof typeof is], value));
+    if (!same) {
+      refused.push(
+        `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${contract.file}), found ${JSON.stringify(is)}. A table keeps these for its life: create it anew, and copy its rows`,
+      );
+    }
+  }
+  return { additions, refused };
+}

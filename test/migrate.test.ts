@@ -1,0 +1,142 @@
+import assert from "node:assert/strict";
+import { readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { afterEach, test } from "node:test";
+import { scratchCopy } from "./lib/scratch.ts";
+import { createShop } from "./lib/shop.ts";
+
+const migrate = "scripts/ops/migrate.ts";
+const orders = "scripts/orders.ts";
+
+using scratch = scratchCopy();
+await using shop = await createShop({ folder: scratch.folder });
+const table = `${shop.dataset}.orders`;
+const contract = join(scratch.folder, "schemas/bigquery/orders.json");
+const committed = readFileSync(contract, "utf8");
+afterEach(() => writeFileSync(contract, committed));
+
+/** Everything that migrate creates, as it is there now. */
+async function created(): Promise<unknown> {
+  const tables = await shop.admin`
+    select relname from pg_class where relnamespace = to_regnamespace('etl') and relkind = 'r' order by 1`;
+  const migrations = tables.length ? await shop.admin`select file, sha256 from etl.migrations order by 1` : [];
+  const columns = await shop.query(
+    "SELECT table_name, column_name, data_type, is_nullable FROM INFORMATION_SCHEMA.COLUMNS ORDER BY 1, 2",
+  );
+  return { tables: [...tables], migrations: [...migrations], columns };
+}
+
+/** As before the first migrate. */
+async function unmigrate(): Promise<void> {
+  await shop.admin.unsafe("drop schema etl cascade; create schema etl authorization etl_metadata");
+  await shop.query("DROP TABLE IF EXISTS orders");
+}
+
+/** What the lines of a migrate say it does or would do. */
+const steps = (stderr: string): string[] =>
+  [...stderr.matchAll(/step=(\S+ what=(?:"[^"]*"|\S+)|done)/g)].map(([, step]) => (step as string).replaceAll('"', ""));
+
+await test("migrate creates what is missing, a second time nothing, and with DRY_RUN=1 only says so", async () => {
+  const before = await created();
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+  assert.deepEqual(await created(), before);
+  await unmigrate();
+  const empty = await created();
+  const todo = ["sql/etl/001_metadata.sql", `create table ${table}`];
+  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [...todo.map((what) => `would-apply what=${what}`), "done"]);
+  assert.deepEqual(await created(), empty);
+  const applied = await shop.succeed(migrate);
+  assert.deepEqual(steps(applied.stderr), [...todo.map((what) => `apply what=${what}`), "done"]);
+  assert.deepEqual(await created(), before);
+});
+
+await test("two migrates at once are safe: both succeed, and each thing is done once", async () => {
+  const before = await created();
+  await unmigrate();
+  const both = await Promise.all([shop.succeed(migrate), shop.succeed(migrate)]);
+  const done = both.flatMap(({ stderr }) => steps(stderr)).sort();
+  assert.deepEqual(done, [`apply what=create table ${table}`, "apply what=sql/etl/001_metadata.sql", "done", "done"]);
+  assert.deepEqual(await created(), before);
+});
+
+await test("migrate without schema etl says which file a superuser has to run", async () => {
+  await shop.admin.unsafe("alter schema etl rename to aside");
+  const { code, stderr } = await shop.run(migrate);
+  await shop.admin.unsafe("alter schema aside rename to etl");
+  assert.match(
+    stderr,
+    /schema etl is not there\. Run sql\/roles\.sql in that database as a superuser, then: make migrate/,
+  );
+  assert.equal(code, 1);
+});
+
+await test("an applied file of sql/etl that was edited is an error that says what to do, and a new one is applied", async () => {
+  const file = join(scratch.folder, "sql/etl/001_metadata.sql");
+  const text = readFileSync(file, "utf8");
+  writeFileSync(file, `${text}-- edited\n`);
+  const { code, stderr } = await shop.run(migrate);
+  writeFileSync(file, text);
+  assert.equal(code, 2);
+  assert.match(
+    stderr,
+    /sql\/etl\/001_metadata\.sql was applied at \S+ \S+ and has been edited since: .* Restore it \(git checkout\), and put the change into a new file/,
+  );
+  writeFileSync(join(scratch.folder, "sql/etl/002_more.sql"), "alter table etl.runs add column more int;");
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["apply what=sql/etl/002_more.sql", "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+});
+
+await test("a new nullable column, a relaxed mode and a description are printed, then applied; rows and runs stay right", async () => {
+  await shop.insertOrders(1, 3);
+  await shop.succeed(orders);
+  scratch.editFields("orders", (fields) =>
+    fields
+      .map((field) => (field.name === "created_at" ? { ...field, mode: "NULLABLE", description: "Changed." } : field))
+      .concat({ name: "note", type: "STRING" }),
+  );
+  const additions = [
+    `relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`,
+    `add column ${table}.note STRING NULLABLE`,
+  ];
+  const before = await created();
+  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [...additions.map((what) => `would-apply what=${what}`), "done"]);
+  assert.deepEqual(await created(), before);
+  const applied = await shop.succeed(migrate);
+  assert.deepEqual(steps(applied.stderr), [...additions.map((what) => `apply what=${what}`), "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+  assert.deepEqual(
+    await shop.query("SELECT id, note FROM orders ORDER BY id"),
+    [1, 2, 3].map((id) => ({ id: String(id), note: null })),
+  );
+
+  // Everything else that the table now has, and the contract has not.
+  writeFileSync(contract, committed);
+  await assertRefused([
+    /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE\. .* create the table anew/,
+    /column \S+\.note is not in schemas\/bigquery\/orders\.json\. SQL: ALTER TABLE \S+\.orders DROP COLUMN note;/,
+  ]);
+});
+
+await test("what could lose data or needs a decision is refused, all of it at once, with the SQL a person would run", async () => {
+  scratch.edit("schemas/bigquery/orders.json", (text) => text.replace('"MONTH"', '"DAY"'));
+  scratch.editFields("orders", (fields) =>
+    fields
+      .map((field) => (field.name === "item_count" ? { ...field, type: "NUMERIC" } : field))
+      .concat({ name: "must", type: "STRING", mode: "REQUIRED" }),
+  );
+  await assertRefused([
+    /column \S+\.item_count: expected NUMERIC NULLABLE .*, found INTEGER NULLABLE\. SQL: ALTER TABLE \S+\.orders ALTER COLUMN item_count SET DATA TYPE NUMERIC;/,
+    /column \S+\.must is STRING REQUIRED in \S+ and not there: .* Add it as NULLABLE/,
+    /table \S+\.orders: expected timePartitioning {"type":"DAY","field":"created_at"} .* create it anew/,
+  ]);
+});
+
+async function assertRefused(texts: RegExp[]): Promise<void> {
+  const before = await created();
+  const { code, stderr } = await shop.run(migrate);
+  assert.equal(code, 2, stderr);
+  for (const text of texts) assert.match(stderr, text);
+  assert.deepEqual(await created(), before);
+}
