@@ -26,6 +26,10 @@ setup: node_modules/.package-lock.json
 orders: setup ## Sync orders to BigQuery (FROM= TO= reads a window again)
 	@node scripts/orders.ts
 
+.PHONY: users
+users: setup ## Sync users to BigQuery (FROM= TO= reads a window again)
+	@node scripts/users.ts
+
 # Operations
 
 .PHONY: status

@@ -22,7 +22,7 @@ import {
   mergeStaging,
   openDestination,
 } from "../shared/bigquery.ts";
-import { readEnv } from "../shared/env.ts";
+import { postgresToBigQuery, readEnv } from "../shared/env.ts";
 import { takeLock } from "../shared/lock.ts";
 import { copyJsonLines } from "../shared/postgres.ts";
 import { main, noRows, reportChunk, runPipeline, withRetry } from "../shared/run.ts";
@@ -33,20 +33,7 @@ const pipeline = "orders";
 const source = { table: "public.orders", cursor: "updated_at", select: readSelect(pipeline) };
 
 await main(import.meta, async () => {
-  const env = readEnv(
-    "SOURCE_DATABASE_URL",
-    "ETL_DATABASE_URL",
-    "BIGQUERY_PROJECT",
-    "BIGQUERY_DATASET",
-    "BIGQUERY_LOCATION",
-    "BIGQUERY_ENDPOINT",
-    "PUSHGATEWAY_URL",
-    "WATERMARK_LAG_SECONDS",
-    "CHUNK_ROWS",
-    "RUN_TIMEOUT_SECONDS",
-    "FROM",
-    "TO",
-  );
+  const env = readEnv(...postgresToBigQuery);
   await runPipeline(pipeline, env, async (run) => {
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;

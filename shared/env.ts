@@ -122,6 +122,22 @@ const variables = {
   DRY_RUN: variable("say what would be done, and do nothing", "1", (value) => value !== "0", false),
 };
 
+/** What a pipeline from Postgres to BigQuery reads. */
+export const postgresToBigQuery = [
+  "SOURCE_DATABASE_URL",
+  "ETL_DATABASE_URL",
+  "BIGQUERY_PROJECT",
+  "BIGQUERY_DATASET",
+  "BIGQUERY_LOCATION",
+  "BIGQUERY_ENDPOINT",
+  "PUSHGATEWAY_URL",
+  "WATERMARK_LAG_SECONDS",
+  "CHUNK_ROWS",
+  "RUN_TIMEOUT_SECONDS",
+  "FROM",
+  "TO",
+] as const;
+
 type Variables = typeof variables;
 type Value<N extends keyof Variables> = Variables[N] extends Variable<infer T> ? T : never;
 export type Env<N extends keyof Variables = never> = { [K in N]: Value<K> };

@@ -84,12 +84,15 @@ test(`with many writers that hold, commit and roll back at random, and runs in b
   };
   const writers = Array.from({ length: 24 }, (_, number) => writer(number));
   let synced = 0;
-  for (let run = 0; run < wantedRuns; run++) {
-    const { stderr } = await shop.succeed("scripts/orders.ts", { CHUNK_ROWS: String(50 + (run % 3) * 100) });
-    synced += Number(/step=done rows=(\d+)/.exec(stderr)?.[1]);
+  try {
+    for (let run = 0; run < wantedRuns; run++) {
+      const { stderr } = await shop.succeed("scripts/orders.ts", { CHUNK_ROWS: String(50 + (run % 3) * 100) });
+      synced += Number(/step=done rows=(\d+)/.exec(stderr)?.[1]);
+    }
+  } finally {
+    writing = false;
+    await Promise.all(writers);
   }
-  writing = false;
-  await Promise.all(writers);
   await shop.succeed("scripts/orders.ts");
   console.log(`# seed ${seed}: ${commits} commits, ${wantedRuns} runs in between, ${synced} rows synced meanwhile`);
   assert.ok(commits > 100 && synced > 300, "the test must have had something to lose");

@@ -1,0 +1,70 @@
+/**
+ * users: Postgres → BigQuery.
+ *
+ *   source         public.users, as sql/users.sql reads it
+ *   target         users in BIGQUERY_DATASET, as schemas/bigquery/users.json describes it
+ *   key            id
+ *   watermark      updated_at, set by the database
+ *   schedule       daily, cron
+ *   safe to re-run yes, at any time, any number of times, twice at once: rows are upserted by key and never replaced by
+ *                  an older version, and the watermark moves only after the upsert, by compare-and-set
+ *
+ *   make users                                   everything that changed since the watermark
+ *   make users FROM=2017-01-01 TO=2017-02-01     read [FROM, TO) again; the watermark stays where it is
+ *
+ * Touches: reads the source as a read-only role; writes the target, a staging table beside it, schema etl, and the Pushgateway.
+ */
+import {
+  compareCounts,
+  createStaging,
+  isTransient,
+  loadLines,
+  mergeStaging,
+  openDestination,
+} from "../shared/bigquery.ts";
+import { postgresToBigQuery, readEnv } from "../shared/env.ts";
+import { takeLock } from "../shared/lock.ts";
+import { copyJsonLines } from "../shared/postgres.ts";
+import { main, noRows, reportChunk, runPipeline, withRetry } from "../shared/run.ts";
+import { checkSource, readContract, readSelect } from "../shared/schema.ts";
+import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
+
+const pipeline = "users";
+const source = { table: "public.users", cursor: "updated_at", select: readSelect(pipeline) };
+
+await main(import.meta, async () => {
+  const env = readEnv(...postgresToBigQuery);
+  await runPipeline(pipeline, env, async (run) => {
+    // 1. Lock: one run at a time.
+    if (!(await takeLock(run))) return;
+
+    // 2. Check the schema: source and destination against schemas/bigquery/users.json, before a row moves.
+    const contract = readContract(pipeline);
+    const [select, destination] = await Promise.all([
+      checkSource(run, contract, source),
+      openDestination(env, contract, source.cursor),
+    ]);
+
+    // 3. Take the window: [watermark, safe upper bound), or [FROM, TO) of a re-run by hand.
+    const window = await takeWindow(run, env);
+
+    // 4. For each chunk: extract, load, count, upsert, advance.
+    for (let from = window.from; ; ) {
+      const chunk = await nextChunk(run, source, { from, to: window.to }, env.CHUNK_ROWS);
+      if (!chunk) break;
+      const done = await withRetry(run, isTransient, async (attempt) => {
+        if (chunk.rows === 0) return noRows;
+        await using staging = await createStaging(run, destination, attempt);
+        await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, chunk);
+        const loaded = await loadLines(run, destination, staging, rows);
+        compareCounts(rows.sent.rows, loaded);
+        const merged = await mergeStaging(run, destination, staging);
+        return { ...rows.sent, ...merged };
+      });
+      await advance(run, chunk);
+      reportChunk(run, chunk, done);
+      from = chunk.to;
+    }
+    // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
+  });
+});
