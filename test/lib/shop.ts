@@ -14,6 +14,13 @@ import { createSource } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { stackPath } from "../stack/stack.ts";
 
+/** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
+export const pipelines = [
+  { pipeline: "orders", text: "status" },
+  { pipeline: "users", text: "age_band" },
+] as const;
+export type Pipeline = (typeof pipelines)[number]["pipeline"];
+
 export interface Result {
   code: number | null;
   signal: NodeJS.Signals | null;
@@ -42,7 +49,8 @@ export interface Shop extends AsyncDisposable {
   run(script: string, variables?: Env): Promise<Result>;
   /** Runs it and requires exit code 0. */
   succeed(script: string, variables?: Env): Promise<Result>;
-  /** Inserts orders first..last; the trigger sets updated_at. */
+  /** Inserts rows with the ids first..last into a pipeline's table; the trigger sets updated_at. */
+  insertRows(pipeline: Pipeline, first: number, last: number): Promise<void>;
   insertOrders(first: number, last: number): Promise<void>;
   /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds. */
   query(sql: string): Promise<Record<string, string | null>[]>;
@@ -132,6 +140,18 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
   };
   await succeed("scripts/ops/migrate.ts");
 
+  const insertRows = async (pipeline: Pipeline, first: number, last: number): Promise<void> => {
+    const day = admin`timestamptz '2017-01-01' + i * interval '1 minute'`;
+    const ids = admin`generate_series(${first}::int, ${last}::int) i`;
+    if (pipeline === "users") {
+      await admin`insert into public.users (id, age_band, income_band, created_at) select i, '45-54', i % 250 || 'K', ${day} from ${ids}`;
+    } else {
+      await admin`
+        insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
+        select i, i % 100, i % 10, 'paid', 1 + i % 7, (i % 10000) / 100.0, 0, ${day} from ${ids}`;
+    }
+  };
+
   const query = async (sql: string): Promise<Record<string, string | null>[]> => {
     const response = await fetch(`${apiOf(base)}/queries`, {
       method: "POST",
@@ -189,12 +209,8 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
     query,
     sourceRows,
     destinationRows,
-    insertOrders: async (first, last) => {
-      await admin`
-        insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
-        select i, i % 100, i % 10, 'paid', 1 + i % 7, (i % 10000) / 100.0, 0, timestamptz '2017-01-01' + i * interval '1 minute'
-        from generate_series(${first}::int, ${last}::int) i`;
-    },
+    insertRows,
+    insertOrders: (first, last) => insertRows("orders", first, last),
     watermark: async (pipeline = "orders") => {
       const [row] =
         await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${pipeline}`;
