@@ -55,6 +55,10 @@ const types: Record<string, Record<string, (column: string) => string>> = {
   varchar: { STRING: asIs },
   bpchar: { STRING: asIs },
   uuid: { STRING: asText },
+  enum: { STRING: asText },
+  inet: { STRING: asText },
+  cidr: { STRING: asText },
+  interval: { STRING: asText },
   date: { DATE: asText },
   time: { TIME: asText },
   timestamp: { DATETIME: asIs },
@@ -208,7 +212,7 @@ async function readColumns(source: Sql, table: string): Promise<TableColumn[]> {
     );
   }
   return await source<TableColumn[]>`
-    select attrelid as relation, attnum as number, attname as name, typname as type, attnotnull as notnull, format_type(atttypid, atttypmod) as declared
+    select attrelid as relation, attnum as number, attname as name, case typtype when 'e' then 'enum' else typname end as type, attnotnull as notnull, format_type(atttypid, atttypmod) as declared
     from pg_attribute join pg_type on pg_type.oid = atttypid
     where attrelid = ${relation.oid} and attnum > 0 and not attisdropped order by attnum`;
 }
@@ -223,7 +227,7 @@ async function describeSelect(
   try {
     const described = await source.unsafe(select).describe();
     const names = await source<{ oid: number; name: string }[]>`
-      select oid, typname as name from pg_type where oid = any(${`{${described.columns.map(({ type }) => type).join()}}`}::text::oid[])`;
+      select oid, case typtype when 'e' then 'enum' else typname end as name from pg_type where oid = any(${`{${described.columns.map(({ type }) => type).join()}}`}::text::oid[])`;
     const found = described.columns.map(({ name, type, table, number }) => ({
       name,
       type: names.find(({ oid }) => oid === type)?.name ?? `type ${type}`,

@@ -10,6 +10,7 @@ import { promisify } from "node:util";
 import postgres from "postgres";
 import { connectBigQuery } from "../shared/bigquery.ts";
 import { table, thousands } from "../shared/progress.ts";
+import { main } from "../shared/run.ts";
 import { changeSource } from "./data/change.ts";
 import { loadData } from "./data/load.ts";
 import { localEnv, root } from "./stack/env.ts";
@@ -35,10 +36,16 @@ async function command(script: string, variables: NodeJS.Dict<string> = {}): Pro
 }
 
 const runs: Record<string, string>[] = [];
-async function orders(what: string): Promise<void> {
-  say(`\ndemo: ${what}: make orders CHUNK_ROWS=50000`);
-  const done = await command("scripts/orders.ts", { CHUNK_ROWS: "50000" });
+/** Both pipelines, with chunks that are small enough to be seen. */
+async function sync(what: string): Promise<void> {
+  for (const pipeline of ["orders", "users"]) await run(pipeline, what);
+}
+
+async function run(pipeline: string, what: string): Promise<void> {
+  say(`\ndemo: ${what}: make ${pipeline} CHUNK_ROWS=50000`);
+  const done = await command(`scripts/${pipeline}.ts`, { CHUNK_ROWS: "50000" });
   runs.push({
+    pipeline,
     run: what,
     rows: thousands(Number(done.rows)),
     chunks: done.chunks ?? "",
@@ -48,11 +55,12 @@ async function orders(what: string): Promise<void> {
   });
 }
 
-/** Count and sum of the orders on both sides: two numbers that a lost or doubled row would change. */
+/** Counts and a sum on both sides: numbers that a lost or doubled row would change. */
 async function compare(): Promise<void> {
-  const sum = "select count(*) as orders, sum(total) as total from";
+  const query = (dataset: string): string =>
+    `select count(*) as orders, sum(total) as total, (select count(*) from ${dataset}users) as users from ${dataset}orders`;
   const sql = postgres(env.SOURCE_DATABASE_URL ?? "", { max: 1 });
-  const [source] = await sql.unsafe(`${sum} orders`);
+  const [source] = await sql.unsafe(query(""));
   await sql.end();
   const bigquery = connectBigQuery({
     BIGQUERY_PROJECT: env.BIGQUERY_PROJECT ?? "",
@@ -60,50 +68,63 @@ async function compare(): Promise<void> {
     BIGQUERY_LOCATION: env.BIGQUERY_LOCATION ?? "",
     BIGQUERY_ENDPOINT: env.BIGQUERY_ENDPOINT,
   });
-  const [[destination]] = await bigquery.query(`${sum} ${env.BIGQUERY_DATASET}.orders`);
-  say(`demo: source       ${thousands(Number(source?.orders))} orders, total ${source?.total}`);
-  say(`demo: destination  ${thousands(Number(destination.orders))} orders, total ${destination.total}`);
-  if (Number(source?.orders) !== Number(destination.orders) || Number(source?.total) !== Number(destination.total)) {
-    throw new Error("source and destination differ: this must not happen, please report it");
+  const [[destination]] = await bigquery.query(query(`${env.BIGQUERY_DATASET}.`));
+  const sides = { source, destination };
+  const numbers = Object.entries(sides).map(([side, row]) => ({
+    side,
+    orders: `${row?.orders}`,
+    total: `${row?.total}`,
+    users: `${row?.users}`,
+  }));
+  say(table(numbers));
+  const [a, b] = numbers.map(({ orders, total, users }) => [orders, Number(total), users].join());
+  if (a !== b) throw new Error("source and destination differ: this must not happen, please report it");
+}
+
+await main(import.meta, async () => {
+  say("demo: starting the local stack (make up)");
+  await command("test/stack/up.ts");
+  say("\ndemo: the real data (make data)");
+  const loaded = await loadData(admin, { log: (line) => say(`  ${line}`) });
+  // Rows that were loaded only now, with timestamps of 2017, may be behind a watermark of earlier runs.
+  const { stdout } = await promisify(execFile)(process.execPath, [join(root, "scripts/ops/status.ts")], {
+    env: { ...env, JSON: "1" },
+  });
+  for (const { pipeline, watermark } of JSON.parse(stdout)) {
+    if (loaded && watermark) await command("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "2017-01-01" });
   }
-}
+  await sync("everything so far");
 
-say("demo: starting the local stack (make up)");
-await command("test/stack/up.ts");
-say("\ndemo: the real data (make data)");
-const loaded = await loadData(admin, { log: (line) => say(`  ${line}`) });
-// Orders that were loaded only now, with timestamps of 2017, may be behind a watermark of earlier runs.
-const status = await promisify(execFile)(process.execPath, [join(root, "scripts/ops/status.ts")], {
-  env: { ...env, JSON: "1" },
+  const changed = await changeSource(admin, {
+    orders: 500,
+    users: 50,
+    newOrders: 20,
+    seed: Date.now() % 1_000_000,
+  });
+  const { orders, newOrders, users } = changed;
+  say(
+    `\ndemo: the shop goes on: ${orders.length} orders changed, ${newOrders.length} new, ${users.length} users changed`,
+  );
+  say(
+    `demo: waiting ${env.WATERMARK_LAG_SECONDS} s: rows younger than WATERMARK_LAG_SECONDS are left for the next run`,
+  );
+  const sql = postgres(admin, { max: 1 });
+  for (let old = false; !old; ) {
+    const [row] =
+      await sql`select max(updated_at) < now() - make_interval(secs => ${env.WATERMARK_LAG_SECONDS ?? "0"}) as old from orders`;
+    old = row?.old;
+    await new Promise((resolve) => setTimeout(resolve, 200));
+  }
+  await sql.end();
+  await sync("what changed");
+  await sync("nothing new");
+
+  say("\ndemo: what happened");
+  process.stdout.write(`${table(runs)}\n\n`);
+  await compare();
+  say("\ndemo: make status");
+  await command("scripts/ops/status.ts");
+  say(
+    "\nThe stack goes on running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
+  );
 });
-if (loaded && JSON.parse(status.stdout)[0].watermark)
-  await command("scripts/ops/rewind.ts", { PIPELINE: "orders", TO: "2017-01-01" });
-await orders("everything so far");
-
-const { orders: changed, newOrders } = await changeSource(admin, {
-  orders: 500,
-  users: 50,
-  newOrders: 20,
-  seed: Date.now() % 1_000_000,
-});
-say(`\ndemo: the shop goes on: ${changed.length} orders changed, ${newOrders.length} new`);
-say(`demo: waiting ${env.WATERMARK_LAG_SECONDS} s: rows younger than WATERMARK_LAG_SECONDS are left for the next run`);
-const sql = postgres(admin, { max: 1 });
-for (let old = false; !old; ) {
-  const [row] =
-    await sql`select max(updated_at) < now() - make_interval(secs => ${env.WATERMARK_LAG_SECONDS ?? "0"}) as old from orders`;
-  old = row?.old;
-  await new Promise((resolve) => setTimeout(resolve, 200));
-}
-await sql.end();
-await orders("what changed");
-await orders("nothing new");
-
-say("\ndemo: what happened");
-process.stdout.write(`${table(runs)}\n\n`);
-await compare();
-say("\ndemo: make status");
-await command("scripts/ops/status.ts");
-say(
-  "\nThe stack goes on running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
-);

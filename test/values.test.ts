@@ -16,6 +16,10 @@ const columns: Record<string, [postgres: string, bigquery: string]> = {
   float8: ["float8", "FLOAT"],
   bytea: ["bytea", "BYTES"],
   uuid: ["uuid", "STRING"],
+  enum: ["mood", "STRING"],
+  inet: ["inet", "STRING"],
+  cidr: ["cidr", "STRING"],
+  interval: ["interval", "STRING"],
   date: ["date", "DATE"],
   time: ["time", "TIME"],
   timestamp: ["timestamp", "DATETIME"],
@@ -33,6 +37,7 @@ const columns: Record<string, [postgres: string, bigquery: string]> = {
 /** Such a shop, in a database whose defaults write every type in another form than BigQuery reads. */
 async function createWideShop(folder: string): Promise<Shop> {
   const shop = await createShop({ folder });
+  await shop.admin.unsafe("create type mood as enum ('sad', 'it''s ok', 'happy')");
   for (const [name, [type]] of Object.entries(columns)) {
     await shop.admin.unsafe(`alter table orders add "${name}" ${type}`);
   }
@@ -182,6 +187,10 @@ const edges: Record<string, string[]> = {
     "123456.789012345",
   ],
   bytea: ["\\x", "\\x00", "\\x0102ff5c", `\\x${"00ff0a".repeat(50)}`],
+  enum: ["sad", "it's ok"],
+  inet: ["192.168.0.1/24", "10.0.0.1", "::1", "2001:db8::/32"],
+  cidr: ["10.0.0.0/8", "2001:db8::/32"],
+  interval: ["0", "1 year 2 months -3 days 04:05:06.789012", "-00:00:00.000001", "1000 years", "P1Y2M3DT4H5M6S"],
   uuid: ["00000000-0000-0000-0000-000000000000", "A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"],
   date: ["0001-01-01", "1969-12-31", "2016-02-29", "9999-12-31"],
   time: ["00:00:00", "23:59:59.999999", "12:00:00.000001"],
