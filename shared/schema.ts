@@ -11,7 +11,7 @@ import { quote, raise } from "./postgres.ts";
 import type { Run } from "./run.ts";
 import type { Source } from "./watermark.ts";
 
-export interface Field extends TableField {
+interface Field extends TableField {
   name: string;
   type: string;
   mode: string;

@@ -31,7 +31,7 @@ export const steps = {
   anything: /./,
 };
 
-export interface Exchange {
+interface Exchange {
   request: IncomingMessage;
   response: ServerResponse;
   /** Forwards the request, as it comes or with another body, and returns the server's answer. */

@@ -19,7 +19,7 @@ export const pipelines = [
   { pipeline: "orders", text: "status" },
   { pipeline: "users", text: "age_band" },
 ] as const;
-export type Pipeline = (typeof pipelines)[number]["pipeline"];
+type Pipeline = (typeof pipelines)[number]["pipeline"];
 
 export interface Result {
   code: number | null;

@@ -1,0 +1,143 @@
+/** The SQL of make check: what is wrong in a scratch copy is found, with file, line and message; what is right passes. */
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { cpSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { text } from "node:stream/consumers";
+import { test } from "node:test";
+import { type Scratch, scratchCopy } from "../lib/scratch.ts";
+import { localEnv, root } from "../stack/env.ts";
+
+/** Runs one part in a scratch copy with the files as given. @returns its faults, a line each; none is a pass. */
+async function check(
+  part: "googlesql" | "postgres",
+  change: (scratch: Scratch, write: (file: string, content: string) => void) => void,
+): Promise<string[]> {
+  using scratch = scratchCopy();
+  cpSync(join(root, "test"), join(scratch.folder, "test"), { recursive: true });
+  change(scratch, (file, content) => {
+    mkdirSync(dirname(join(scratch.folder, file)), { recursive: true });
+    writeFileSync(join(scratch.folder, file), content);
+  });
+  const child = spawn(process.execPath, [`test/check/${part}.ts`], { cwd: scratch.folder, env: localEnv() });
+  const [stderr, [code]] = await Promise.all([text(child.stderr), once(child, "close")]);
+  const faults = stderr.split("\n").filter(Boolean);
+  assert.equal(code, faults.length ? 1 : 0, stderr);
+  return faults;
+}
+
+const reserved = { name: "order", type: "STRING" };
+
+await test("a wrong column, a type error and an unquoted reserved word in views and checks: all at once, with file, line, column", async () => {
+  const faults = await check("googlesql", (_, write) => {
+    write("views/column.sql", "-- ü\nCREATE OR REPLACE TABLE column AS\nSELECT id, nope FROM orders;\n");
+    write("views/reserved.sql", "CREATE OR REPLACE TABLE reserved AS SELECT\n  order FROM orders");
+    write("views/types.sql", "CREATE OR REPLACE TABLE types AS SELECT\n total + status AS x FROM orders");
+    write("views/checks/internal.sql", "SELECT CAST(id AS INT32) FROM orders");
+    write("views/checks/types.sql", "SELECT id\nFROM orders WHERE created_at = id");
+  });
+  assert.deepEqual(
+    faults.map((fault) => fault.replace(/\. Supported signature.*/, "")),
+    [
+      "views/column.sql:3:12: Unrecognized name: nope",
+      "views/reserved.sql:2:3: Syntax error: Unexpected keyword ORDER",
+      "views/types.sql:2:2: No matching signature for operator + for argument types: NUMERIC, STRING",
+      "views/checks/internal.sql:1:19: Type not found: INT32",
+      "views/checks/types.sql:2:19: No matching signature for operator = for argument types: TIMESTAMP, INT64",
+    ],
+  );
+});
+
+await test("views that read one another pass in any order, and a fault is told once, not again for those that read the view", async () => {
+  const first =
+    "CREATE OR REPLACE TABLE z PARTITION BY week AS SELECT date_trunc(date(created_at), WEEK(MONDAY)) AS week, array_agg(STRUCT(id, total)) AS l FROM orders GROUP BY week";
+  const views = (write: (file: string, content: string) => void, z: string): void => {
+    write("views/z.sql", z);
+    write(
+      "views/a.sql",
+      "CREATE OR REPLACE TABLE a AS SELECT week, sum(o.total) AS total FROM z, UNNEST(l) AS o GROUP BY week",
+    );
+    write(
+      "views/checks/a.sql",
+      "SELECT week FROM a WHERE week > @day AND total < 0 QUALIFY row_number() OVER (ORDER BY week) = 1",
+    );
+  };
+  assert.deepEqual(await check("googlesql", (_, write) => views(write, first)), []);
+  const faults = await check("googlesql", (_, write) => views(write, first.replace("total", "totl")));
+  assert.match(faults[0] ?? "", /^views\/z\.sql:1:\d+: Unrecognized name: totl/);
+  const circle = await check("googlesql", (_, write) => views(write, "CREATE OR REPLACE TABLE z AS SELECT * FROM a"));
+  assert.match(circle.join("\n"), /views\/a\.sql:1:\d+: Table not found: z.*\nviews\/z\.sql:1:\d+: Table not found: a/);
+});
+
+await test("the MERGE quotes a reserved word; without the quotes, with another column, or with a key that has no equality it fails", async () => {
+  const fields = (scratch: Scratch): void => scratch.editFields("orders", (all) => [...all, reserved]);
+  assert.deepEqual(await check("googlesql", fields), []);
+  const unquoted = await check("googlesql", (scratch) => {
+    fields(scratch);
+    scratch.edit("shared/bigquery.ts", (code) =>
+      code.replace(/INSERT \(\$\{columns/, "$&.map((column) => column.slice(1, -1))"),
+    );
+  });
+  assert.match(
+    unquoted.join("\n"),
+    /^schemas\/bigquery\/orders\.json: MERGE:4:\d+: Syntax error: Unexpected keyword ORDER\n {4}WHEN NOT MATCHED THEN INSERT \(id, /,
+  );
+  const wrong = await check("googlesql", (scratch) => {
+    scratch.edit("scripts/orders.ts", (code) => code.replace('cursor: "updated_at"', 'cursor: "changed_at"'));
+    scratch.editFields("users", (all) =>
+      all.map((field) => (field.name === "id" ? { ...field, type: "JSON" } : field)),
+    );
+    scratch.editFields("orders", (all) => [...all, { name: "odd", type: "INT32" }]);
+  });
+  assert.match(wrong[0] ?? "", /^schemas\/bigquery\/orders\.json:\d+:1: field odd: BigQuery has no type INT32$/);
+  assert.match(wrong[1] ?? "", /^schemas\/bigquery\/orders\.json: MERGE:3:\d+: Name changed_at not found inside s$/);
+  assert.match(
+    wrong[3] ?? "",
+    /^schemas\/bigquery\/users\.json: MERGE:2:\d+: Equality is not defined for arguments of type JSON$/,
+  );
+});
+
+await test("every type of BigQuery, repeated and nested ones too, has its place in the catalogue", async () => {
+  const types =
+    "INTEGER INT64 FLOAT FLOAT64 BOOLEAN BOOL STRING BYTES NUMERIC BIGNUMERIC DATE TIME DATETIME TIMESTAMP JSON GEOGRAPHY INTERVAL";
+  const all = types.split(" ").map((type) => ({ name: `c_${type}`, type }));
+  const nested = { name: "r", type: "RECORD", mode: "REPEATED", fields: [...all, { ...reserved, mode: "REPEATED" }] };
+  const faults = await check("googlesql", (scratch, write) => {
+    scratch.editFields("orders", (fields) => [...fields, ...all, nested]);
+    write(
+      "views/checks/t.sql",
+      "SELECT o.c_INTEGER + r.c_INT64, o.c_FLOAT * r.c_FLOAT64, o.c_BOOL AND r.c_BOOLEAN, string(o.c_JSON.a), o.c_NUMERIC + o.c_BIGNUMERIC, concat(o.c_BYTES, r.c_BYTES), w || r.c_STRING, r.c_DATETIME = DATETIME(r.c_DATE, r.c_TIME) FROM orders AS o, UNNEST(o.r) AS r, UNNEST(r.order) AS w",
+    );
+  });
+  assert.deepEqual(faults, []);
+});
+
+await test("Postgres: a column that is not there, a type error, a second statement, no grant, a faulty migration: file and line", async () => {
+  assert.deepEqual(await check("postgres", () => {}), []);
+  const faults = await check("postgres", (scratch, write) => {
+    scratch.edit("sql/orders.sql", (sql) => sql.replace("  item_count,", "  item_cont,"));
+    scratch.edit("sql/users.sql", (sql) => sql.replace("where updated_at >= ", "where updated_at >= 7 + "));
+    write("sql/etl/999_more.sql", "-- a column\n\nalter table etl.runs\n  add column more intt;");
+    write("sql/etl/998_public.sql", "create table public.more (id int)");
+    scratch.edit("test/data/schema.sql", (sql) => `${sql}\ncreate table public.secret (id int);\n`);
+    write("sql/secret.sql", "select count(*) from secret;");
+    write("sql/two.sql", "select 1;\nselect 2;");
+  });
+  const line = (file: string, found: string): number =>
+    readFileSync(join(root, file), "utf8")
+      .split("\n")
+      .findIndex((row) => row.startsWith(found)) + 1;
+  const expected = [
+    /^sql\/etl\/998_public\.sql:1: permission denied for schema public/,
+    /^sql\/etl\/999_more\.sql:4: type "intt" does not exist/,
+    new RegExp(
+      `^sql/orders\\.sql:${line("sql/orders.sql", "  item_count")}: column "item_cont" does not exist; Perhaps`,
+    ),
+    /^sql\/secret\.sql:1: permission denied for table secret/,
+    /^sql\/two\.sql:1: cannot insert multiple commands into a prepared statement/,
+    new RegExp(`^sql/users\\.sql:${line("sql/users.sql", "where")}: operator does not exist: integer \\+ `),
+  ];
+  assert.equal(faults.length, expected.length, faults.join("\n"));
+  for (const [at, pattern] of expected.entries()) assert.match(faults[at] ?? "", pattern);
+});

@@ -1,0 +1,170 @@
+/**
+ * make check: every BigQuery statement that the project issues, parsed and type-checked by Google's own analyser with a
+ * catalogue built from schemas/bigquery/. Prints all faults as file:line:column: message (of
+ * a generated statement as file: STATEMENT:line:column: message, and its line); exit code 1 where there are any.
+ * The analyser stops at a statement's first fault.
+ */
+import { spawn } from "node:child_process";
+import { existsSync, globSync, readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { basename, dirname, join } from "node:path";
+import { createInterface } from "node:readline";
+import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
+import { mergeStatement } from "../../shared/bigquery.ts";
+import { root } from "../../shared/env.ts";
+import { type Contract, pipelines, readContract } from "../../shared/schema.ts";
+import { freePort } from "../lib/shop.ts";
+import { say } from "../stack/stack.ts";
+
+type Catalog = NonNullable<AnalyzeRequest["simpleCatalog"]>;
+type Column = NonNullable<NonNullable<Catalog["table"]>[number]["column"]>[number];
+type Type = NonNullable<Column["type"]>;
+interface Statement {
+  file: string;
+  sql: string;
+  generated?: string;
+}
+
+const read = (file: string): string => readFileSync(join(root, file), "utf8");
+const list = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
+const files = (pattern: string): Statement[] => list(pattern).map((file) => ({ file, sql: read(file) }));
+const faults: string[] = [];
+
+/** The API's names of the types that differ from the analyser's TYPE_ names. */
+const kinds: Record<string, string> = { INTEGER: "INT64", FLOAT: "DOUBLE", FLOAT64: "DOUBLE", BOOLEAN: "BOOL" };
+const simple =
+  /^(INT64|DOUBLE|BOOL|STRING|BYTES|NUMERIC|BIGNUMERIC|DATE|TIME|DATETIME|TIMESTAMP|JSON|GEOGRAPHY|INTERVAL)$/;
+
+type Field = { name?: string; type?: string; mode?: string; fields?: Field[] };
+function columnType({ name, type = "", mode, fields }: Field, file: string): Type {
+  const kind = kinds[type.toUpperCase()] ?? type.toUpperCase();
+  if (mode?.toUpperCase() === "REPEATED") {
+    const elementType = columnType({ name, type, fields } as Field, file);
+    return { typeKind: "TYPE_ARRAY", arrayType: { elementType } };
+  }
+  if (kind === "RECORD" || kind === "STRUCT") {
+    const members = (fields ?? []).map((field) => ({ fieldName: field.name, fieldType: columnType(field, file) }));
+    return { typeKind: "TYPE_STRUCT", structType: { field: members } } as Type;
+  }
+  if (simple.test(kind)) return { typeKind: `TYPE_${kind}` } as Type;
+  const [before = ""] = read(file).split(`"name": "${name}"`);
+  faults.push(`${file}:${before.split("\n").length}:1: field ${name}: BigQuery has no type ${type}`);
+  return { typeKind: "TYPE_STRING" };
+}
+
+/** The pipeline's MERGE, with the column that its script calls the cursor. */
+function merge(contract: Contract, staging: string): Statement {
+  const script = `scripts/${contract.pipeline}.ts`;
+  const version = existsSync(join(root, script)) && /\bcursor: "(\w+)"/.exec(read(script))?.[1];
+  if (!version) faults.push(`${script}:1:1: names no cursor: "…" to check the MERGE of ${contract.file} with`);
+  const at = (table: string): string => `\`${path(table)}\``;
+  const sql = mergeStatement(contract, at(contract.pipeline), at(staging), version || "updated_at");
+  return { file: contract.file, sql, generated: "MERGE" };
+}
+
+/** BigQuery takes a path in one pair of backticks for one name, and so does the analyser. */
+const path = (table: string): string => `my-project.raw.${table}`;
+
+const { resolve } = createRequire(import.meta.url);
+const folder = join(dirname(resolve("@fivetrandevelopers/zetasql")), "zetasql");
+const binary = `remote_server${process.arch.startsWith("arm") ? "_arm" : ""}${process.platform === "darwin" ? "" : ".so"}`;
+const port = await freePort();
+// The kernel ends the server with this process, however that ends.
+const server = spawn("setpriv", ["--pdeathsig=KILL", join(folder, binary), "127.0.0.1", String(port)]);
+process.once("exit", () => server.kill("SIGKILL"));
+const output: string[] = [];
+server.stderr.on("data", (text) => output.push(String(text)));
+const died = new Promise<never>((_, reject) => {
+  const fail = (what: unknown): void => reject(new Error(`the GoogleSQL analyser ${what}: ${output.join("").trim()}`));
+  server.once("error", fail).once("exit", (code, signal) => fail(`ended with ${signal ?? code}`));
+  setTimeout(fail, 60_000, "was not done after 60 s").unref();
+});
+died.catch(() => {});
+
+const lines = createInterface(server.stdout);
+await Promise.race([died, new Promise((done) => lines.on("line", (line) => /listening/.test(line) && done(line)))]);
+ZetaSQLClient.init(port);
+const client = ZetaSQLClient.getInstance();
+const options = await Promise.race([died, client.getLanguageOptions({ maximumFeatures: true })]);
+const languageOptions = {
+  ...options,
+  productMode: "PRODUCT_EXTERNAL", // BigQuery's: FLOAT64 but no DOUBLE, no INT32
+  supportedStatementKinds: [], // all of them
+  enabledLanguageFeatures: [
+    ...(options?.enabledLanguageFeatures ?? []),
+    // BigQuery has them; this release of the analyser counts them as not finished.
+    "FEATURE_INTERVAL_TYPE",
+    "FEATURE_TIME_BUCKET_FUNCTIONS",
+    "FEATURE_V_1_3_COLLATION_SUPPORT",
+    "FEATURE_V_1_4_GROUPING_BUILTIN",
+    "FEATURE_V_1_4_GROUPING_SETS",
+  ],
+} as NonNullable<NonNullable<AnalyzeRequest["options"]>["languageOptions"]>;
+const tables: NonNullable<Catalog["table"]> = [];
+const catalog = { name: "bigquery", table: tables, builtinFunctionOptions: { languageOptions } };
+
+/** A table under its plain name, which the views use, and under its path. */
+function addTable(name: string, column: Column[]): void {
+  for (const known of [name, path(name)]) tables.push({ name: known, column });
+}
+
+/** The statement's fault, if it has one; a table that it creates is in the catalogue from then on. */
+async function analyse({ file, sql, generated }: Statement): Promise<string | undefined> {
+  const request = {
+    sqlStatement: sql,
+    simpleCatalog: catalog,
+    options: { languageOptions, allowUndeclaredParameters: true, errorMessageMode: "ERROR_MESSAGE_ONE_LINE" } as const,
+  };
+  try {
+    const answer = await Promise.race([died, client.analyze(request)]);
+    const node = answer?.resolvedStatement?.resolvedCreateStatementNode?.resolvedCreateTableStmtBaseNode;
+    const columns = node?.resolvedCreateTableAsSelectStmtNode?.outputColumnList;
+    const made = columns?.map(({ name, column }) => ({ name, type: column?.type }) as Column);
+    if (made) addTable(basename(file, ".sql"), made);
+    return undefined;
+  } catch (error) {
+    const { code, details } = error as { code?: number; details?: string };
+    if (code === undefined || code === 14) throw error; // 14: the server is gone; all others are about the statement
+    const [, message = details, line = "1", column = "1"] = /^(.*) \[at (\d+):(\d+)\]$/s.exec(details ?? "") ?? [];
+    if (!generated) return `${file}:${line}:${column}: ${message}`;
+    return `${file}: ${generated}:${line}:${column}: ${message}\n    ${sql.split("\n")[Number(line) - 1]}`;
+  }
+}
+
+const statements: Statement[] = [];
+for (const pipeline of pipelines()) {
+  try {
+    const contract = readContract(pipeline);
+    const columns = contract.fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
+    const staging = `${pipeline}_staging`;
+    for (const table of [pipeline, staging]) addTable(table, columns);
+    statements.push(merge(contract, staging));
+  } catch (error) {
+    faults.push(`schemas/bigquery/${pipeline}.json:1:1: ${(error as Error).message}`); // not JSON, or no Table resource
+  }
+}
+
+// Views read one another: each round adds the tables of those that had all they read.
+let waiting = files("views/*.sql");
+let found: string[] = [];
+for (let before = -1; before !== waiting.length; ) {
+  before = waiting.length;
+  found = [];
+  const failed: Statement[] = [];
+  for (const view of waiting) {
+    const fault = await analyse(view);
+    if (fault) found.push(fault) && failed.push(view);
+  }
+  waiting = failed;
+}
+// What only misses another view's table is said where nothing else explains it: the views form a circle.
+const missing = waiting.map(({ file }) => `: Table not found: ${basename(file, ".sql")}`);
+const own = found.filter((fault) => !missing.some((text) => fault.replace(/;.*/s, "").endsWith(text)));
+faults.push(...(own.length ? own : found));
+
+for (const statement of [...statements, ...files("views/checks/*.sql")]) {
+  const fault = await analyse(statement);
+  if (fault) faults.push(fault);
+}
+for (const fault of faults) say(fault);
+process.exit(faults.length ? 1 : 0);

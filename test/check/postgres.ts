@@ -1,0 +1,62 @@
+/**
+ * make check: all SQL against Postgres, on a throw-away cluster with the demo source's tables and no rows. What creates
+ * things is executed, in the role that does it in production; what reads is prepared and then run as etl_reader, which also
+ * finds a missing grant. Prints all faults as file:line: message; exit code 1 where there are any.
+ */
+import { randomBytes } from "node:crypto";
+import { globSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import postgres, { type Sql } from "postgres";
+import { root } from "../../shared/env.ts";
+import { freePort } from "../lib/shop.ts";
+import { startCluster, stopCluster } from "../stack/postgres.ts";
+import { logPath, say } from "../stack/stack.ts";
+
+const name = `check-${randomBytes(4).toString("hex")}`;
+const folder = mkdtempSync(join(tmpdir(), `etl-${name}-`));
+const url = `postgres://postgres:postgres@127.0.0.1:${await freePort()}/shop`;
+const faults: string[] = [];
+
+async function attempt(file: string, use: (text: string) => Promise<unknown>): Promise<void> {
+  const text = readFileSync(join(root, file), "utf8");
+  try {
+    await use(text);
+  } catch (error) {
+    if (!(error instanceof postgres.PostgresError)) throw error;
+    // Inside a DO block there is no position in the file.
+    const line = text.slice(0, Number(error.position ?? 1) - 1).split("\n").length;
+    faults.push(`${file}:${line}: ${[error.message, error.hint, error.where].filter(Boolean).join("; ")}`);
+  }
+}
+
+const remove = async (): Promise<void> => {
+  await stopCluster(name);
+  for (const path of [folder, logPath(name)]) rmSync(path, { recursive: true, force: true });
+};
+for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => remove().finally(() => process.exit(1)));
+
+const as = (sql: Sql, role: string): Promise<unknown> => sql.unsafe(`set session authorization ${role}`);
+const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
+try {
+  const settings = { fsync: "off", shared_buffers: "16MB", max_connections: "10" };
+  await startCluster({ name, dataDir: join(folder, "data"), url, settings });
+  const sql = postgres(url, { max: 1, onnotice: () => {} });
+  for (const file of ["test/data/schema.sql", "sql/roles.sql"]) await attempt(file, (text) => sql.unsafe(text));
+  await as(sql, "etl_metadata");
+  for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
+  await as(sql, "etl_reader");
+  for (const file of files("sql/*.sql").filter((path) => path !== "sql/roles.sql")) {
+    await attempt(file, async (text) => {
+      await sql.unsafe(text).describe(); // refuses a second statement
+      for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))
+        await sql`select set_config(${setting}, ${setting.endsWith("seconds") ? "0" : "2017-01-01"}, false)`;
+      await sql.unsafe(text);
+    });
+  }
+  await sql.end({ timeout: 1 });
+} finally {
+  await remove();
+}
+for (const fault of faults) say(fault);
+process.exit(faults.length ? 1 : 0);
