@@ -15,6 +15,7 @@
  * Touches: reads the source as a read-only role; writes the target, a staging table beside it, schema etl, and the Pushgateway.
  */
 import {
+  checkKeys,
   compareCounts,
   createStaging,
   isTransient,
@@ -30,10 +31,10 @@ import { checkSource, readContract, readSelect } from "../shared/schema.ts";
 import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "orders";
-const source = { table: "public.orders", cursor: "updated_at", select: readSelect(pipeline) };
 
 await main(import.meta, async () => {
   const env = readEnv(...postgresToBigQuery);
+  const source = { table: "public.orders", cursor: "updated_at", select: readSelect(pipeline) };
   await runPipeline(pipeline, env, async (run) => {
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;
@@ -58,6 +59,7 @@ await main(import.meta, async () => {
         await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, chunk);
         const loaded = await loadLines(run, destination, staging, rows);
         compareCounts(rows.sent.rows, loaded);
+        await checkKeys(run, destination, staging);
         const merged = await mergeStaging(run, destination, staging);
         return { ...rows.sent, ...merged };
       });

@@ -109,7 +109,6 @@ export async function loadLines(run: Run, to: Destination, staging: Staging, row
       writeDisposition: "WRITE_EMPTY",
       maxBadRecords: 0,
       ignoreUnknownValues: false,
-      labels: labels(run),
     } as object);
   const completed = new Promise<Job>((resolve) => upload.once("complete", resolve));
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
@@ -130,6 +129,26 @@ export function compareCounts(sent: number, loaded: number): void {
 }
 
 const SHORT_LOAD = "the counts differ";
+
+/** Rows of the staging table that share a key; the MERGE would insert each of them. */
+export function duplicateKeysStatement(contract: Contract, staging: string): string {
+  const key = contract.key.map((name) => `\`${name}\``).join(", ");
+  return `SELECT ${key} FROM ${staging} GROUP BY ${key} HAVING COUNT(*) > 1 LIMIT 1`;
+}
+
+/** @throws UsageError where the SELECT returned a key twice: the source has no primary key on it, or a join repeats rows. */
+export async function checkKeys(run: Run, to: Destination, staging: Staging): Promise<void> {
+  const query = `/* etl:${run.pipeline} run=${run.id} */\n${duplicateKeysStatement(to.contract, address(to, staging.name))}`;
+  const [[twice]] = await to.bigquery.query({ query, labels: labels(run) });
+  if (!twice) return;
+  throw new UsageError(
+    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
+  );
+}
+
+function address({ bigquery, dataset }: Destination, table: string): string {
+  return `\`${bigquery.projectId}.${dataset}.${table}\``;
+}
 
 /**
  * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
@@ -152,8 +171,7 @@ export async function mergeStaging(
   to: Destination,
   staging: Staging,
 ): Promise<{ inserted: number; updated: number }> {
-  const at = (table: string): string => `\`${to.bigquery.projectId}.${to.dataset}.${table}\``;
-  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, at(to.table), at(staging.name), to.version)}`;
+  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version)}`;
   const jobId = `etl_${staging.name}_merge`;
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
   const created = to.bigquery.createQueryJob({ query, jobId, useLegacySql: false, labels: labels(run) });
@@ -198,7 +216,7 @@ export function isTransient(error: unknown): boolean {
     return true;
   return (
     message?.startsWith(SHORT_LOAD) ||
-    /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|premature close|other side closed/i.test(
+    /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|could not serialize access|premature close|other side closed/i.test(
       `${code} ${message}`,
     )
   );

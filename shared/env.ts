@@ -32,7 +32,8 @@ function url(...protocols: string[]): Reader<string> {
   return (value) => {
     if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
     if (!protocols.includes(new URL(value).protocol)) throw new Error(`must start with ${protocols[0]}//`);
-    const { password } = new URL(value);
+    const { password, hostname } = new URL(value);
+    if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
     if (password) secrets.add(password).add(decodeURIComponent(password));
     return value;
   };

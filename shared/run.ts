@@ -16,6 +16,12 @@ import type { Chunk, Window } from "./watermark.ts";
  * 0 done, 1 failed, 2 wrong arguments, environment or schema.
  */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
+  // Whoever reads the output may leave (make status | head); the run goes on.
+  for (const stream of [process.stdout, process.stderr]) {
+    stream.on("error", (error: NodeJS.ErrnoException) => {
+      if (error.code !== "EPIPE") throw error;
+    });
+  }
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
     const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";

@@ -2,7 +2,7 @@
  * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it. Before a run moves a row, what
  * the extraction SELECT really returns and what the destination really has are compared with it.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
@@ -30,9 +30,15 @@ export interface Contract {
 
 export function readContract(pipeline: string): Contract {
   const file = `schemas/bigquery/${pipeline}.json`;
-  const resource = JSON.parse(readFileSync(join(root, file), "utf8"));
-  const fields = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
-  return { pipeline, file, fields, key: resource.tableConstraints.primaryKey.columns, resource };
+  try {
+    const resource = JSON.parse(readFileSync(join(root, file), "utf8"));
+    const fields = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
+    return { pipeline, file, fields, key: resource.tableConstraints.primaryKey.columns, resource };
+  } catch (error) {
+    throw new UsageError(
+      `${file} must be a BigQuery Table resource with schema.fields and tableConstraints.primaryKey: ${(error as Error).message}`,
+    );
+  }
 }
 
 /**
@@ -101,13 +107,16 @@ const apiType = (type: string): string => apiNames[type.toUpperCase()] ?? type.t
 
 /** The pipelines that have a contract. */
 export function pipelines(): string[] {
-  const files = readdirSync(join(root, "schemas/bigquery")).sort();
-  return files.map((file) => file.replace(/\.json$/, ""));
+  const files = readdirSync(join(root, "schemas/bigquery")).filter((file) => /^\w.*\.json$/.test(file));
+  return files.sort().map((file) => file.replace(/\.json$/, ""));
 }
 
 /** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
 export function readSelect(pipeline: string): string {
-  return `${readFileSync(join(root, `sql/${pipeline}.sql`), "utf8").replace(/;\s*$/, "")}\n`;
+  const file = join(root, `sql/${pipeline}.sql`);
+  if (!existsSync(file))
+    throw new UsageError(`sql/${pipeline}.sql is not there: it holds the SELECT that reads the source`);
+  return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 }
 
 /** A column of the source table. */

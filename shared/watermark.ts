@@ -80,7 +80,7 @@ export async function readBound(source: Sql): Promise<Bound> {
 
 /**
  * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter,
- * or empty: the rows are taken by a later run, never skipped. A re-run by hand reads exactly [FROM, TO).
+ * or empty: the rows are taken by a later run, never skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the remedy.
  */
 export async function takeWindow(
@@ -88,13 +88,29 @@ export async function takeWindow(
   byHand: { FROM?: string | undefined; TO?: string | undefined },
 ): Promise<Window> {
   run.window =
-    byHand.FROM && byHand.TO
-      ? { from: byHand.FROM.replace(" ", "T"), to: byHand.TO.replace(" ", "T"), holder: null, holdSeconds: 0 }
-      : await watermarkToBound(run);
+    byHand.FROM && byHand.TO ? await capAtBound(run.source, byHand.FROM, byHand.TO) : await watermarkToBound(run);
   const { from, to, holder, holdSeconds } = run.window;
   if (holder) run.log("held", { by: holder, hold_seconds: Math.round(holdSeconds) });
   run.log("window", { from, to });
   return run.window;
+}
+
+/**
+ * With updated_at = now() an open transaction may yet commit an older updated_at over a newer row; had a re-run past the bound
+ * taken that newer row, the upsert would refuse the older one for ever.
+ */
+async function capAtBound(source: Sql, from: string, to: string): Promise<Window> {
+  const bound = await readBound(source);
+  checkVisible(bound);
+  if (bound.prepared)
+    throw new Error(
+      `no bound is safe while a transaction is prepared (${bound.prepared}). Finish it, then run this again.`,
+    );
+  const [cut] = await source<{ to: string; past: boolean }[]>`
+    select replace(greatest(${from}::text::timestamptz, least(${to}::text::timestamptz, ${bound.bound}::text::timestamptz))::text, ' ', 'T') as to,
+           ${to}::text::timestamptz > ${bound.bound}::text::timestamptz as past`;
+  if (!cut?.past) return { from, to, holder: null, holdSeconds: 0 };
+  return { from, to: cut.to, holder: bound.holder, holdSeconds: bound.hold_seconds };
 }
 
 /** @throws Error where open transactions of the source cannot be seen, so that no bound is safe. */
@@ -112,7 +128,7 @@ export function checkVisible(bound: Bound): void {
   }
   if (bound.untracked) {
     throw new Error(
-      `a session of ${where} runs with track_activities off, so its transaction cannot be seen and no bound is safe: ${bound.untracked}. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);).`,
+      `a session of ${where} is not seen whole (it runs, or ran, with track_activities off, or writes over a replication connection), so its transaction's start is not known and no bound is safe: ${bound.untracked}. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);).`,
     );
   }
 }
@@ -164,13 +180,13 @@ export async function nextChunk(
   return await run.source.begin("read only", async (sql) => {
     await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
     const [cut] = await sql.unsafe<{ rows: number; last: string; tied: boolean }[]>(
-      `select count(*)::int as rows, replace(max(c)::text, ' ', 'T') as last, max(c) = current_setting('etl.from')::timestamptz as tied
+      `select count(*)::int as rows, regexp_replace(max(c)::text, ' ', 'T') as last, max(c) = current_setting('etl.from')::timestamptz as tied
        from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`,
     );
     if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
     if (!cut.tied) return { from, to: cut.last, rows: chunkRows };
     const [next] = await sql.unsafe<{ at: string }[]>(
-      `select replace(${column}::text, ' ', 'T') as at from (${select}) q
+      `select regexp_replace(${column}::text, ' ', 'T') as at from (${select}) q
        where ${column} > current_setting('etl.from')::timestamptz order by ${column} limit 1`,
     );
     return { from, to: next?.at ?? to, rows: cut.rows };

@@ -15,8 +15,8 @@ with settings as (
     make_interval(secs => current_setting('etl.lag_seconds')::float8) as lag,
     exists (
       select from pg_class
-      where relkind in ('r', 'p') and relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-        and has_table_privilege(session_user, oid, 'insert, update')
+      where relkind in ('r', 'p', 'v', 'f') and relnamespace not in ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
+        and has_any_column_privilege(session_user, oid, 'insert, update')
     ) as role_writes
 ), others as (
   select pid, application_name, usename, state, backend_type, xact_start
@@ -42,7 +42,14 @@ select
   pg_has_role(current_user, 'pg_read_all_stats', 'usage')
     and not exists (select from others where backend_type is null) as sees_all,
   (select format('pid %s, application "%s", role %s', pid, application_name, usename)
-   from others where state = 'disabled' limit 1) as untracked,
+   from pg_stat_activity
+   where datname = current_database() and pid <> pg_backend_pid()
+     and (state = 'disabled' and backend_type is distinct from 'walsender'
+       -- track_activities was switched on in mid-transaction,
+       or state like 'idle in transaction%' and xact_start is null and backend_type is distinct from 'walsender'
+       -- or the transaction writes over a replication connection: it has an id, and no start.
+       or state <> 'idle' and xact_start is null and backend_xid is not null and query_start < now() - interval '1 s')
+   limit 1) as untracked,
   (select format('prepared transaction "%s" of role %s, prepared %s ago', gid, owner, to_char(now() - prepared, 'HH24:MI:SS'))
    from prepared) as prepared,
   (select format('pid %s, application "%s", role %s, state %s, open for %s', pid, application_name, usename, state,

@@ -10,7 +10,7 @@ import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
-import { mergeStatement } from "../../shared/bigquery.ts";
+import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery.ts";
 import { root } from "../../shared/env.ts";
 import { type Contract, pipelines, readContract } from "../../shared/schema.ts";
 import { freePort } from "../lib/shop.ts";
@@ -52,14 +52,17 @@ function columnType({ name, type = "", mode, fields }: Field, file: string): Typ
   return { typeKind: "TYPE_STRING" };
 }
 
-/** The pipeline's MERGE, with the column that its script calls the cursor. */
-function merge(contract: Contract, staging: string): Statement {
+/** The pipeline's statements: the MERGE, with the column that its script calls the cursor, and the check of the keys. */
+function generated(contract: Contract, staging: string): Statement[] {
   const script = `scripts/${contract.pipeline}.ts`;
   const version = existsSync(join(root, script)) && /\bcursor: "(\w+)"/.exec(read(script))?.[1];
   if (!version) faults.push(`${script}:1:1: names no cursor: "…" to check the MERGE of ${contract.file} with`);
   const at = (table: string): string => `\`${path(table)}\``;
   const sql = mergeStatement(contract, at(contract.pipeline), at(staging), version || "updated_at");
-  return { file: contract.file, sql, generated: "MERGE" };
+  return [
+    { file: contract.file, sql, generated: "MERGE" },
+    { file: contract.file, sql: duplicateKeysStatement(contract, at(staging)), generated: "key check" },
+  ];
 }
 
 /** BigQuery takes a path in one pair of backticks for one name, and so does the analyser. */
@@ -138,7 +141,7 @@ for (const pipeline of pipelines()) {
     const columns = contract.fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
     const staging = `${pipeline}_staging`;
     for (const table of [pipeline, staging]) addTable(table, columns);
-    statements.push(merge(contract, staging));
+    statements.push(...generated(contract, staging));
   } catch (error) {
     faults.push(`schemas/bigquery/${pipeline}.json:1:1: ${(error as Error).message}`); // not JSON, or no Table resource
   }
