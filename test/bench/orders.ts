@@ -6,7 +6,14 @@ import { execFile, spawnSync } from "node:child_process";
 import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { promisify } from "node:util";
-import { compareCounts, createStaging, loadLines, mergeStaging, openDestination } from "../../shared/bigquery.ts";
+import {
+  checkKeys,
+  compareCounts,
+  createStaging,
+  loadLines,
+  mergeStaging,
+  openDestination,
+} from "../../shared/bigquery.ts";
 import { copyJsonLines } from "../../shared/postgres.ts";
 import { table, thousands } from "../../shared/progress.ts";
 import { runPipeline } from "../../shared/run.ts";
@@ -92,9 +99,10 @@ await runPipeline("orders", env, async (run) => {
   await using stream = await copy();
   const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
   compareCounts(stream.sent.rows, loaded);
+  const [keys] = await timed(() => checkKeys(run, destination, staging));
   const [merge] = await timed(() => mergeStaging(run, destination, staging));
   const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());
-  const total = create + load + merge + drop;
+  const total = create + load + keys + merge + drop;
   const part = (seconds: number): { seconds: string; share: string } => ({
     seconds: seconds.toFixed(2),
     share: `${Math.round((seconds / total) * 100)} %`,
@@ -107,6 +115,7 @@ await runPipeline("orders", env, async (run) => {
       { step: "create staging", ...part(create) },
       { step: "of the load: extraction alone", ...part(median(ours)) },
       { step: "extract and load", ...part(load) },
+      { step: "check of the keys", ...part(keys) },
       { step: "MERGE", ...part(merge) },
       { step: "drop staging", ...part(drop) },
     ])}\n`,
