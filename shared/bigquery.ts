@@ -44,22 +44,19 @@ export async function openDestination(env: BigQueryEnv, contract: Contract, vers
   const bigquery = connectBigQuery(env);
   const dataset = env.BIGQUERY_DATASET;
   const table = contract.pipeline;
-  try {
-    const [metadata] = await bigquery.dataset(dataset).table(table).getMetadata();
-    checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
-  } catch (error) {
-    const { code, message } = error as { code?: number; message: string };
-    if (code !== 404 && !(error instanceof UsageError)) {
-      const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
-      throw new Error(
-        `cannot read the destination table ${dataset}.${table}: ${message}. Check ${at}; for the local stack: make up`,
+  const asked = bigquery.dataset(dataset).table(table).getMetadata();
+  const [metadata] = await asked.catch(({ code, message }: { code?: number; message: string }) => {
+    if (code === 404) {
+      throw new UsageError(
+        `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table} does not exist. Run: make migrate`,
       );
     }
-    if (code !== 404) throw error;
-    throw new UsageError(
-      `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table} does not exist. Run: make migrate`,
+    const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
+    throw new Error(
+      `cannot read the destination table ${dataset}.${table}: ${message}. Check ${at}; for the local stack: make up`,
     );
-  }
+  });
+  checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
   return { bigquery, contract, dataset, table, version };
 }
 

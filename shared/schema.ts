@@ -41,14 +41,14 @@ export function readContract(pipeline: string): Contract {
   }
 }
 
+const asText = (column: string): string => `${column}::text`;
+const asIs = (column: string): string => column;
+const asBase64 = (column: string): string => `translate(encode(${column}, 'base64'), E'\n', '')`;
 /**
  * Postgres type → the BigQuery types that hold every value of it → how the value is written into a JSON line.
  * INT64 and NUMERIC go as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may
  * hold raw newlines; jsonb's null becomes NULL in a JSON field, and stays 'null' in a STRING field.
  */
-const asText = (column: string): string => `${column}::text`;
-const asIs = (column: string): string => column;
-const asBase64 = (column: string): string => `translate(encode(${column}, 'base64'), E'\n', '')`;
 const types: Record<string, Record<string, (column: string) => string>> = {
   int2: { INTEGER: asText },
   int4: { INTEGER: asText },
@@ -74,12 +74,12 @@ const types: Record<string, Record<string, (column: string) => string>> = {
   bytea: { BYTES: asBase64 },
 };
 
+const special = (column: string): string => `${column} in ('NaN', 'Infinity', '-Infinity')`;
+const outside = (column: string): string => `not ${column} >= '0001-01-01' or not ${column} < '10000-01-01'`;
 /**
  * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
  * refuse it without naming the row. A row that holds one is refused by name.
  */
-const special = (column: string): string => `${column} in ('NaN', 'Infinity', '-Infinity')`;
-const outside = (column: string): string => `not ${column} >= '0001-01-01' or not ${column} < '10000-01-01'`;
 const refused: Record<string, (column: string, field: Field, declared?: string) => string> = {
   numeric: (column, field, declared) => {
     if (declared && declared !== "numeric") return `${column} = 'NaN'`; // fits() has compared what it is declared as

@@ -27,6 +27,10 @@ export interface Identity {
   timeline: number;
 }
 
+export function sameServer(a: Identity, b: Identity): boolean {
+  return a.system_identifier === b.system_identifier && a.timeline === b.timeline;
+}
+
 /** One row of sql/safe_bound.sql, which says what the fields mean. */
 export interface Bound extends Identity {
   role: string;
@@ -141,12 +145,12 @@ async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window>
   const identity = { system_identifier: bound.system_identifier, timeline: bound.timeline };
   const from = stored?.watermark ?? "-infinity";
   const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
-  if (stored && (stored.system_identifier !== identity.system_identifier || stored.timeline !== identity.timeline)) {
+  if (stored && !sameServer(stored, identity)) {
     throw new Error(
       `${where} is not the server that the watermark ${from} was taken from (system identifier ${identity.system_identifier}, timeline ${identity.timeline}; expected ${stored.system_identifier}, ${stored.timeline}): a restore or a failover may have undone rows that were synced. Next: ${rewind} with a time before it.`,
     );
   }
-  const [check] = await source<{ clockBack: boolean; late: boolean; held: boolean }[]>`
+  const [check] = await source<{ clockBack: boolean; late: boolean }[]>`
     select ${from}::text::timestamptz > ${bound.now}::text::timestamptz as "clockBack",
            ${from}::text::timestamptz > ${bound.bound}::text::timestamptz as late`;
   if (check?.clockBack) {

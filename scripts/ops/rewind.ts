@@ -15,7 +15,7 @@ import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main, newRunId } from "../../shared/run.ts";
 import { pipelines, readSelect } from "../../shared/schema.ts";
-import { readBound, readWatermark } from "../../shared/watermark.ts";
+import { readBound, readWatermark, sameServer } from "../../shared/watermark.ts";
 
 await main(import.meta, async () => {
   const env = readEnv("SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "PIPELINE", "TO", "DRY_RUN");
@@ -61,7 +61,7 @@ await main(import.meta, async () => {
       `TO=${to} is after the watermark ${stored.watermark}: a rewind goes back only, since the rows between them would never be read.`,
     );
   }
-  if (order?.clockBack || bound.system_identifier !== stored.system_identifier || bound.timeline !== stored.timeline) {
+  if (order?.clockBack || !sameServer(bound, stored)) {
     const warning =
       "the destination may hold versions that the source has lost, dated later than the source's own: the upsert keeps them";
     log({
