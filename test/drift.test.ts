@@ -6,7 +6,7 @@ import { createShop } from "./lib/shop.ts";
 
 using scratch = scratchCopy();
 await using shop = await createShop({ folder: scratch.folder, pushgateway: true });
-await shop.insertOrders(1, 3);
+await shop.insertRows(1, 3);
 
 /** The run exits with 2, having said all of `says`, and has read, loaded and moved nothing. */
 async function assertStopped(says: string[]): Promise<void> {

@@ -13,9 +13,9 @@ import type { Env } from "./stack/env.ts";
 // A copy, because it has no .env: what is not in the environment is missing.
 using scratch = scratchCopy();
 await using shop = await createShop({ folder: scratch.folder });
-await shop.insertOrders(1, 2);
+await shop.insertRows(1, 2);
 await shop.succeed("scripts/orders.ts");
-await shop.insertOrders(3, 4);
+await shop.insertRows(3, 4);
 const watermark = await shop.watermark();
 
 async function assertNothingMoved(): Promise<void> {
@@ -174,7 +174,7 @@ await test("a point in time is the one that Postgres reads, to the microsecond",
 
 await test("FROM and TO with a zone and microseconds select exactly that window", async () => {
   await using other = await createShop();
-  await other.insertOrders(1, 4);
+  await other.insertRows(1, 4);
   await other.admin.unsafe(`alter table orders disable trigger user;
     update orders set updated_at = timestamptz '2017-01-01 12:00:00.000001Z' + (id - 2) * interval '1 us'`);
   const { stderr } = await other.succeed(orders, {

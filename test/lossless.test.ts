@@ -16,48 +16,46 @@ function random(start: number): () => number {
   };
 }
 
-for (const { pipeline, text } of pipelines) {
-  const script = `scripts/${pipeline}.ts`;
-
+for (const pipeline of pipelines) {
   test(`${pipeline}: a row whose transaction commits after a later update was synced is picked up by the next run`, async () => {
-    await using shop = await createShop();
-    const [table, column] = [shop.admin(pipeline), shop.admin(text)];
-    await shop.insertRows(pipeline, 1, 100);
-    await shop.succeed(script);
+    await using shop = await createShop({ pipeline });
+    const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
+    await shop.insertRows(1, 100);
+    await shop.succeed(shop.script);
     const slow = shop.connect("slow writer");
     await slow.begin(async (late) => {
       await late`update ${table} set ${column} = 'early update, late commit' where id = 1`;
       await shop.admin`update ${table} set ${column} = 'later update, synced first' where id = 2`;
-      const { stderr } = await shop.succeed(script);
+      const { stderr } = await shop.succeed(shop.script);
       assert.match(
         stderr,
         /step=held by="pid \d+, application \\"slow writer\\", role postgres, state idle in transaction, open for/,
       );
     });
-    await shop.succeed(script);
-    assert.deepEqual(await shop.destinationRows(pipeline), await shop.sourceRows(pipeline));
+    await shop.succeed(shop.script);
+    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   });
 
   test(`${pipeline}: a transaction that had not written when a run passed, and writes later with its early now(), loses nothing`, async () => {
-    await using shop = await createShop();
-    const [table, column] = [shop.admin(pipeline), shop.admin(text)];
-    await shop.insertRows(pipeline, 1, 10);
+    await using shop = await createShop({ pipeline });
+    const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
+    await shop.insertRows(1, 10);
     await shop.admin`alter table ${table} disable trigger user`; // updated_at = now() is the other way to keep it
     const slow = shop.connect("slow writer");
     await slow.begin(async (late) => {
       await late`select now()`;
       await shop.admin`update ${table} set ${column} = 'later', updated_at = now() where id = 2`;
-      await shop.succeed(script);
+      await shop.succeed(shop.script);
       await late`update ${table} set ${column} = 'written late', updated_at = now() where id = 1`;
     });
-    await shop.succeed(script);
-    assert.deepEqual(await shop.destinationRows(pipeline), await shop.sourceRows(pipeline));
+    await shop.succeed(shop.script);
+    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   });
 
   test(`${pipeline}: with many writers that hold, commit and roll back at random, and runs in between, source and destination end equal (SEED=${seed})`, async () => {
-    await using shop = await createShop();
-    const [table, column] = [shop.admin(pipeline), shop.admin(text)];
-    await shop.insertRows(pipeline, 1, 300);
+    await using shop = await createShop({ pipeline });
+    const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
+    await shop.insertRows(1, 300);
     let next = 300;
     let writing = true;
     let commits = 0;
@@ -87,16 +85,16 @@ for (const { pipeline, text } of pipelines) {
     let synced = 0;
     try {
       for (let run = 0; run < wantedRuns; run++) {
-        const { stderr } = await shop.succeed(script, { CHUNK_ROWS: String(50 + (run % 3) * 100) });
+        const { stderr } = await shop.succeed(shop.script, { CHUNK_ROWS: String(50 + (run % 3) * 100) });
         synced += Number(/step=done rows=(\d+)/.exec(stderr)?.[1]);
       }
     } finally {
       writing = false;
       await Promise.all(writers);
     }
-    await shop.succeed(script);
+    await shop.succeed(shop.script);
     console.log(`# seed ${seed}: ${commits} commits, ${wantedRuns} runs in between, ${synced} rows synced meanwhile`);
     assert.ok(commits > 60 && synced > 300, "the test must have had something to lose");
-    assert.deepEqual(await shop.destinationRows(pipeline), await shop.sourceRows(pipeline));
+    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   });
 }

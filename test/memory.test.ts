@@ -9,7 +9,7 @@ test("peak memory of a first load grows by at most 10 MB per further million row
   const peak = async (rows: number): Promise<number> => {
     await shop.admin`truncate orders`;
     await shop.admin`delete from etl.watermarks`;
-    await shop.insertOrders(1, rows);
+    await shop.insertRows(1, rows);
     const { stderr } = await shop.succeed("scripts/orders.ts");
     const done = /step=done rows=(\d+) .* peak_rss_mb=(\d+) /.exec(stderr);
     assert.equal(Number(done?.[1]), rows);

@@ -24,7 +24,7 @@ const ofSuccess = [
 ];
 
 async function filledShop(rows: number, options: { pushgateway?: boolean } = {}): Promise<Shop> {
-  return await readyShop((shop) => shop.insertOrders(1, rows), options);
+  return await readyShop((shop) => shop.insertRows(1, rows), options);
 }
 
 /** The pipeline's metrics, without those that the Pushgateway itself adds to a group. */

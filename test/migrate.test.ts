@@ -88,7 +88,7 @@ await test("an applied file of sql/etl that was edited is an error that says wha
 });
 
 await test("a new nullable column, a relaxed mode and a description are printed, then applied; rows and runs stay right", async () => {
-  await shop.insertOrders(1, 3);
+  await shop.insertRows(1, 3);
   await shop.succeed(orders);
   scratch.editFields("orders", (fields) =>
     fields

@@ -23,7 +23,7 @@ const assertRefuses = async (
 
 test("a re-run by hand reads no further than the bound, so that a late commit with an older now() still arrives", async () => {
   await using shop = await createShop();
-  await shop.insertOrders(1, 3);
+  await shop.insertRows(1, 3);
   await shop.succeed(orders);
   await shop.admin`alter table orders disable trigger user`;
   const late = shop.connect("late");
@@ -41,7 +41,7 @@ test("a re-run by hand reads no further than the bound, so that a late commit wi
 test("a SELECT that returns a key twice merges nothing, and names the key", async () => {
   using scratch = scratchCopy();
   await using shop = await createShop({ folder: scratch.folder });
-  await shop.insertOrders(1, 3);
+  await shop.insertRows(1, 3);
   await shop.succeed(orders);
   scratch.edit("sql/orders.sql", (text) =>
     text.replace("from orders", "from orders join (values (1), (2)) twice (n) on id = 2 or n = 1"),
@@ -57,7 +57,7 @@ test("a SELECT that returns a key twice merges nothing, and names the key", asyn
 
 test("a transaction in which track_activities was switched on is not taken for none", async () => {
   await using shop = await createShop();
-  await shop.insertOrders(1, 3);
+  await shop.insertRows(1, 3);
   await shop.succeed(orders);
   const sql = shop.connect("hidden");
   await sql`set track_activities = off`;
@@ -77,7 +77,7 @@ test("a transaction in which track_activities was switched on is not taken for n
 
 test("a reading role that may write single columns is waited for like any other", async () => {
   await using shop = await createShop();
-  await shop.insertOrders(1, 3);
+  await shop.insertRows(1, 3);
   await shop.succeed(orders);
   await shop.admin`grant update (status) on orders to etl_reader`;
   const { default: postgres } = await import("postgres");
@@ -107,7 +107,7 @@ test("files that an editor leaves, a comment after the last semicolon, two hosts
     ["orders", "users"],
   );
   scratch.edit("sql/orders.sql", (text) => `${text}-- the end;\n`);
-  await shop.insertOrders(1, 2);
+  await shop.insertRows(1, 2);
   await shop.succeed(orders);
   assert.equal((await shop.destinationRows()).length, 2);
   const { SOURCE_DATABASE_URL: url = "" } = shop.env;

@@ -45,7 +45,7 @@ await test("a pipeline that never ran: status says so, and rewind refuses", asyn
 });
 
 await test("status shows the last success: watermark, ages and rows", async () => {
-  await shop.insertOrders(1, 1234);
+  await shop.insertRows(1, 1234);
   await shop.succeed(orders);
   const [, watermark, age, success, run, count, holder] = await cells();
   assert.equal(watermark, await shop.watermark());
@@ -244,7 +244,7 @@ await test("a run's sessions, its COPY and its MERGE name the run", async () => 
   scratch.edit("sql/orders.sql", (text) =>
     text.replace(";", " and case when current_query() like '/* etl:%' then pg_sleep(60) is not null else true end;"),
   );
-  await shop.insertOrders(2000, 2001);
+  await shop.insertRows(2000, 2001);
   const run = shop.start(orders);
   const copying = await until("the run copies", async () => {
     const found = await rows(`select usename, application_name, query from pg_stat_activity

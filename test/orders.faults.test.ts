@@ -14,7 +14,7 @@ import {
   type Fault,
   type HttpProxy,
   hold,
-  insertWideOrders,
+  insertWideRows,
   loseAnswer,
   pause,
   reach,
@@ -34,10 +34,10 @@ const changed = 100;
 /** A shop that was synced, and in which `inserted` rows are new since. */
 async function changedShop(inserted = changed): Promise<Shop> {
   return await readyShop(async (shop) => {
-    await shop.insertOrders(1, synced);
+    await shop.insertRows(1, synced);
     await shop.succeed(orders);
-    if (inserted === inFlight) await insertWideOrders(shop, synced + 1, synced + inserted);
-    else await shop.insertOrders(synced + 1, synced + inserted);
+    if (inserted === inFlight) await insertWideRows(shop, synced + 1, synced + inserted);
+    else await shop.insertRows(synced + 1, synced + inserted);
   });
 }
 

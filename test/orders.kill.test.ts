@@ -11,7 +11,7 @@ import {
   type Gate,
   type HttpProxy,
   hold,
-  insertWideOrders,
+  insertWideRows,
   pause,
   reach,
   readyShop,
@@ -26,11 +26,11 @@ const orders = "scripts/orders.ts";
 /** A shop that was synced, and in which 100 rows have changed since: 50 updated, 50 inserted; or more, wide ones. */
 async function changedShop(options: { pushgateway?: boolean } = {}, wide = 0): Promise<Shop> {
   return await readyShop(async (shop) => {
-    await shop.insertOrders(1, 200);
+    await shop.insertRows(1, 200);
     await shop.succeed(orders);
     await shop.admin`update orders set status = 'shipped' where id <= 50`;
-    await shop.insertOrders(201, 250);
-    if (wide > 0) await insertWideOrders(shop, 251, 250 + wide);
+    await shop.insertRows(201, 250);
+    if (wide > 0) await insertWideRows(shop, 251, 250 + wide);
   }, options);
 }
 
@@ -189,7 +189,7 @@ for (const { when, prepare } of [
   { when: "", prepare: () => changedShop() },
   {
     when: " at the first load, when there is no watermark yet",
-    prepare: () => readyShop((shop) => shop.insertOrders(1, 100)),
+    prepare: () => readyShop((shop) => shop.insertRows(1, 100)),
   },
 ]) {
   test(`two runs at once with the lock lost${when} end equal: the loser's compare-and-set fails, exit 1`, async () => {

@@ -16,7 +16,7 @@ let shop: Shop;
 let last = 5;
 before(async () => {
   shop = await createShop();
-  await shop.insertOrders(1, last);
+  await shop.insertRows(1, last);
   await shop.succeed(orders);
 });
 after(() => shop[Symbol.asyncDispose]());
@@ -24,7 +24,7 @@ after(() => shop[Symbol.asyncDispose]());
 /** Commits one more order; the trigger dates it. */
 async function commitOrder(): Promise<void> {
   last += 1;
-  await shop.insertOrders(last, last);
+  await shop.insertRows(last, last);
 }
 
 const adminUrl = (): string => shop.env.STACK_ADMIN_DATABASE_URL ?? "";
@@ -261,7 +261,7 @@ test("the reading role's own transaction and its COPY do not hold the watermark"
 
 test("a role that could write is waited for, or refused, also where the pipeline runs as that role", async () => {
   await using own = await createShop();
-  await own.insertOrders(1, 2);
+  await own.insertRows(1, 2);
   await own.succeed(orders);
   await using app = await createRole("app", "grant pg_read_all_stats to ROLE");
   await own.admin.unsafe(`grant select, insert, update on public.orders to ${app.name}`);
@@ -270,7 +270,7 @@ test("a role that could write is waited for, or refused, also where the pipeline
     await using checkout = open(url, "check out");
     await begin(checkout);
     await checkout`update public.orders set status = 'own role' where id = 1`;
-    await own.insertOrders(3, 3);
+    await own.insertRows(3, 3);
     const { code, stderr } = await own.run(orders, { SOURCE_DATABASE_URL: url });
     await checkout.unsafe("commit");
     if (code !== 0) assert.deepEqual([code, /role \S+ may write/.test(stderr)], [2, true], stderr);
@@ -506,7 +506,7 @@ test("another TimeZone, DateStyle and IntervalStyle of the database or the roles
   await checkout.unsafe("rollback");
   await own.succeed("scripts/ops/rewind.ts", { PIPELINE: "orders", TO: "2020-02-01" });
   assert.equal(await own.watermark(), midnight);
-  await own.insertOrders(4, 4);
+  await own.insertRows(4, 4);
   await own.succeed(orders);
   await assertSynced(own);
 });

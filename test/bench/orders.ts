@@ -38,7 +38,7 @@ if (spawnSync("psql", ["--version"]).error)
   throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
 await using shop = await createShop();
 say(`bench: ${thousands(rows)} orders`);
-await shop.insertOrders(1, rows);
+await shop.insertRows(1, rows);
 await shop.admin`vacuum analyze orders`;
 
 const env = {

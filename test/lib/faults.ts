@@ -5,7 +5,7 @@
  *   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
  *   const merge = hold();
  *   proxy.fault(steps.merge, merge);
- *   const run = shop.start("scripts/orders.ts", { BIGQUERY_ENDPOINT: proxy.url });
+ *   const run = shop.start(shop.script, { BIGQUERY_ENDPOINT: proxy.url });
  *   await merge.reached;
  */
 import assert from "node:assert/strict";
@@ -14,7 +14,7 @@ import { Agent, createServer, type IncomingMessage, request as open, type Server
 import { type AddressInfo, connect, createServer as createTcpServer, type Socket } from "node:net";
 import { buffer } from "node:stream/consumers";
 import { pipeline } from "node:stream/promises";
-import { createShop, type Process, type Result, type Shop, until } from "./shop.ts";
+import { createShop, type Process, type Result, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** The requests of a run in their order, as `METHOD path` without the query string. Its one query job is the MERGE. */
 export const steps = {
@@ -272,22 +272,19 @@ export async function createPostgresProxy(
 }
 
 /**
- * Inserts orders first..last of 4 KB each. 5,000 of them are more than all the buffers between Postgres and BigQuery
+ * Inserts rows first..last of 4 KB each. 5,000 of them are more than all the buffers between Postgres and BigQuery
  * hold, so that a stream of them is in flight until its reader has taken the last.
  */
-export async function insertWideOrders(shop: Shop, first: number, last: number): Promise<void> {
-  await shop.insertOrders(first, last);
-  await shop.admin`update orders set status = repeat('wide', 1000) where id between ${first} and ${last}`;
+export async function insertWideRows(shop: Shop, first: number, last: number): Promise<void> {
+  await shop.insertRows(first, last);
+  await shop.updateRows(first, last, "wide".repeat(1000));
 }
 
 /**
  * A shop made ready by `fill`. Where that fails the shop is disposed of: its connections would keep the test's process
  * from ending.
  */
-export async function readyShop(
-  fill: (shop: Shop) => Promise<void>,
-  options: { pushgateway?: boolean } = {},
-): Promise<Shop> {
+export async function readyShop(fill: (shop: Shop) => Promise<void>, options: ShopOptions = {}): Promise<Shop> {
   const shop = await createShop(options);
   try {
     await fill(shop);
@@ -346,7 +343,7 @@ export async function assertEqualRows(shop: Shop): Promise<void> {
 /** One more normal run moves exactly so many rows, after which both sides are equal and the watermark has advanced. */
 export async function assertHeals(shop: Shop, rows: number): Promise<Result> {
   const before = await shop.watermark();
-  const result = await ending(shop.start("scripts/orders.ts"));
+  const result = await ending(shop.start(shop.script));
   assert.equal(result.code, 0, result.stderr);
   assert.match(result.stderr, new RegExp(`step=done rows=${rows} `));
   await assertEqualRows(shop);

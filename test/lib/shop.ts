@@ -15,11 +15,9 @@ import { type Env, localEnv, root } from "../stack/env.ts";
 import { stackPath } from "../stack/stack.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
-export const pipelines = [
-  { pipeline: "orders", text: "status" },
-  { pipeline: "users", text: "age_band" },
-] as const;
-type Pipeline = (typeof pipelines)[number]["pipeline"];
+const textColumns = { orders: "status", users: "age_band" };
+export type Pipeline = keyof typeof textColumns;
+export const pipelines = Object.keys(textColumns) as Pipeline[];
 
 export interface Result {
   code: number | null;
@@ -38,6 +36,12 @@ export interface Process {
 
 export interface Shop extends AsyncDisposable {
   env: Env;
+  /** The pipeline that the test is about: what needs a pipeline below, and is given none, means this one. */
+  pipeline: Pipeline;
+  /** Its script, for example scripts/orders.ts, its table and a text column of it that a test may write to. */
+  script: string;
+  table: string;
+  text: string;
   /** The source's superuser: what the shop's own applications and its administrators do. */
   admin: Sql;
   dataset: string;
@@ -49,9 +53,10 @@ export interface Shop extends AsyncDisposable {
   run(script: string, variables?: Env): Promise<Result>;
   /** Runs it and requires exit code 0. */
   succeed(script: string, variables?: Env): Promise<Result>;
-  /** Inserts rows with the ids first..last into a pipeline's table; the trigger sets updated_at. */
-  insertRows(pipeline: Pipeline, first: number, last: number): Promise<void>;
-  insertOrders(first: number, last: number): Promise<void>;
+  /** Inserts rows with the ids first..last into the pipeline's table; the trigger sets updated_at. */
+  insertRows(first: number, last: number, pipeline?: Pipeline): Promise<void>;
+  /** Sets the text column of the rows with the ids first..last. */
+  updateRows(first: number, last: number, text: string): Promise<void>;
   /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds. */
   query(sql: string): Promise<Record<string, string | null>[]>;
   /** Every row of a pipeline's table, as the source and as the destination have it, in one comparable form, by key. */
@@ -66,11 +71,19 @@ export interface Shop extends AsyncDisposable {
 
 const apiOf = (env: Env): string => `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`;
 
-/**
- * `folder`: where the project's code is, if not here (a scratch copy). `lag`: WATERMARK_LAG_SECONDS, 0 unless told.
- * `pushgateway`: a Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop).
- */
-export async function createShop({ folder = root, lag = 0, pushgateway = false } = {}): Promise<Shop> {
+export interface ShopOptions {
+  pipeline?: Pipeline;
+  /** Where the project's code is, if not here (a scratch copy). */
+  folder?: string;
+  /** WATERMARK_LAG_SECONDS. */
+  lag?: number;
+  /** A Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop). */
+  pushgateway?: boolean;
+}
+
+export async function createShop(options: ShopOptions = {}): Promise<Shop> {
+  const { pipeline = "orders", folder = root, lag = 0, pushgateway = false } = options;
+  const text = textColumns[pipeline];
   const name = `test_${randomBytes(5).toString("hex")}`;
   const base = localEnv();
   const at = (url: string | undefined): string => Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
@@ -140,10 +153,10 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
   };
   await succeed("scripts/ops/migrate.ts");
 
-  const insertRows = async (pipeline: Pipeline, first: number, last: number): Promise<void> => {
+  const insertRows = async (first: number, last: number, into = pipeline): Promise<void> => {
     const day = admin`timestamptz '2017-01-01' + i * interval '1 minute'`;
     const ids = admin`generate_series(${first}::int, ${last}::int) i`;
-    if (pipeline === "users") {
+    if (into === "users") {
       await admin`insert into public.users (id, age_band, income_band, created_at) select i, '45-54', i % 250 || 'K', ${day} from ${ids}`;
     } else {
       await admin`
@@ -175,8 +188,8 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
     return rows.map(({ f }) => Object.fromEntries(names.map((field, column) => [field, f[column]?.v ?? null])));
   };
 
-  const sourceRows = async (pipeline = "orders"): Promise<Record<string, string | null>[]> => {
-    const { fields, key } = readContract(pipeline);
+  const sourceRows = async (of: string = pipeline): Promise<Record<string, string | null>[]> => {
+    const { fields, key } = readContract(of);
     const forms: Record<string, (column: string) => string> = {
       TIMESTAMP: (column) => `(extract(epoch from ${column}) * 1000000)::bigint::text`,
       NUMERIC: (column) => `trim_scale(${column})::text`,
@@ -186,20 +199,24 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
       ({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`,
     );
     const rows = await admin.unsafe(
-      `select ${columns.join(", ")} from public.${pipeline} t order by ${key.map((k) => `t."${k}"`).join()}`,
+      `select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`,
     );
     return rows.map((row) => canonical(row, fields));
   };
-  const destinationRows = async (pipeline = "orders"): Promise<Record<string, string | null>[]> => {
-    const { fields, key } = readContract(pipeline);
+  const destinationRows = async (of: string = pipeline): Promise<Record<string, string | null>[]> => {
+    const { fields, key } = readContract(of);
     const rows = await query(
-      `SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${pipeline}\` ORDER BY ${key.join()}`,
+      `SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${of}\` ORDER BY ${key.join()}`,
     );
     return rows.map((row) => canonical(row, fields));
   };
 
   return {
     env,
+    pipeline,
+    script: `scripts/${pipeline}.ts`,
+    table: `public.${pipeline}`,
+    text,
     admin,
     dataset: name,
     connect,
@@ -210,10 +227,11 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
     sourceRows,
     destinationRows,
     insertRows,
-    insertOrders: (first, last) => insertRows("orders", first, last),
-    watermark: async (pipeline = "orders") => {
+    updateRows: async (first, last, value) =>
+      void (await admin`update ${admin(pipeline)} set ${admin(text)} = ${value} where id between ${first} and ${last}`),
+    watermark: async (of = pipeline) => {
       const [row] =
-        await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${pipeline}`;
+        await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${of}`;
       return row?.at;
     },
     stagingTables: async () => {
@@ -221,11 +239,11 @@ export async function createShop({ folder = root, lag = 0, pushgateway = false }
       const { tables = [] } = (await response.json()) as { tables?: { tableReference: { tableId: string } }[] };
       return tables.map(({ tableReference }) => tableReference.tableId).filter((table) => table.includes("_staging_"));
     },
-    metrics: async (pipeline = "orders") => {
+    metrics: async (of = pipeline) => {
       const response = await fetch(`${env.PUSHGATEWAY_URL}/metrics`);
       const values: Record<string, number> = {};
       for (const [, metric, labels, value] of (await response.text()).matchAll(/^(\w+)\{(.*)\} (\S+)$/gm)) {
-        if (labels?.includes(`pipeline="${pipeline}"`)) values[metric as string] = Number(value);
+        if (labels?.includes(`pipeline="${of}"`)) values[metric as string] = Number(value);
       }
       return values;
     },
