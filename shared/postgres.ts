@@ -180,7 +180,7 @@ export function raise(message: string, type: string): string {
 
 function explainRefused({ message }: Error): string {
   const value = /etl refuses (.*)"$/s.exec(message)?.[1];
-  return value === undefined ? message : `${value}, which BigQuery's type cannot hold. Correct the row at the source.`;
+  return value === undefined ? message : `${value}, which its field cannot hold. Correct the row at the source.`;
 }
 
 /** An identifier as SQL writes it. */

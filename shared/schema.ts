@@ -5,17 +5,12 @@
 import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
-import type { Sql } from "postgres";
+import type { PendingQuery, Row, Sql } from "postgres";
 import { root, UsageError } from "./env.ts";
-import { quote, raise } from "./postgres.ts";
+import { quote } from "./postgres.ts";
 import type { Run } from "./run.ts";
+import { apiType, type Column, type ColumnType, castSelect, type Field, misfit, type TableColumn } from "./types.ts";
 import type { Source } from "./watermark.ts";
-
-interface Field extends TableField {
-  name: string;
-  type: string;
-  mode: string;
-}
 
 export interface Contract {
   pipeline: string;
@@ -41,70 +36,6 @@ export function readContract(pipeline: string): Contract {
   }
 }
 
-const asText = (column: string): string => `${column}::text`;
-const asIs = (column: string): string => column;
-const asBase64 = (column: string): string => `translate(encode(${column}, 'base64'), E'\n', '')`;
-/**
- * Postgres type → the BigQuery types that hold every value of it → how the value is written into a JSON line.
- * INT64 and NUMERIC go as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may
- * hold raw newlines; jsonb's null becomes NULL in a JSON field, and stays 'null' in a STRING field.
- */
-const types: Record<string, Record<string, (column: string) => string>> = {
-  int2: { INTEGER: asText },
-  int4: { INTEGER: asText },
-  int8: { INTEGER: asText },
-  numeric: { NUMERIC: asText, BIGNUMERIC: asText, STRING: asText },
-  float4: { FLOAT: asIs },
-  float8: { FLOAT: asIs },
-  bool: { BOOLEAN: asIs },
-  text: { STRING: asIs },
-  varchar: { STRING: asIs },
-  bpchar: { STRING: asIs },
-  uuid: { STRING: asText },
-  enum: { STRING: asText },
-  inet: { STRING: asText },
-  cidr: { STRING: asText },
-  interval: { STRING: asText },
-  date: { DATE: asText },
-  time: { TIME: asText },
-  timestamp: { DATETIME: asIs },
-  timestamptz: { TIMESTAMP: asIs },
-  json: { JSON: (column) => `${column}::jsonb`, STRING: asText },
-  jsonb: { JSON: asIs, STRING: asText },
-  bytea: { BYTES: asBase64 },
-};
-
-const special = (column: string): string => `${column} in ('NaN', 'Infinity', '-Infinity')`;
-const outside = (column: string): string => `not ${column} >= '0001-01-01' or not ${column} < '10000-01-01'`;
-/**
- * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
- * refuse it without naming the row. A row that holds one is refused by name.
- */
-const refused: Record<string, (column: string, field: Field, declared?: string) => string> = {
-  numeric: (column, field, declared) => {
-    if (declared && declared !== "numeric") return `${column} = 'NaN'`; // fits() has compared what it is declared as
-    const [digits, decimals] = numericSize(field);
-    return `not abs(${column}) < 1e${digits - decimals} or ${column} <> round(${column}, ${decimals})`; // NaN is above every number
-  },
-  float4: special,
-  float8: special,
-  date: outside,
-  time: (column) => `${column} = '24:00:00'`,
-  timestamp: outside,
-  timestamptz: outside,
-  json: (column) => String.raw`${column}::text ~ '(^|[^\\])(\\\\)*\\u0000'`,
-};
-
-/** Digits in all and after the point that a NUMERIC or BIGNUMERIC field holds. */
-function numericSize({ type, precision, scale }: Field): [number, number] {
-  if (precision) return [Number(precision), Number(scale ?? 0)];
-  return apiType(type) === "NUMERIC" ? [38, 9] : [76, 38];
-}
-
-/** BigQuery's API answers with the legacy names; a contract may use the SQL ones. */
-const apiNames: Record<string, string> = { INT64: "INTEGER", FLOAT64: "FLOAT", BOOL: "BOOLEAN" };
-const apiType = (type: string): string => apiNames[type.toUpperCase()] ?? type.toUpperCase();
-
 /** The pipelines that have a contract. */
 export function pipelines(): string[] {
   const files = readdirSync(join(root, "schemas/bigquery")).filter((file) => /^\w.*\.json$/.test(file));
@@ -117,25 +48,6 @@ export function readSelect(pipeline: string): string {
   if (!existsSync(file))
     throw new UsageError(`sql/${pipeline}.sql is not there: it holds the SELECT that reads the source`);
   return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
-}
-
-/** A column of the source table. */
-interface TableColumn {
-  relation: number;
-  number: number;
-  name: string;
-  /** Postgres's name of the type, without modifiers, for example numeric. */
-  type: string;
-  notnull: boolean;
-  /** As declared, for example numeric(12,2). */
-  declared: string;
-}
-
-/** A column that the SELECT returns, and the table's column that it is, unless it is an expression. */
-interface Column {
-  name: string;
-  type: string;
-  of: TableColumn | undefined;
 }
 
 /**
@@ -154,14 +66,8 @@ export async function checkSource(run: Run, contract: Contract, source: Source):
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
   for (const field of contract.fields) {
     const column = found.find(({ name }) => name === field.name);
-    const expected = `${describeField(field)} (${contract.file})`;
-    if (!column) fault(field.name, expected, "no such column");
-    else if (!types[column.type]?.[apiType(field.type)])
-      fault(field.name, expected, `${column.type}, which it cannot hold`);
-    else if (!fits(column, field))
-      fault(field.name, expected, `${column.of?.declared ?? column.type}, which it cannot hold`);
-    else if (field.mode === "REQUIRED" && column.of?.notnull === false)
-      fault(field.name, expected, "a nullable column");
+    const is = column ? misfit(column, field) : "no such column";
+    if (is) fault(field.name, `${describeField(field)} (${contract.file})`, is);
   }
   for (const { name } of found) {
     if (!known(name)) fault(name, `no such field (${contract.file})`, "it in the SELECT");
@@ -199,7 +105,7 @@ export async function checkSource(run: Run, contract: Contract, source: Source):
       columns: unknown.join(),
     });
   }
-  return castSelect(contract, select, found);
+  return castSelect(contract.pipeline, contract.fields, contract.key, select, found);
 }
 
 async function readColumns(source: Sql, table: string): Promise<TableColumn[]> {
@@ -221,10 +127,15 @@ async function readColumns(source: Sql, table: string): Promise<TableColumn[]> {
     );
   }
   return await source<TableColumn[]>`
-    select attrelid as relation, attnum as number, attname as name, case typtype when 'e' then 'enum' else typname end as type, attnotnull as notnull, format_type(atttypid, atttypmod) as declared
-    from pg_attribute join pg_type on pg_type.oid = atttypid
+    select attrelid as relation, attnum as number, attname as name, attnotnull as notnull, format_type(atttypid, atttypmod) as declared, ${typeColumns(source)}
+    from pg_attribute join pg_type t on t.oid = atttypid left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
     where attrelid = ${relation.oid} and attnum > 0 and not attisdropped order by attnum`;
 }
+
+/** The columns of ColumnType, from pg_type t and, for an array, pg_type e of its elements. */
+const typeColumns = (sql: Sql): PendingQuery<Row[]> => sql`
+  case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
+  e.oid is not null as array, format_type(t.oid, null) as sql`;
 
 /** The columns that the SELECT returns, and which of the table's they are; or the one that it names and the table has not. */
 async function describeSelect(
@@ -235,11 +146,13 @@ async function describeSelect(
 ): Promise<{ found: Column[]; missing?: string }> {
   try {
     const described = await source.unsafe(select).describe();
-    const names = await source<{ oid: number; name: string }[]>`
-      select oid, case typtype when 'e' then 'enum' else typname end as name from pg_type where oid = any(${`{${described.columns.map(({ type }) => type).join()}}`}::text::oid[])`;
+    const oids = `{${described.columns.map(({ type }) => type).join()}}`;
+    const types = await source<(ColumnType & { oid: number })[]>`
+      select t.oid, ${typeColumns(source)} from pg_type t left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
+      where t.oid = any(${oids}::text::oid[])`;
     const found = described.columns.map(({ name, type, table, number }) => ({
+      ...(types.find(({ oid }) => oid === type) as ColumnType),
       name,
-      type: names.find(({ oid }) => oid === type)?.name ?? `type ${type}`,
       of: columns.find((column) => column.relation === table && column.number === number),
     }));
     return { found };
@@ -247,32 +160,9 @@ async function describeSelect(
     const { code, message } = error as { code?: string; message: string };
     if (code !== "42703") throw error; // undefined_column
     // The other columns are still worth checking, as the table has them.
-    const found = columns.filter(({ name }) => known(name)).map((of) => ({ name: of.name, type: of.type, of }));
+    const found = columns.filter(({ name }) => known(name)).map((of) => ({ ...of, of }));
     return { found, missing: /column "?(?:\w+\.)?(.*?)"? does not exist/.exec(message)?.[1] ?? message };
   }
-}
-
-/** Whether a NUMERIC field holds every value of the column, as declared; one declared without a size is looked at row by row. */
-function fits({ type, of }: Column, field: Field): boolean {
-  const declared = /^numeric\((\d+),(-?\d+)\)$/.exec(of?.declared ?? "");
-  if (type !== "numeric" || !declared || apiType(field.type) === "STRING") return true;
-  const [digits, decimals] = numericSize(field);
-  return Number(declared[2]) <= decimals && Number(declared[1]) - Number(declared[2]) <= digits - decimals;
-}
-
-function castSelect(contract: Contract, select: string, found: Column[]): string {
-  const key = contract.key.map((name) => `'${name}=' || ${quote(name)}`).join(" || ', ' || ");
-  const columns = contract.fields.map((field) => {
-    const from = found.find(({ name }) => name === field.name);
-    const type = from?.type ?? "";
-    const write = types[type]?.[apiType(field.type)] as (column: string) => string;
-    const column = quote(field.name);
-    const homeless = refused[type]?.(column, field, from?.of?.declared);
-    if (!homeless || apiType(field.type) === "STRING") return `${write(column)} as ${column}`;
-    const message = `'column ${field.name.replaceAll("'", "''")} of ${contract.pipeline}, row ' || ${key} || ': ' || ${column}::text`;
-    return `${write(`(case when ${homeless} then ${raise(message, type)} else ${column} end)`)} as ${column}`;
-  });
-  return `select ${columns.join(", ")} from (${select}) source`;
 }
 
 /**

@@ -137,7 +137,7 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
       .replace("FLOAT", "FLOAT64")
       .replace("BOOLEAN", "BOOL");
     const alter = `ALTER TABLE ${name} ALTER COLUMN ${field.name}`;
-    if (!now && field.mode === "NULLABLE") additions.push(`add column ${name}.${field.name} ${wanted}`);
+    if (!now && field.mode !== "REQUIRED") additions.push(`add column ${name}.${field.name} ${wanted}`);
     else if (!now) {
       refused.push(
         `column ${name}.${field.name} is ${wanted} in ${contract.file} and not there: rows that exist have no value for it. Add it as NULLABLE`,

@@ -141,3 +141,23 @@ await test("Postgres: a column that is not there, a type error, a second stateme
   assert.equal(faults.length, expected.length, faults.join("\n"));
   for (const [at, pattern] of expected.entries()) assert.match(faults[at] ?? "", pattern);
 });
+
+await test("Postgres: a contract that its source does not fulfil, and a fault in the SELECT that is made of the two", async () => {
+  const contract = await check("postgres", (scratch) => {
+    scratch.editFields("users", (all) =>
+      all.map((field) => (field.name === "age_band" ? { ...field, type: "INTEGER", mode: "REQUIRED" } : field)),
+    );
+  });
+  assert.match(
+    contract.join("\n"),
+    /^schemas\/bigquery\/users\.json:1: the source differs from the contract.*\n +column public\.users\.age_band: expected INTEGER REQUIRED \S+, found text, which it cannot hold\n/,
+  );
+  const cast = await check("postgres", (scratch) => {
+    scratch.edit("shared/types.ts", (code) =>
+      code.replace("numeric: { NUMERIC: asText", "numeric: { NUMERIC: asBase64"),
+    );
+  });
+  assert.deepEqual(cast, [
+    "schemas/bigquery/orders.json:1: the SELECT made of it and its SELECT: function encode(numeric, unknown) does not exist",
+  ]);
+});

@@ -1,14 +1,17 @@
 /**
  * make check: all SQL against Postgres, on a throw-away cluster with the demo source's tables and no rows. What creates
  * things is executed, in the role that does it in production; what reads is prepared and then run as etl_reader, which also
- * finds a missing grant. Prints all faults as file:line: message; exit code 1 where there are any.
+ * finds a missing grant. Then, as a run does it, each pipeline's SELECT is compared with its contract, and the SELECT made of it
+ * that writes each column as its field reads it is run. Prints all faults as file:line: message; exit code 1 where there are any.
  */
 import { randomBytes } from "node:crypto";
 import { globSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import postgres, { type Sql } from "postgres";
-import { root } from "../../shared/env.ts";
+import { root, UsageError } from "../../shared/env.ts";
+import type { Run } from "../../shared/run.ts";
+import { checkSource, pipelines, readContract, readSelect } from "../../shared/schema.ts";
 import { freePort } from "../lib/shop.ts";
 import { startCluster, stopCluster } from "../stack/postgres.ts";
 import { logPath, say } from "../stack/stack.ts";
@@ -27,6 +30,21 @@ async function attempt(file: string, use: (text: string) => Promise<unknown>): P
     // Inside a DO block there is no position in the file.
     const line = text.slice(0, Number(error.position ?? 1) - 1).split("\n").length;
     faults.push(`${file}:${line}: ${[error.message, error.hint, error.where].filter(Boolean).join("; ")}`);
+  }
+}
+
+async function checkContract(sql: Sql, pipeline: string): Promise<void> {
+  const [script, contract] = [`scripts/${pipeline}.ts`, readContract(pipeline)];
+  const declared = /\btable: "([\w.]+)", cursor: "(\w+)"/.exec(readFileSync(join(root, script), "utf8"));
+  const [, table = "", cursor = ""] = declared ?? [];
+  if (!declared) return void faults.push(`${script}:1: names no table: "…", cursor: "…"`);
+  const run = { source: sql, log: () => {} } as unknown as Run;
+  try {
+    await sql.unsafe(await checkSource(run, contract, { table, cursor, select: readSelect(pipeline) }));
+  } catch (error) {
+    if (!(error instanceof UsageError || error instanceof postgres.PostgresError)) throw error;
+    const what = error instanceof UsageError ? "" : "the SELECT made of it and its SELECT: ";
+    faults.push(`${contract.file}:1: ${what}${error.message}`);
   }
 }
 
@@ -54,6 +72,8 @@ try {
       await sql.unsafe(text);
     });
   }
+  // Where a SELECT itself is at fault, that has been said.
+  if (!faults.length) for (const pipeline of pipelines()) await checkContract(sql, pipeline);
   await sql.end({ timeout: 1 });
 } finally {
   await remove();

@@ -57,7 +57,7 @@ export interface Shop extends AsyncDisposable {
   insertRows(first: number, last: number, pipeline?: Pipeline): Promise<void>;
   /** Sets the text column of the rows with the ids first..last. */
   updateRows(first: number, last: number, text: string): Promise<void>;
-  /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds. */
+  /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds, an array as JSON. */
   query(sql: string): Promise<Record<string, string | null>[]>;
   /** Every row of a pipeline's table, as the source and as the destination have it, in one comparable form, by key. */
   sourceRows(pipeline?: string): Promise<Record<string, string | null>[]>;
@@ -182,10 +182,12 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     const answer = (await response.json()) as any;
     if (!response.ok || !answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
     const names: string[] = (answer.schema?.fields ?? []).map((field: { name: string }) => field.name);
-    const rows: { f: { v: string | null }[] }[] = answer.rows ?? [];
+    const rows: { f: { v: unknown }[] }[] = answer.rows ?? [];
     if (String(rows.length) !== String(answer.totalRows ?? rows.length))
       throw new Error("query: more than one page of rows");
-    return rows.map(({ f }) => Object.fromEntries(names.map((field, column) => [field, f[column]?.v ?? null])));
+    const value = (v: unknown): string | null =>
+      Array.isArray(v) ? JSON.stringify(v.map((element) => element.v)) : ((v as string | null | undefined) ?? null);
+    return rows.map(({ f }) => Object.fromEntries(names.map((field, column) => [field, value(f[column]?.v)])));
   };
 
   const sourceRows = async (of: string = pipeline): Promise<Record<string, string | null>[]> => {

@@ -1,0 +1,164 @@
+/**
+ * From Postgres to BigQuery: which type goes to which, how a value is written into a JSON line, and which values have no
+ * place there. An array's elements go as its type does, into a REPEATED field.
+ */
+import type { TableField } from "@google-cloud/bigquery";
+import { quote, raise } from "./postgres.ts";
+
+/** A field of a contract. */
+export interface Field extends TableField {
+  name: string;
+  type: string;
+  mode: string;
+}
+
+export interface ColumnType {
+  /** Postgres's name of the type, or of an array's elements, without modifiers; enum for any enum. */
+  type: string;
+  array: boolean;
+  /** The type as SQL writes it, for example integer[]. */
+  sql: string;
+}
+
+/** A column of the source table. */
+export interface TableColumn extends ColumnType {
+  relation: number;
+  number: number;
+  name: string;
+  notnull: boolean;
+  /** As declared, for example numeric(12,2). */
+  declared: string;
+}
+
+/** A column that a SELECT returns. */
+export interface Column extends ColumnType {
+  name: string;
+  /** The table's column that it is, unless it is an expression. */
+  of: TableColumn | undefined;
+}
+
+/** SQL about one value, a column or an array's element. */
+type Write = (value: string) => string;
+
+const asText: Write = (value) => `${value}::text`;
+const asIs: Write = (value) => value;
+const asBase64: Write = (value) => `translate(encode(${value}, 'base64'), E'\n', '')`;
+/**
+ * Postgres type → the BigQuery types that hold every value of it → how the value is written into a JSON line.
+ * INT64 and NUMERIC go as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may
+ * hold raw newlines; jsonb's null becomes NULL in a JSON field, and stays 'null' in a STRING field.
+ */
+const types: Record<string, Record<string, Write>> = {
+  int2: { INTEGER: asText },
+  int4: { INTEGER: asText },
+  int8: { INTEGER: asText },
+  numeric: { NUMERIC: asText, BIGNUMERIC: asText, STRING: asText },
+  float4: { FLOAT: asIs },
+  float8: { FLOAT: asIs },
+  bool: { BOOLEAN: asIs },
+  text: { STRING: asIs },
+  varchar: { STRING: asIs },
+  bpchar: { STRING: asIs },
+  uuid: { STRING: asText },
+  enum: { STRING: asText },
+  inet: { STRING: asText },
+  cidr: { STRING: asText },
+  interval: { STRING: asText },
+  date: { DATE: asText },
+  time: { TIME: asText },
+  timestamp: { DATETIME: asIs },
+  timestamptz: { TIMESTAMP: asIs },
+  json: { JSON: (value) => `${value}::jsonb`, STRING: asText },
+  jsonb: { JSON: asIs, STRING: asText },
+  bytea: { BYTES: asBase64 },
+};
+
+const special: Write = (value) => `${value} in ('NaN', 'Infinity', '-Infinity')`;
+const outside: Write = (value) => `not ${value} >= '0001-01-01' or not ${value} < '10000-01-01'`;
+/**
+ * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
+ * refuse it without naming the row. A row that holds one is refused by name.
+ */
+const refused: Record<string, (value: string, field: Field, declared?: string) => string> = {
+  numeric: (value, field, declared) => {
+    if (declared?.includes("(")) return `${value} = 'NaN'`; // fits() has compared what it is declared as
+    const [digits, decimals] = numericSize(field);
+    return `not abs(${value}) < 1e${digits - decimals} or ${value} <> round(${value}, ${decimals})`; // NaN is above every number
+  },
+  float4: special,
+  float8: special,
+  date: outside,
+  time: (value) => `${value} = '24:00:00'`,
+  timestamp: outside,
+  timestamptz: outside,
+  json: (value) => String.raw`${value}::text ~ '(^|[^\\])(\\\\)*\\u0000'`,
+};
+
+/** Digits in all and after the point that a NUMERIC or BIGNUMERIC field holds. */
+function numericSize({ type, precision, scale }: Field): [number, number] {
+  if (precision) return [Number(precision), Number(scale ?? 0)];
+  return apiType(type) === "NUMERIC" ? [38, 9] : [76, 38];
+}
+
+/** BigQuery's API answers with the legacy names; a contract may use the SQL ones. */
+const apiNames: Record<string, string> = { INT64: "INTEGER", FLOAT64: "FLOAT", BOOL: "BOOLEAN" };
+export const apiType = (type: string): string => apiNames[type.toUpperCase()] ?? type.toUpperCase();
+
+/** Why the field cannot hold the column, in words; single values that it cannot hold are found row by row. */
+export function misfit(column: Column, field: Field): string | undefined {
+  const found = column.of?.declared ?? column.sql;
+  const mapped = types[column.type];
+  if (!mapped)
+    return `${found}, which has no safe mapping. Select it as a type that has one, for example ${quote(field.name)}::text`;
+  if (!mapped[apiType(field.type)] || column.array !== (field.mode === "REPEATED") || !fits(column, field))
+    return `${found}, which it cannot hold`;
+  return field.mode === "REQUIRED" && column.of?.notnull === false ? "a nullable column" : undefined;
+}
+
+/** Whether a NUMERIC field holds every value of the column, as declared; one declared without a size is looked at row by row. */
+function fits({ type, of }: Column, field: Field): boolean {
+  const declared = /^numeric\((\d+),(-?\d+)\)/.exec(of?.declared ?? "");
+  if (type !== "numeric" || !declared || apiType(field.type) === "STRING") return true;
+  const [digits, decimals] = numericSize(field);
+  return Number(declared[2]) <= decimals && Number(declared[1]) - Number(declared[2]) <= digits - decimals;
+}
+
+/**
+ * The SELECT around `select` that writes each field's column as its BigQuery type reads it. A row with a value that has no
+ * place there, or none where the field is REQUIRED, raises an error that names it.
+ * @param key columns of the primary key, for the row's name.
+ */
+export function castSelect(
+  pipeline: string,
+  fields: Field[],
+  key: string[],
+  select: string,
+  columns: Column[],
+): string {
+  const row = key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
+  const written = fields.map((field) => {
+    const column = columns.find(({ name }) => name === field.name) as Column;
+    const name = quote(field.name);
+    const homeless = refusal(column, field);
+    const message = `'column ${field.name.replaceAll("'", "''")} of ${pipeline}, row ' || ${row} || ': ' || coalesce(left(${name}::text, 200), 'NULL')`;
+    const value = homeless ? `(case when ${homeless} then ${raise(message, column.sql)} else ${name} end)` : name;
+    const write = types[column.type]?.[apiType(field.type)] as Write;
+    // BigQuery has no NULL arrays: it reads one as an empty one.
+    const elements = `(select coalesce(json_agg(${write("e")} order by n), '[]') from unnest(${value}) with ordinality a(e, n))`;
+    return `${column.array ? elements : write(value)} as ${name}`;
+  });
+  return `select ${written.join(", ")} from (${select}) source`;
+}
+
+/** The condition under which a row is refused because of the column, if there is one. */
+function refusal(column: Column, field: Field): string | undefined {
+  const name = quote(field.name);
+  const type = apiType(field.type);
+  const check = (value: string): string | undefined =>
+    type === "STRING" ? undefined : refused[column.type]?.(value, field, column.of?.declared);
+  const conditions = column.array
+    ? ["e is null", check("e"), type === "JSON" ? "e::jsonb = 'null'" : undefined] // no NULL among an array's elements either
+    : [field.mode === "REQUIRED" ? `${name} is null` : undefined, check(name)];
+  const any = conditions.filter((condition) => condition !== undefined).join(" or ");
+  return column.array ? `array_ndims(${name}) > 1 or exists (select from unnest(${name}) e where ${any})` : any;
+}
