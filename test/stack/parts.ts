@@ -2,6 +2,7 @@
 import { bigquery } from "./bigquery.ts";
 import { postgres } from "./postgres.ts";
 import { pushgateway } from "./pushgateway.ts";
+import { s3 } from "./s3.ts";
 import type { Part } from "./stack.ts";
 
-export const parts: Part[] = [postgres, bigquery, pushgateway];
+export const parts: Part[] = [postgres, bigquery, pushgateway, s3];

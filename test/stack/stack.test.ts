@@ -17,6 +17,7 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
+import { CreateBucketCommand, GetObjectCommand, PutObjectCommand, S3Client } from "@aws-sdk/client-s3";
 import postgres from "postgres";
 import { type Env, localEnv, notOurs, root } from "./env.ts";
 import type { Install } from "./install.ts";
@@ -60,10 +61,11 @@ function envFile(changes: Env): Env {
   writeFileSync(file, `${readFileSync(path(".env.example"), "utf8")}\n${lines.join("\n")}\n`);
   return { ENV_FILE: file };
 }
-const nowhere = { STACK_ADMIN_DATABASE_URL: "", BIGQUERY_ENDPOINT: "", PUSHGATEWAY_URL: "" };
+const nowhere = { STACK_ADMIN_DATABASE_URL: "", BIGQUERY_ENDPOINT: "", PUSHGATEWAY_URL: "", S3_ENDPOINT: "" };
 
 const pid = (name: string): number | undefined => processes.running(name)?.pid;
-const pids = (): (number | undefined)[] => ["postgres", "bigquery", "pushgateway"].map(pid);
+const names = ["postgres", "bigquery", "pushgateway", "s3"];
+const pids = (): (number | undefined)[] => names.map(pid);
 
 before(async () => {
   chmodSync(outer, 0o700);
@@ -105,6 +107,14 @@ async function bigquery(query: string): Promise<string> {
   return answer.text();
 }
 
+const s3 = (): S3Client =>
+  new S3Client({
+    endpoint: env.S3_ENDPOINT ?? "",
+    region: env.AWS_REGION ?? "",
+    forcePathStyle: true,
+    credentials: { accessKeyId: env.AWS_ACCESS_KEY_ID ?? "", secretAccessKey: env.AWS_SECRET_ACCESS_KEY ?? "" },
+  });
+
 test("up starts every part from nothing but .env.example, and two at once do not disturb each other", async () => {
   const [first, second] = await Promise.all([command("up.ts"), command("up.ts")]);
   assert.equal(first.code, 0, first.out);
@@ -112,7 +122,7 @@ test("up starts every part from nothing but .env.example, and two at once do not
   const out = first.out + second.out;
   assert.match(out, /\.env copied from \.env\.example/);
   assert.match(out, /is at work on this stack: waiting for it/);
-  for (const name of ["postgres", "bigquery", "pushgateway"]) {
+  for (const name of names) {
     assert.equal(out.match(new RegExp(`^${name}: started in`, "gm"))?.length, 1, out);
     assert.equal(out.match(new RegExp(`^${name}: runs at`, "gm"))?.length, 1, out);
   }
@@ -145,7 +155,7 @@ test("a second up starts nothing; status shows what runs", async () => {
   assert.deepEqual(pids(), earlier);
   const status = await command("status.ts");
   assert.equal(status.code, 0, status.out);
-  for (const name of ["postgres", "bigquery", "pushgateway"]) {
+  for (const name of names) {
     assert.match(
       status.out,
       new RegExp(
@@ -164,6 +174,9 @@ test("data survives down and up, and a SIGKILL of every server", async () => {
   assert.match(await bigquery("create schema kept"), /"jobComplete": ?true/);
   assert.match(await bigquery("create table kept.kept as select 17 as n"), /"jobComplete": ?true/);
   await fetch(`${env.PUSHGATEWAY_URL}/metrics/job/kept`, { method: "POST", body: "kept_value 17\n" });
+  const object = { Bucket: "kept", Key: "dt=2026-01-01/a b.gz" };
+  await s3().send(new CreateBucketCommand({ Bucket: object.Bucket }));
+  await s3().send(new PutObjectCommand({ ...object, Body: "17", ContentType: "text/x-kept", Metadata: { run: "r1" } }));
   for (const end of ["down", "kill"]) {
     if (end === "down") {
       const { code, out } = await command("down.ts");
@@ -182,6 +195,9 @@ test("data survives down and up, and a SIGKILL of every server", async () => {
     await again.end();
     assert.match(await bigquery("select n from kept.kept"), /"v": ?"17"/);
     assert.match(await (await fetch(`${env.PUSHGATEWAY_URL}/metrics`)).text(), /kept_value\{.*job="kept"\} 17/);
+    const kept = await s3().send(new GetObjectCommand(object));
+    assert.equal(await kept.Body?.transformToString(), "17");
+    assert.deepEqual([kept.ContentType, kept.Metadata], ["text/x-kept", { run: "r1" }]);
   }
 });
 
@@ -223,7 +239,8 @@ test("a part whose variable is empty or points elsewhere is left out, and says s
   assert.equal(code, 0, out);
   assert.match(out, /^bigquery: BIGQUERY_ENDPOINT is at bigquery\.example\.com: not ours, not started$/m);
   assert.match(out, /^pushgateway: PUSHGATEWAY_URL is empty: not ours, not started$/m);
-  assert.deepEqual(pids(), [undefined, undefined, undefined]);
+  assert.match(out, /^s3: S3_ENDPOINT is empty: not ours, not started$/m);
+  assert.deepEqual(pids(), [undefined, undefined, undefined, undefined]);
   assert.match(
     (await command("status.ts", envFile(changes))).out,
     /^bigquery +not ours: BIGQUERY_ENDPOINT is at bigquery/m,
