@@ -6,6 +6,7 @@ import { BigQuery, type Job, type TableField } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { type Env, UsageError } from "./env.ts";
 import { type RowStream, SourceError } from "./postgres.ts";
+import { progress, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
 import { type Contract, checkDestination } from "./schema.ts";
 
@@ -109,9 +110,20 @@ export async function loadLines(run: Run, to: Destination, staging: Staging, row
     } as object);
   const completed = new Promise<Job>((resolve) => upload.once("complete", resolve));
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
-  await pipeline(rows.lines, upload, { signal: run.signal });
+  await pipeline(rows.lines, showProgress(run, rows), upload, { signal: run.signal });
   const { metadata } = await completed;
   return Number(metadata.statistics.load.outputRows ?? 0);
+}
+
+function showProgress(run: Run, { sent }: RowStream): (lines: AsyncIterable<Buffer>) => AsyncIterable<Buffer> {
+  return async function* (lines) {
+    for await (const piece of lines) {
+      yield piece;
+      progress(
+        `${run.pipeline}: ${thousands(run.totals.rows + sent.rows)} rows, ${thousands(sent.bytes / 1e6)} MB of this chunk read`,
+      );
+    }
+  };
 }
 
 /**

@@ -7,7 +7,6 @@
 import { connect as connectSocket, type Socket } from "node:net";
 import { type Readable, Transform } from "node:stream";
 import postgres, { type Sql } from "postgres";
-import { progress, thousands } from "./progress.ts";
 
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
@@ -102,7 +101,7 @@ export interface RowStream {
 }
 
 /**
- * Streams the rows of a SELECT in [from, to) as JSON, one object a line, in one statement (so from one snapshot).
+ * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot).
  * JSON text never holds the bytes 1 and 2, so as quote and delimiter of a CSV they leave it as it is.
  * The lines throw a SourceError, and never just end, when the server dies, is cancelled or resets the connection.
  */
@@ -122,7 +121,7 @@ export async function copyJsonLines(
   const settings = { ...options.settings, "etl.from": from, "etl.to": to };
   const session = connect(url, { ...options, settings }, { socket: open } as object);
   const sent = { rows: 0, bytes: 0 };
-  const copy = `/* ${options.application} */ copy (select row_to_json(line) from (${select}) line) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`;
+  const copy = `/* ${options.application} */ copy (${select}) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`;
   async function* lines(): AsyncGenerator<Buffer> {
     try {
       const query = session.unsafe(copy) as ReturnType<Sql["unsafe"]> & { resolve(rows: Readable): void };
@@ -132,10 +131,7 @@ export async function copyJsonLines(
       const rows: Readable = await query.readable();
       if (rows.errored) throw rows.errored;
       // postgres.js hands over one CopyData message, which is one row, at a time.
-      for await (const piece of rows.compose(gather(sent))) {
-        yield piece;
-        progress(`${options.application}: ${thousands(sent.rows)} rows, ${thousands(sent.bytes / 1e6)} MB read`);
-      }
+      yield* rows.compose(gather(sent));
     } catch (error) {
       throw new SourceError(`reading the source failed after ${sent.rows} rows: ${explainRefused(error as Error)}`, {
         cause: error,

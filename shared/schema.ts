@@ -53,27 +53,51 @@ export function readSelect(pipeline: string): string {
 /**
  * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
  * contract does not know is a warning and a metric.
- * @returns the SELECT to copy: the contract's fields, each written as its BigQuery type reads it.
+ * @returns a SELECT of JSON lines with the contract's fields, each written as its BigQuery type reads it.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
 export async function checkSource(run: Run, contract: Contract, source: Source): Promise<string> {
+  const { pipeline, file, fields, key } = contract;
+  const expected = fields.map((field) => ({
+    name: field.name,
+    expected: describeField(field),
+    differs: (column: Column) => misfit(column, field),
+  }));
+  const columns = await compareSource(run, file, source, expected);
+  return castSelect(pipeline, fields, key, source.select, columns);
+}
+
+/** What a SELECT has to return: a column, what is expected of it, and in what one that is there differs. */
+export interface Expected {
+  name: string;
+  expected: string;
+  differs(column: Column): string | undefined;
+}
+
+/**
+ * Compares the table and its cursor column, and what the SELECT returns, with what is expected of them by `file`.
+ * @returns the columns that the SELECT returns.
+ * @throws UsageError naming column, expected and found, all of them at once.
+ */
+export async function compareSource(run: Run, file: string, source: Source, wanted: Expected[]): Promise<Column[]> {
   const { table, cursor, select } = source;
   const columns = await readColumns(run.source, table);
-  const known = (name: string): boolean => contract.fields.some((field) => field.name === name);
+  const known = (name: string): boolean => wanted.some((column) => column.name === name);
   const { found, missing } = await describeSelect(run.source, select, columns, known);
   const faults: string[] = [];
   const fault = (column: string, expected: string, is: string): void =>
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
-  for (const field of contract.fields) {
-    const column = found.find(({ name }) => name === field.name);
-    const is = column ? misfit(column, field) : "no such column";
-    if (is) fault(field.name, `${describeField(field)} (${contract.file})`, is);
+  for (const { name, expected, differs } of wanted) {
+    const column = found.find((one) => one.name === name);
+    const is = column ? differs(column) : "no such column";
+    if (is) fault(name, `${expected} (${file})`, is);
   }
   for (const { name } of found) {
-    if (!known(name)) fault(name, `no such field (${contract.file})`, "it in the SELECT");
+    if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
   }
   const at = columns.find(({ name }) => name === cursor);
-  if (at?.type !== "timestamptz") fault(cursor, "timestamptz, since it is the cursor", at?.type ?? "no such column");
+  if (at?.type !== "timestamptz")
+    fault(cursor, "timestamptz, since it is the cursor", at?.declared ?? "no such column");
   else if (!at.notnull) {
     fault(
       cursor,
@@ -95,17 +119,17 @@ export async function checkSource(run: Run, contract: Contract, source: Source):
     .map(({ name }) => name)
     .filter((name) => !known(name) && !found.some(({ of }) => of?.name === name));
   if (faults.length || missing) {
-    if (!faults.length) faults.push(`sql/${contract.pipeline}.sql: column "${missing}" does not exist`);
-    throw new UsageError(schemaFaults(contract, "source", faults, unknown));
+    if (!faults.length) faults.push(`sql/${run.pipeline}.sql: column "${missing}" does not exist`);
+    throw new UsageError(schemaFaults(run.pipeline, file, "source", faults, unknown));
   }
   run.unknownColumns = unknown;
   if (unknown.length) {
     run.log("warning", {
-      warning: `${table} has columns that are not in ${contract.file}, and are not synced`,
+      warning: `${table} has columns that are not in ${file}, and are not synced`,
       columns: unknown.join(),
     });
   }
-  return castSelect(contract.pipeline, contract.fields, contract.key, select, found);
+  return found;
 }
 
 async function readColumns(source: Sql, table: string): Promise<TableColumn[]> {
@@ -186,7 +210,7 @@ export function checkDestination(contract: Contract, table: string, actual: Tabl
     if (!contract.fields.some((field) => field.name === name))
       faults.push(`column ${table}.${name}: is there, but ${contract.file} has no such field`);
   }
-  if (faults.length) throw new UsageError(schemaFaults(contract, "destination", faults, []));
+  if (faults.length) throw new UsageError(schemaFaults(contract.pipeline, contract.file, "destination", faults, []));
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */
@@ -195,13 +219,13 @@ export function describeField({ type, mode, precision, scale }: TableField): str
   return `${apiType(type ?? "")}${size} ${(mode ?? "NULLABLE").toUpperCase()}`;
 }
 
-function schemaFaults(contract: Contract, side: string, faults: string[], unknown: string[]): string {
+function schemaFaults(pipeline: string, file: string, side: string, faults: string[], unknown: string[]): string {
   const renamed = unknown.length
     ? `\n  not in the contract: ${unknown.join(", ")}${faults.some((fault) => fault.endsWith("no such column")) ? " (was a column renamed?)" : ""}`
     : "";
   const next =
     side === "source"
-      ? `Bring the source, sql/${contract.pipeline}.sql and ${contract.file} together`
+      ? `Bring the source, sql/${pipeline}.sql and ${file} together`
       : "For additions: make migrate. Anything else is yours to decide";
   return `the ${side} differs from the contract, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}${renamed}\n${next}; README, "When the schema changes".`;
 }

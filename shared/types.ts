@@ -124,7 +124,7 @@ function fits({ type, of }: Column, field: Field): boolean {
 }
 
 /**
- * The SELECT around `select` that writes each field's column as its BigQuery type reads it. A row with a value that has no
+ * The SELECT around `select` of JSON lines, in which each field's column is written as its BigQuery type reads it. A row with a value that has no
  * place there, or none where the field is REQUIRED, raises an error that names it.
  * @param key columns of the primary key, for the row's name.
  */
@@ -147,7 +147,7 @@ export function castSelect(
     const elements = `(select coalesce(json_agg(${write("e")} order by n), '[]') from unnest(${value}) with ordinality a(e, n))`;
     return `${column.array ? elements : write(value)} as ${name}`;
   });
-  return `select ${written.join(", ")} from (${select}) source`;
+  return `select row_to_json(line) from (select ${written.join(", ")} from (${select}) source) line`;
 }
 
 /** The condition under which a row is refused because of the column, if there is one. */

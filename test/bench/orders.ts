@@ -63,7 +63,7 @@ await runPipeline("orders", env, async (run) => {
   const copy = (): ReturnType<typeof copyJsonLines> =>
     copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
   const psql =
-    `copy (select row_to_json(line) from (${select.replaceAll(/--.*$/gm, "")}) line) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`.replaceAll(
+    `copy (${select.replaceAll(/--.*$/gm, "")}) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`.replaceAll(
       "\n",
       " ",
     );

@@ -38,7 +38,7 @@ async function checkContract(sql: Sql, pipeline: string): Promise<void> {
   const declared = /\btable: "([\w.]+)", cursor: "(\w+)"/.exec(readFileSync(join(root, script), "utf8"));
   const [, table = "", cursor = ""] = declared ?? [];
   if (!declared) return void faults.push(`${script}:1: names no table: "…", cursor: "…"`);
-  const run = { source: sql, log: () => {} } as unknown as Run;
+  const run = { pipeline, source: sql, log: () => {} } as unknown as Run;
   try {
     await sql.unsafe(await checkSource(run, contract, { table, cursor, select: readSelect(pipeline) }));
   } catch (error) {
