@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/node_modules/.bin:$(PATH)
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 node_modules/.package-lock.json: package-lock.json
 	@echo "setup: npm ci (Node 24 and the libraries of package-lock.json)" >&2
@@ -29,6 +29,14 @@ orders: setup ## Sync orders to BigQuery (FROM= TO= reads a window again)
 .PHONY: users
 users: setup ## Sync users to BigQuery (FROM= TO= reads a window again)
 	@node scripts/users.ts
+
+.PHONY: events
+events: setup ## Archive every complete day of events since the watermark to S3
+	@node scripts/events.ts
+
+.PHONY: backfill-events
+backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_PER_SECOND= FORCE=1)
+	@BACKFILL=1 node scripts/events.ts
 
 # Operations
 

@@ -58,10 +58,23 @@ function number(least: number, most: number, whole = true): Reader<number> {
   };
 }
 
+function secret(value: string): string {
+  secrets.add(value);
+  return value;
+}
+
+function bucket(value: string): string {
+  if (!/^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/.test(value))
+    throw new Error("may hold 3 to 63 lower-case letters, digits, . and - only");
+  return value;
+}
+
 function name(value: string): string {
   if (!/^[A-Za-z0-9_-]+$/.test(value)) throw new Error("may hold letters, digits, _ and - only");
   return value;
 }
+
+const flag: Reader<boolean> = (value) => value !== "0";
 
 /**
  * A point in time as typed by a person: a date, or a date with a time to the microsecond, in UTC unless it says otherwise.
@@ -108,6 +121,27 @@ const variables = {
     url("http:", "https:"),
     undefined,
   ),
+  S3_ENDPOINT: variable<string | undefined>(
+    "a local S3 server; leave it out for Amazon's",
+    "http://127.0.0.1:17070",
+    url("http:", "https:"),
+    undefined,
+  ),
+  S3_BUCKET: variable("the bucket of the archive", "my-shop-archive", bucket),
+  S3_PREFIX: variable(
+    "stands before every key",
+    "backup/",
+    (value) => value.replace(/^\/+|\/*$/g, "").replace(/.$/u, "$&/"),
+    "",
+  ),
+  AWS_REGION: variable("the bucket's region", "eu-central-1", name),
+  AWS_ACCESS_KEY_ID: variable<string | undefined>(
+    "the SDK's own; leave both out where the machine has a role",
+    "AKIA…",
+    (value) => value,
+    undefined,
+  ),
+  AWS_SECRET_ACCESS_KEY: variable<string | undefined>("the key's secret", "…", secret, undefined),
   PUSHGATEWAY_URL: variable(
     "where the metrics go: without them nobody is told of a failure",
     "http://pushgateway.example.com:9091",
@@ -119,8 +153,20 @@ const variables = {
   FROM: variable<string | undefined>("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
   TO: variable<string | undefined>("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
   PIPELINE: variable("the pipeline's name", "orders", name),
-  JSON: variable("print JSON, for programs", "1", (value) => value !== "0", false),
-  DRY_RUN: variable("say what would be done, and do nothing", "1", (value) => value !== "0", false),
+  JSON: variable("print JSON, for programs", "1", flag, false),
+  DRY_RUN: variable("say what would be done, and do nothing", "1", flag, false),
+  FORCE: variable("archive days again that are done", "1", flag, false),
+  ALLOW_SHRINK: variable("let a day be archived with fewer rows than it has in the archive", "1", flag, false),
+  CLEAN: variable("delete what killed runs left in the bucket, where it is older than a day", "1", flag, false),
+  BACKFILL: variable("set by make backfill-events: FROM and TO are needed", "1", flag, false),
+  RESTORE: variable("set by make restore-events", "1", flag, false),
+  CONCURRENCY: variable("days at a time in a backfill", "2", number(1, 32), 1),
+  MAX_ROWS_PER_SECOND: variable<number | undefined>(
+    "spares the source: at most so many rows are read a second",
+    "20000",
+    number(1, 1_000_000_000),
+    undefined,
+  ),
 };
 
 /** What a pipeline from Postgres to BigQuery reads. */
@@ -137,6 +183,29 @@ export const postgresToBigQuery = [
   "RUN_TIMEOUT_SECONDS",
   "FROM",
   "TO",
+] as const;
+
+/** What the archive of events reads. */
+export const postgresToS3 = [
+  "SOURCE_DATABASE_URL",
+  "ETL_DATABASE_URL",
+  "S3_ENDPOINT",
+  "S3_BUCKET",
+  "S3_PREFIX",
+  "AWS_REGION",
+  "AWS_ACCESS_KEY_ID",
+  "AWS_SECRET_ACCESS_KEY",
+  "PUSHGATEWAY_URL",
+  "WATERMARK_LAG_SECONDS",
+  "CHUNK_ROWS",
+  "RUN_TIMEOUT_SECONDS",
+  "FROM",
+  "TO",
+  "FORCE",
+  "ALLOW_SHRINK",
+  "BACKFILL",
+  "CONCURRENCY",
+  "MAX_ROWS_PER_SECOND",
 ] as const;
 
 type Variables = typeof variables;

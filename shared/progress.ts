@@ -6,7 +6,8 @@ import { redact } from "./env.ts";
 
 export type Fields = Record<string, string | number | boolean | null | undefined>;
 
-const terminal = process.stderr.isTTY === true;
+/** Whether a person sees stderr as it comes. */
+export const terminal = process.stderr.isTTY === true;
 let shown = "";
 let drawn = 0;
 

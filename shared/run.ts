@@ -69,6 +69,10 @@ export interface Run {
   etl: Sql;
   /** Aborts at the deadline and at SIGINT or SIGTERM. */
   signal: AbortSignal;
+  /** Lets the deadline begin anew: for work that has one for each of its pieces. */
+  restartDeadline(): void;
+  /** What follows where the run is stopped, in words. */
+  next: string;
   /** Something to undo if the run is stopped, until disposed of. */
   onStop(undo: () => Promise<unknown>): Disposable;
   log(step: string, fields?: Fields): void;
@@ -145,9 +149,7 @@ function createRun(
   const stop = new AbortController();
   const abort = (reason: string): void => {
     if (stop.signal.aborted) process.exit(1); // a second Ctrl-C does not wait
-    stop.abort(
-      new Error(`${reason}: nothing is half done, the next run goes on from the watermark. Next: make status`),
-    );
+    stop.abort(new Error(`${reason}: nothing is half done, ${run.next}`));
   };
   const deadline = `the run's deadline of ${env.RUN_TIMEOUT_SECONDS} s (RUN_TIMEOUT_SECONDS) has passed`;
   const timer = setTimeout(abort, env.RUN_TIMEOUT_SECONDS * 1000, deadline);
@@ -160,6 +162,8 @@ function createRun(
     etl: connect(env.ETL_DATABASE_URL, session),
     source: connect(env.SOURCE_DATABASE_URL, { ...session, settings }),
     signal: stop.signal,
+    restartDeadline: () => void timer.refresh(),
+    next: "the next run goes on from the watermark. Next: make status",
     onStop: (undo) => {
       undos.add(undo);
       return { [Symbol.dispose]: () => undos.delete(undo) };

@@ -150,6 +150,17 @@ export function castSelect(
   return `select row_to_json(line) from (select ${written.join(", ")} from (${select}) source) line`;
 }
 
+/**
+ * The SELECT around `select` of JSON lines that Postgres reads back as they were: a column that is NULL is left out, so that
+ * JSON's null stays apart from it.
+ */
+export function jsonLines(select: string, columns: Column[]): string {
+  const pairs = columns.map(
+    ({ name }) => `'${JSON.stringify(name).replaceAll("'", "''")}:' || to_json(${quote(name)})`,
+  );
+  return `select '{' || concat_ws(',', ${pairs.join(", ")}) || '}' from (${select}) source`;
+}
+
 /** The condition under which a row is refused because of the column, if there is one. */
 function refusal(column: Column, field: Field): string | undefined {
   const name = quote(field.name);

@@ -6,6 +6,7 @@
  *   BigQuery tables  schemas/bigquery/*.json in BIGQUERY_DATASET: created, or extended by what loses nothing (a new NULLABLE
  *                    column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL
  *                    that a person would run
+ *   the bucket       S3_BUCKET: created where it is missing
  *   safe to re-run   yes: what is there already is left as it is; a second migrate waits for the first
  *
  *   make migrate             do it
@@ -22,6 +23,7 @@ import { readEnv, root, UsageError } from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
+import { bucketExists, connectS3, createBucket } from "../../shared/s3.ts";
 import { type Contract, describeField, pipelines, readContract } from "../../shared/schema.ts";
 
 await main(import.meta, async () => {
@@ -31,6 +33,12 @@ await main(import.meta, async () => {
     "BIGQUERY_DATASET",
     "BIGQUERY_LOCATION",
     "BIGQUERY_ENDPOINT",
+    "S3_ENDPOINT",
+    "S3_BUCKET",
+    "S3_PREFIX",
+    "AWS_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
     "DRY_RUN",
   );
   /** Says what is to be done, and does it unless this is a dry run. */
@@ -85,6 +93,11 @@ await main(import.meta, async () => {
         schema: { fields: contract.fields },
       });
   }
+
+  // 4. The bucket.
+  const bucket = connectS3(env);
+  if (!(await bucketExists(bucket)))
+    await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
   await etl.end();
   if (refused.length) {
     throw new UsageError(

@@ -68,7 +68,7 @@ try {
     await attempt(file, async (text) => {
       await sql.unsafe(text).describe(); // refuses a second statement
       for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))
-        await sql`select set_config(${setting}, ${setting.endsWith("seconds") ? "0" : "2017-01-01"}, false)`;
+        await sql`select set_config(${setting}, ${/from|to$/.test(setting) ? "2017-01-01" : "0"}, false)`;
       await sql.unsafe(text);
     });
   }
