@@ -48,6 +48,14 @@ status: setup ## Where each pipeline is (JSON=1 for programs)
 rewind: setup ## Set a watermark back: PIPELINE= TO= (DRY_RUN=1 says what would be read again)
 	@node scripts/ops/rewind.ts
 
+.PHONY: verify-events
+verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)
+	@node scripts/ops/archive.ts
+
+.PHONY: restore-events
+restore-events: setup ## Put archived days into etl.events_restored: FROM= TO=
+	@RESTORE=1 node scripts/ops/archive.ts
+
 .PHONY: migrate
 migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)
 	@node scripts/ops/migrate.ts

@@ -75,7 +75,7 @@ await main(import.meta, async () => {
           await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, lines, part, { from: after.created_at, to });
           after = await parts.add(rows, pace());
         }
-        const manifest = await describeDay(run, source, parts);
+        const manifest = await describeDay(run, parts);
         const ours = await publish(run, bucket, parts, manifest, before, env.ALLOW_SHRINK);
         return { manifest, skipped: !ours };
       });

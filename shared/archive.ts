@@ -6,6 +6,7 @@ import { createHash } from "node:crypto";
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { createGzip } from "node:zlib";
+import type { Sql } from "postgres";
 import { redact, UsageError } from "./env.ts";
 import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
@@ -223,26 +224,27 @@ function position(lines: Buffer): Position {
   return JSON.parse(line, exact as Parameters<typeof JSON.parse>[1]) as Position;
 }
 
+/** What the source has of a day. */
+export async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
+  const [row] = await source<{ rows: string; min_id: string | null; max_id: string | null }[]>`
+    select count(*) as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
+    where created_at >= ${startOf(day).created_at}::text::timestamptz and created_at < ${startOf(addDays(day)).created_at}::text::timestamptz`;
+  return { rows: Number(row?.rows), min_id: row?.min_id ?? null, max_id: row?.max_id ?? null };
+}
+
 /**
  * What the manifest says: the parts, compared with what the source now has of the day. A stream that ended early would be a
  * successful short part.
  * @throws Error where the counts differ; the next attempt reads the day again.
  */
-export async function describeDay(run: Run, source: Source, { day, list }: Parts): Promise<Manifest> {
-  const [at, to] = [startOf(day).created_at, startOf(addDays(day)).created_at];
-  const column = source.cursor;
-  const [there] = await run.source.unsafe<{ rows: string; min: string | null; max: string | null }[]>(
-    `select count(*) as rows, min(id)::text as min, max(id)::text as max from ${source.table}
-     where ${column} >= $1::text::timestamptz and ${column} < $2::text::timestamptz`,
-    [at, to],
-  );
+export async function describeDay(run: Run, { day, list }: Parts): Promise<Manifest> {
+  const there = await readSource(run.source, day);
   const rows = list.reduce((sum, part) => sum + part.rows, 0);
-  if (rows !== Number(there?.rows))
+  if (rows !== there.rows)
     throw new Error(
-      `the counts differ: ${rows} rows of ${day} were archived, and the source has ${there?.rows}; no manifest was written`,
+      `the counts differ: ${rows} rows of ${day} were archived, and the source has ${there.rows}; no manifest was written`,
     );
-  const ids = { min_id: there?.min ?? null, max_id: there?.max ?? null };
-  return { day, rows, ...ids, run_id: run.id, created_at: new Date().toISOString(), parts: list };
+  return { day, ...there, run_id: run.id, created_at: new Date().toISOString(), parts: list };
 }
 
 /**

@@ -42,6 +42,7 @@ export function connectS3(env: S3Env): Bucket {
     region: env.AWS_REGION,
     ...(env.S3_ENDPOINT && { endpoint: env.S3_ENDPOINT, forcePathStyle: true }),
     ...(accessKeyId && secretAccessKey && { credentials: { accessKeyId, secretAccessKey } }),
+    responseChecksumValidation: "WHEN_REQUIRED", // the manifest has the SHA-256, and says what differs
     requestHandler: { connectionTimeout: 5000, requestTimeout: 60_000, throwOnRequestTimeout: true },
   });
   return { client, name: env.S3_BUCKET, prefix: env.S3_PREFIX };

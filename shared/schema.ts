@@ -42,6 +42,9 @@ export function pipelines(): string[] {
   return files.sort().map((file) => file.replace(/\.json$/, ""));
 }
 
+/** The pipelines that have a watermark. */
+export const watermarked = (): string[] => [...pipelines(), "events"].sort();
+
 /** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
 export function readSelect(pipeline: string): string {
   const file = join(root, `sql/${pipeline}.sql`);

@@ -14,7 +14,7 @@ import { describeHolder, lockKey } from "../../shared/lock.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main, newRunId } from "../../shared/run.ts";
-import { pipelines, readSelect } from "../../shared/schema.ts";
+import { readSelect, watermarked } from "../../shared/schema.ts";
 import { readBound, readWatermark, sameServer } from "../../shared/watermark.ts";
 
 await main(import.meta, async () => {
@@ -24,14 +24,19 @@ await main(import.meta, async () => {
     throw new UsageError(
       "TO is missing: the time to set the watermark back to. Example: make rewind PIPELINE=orders TO=2017-06-01",
     );
-  if (!pipelines().includes(pipeline))
-    throw new UsageError(`PIPELINE=${pipeline}: there is no such pipeline; there are: ${pipelines().join(", ")}`);
+  if (!watermarked().includes(pipeline))
+    throw new UsageError(`PIPELINE=${pipeline}: there is no such pipeline; there are: ${watermarked().join(", ")}`);
   const runId = newRunId();
   const session = { application: `etl:rewind run=${runId}`, timeoutSeconds: 300 };
   const etl = connect(env.ETL_DATABASE_URL, session);
   const source = connect(env.SOURCE_DATABASE_URL, {
     ...session,
-    settings: { "etl.lag_seconds": "0", "etl.from": to },
+    settings: {
+      "etl.lag_seconds": "0",
+      "etl.from": to,
+      "etl.after": "-9223372036854775809",
+      "etl.rows": "9223372036854775807",
+    },
   });
   await Promise.all([checkSession("ETL_DATABASE_URL", etl), checkSession("SOURCE_DATABASE_URL", source)]);
 

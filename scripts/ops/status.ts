@@ -8,7 +8,7 @@ import { readEnv } from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { duration, table, thousands } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
-import { pipelines } from "../../shared/schema.ts";
+import { watermarked } from "../../shared/schema.ts";
 import { checkVisible, readBound } from "../../shared/watermark.ts";
 
 interface Status {
@@ -52,7 +52,7 @@ await main(import.meta, async () => {
       replace(date_trunc('second', last.started_at)::text, ' ', 'T') as last_run,
       extract(epoch from now() - last.started_at)::float8 as last_run_age_seconds,
       last.state as last_run_state, last.error as last_error, ok.rows::float8 as rows
-    from unnest(${`{${pipelines().join()}}`}::text::text[]) p (pipeline)
+    from unnest(${`{${watermarked().join()}}`}::text::text[]) p (pipeline)
     left join etl.watermarks w using (pipeline)
     left join lateral (select * from etl.runs r where r.pipeline = p.pipeline and r.state = 'succeeded'
                        order by started_at desc limit 1) ok on true
