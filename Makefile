@@ -104,6 +104,11 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 .PHONY: bench
 bench: setup ## Speed, as ratios measured side by side
 	@node test/bench/orders.ts
+	@node test/bench/archive.ts
+
+.PHONY: bench-peers
+bench-peers: setup ## The archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
+	@PEERS=1 node test/bench/archive.ts
 
 .PHONY: size
 size: ## Lines to read: the jobs with the toolkit, and the operations

@@ -1,12 +1,15 @@
-/** What a run makes of a source that is another server than before, or whose clock is: on clusters of the tests' own. */
+/**
+ * What the runs make of a source that is another server than before, or whose clock is: on clusters of the tests' own, which
+ * both pipelines read, at the same time, at each stage.
+ */
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { createCluster, type TestCluster } from "./lib/cluster.ts";
-import { createShop, type Shop, until } from "./lib/shop.ts";
+import { createShop, pipelines, type Result, type Shop, textColumns, until } from "./lib/shop.ts";
 
-const orders = "scripts/orders.ts";
 let shop: Shop;
 let primary: TestCluster;
+let restored: TestCluster;
 before(async () => {
   // Autovacuum comes every second, and is slow enough to be met at work.
   const settings = {
@@ -14,43 +17,66 @@ before(async () => {
     autovacuum_vacuum_cost_delay: "100ms",
     autovacuum_vacuum_cost_limit: "1",
   };
-  [shop, primary] = await Promise.all([createShop(), createCluster(settings)]);
+  [shop, primary, restored] = await Promise.all([createShop(), createCluster(settings), createCluster()]);
 });
-after(async () => {
-  await shop?.[Symbol.asyncDispose]();
-  await primary?.[Symbol.asyncDispose]();
-});
+after(() => Promise.all([shop, primary, restored].map((created) => created?.[Symbol.asyncDispose]())));
 
-async function writeOrder(cluster: TestCluster, id: number, status: string): Promise<void> {
-  await cluster.admin`
-    insert into public.orders (id, status) values (${id}, ${status})
-    on conflict (id) do update set status = excluded.status`;
+const run = (cluster: TestCluster): Promise<Result[]> =>
+  Promise.all(pipelines.map((pipeline) => shop.succeed(`scripts/${pipeline}.ts`, cluster.variables)));
+
+/** Writes to the row of this id, which may be new, in the table of each pipeline. */
+async function write(cluster: TestCluster, id: number, text: string): Promise<void> {
+  const { admin } = cluster;
+  for (const pipeline of pipelines) {
+    const column = admin(textColumns[pipeline]);
+    await admin`
+      insert into ${admin(pipeline)} (id, ${column}) values (${id}, ${text})
+      on conflict (id) do update set ${column} = excluded.${column}`;
+  }
 }
 
-/** id → status at the destination. */
+/** What each pipeline's table has at the destination: "orders 1" → text. */
 async function synced(): Promise<Record<string, string | null>> {
-  return Object.fromEntries((await shop.destinationRows()).map(({ id, status }) => [id, status ?? null]));
+  const tables = pipelines.map((name) => `SELECT '${name}' AS name, id, ${textColumns[name]} AS text FROM ${name}`);
+  const rows = await shop.query(tables.join(" UNION ALL "));
+  return Object.fromEntries(rows.map(({ name, id, text }) => [`${name} ${id}`, text ?? null]));
 }
 
-async function assertStops(cluster: TestCluster, says: RegExp): Promise<void> {
-  const state = async (): Promise<unknown[]> => [await shop.watermark(), await synced(), await shop.stagingTables()];
+/** For both pipelines the row of this id has arrived so. */
+async function assertArrived(id: number, text: string): Promise<void> {
+  const rows = await synced();
+  for (const pipeline of pipelines) assert.equal(rows[`${pipeline} ${id}`], text, `${pipeline} ${id}`);
+}
+
+async function assertStop(cluster: TestCluster, says: (pipeline: string) => RegExp): Promise<void> {
+  const state = async (): Promise<unknown[]> => [
+    await Promise.all(pipelines.map((pipeline) => shop.watermark(pipeline))),
+    await synced(),
+    await shop.stagingTables(),
+  ];
   const before = await state();
-  const { code, stderr } = await shop.run(orders, cluster.variables);
-  assert.match(stderr, says);
-  assert.equal(code, 1);
+  const stop = async (pipeline: string): Promise<void> => {
+    const { code, stderr } = await shop.run(`scripts/${pipeline}.ts`, cluster.variables);
+    assert.match(stderr, says(pipeline));
+    assert.equal(code, 1);
+  };
+  await Promise.all(pipelines.map(stop));
   assert.deepEqual(await state(), before);
 }
 
 /** As the message says: rewinds to a time before it happened. */
-async function rewind(cluster: TestCluster): Promise<void> {
-  await shop.succeed("scripts/ops/rewind.ts", { ...cluster.variables, PIPELINE: "orders", TO: "2020-01-01" });
-}
+const rewind = (cluster: TestCluster, to = "2020-01-01"): Promise<Result[]> =>
+  Promise.all(
+    pipelines.map((PIPELINE) => shop.succeed("scripts/ops/rewind.ts", { ...cluster.variables, PIPELINE, TO: to })),
+  );
 
-const otherServer =
-  /source database \w+ is not the server that the watermark \S+ was taken from \(system identifier \d+, timeline \d+; expected \d+, \d+\): a restore or a failover .* Next: make rewind PIPELINE=orders TO=… with a time before it/;
+const otherServer = (pipeline: string): RegExp =>
+  new RegExp(
+    `source database \\w+ is not the server that the watermark \\S+ was taken from \\(system identifier \\d+, timeline \\d+; expected \\d+, \\d+\\): a restore or a failover .* Next: make rewind PIPELINE=${pipeline} TO=… with a time before it`,
+  );
 
 test("an autovacuum worker at work does not hold the watermark", async () => {
-  const { admin, variables } = primary;
+  const { admin } = primary;
   await admin.unsafe(`create table public.vacuumed as select i, repeat('x', 1000) from generate_series(1, 7000) i`);
   await admin.unsafe(
     "alter table public.vacuumed set (autovacuum_vacuum_threshold = 0, autovacuum_vacuum_scale_factor = 0)",
@@ -64,21 +90,20 @@ test("an autovacuum worker at work does not hold the watermark", async () => {
     return row?.pid;
   };
   const pid = await until("an autovacuum worker in its transaction", worker);
-  await writeOrder(primary, 1, "new");
-  const { stderr } = await shop.succeed(orders, variables);
-  assert.doesNotMatch(stderr, /step=held/);
-  assert.deepEqual(await synced(), { 1: "new" });
-  assert.equal(await worker(), pid, "the worker ended before the run did");
+  await write(primary, 1, "new");
+  for (const { stderr } of await run(primary)) assert.doesNotMatch(stderr, /step=held/);
+  await assertArrived(1, "new");
+  assert.equal(await worker(), pid, "the worker ended before the runs did");
   await admin.unsafe("drop table public.vacuumed");
 });
 
 test("a standby is refused; promoted, it is another server at once, until make rewind takes it over", async () => {
   await using standby = await primary.createStandby();
-  await writeOrder(primary, 1, "before");
-  await shop.succeed(orders, primary.variables);
-  await assertStops(
+  await write(primary, 1, "before");
+  await run(primary);
+  await assertStop(
     standby,
-    /source database \w+ is a standby: .* no bound is safe\. Point SOURCE_DATABASE_URL at the primary/,
+    () => /source database \w+ is a standby: .* no bound is safe\. Point SOURCE_DATABASE_URL at the primary/,
   );
 
   // Pages for its first checkpoint to write, which takes its time: until it is done the control file has the old timeline.
@@ -89,59 +114,58 @@ test("a standby is refused; promoted, it is another server at once, until make r
     return got?.all;
   });
   await standby.admin`select pg_promote()`;
-  await assertStops(standby, otherServer);
+  await assertStop(standby, otherServer);
 
   await rewind(standby);
-  await writeOrder(standby, 1, "promoted");
-  await shop.succeed(orders, standby.variables);
-  assert.deepEqual(await synced(), { 1: "promoted" });
+  await write(standby, 1, "promoted");
+  await run(standby);
+  await assertArrived(1, "promoted");
   await standby.admin`checkpoint`;
-  await shop.succeed(orders, standby.variables);
-  await assertStops(primary, otherServer); // the old primary came back
-  await rewind(primary);
+  await run(standby);
+  await assertStop(primary, otherServer); // the old primary came back
 });
 
 test("another system identifier stops the run, until make rewind takes the server over", async () => {
-  await writeOrder(primary, 2, "of the old server");
-  await shop.succeed(orders, primary.variables);
-  await using restored = await createCluster();
-  await writeOrder(restored, 2, "of the new server");
-  await assertStops(restored, otherServer);
-  await rewind(restored);
-  await shop.succeed(orders, restored.variables);
-  assert.equal((await synced())[2], "of the new server");
   await rewind(primary);
+  await write(restored, 2, "of the new server");
+  await assertStop(restored, otherServer);
+  await rewind(restored);
+  await run(restored);
+  await assertArrived(2, "of the new server");
 });
 
 test("a clock that was set back stops the run; once it is right again the next run goes on", async () => {
-  await writeOrder(primary, 3, "first");
-  await shop.succeed(orders, primary.variables);
+  await rewind(primary);
+  await write(primary, 3, "first");
+  await run(primary);
   primary.setClock("-3600");
-  await assertStops(
+  await assertStop(
     primary,
-    /the clock of source database \w+ says \S+, which is before the watermark \S+: it was set back, .* Next: correct the clock, or make rewind PIPELINE=orders TO=… with a time before it/,
+    (pipeline) =>
+      new RegExp(
+        `the clock of source database \\w+ says \\S+, which is before the watermark \\S+: it was set back, .* Next: correct the clock, or make rewind PIPELINE=${pipeline} TO=… with a time before it`,
+      ),
   );
   primary.setClock("+0");
-  await writeOrder(primary, 3, "second");
-  await shop.succeed(orders, primary.variables);
-  assert.equal((await synced())[3], "second");
+  await write(primary, 3, "second");
+  await run(primary);
+  await assertArrived(3, "second");
 });
 
 test("after a clock was set back for good, make rewind warns, and the runbook's steps bring what was written since", async () => {
-  await writeOrder(primary, 4, "dated later");
-  await shop.succeed(orders, primary.variables);
+  primary.setClock("+0");
+  await write(primary, 4, "dated later");
+  await run(primary);
   primary.setClock("-3600");
   const [now] = await primary.admin`select now()::text as at`;
-  await writeOrder(primary, 4, "written later");
-  await writeOrder(primary, 5, "new");
-  await shop.query(`DELETE FROM orders WHERE updated_at >= TIMESTAMP '${now?.at}'`);
-  const { stderr } = await shop.succeed("scripts/ops/rewind.ts", {
-    ...primary.variables,
-    PIPELINE: "orders",
-    TO: "0001-01-01",
-  });
-  assert.match(stderr, /the destination may hold versions that the source has lost, .* next="ops\/runbook\.md, /);
-  await shop.succeed(orders, primary.variables);
-  const { 4: updated, 5: inserted } = await synced();
-  assert.deepEqual([updated, inserted], ["written later", "new"]);
+  await write(primary, 4, "written later");
+  await write(primary, 5, "new");
+  for (const pipeline of pipelines)
+    await shop.query(`DELETE FROM ${pipeline} WHERE updated_at >= TIMESTAMP '${now?.at}'`);
+  for (const { stderr } of await rewind(primary, "0001-01-01")) {
+    assert.match(stderr, /the destination may hold versions that the source has lost, .* next="ops\/runbook\.md, /);
+  }
+  await run(primary);
+  await assertArrived(4, "written later");
+  await assertArrived(5, "new");
 });

@@ -8,16 +8,25 @@ import { once } from "node:events";
 import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
+import { suite } from "node:test";
 import postgres, { type Sql } from "postgres";
+import { type Bucket, connectS3, listObjects, listUploads, removeObjects } from "../../shared/s3.ts";
 import { readContract } from "../../shared/schema.ts";
 import { createSource } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { stackPath } from "../stack/stack.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
-const textColumns = { orders: "status", users: "age_band" };
+export const textColumns = { orders: "status", users: "age_band" };
 export type Pipeline = keyof typeof textColumns;
 export const pipelines = Object.keys(textColumns) as Pipeline[];
+
+/** A suite for each pipeline, one beside the other, since runs wait more than they work; within one, test after test. */
+export function suiteOfEach(tests: (pipeline: Pipeline) => void): void {
+  suite("pipelines", { concurrency: pipelines.length }, () => {
+    for (const pipeline of pipelines) suite(pipeline, { concurrency: 1 }, () => tests(pipeline));
+  });
+}
 
 export interface Result {
   code: number | null;
@@ -55,6 +64,8 @@ export interface Shop extends AsyncDisposable {
   succeed(script: string, variables?: Env): Promise<Result>;
   /** Inserts rows with the ids first..last into the pipeline's table; the trigger sets updated_at. */
   insertRows(first: number, last: number, pipeline?: Pipeline): Promise<void>;
+  /** Inserts events of a day (YYYY-MM-DD), spread over it, each at its own time. */
+  insertEvents(day: string, count: number): Promise<void>;
   /** Sets the text column of the rows with the ids first..last. */
   updateRows(first: number, last: number, text: string): Promise<void>;
   /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds, an array as JSON. */
@@ -63,6 +74,8 @@ export interface Shop extends AsyncDisposable {
   sourceRows(pipeline?: string): Promise<Record<string, string | null>[]>;
   destinationRows(pipeline?: string): Promise<Record<string, string | null>[]>;
   watermark(pipeline?: string): Promise<string | undefined>;
+  /** The bucket, below the shop's prefix. */
+  bucket: Bucket;
   /** Names of staging tables that are left in the dataset. */
   stagingTables(): Promise<string[]>;
   /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
@@ -70,6 +83,19 @@ export interface Shop extends AsyncDisposable {
 }
 
 const apiOf = (env: Env): string => `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`;
+
+/** The bucket of an environment. */
+export function connectBucket(env: Env): Bucket {
+  const {
+    S3_ENDPOINT,
+    S3_BUCKET = "",
+    S3_PREFIX = "",
+    AWS_REGION = "",
+    AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY,
+  } = env;
+  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY });
+}
 
 export interface ShopOptions {
   pipeline?: Pipeline;
@@ -93,10 +119,12 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     ETL_DATABASE_URL: at(base.ETL_DATABASE_URL),
     STACK_ADMIN_DATABASE_URL: at(base.STACK_ADMIN_DATABASE_URL),
     BIGQUERY_DATASET: name,
+    S3_PREFIX: `${name}/`,
     WATERMARK_LAG_SECONDS: String(lag),
   };
   const gateway = pushgateway ? await startPushgateway() : undefined;
   if (gateway) env.PUSHGATEWAY_URL = gateway.url;
+  const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
   await server.unsafe(`create database ${name}`);
   await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
@@ -221,6 +249,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     text,
     admin,
     dataset: name,
+    bucket,
     connect,
     start,
     run,
@@ -229,6 +258,12 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     sourceRows,
     destinationRows,
     insertRows,
+    insertEvents: async (day, count) =>
+      void (await admin`
+        insert into public.events (user_id, type, payload, created_at)
+        select i, 'purchase', jsonb_build_object('n', i, 'text', 'e''é' || i),
+          ${day}::text::timestamptz + (i - 1) * interval '1 day' / ${count}::int
+        from generate_series(1, ${count}::int) i`),
     updateRows: async (first, last, value) =>
       void (await admin`update ${admin(pipeline)} set ${admin(text)} = ${value} where id between ${first} and ${last}`),
     watermark: async (of = pipeline) => {
@@ -256,6 +291,12 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       await server.unsafe(`drop database if exists ${name} with (force)`);
       await server.end();
       await fetch(`${apiOf(base)}/datasets/${name}?deleteContents=true`, { method: "DELETE" });
+      for await (const { abort } of listUploads(bucket, bucket.prefix)) await abort();
+      await removeObjects(
+        bucket,
+        (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
+      );
+      bucket.client.destroy();
     },
   };
 }
