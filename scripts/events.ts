@@ -75,9 +75,9 @@ await main(import.meta, async () => {
           await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, lines, part, { from: after.created_at, to });
           after = await parts.add(rows, pace());
         }
-        const manifest = await describeDay(run, parts);
-        const ours = await publish(run, bucket, parts, manifest, before, env.ALLOW_SHRINK);
-        return { manifest, skipped: !ours };
+        const counted = await describeDay(run, parts);
+        const manifest = await publish(run, bucket, parts, counted, before, env.ALLOW_SHRINK);
+        return { manifest, skipped: manifest.run_id !== run.id };
       });
     });
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.

@@ -127,7 +127,14 @@ export async function readManifest(
   day: string,
 ): Promise<{ manifest: Manifest; etag: string } | undefined> {
   const object = await getText(bucket, manifestKey(bucket, day));
-  return object && { manifest: JSON.parse(object.text) as Manifest, etag: object.etag };
+  if (!object) return undefined;
+  try {
+    return { manifest: JSON.parse(object.text) as Manifest, etag: object.etag };
+  } catch (error) {
+    throw new Error(
+      `s3://${bucket.name}/${manifestKey(bucket, day)} is no manifest (${(error as Error).message}): delete it, then archive the day again`,
+    );
+  }
 }
 
 /** Where the next part of a day starts: after this row, in the order of created_at and id. */
@@ -206,12 +213,7 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
     },
     [Symbol.asyncDispose]: async () => {
       stopped[Symbol.dispose]();
-      await remove().catch((error: Error) => {
-        run.log("warning", {
-          warning: `parts of ${day} were left, which make verify-events CLEAN=1 removes`,
-          error: error.message,
-        });
-      });
+      await remove().catch((error: Error) => warnOfLeft(run, day, error));
     },
   };
 }
@@ -250,7 +252,7 @@ export async function describeDay(run: Run, { day, list }: Parts): Promise<Manif
 /**
  * The commit: puts the manifest, if the one it replaces is still the one that was read (or there still is none). The winner
  * of a race then removes the parts of the manifest that it replaced; the loser keeps nothing.
- * @returns whether this manifest is the day's.
+ * @returns the day's manifest from now on.
  * @throws Error where the day would end with fewer rows than it has, unless that was allowed.
  */
 export async function publish(
@@ -260,7 +262,7 @@ export async function publish(
   manifest: Manifest,
   before: { manifest: Manifest; etag: string } | undefined,
   allowShrink: boolean,
-): Promise<boolean> {
+): Promise<Manifest> {
   const { day, rows } = manifest;
   if (before && rows < before.manifest.rows && !allowShrink) {
     throw new Error(
@@ -273,17 +275,18 @@ export async function publish(
   const text = `${JSON.stringify(manifest, null, 2)}\n`;
   if (!(await putText(bucket, manifestKey(bucket, day), text, before?.etag, { run: run.id }))) {
     // An answer that got lost, and the request sent again, looks like a lost race.
-    const now = await readManifest(bucket, day);
-    if (JSON.stringify(now?.manifest) !== JSON.stringify(manifest)) {
-      run.log("lost", { day, because: "another run archived it meanwhile", holder: now?.manifest.run_id });
+    const now = (await readManifest(bucket, day))?.manifest;
+    if (JSON.stringify(now) !== JSON.stringify(manifest)) {
       await parts.discard();
-      return false;
+      if (!now) throw new Error(`the manifest of ${day} was deleted while the day was archived again`);
+      run.log("lost", { day, because: "another run archived it meanwhile", holder: now.run_id });
+      return now;
     }
   }
   await removeObjects(bucket, before?.manifest.parts.map((part) => part.key) ?? []).catch((error: Error) =>
     warnOfLeft(run, day, error),
   );
-  return true;
+  return manifest;
 }
 
 function warnOfLeft(run: Run, day: string, { message }: Error): void {

@@ -154,6 +154,7 @@ export async function putStream(
   const object = { Bucket: bucket.name, Key: key, Body: body, ContentType: "application/gzip", Metadata: metadata };
   const upload = new Upload({ client: bucket.client, params: { ...object, ChecksumAlgorithm: "CRC32" }, queueSize: 2 });
   const abort = (): Promise<void> => upload.abort();
+  signal.throwIfAborted();
   signal.addEventListener("abort", abort);
   try {
     await upload.done();
