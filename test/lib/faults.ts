@@ -14,7 +14,18 @@ import { Agent, createServer, type IncomingMessage, request as open, type Server
 import { type AddressInfo, connect, createServer as createTcpServer, type Socket } from "node:net";
 import { buffer } from "node:stream/consumers";
 import { pipeline } from "node:stream/promises";
-import { createShop, type Process, type Result, type Shop, type ShopOptions, until } from "./shop.ts";
+import { after, suite, test } from "node:test";
+import type { Env } from "../stack/env.ts";
+import {
+  createShop,
+  type Pipeline,
+  type Process,
+  pipelines,
+  type Result,
+  type Shop,
+  type ShopOptions,
+  until,
+} from "./shop.ts";
 
 /** The requests of a run in their order, as `METHOD path` without the query string. Its one query job is the MERGE. */
 export const steps = {
@@ -51,11 +62,10 @@ export interface Gate extends Fault {
   release(): void;
 }
 
-/** The server refuses: BigQuery's form of an error. `early`: while the body is still on its way, whose rest is not read. */
+/** The server refuses, in BigQuery's form. `early`: while rows are on their way, of which the rest is not read. */
 export function answer(status: number, { early = false, reason = "backendError" } = {}): Fault {
   return async ({ request, response }) => {
-    await (early ? once(request, "data") : buffer(request));
-    if (early) request.pause();
+    await (early ? readAtLeast(request, 200_000) : buffer(request));
     const message = `answered ${status} by the test`;
     const error = { code: status, message, errors: [{ reason, message }] };
     response.writeHead(status, { "content-type": "application/json" }).end(JSON.stringify({ error }));
@@ -272,22 +282,102 @@ export async function createPostgresProxy(
 }
 
 /**
- * Inserts rows first..last of 4 KB each. 5,000 of them are more than all the buffers between Postgres and BigQuery
- * hold, so that a stream of them is in flight until its reader has taken the last.
+ * The same tests for each pipeline. Both pipelines' go on at the same time, so that one's waiting is the other's work;
+ * within a pipeline `concurrency` of them do.
  */
-export async function insertWideRows(shop: Shop, first: number, last: number): Promise<void> {
-  await shop.insertRows(first, last);
-  await shop.updateRows(first, last, "wide".repeat(1000));
+export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
+  suite("each pipeline", { concurrency: true }, () => {
+    for (const pipeline of pipelines) suite(pipeline, { concurrency }, () => tests(pipeline));
+  });
+}
+
+type Rows = Record<string, string | null>[];
+
+/** What a test of a shared shop begins with: nothing runs, and source and destination differ by the changed rows. */
+export interface Change {
+  shop: Shop;
+  /** In front of the shop's BigQuery. */
+  proxy: HttpProxy;
+  /** The changed rows' ids: of these hundred, the first half was updated, the other inserted. The table's are 1..last. */
+  first: number;
+  last: number;
+  /** The rows of the destination: those of the source before the change. */
+  before: Rows;
+  /** Starts a run by way of the proxy. */
+  start(variables?: Env): Process;
+  /** Starts one with a fault that waits, and returns when the run is there. */
+  startHeld(step: RegExp, gate: Gate, variables?: Env): Promise<Process>;
+}
+
+/** Rows of a change. */
+export const changed = 100;
+
+/**
+ * Returns a `test` for tests that share a shop, one after the other; each has to leave source and destination equal. A
+ * test that fails takes the shop with it, and the next gets a new one: a failure is its own test's only.
+ */
+export function sharedShop(options: ShopOptions): (name: string, body: (change: Change) => Promise<void>) => void {
+  let shop: Shop | undefined;
+  let last = 0;
+  const dispose = async (): Promise<void> => {
+    await shop?.[Symbol.asyncDispose]();
+    shop = undefined;
+  };
+  const change = async (): Promise<Change> => {
+    const half = changed / 2;
+    if (!shop) {
+      shop = await syncedShop(half, options);
+      last = half;
+    }
+    last += half;
+    const before = await shop.sourceRows();
+    await shop.updateRows(last - changed + 1, last - half, `changed ${last}`);
+    await shop.insertRows(last - half + 1, last);
+    const { start: startScript, script, env } = shop;
+    const proxy = await createProxy(env.BIGQUERY_ENDPOINT);
+    const start = (variables: Env = {}): Process => startScript(script, { BIGQUERY_ENDPOINT: proxy.url, ...variables });
+    const startHeld: Change["startHeld"] = async (step, gate, variables) => {
+      proxy.fault(step, gate, 1);
+      const run = start(variables);
+      await reach(run, gate.reached);
+      return run;
+    };
+    return { shop, proxy, first: last - changed + 1, last, before, start, startHeld };
+  };
+  after(dispose);
+  return (name, body) =>
+    test(name, async () => {
+      try {
+        const ready = await change();
+        await using _proxy = ready.proxy;
+        await body(ready);
+        await assertNoSessions(ready.shop);
+      } catch (error) {
+        await dispose();
+        throw error;
+      }
+    });
 }
 
 /**
- * A shop made ready by `fill`. Where that fails the shop is disposed of: its connections would keep the test's process
- * from ending.
+ * Makes the changed rows 20 MB: more than all the buffers between Postgres and BigQuery hold (9 to 11 MB, measured), so
+ * that a stream of them is in flight until its reader has taken the last.
  */
-export async function readyShop(fill: (shop: Shop) => Promise<void>, options: ShopOptions = {}): Promise<Shop> {
+export async function widen({ shop, first, last }: Change): Promise<void> {
+  await shop.updateRows(first, last, "wide".repeat(50_000));
+}
+
+/** Makes them narrow again, so that what follows costs little. */
+export async function narrow({ shop, first, last }: Change): Promise<void> {
+  await shop.updateRows(first, last, "narrow");
+}
+
+/** A shop with so many rows, synced. Where that fails it is disposed of: its connections would keep the test's process. */
+async function syncedShop(rows: number, options: ShopOptions): Promise<Shop> {
   const shop = await createShop(options);
   try {
-    await fill(shop);
+    await shop.insertRows(1, rows);
+    await shop.succeed(shop.script);
     return shop;
   } catch (error) {
     await shop[Symbol.asyncDispose]();
@@ -352,10 +442,19 @@ export async function assertHeals(shop: Shop, rows: number): Promise<Result> {
   return result;
 }
 
-/** So many staging tables were left, each with an expiry, as BigQuery tells it, of at most a day. */
+/** The last run's row in etl.runs. */
+export async function lastRun(
+  shop: Shop,
+): Promise<{ run_id: string; state: string; rows: number; error: string | null }> {
+  const [run] = await shop.admin`select run_id, state, rows::int, error from etl.runs order by started_at desc limit 1`;
+  return run as Awaited<ReturnType<typeof lastRun>>;
+}
+
+/** So many staging tables were left by the last run, each with an expiry, as BigQuery tells it, of at most a day. */
 export async function assertExpiring(shop: Shop, left: number): Promise<void> {
   const { BIGQUERY_ENDPOINT, BIGQUERY_PROJECT } = shop.env;
-  const tables = await shop.stagingTables();
+  const { run_id } = await lastRun(shop);
+  const tables = (await shop.stagingTables()).filter((table) => table.includes(run_id));
   assert.equal(tables.length, left, `${tables}`);
   for (const table of tables) {
     const response = await fetch(
