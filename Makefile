@@ -5,6 +5,8 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 # Node 24 comes from npm: the machine's own may be past its end of life.
 export PATH := $(CURDIR)/node_modules/.bin:$(PATH)
+# Node keeps what it compiled: a script then starts in a third of the time.
+export NODE_COMPILE_CACHE := $(CURDIR)/node_modules/.cache/compile
 # FROM=, TO=, PIPELINE= … reach the scripts because make puts its command-line variables into the recipes' environment;
 # no recipe expands them into a shell line.
 

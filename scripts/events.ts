@@ -62,7 +62,7 @@ await main(import.meta, async () => {
 
     // 4. For each day: skip it if it is done; else extract and upload its parts, count, put the manifest. The watermark follows.
     const pace = createPace(run, env.MAX_ROWS_PER_SECOND);
-    await eachDay(run, window, env.CONCURRENCY, async (day) => {
+    await eachDay(run, window, env, async (day) => {
       return await withRetry(run, isTransientS3, async (attempt) => {
         const before = await readManifest(bucket, day);
         if (before && !env.FORCE) return { manifest: before.manifest, skipped: before.manifest.run_id !== run.id };

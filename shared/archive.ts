@@ -11,7 +11,7 @@ import { redact, UsageError } from "./env.ts";
 import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
-import { type Bucket, getText, putStream, putText, removeObjects } from "./s3.ts";
+import { type Bucket, getText, listObjects, putStream, putText, removeObjects } from "./s3.ts";
 import { compareSource } from "./schema.ts";
 import { jsonLines } from "./types.ts";
 import { advance, type Source, type Window } from "./watermark.ts";
@@ -93,6 +93,7 @@ export async function windowDays(
 ): Promise<{ days: string[]; incomplete: string[] }> {
   const bound = window.to.slice(0, 10);
   if (asked) return { days: asked.filter((day) => day < bound), incomplete: asked.filter((day) => day >= bound) };
+  if (window.to === "-infinity") return { days: [], incomplete: [] }; // held before there is a watermark
   if (window.from !== "-infinity") return { days: daysBetween(window.from.slice(0, 10), bound), incomplete: [] };
   const yesterday = addDays(bound, -1);
   const [oldest] = await run.source.unsafe<{ day: string | null }[]>(
@@ -131,9 +132,9 @@ export async function readManifest(
   try {
     return { manifest: JSON.parse(object.text) as Manifest, etag: object.etag };
   } catch (error) {
-    throw new Error(
-      `s3://${bucket.name}/${manifestKey(bucket, day)} is no manifest (${(error as Error).message}): delete it, then archive the day again`,
-    );
+    const { message } = error as Error;
+    const fault = `s3://${bucket.name}/${manifestKey(bucket, day)} is no manifest (${message}): delete it, then archive the day again`;
+    throw Object.assign(new Error(fault), { name: "NoManifest" });
   }
 }
 
@@ -149,6 +150,7 @@ export const startOf = (day: string): Position => ({ created_at: `${day}T00:00:0
 /** The parts of one attempt at a day. They are deleted again unless they are kept for a manifest that names them. */
 export interface Parts extends AsyncDisposable {
   day: string;
+  attempt: number;
   list: Part[];
   /** Uploads a part. @returns its last row where it is full, so that another one may follow. */
   add(rows: RowStream, pace: Pace): Promise<Position | undefined>;
@@ -171,6 +173,7 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
   const stopped = run.onStop(remove);
   return {
     day,
+    attempt,
     list,
     add: async (rows, pace) => {
       const lines = rows.lines[Symbol.asyncIterator]();
@@ -283,9 +286,13 @@ export async function publish(
       return now;
     }
   }
-  await removeObjects(bucket, before?.manifest.parts.map((part) => part.key) ?? []).catch((error: Error) =>
-    warnOfLeft(run, day, error),
-  );
+  const replaced = before?.manifest.parts.map((part) => part.key) ?? [];
+  // Parts of an attempt before, whose manifest got no answer: its condition no longer holds, so that it cannot come any more.
+  const others = parts.attempt === 1 ? [] : await Array.fromAsync(listObjects(bucket, dayPrefix(bucket, day)));
+  const left = others
+    .map(({ key }) => key)
+    .filter((key) => key.includes(run.id) && !parts.list.some((part) => part.key === key));
+  await removeObjects(bucket, [...replaced, ...left]).catch((error: Error) => warnOfLeft(run, day, error));
   return manifest;
 }
 
@@ -324,13 +331,13 @@ export function createPace(run: Run, rowsPerSecond: number | undefined): () => P
 export async function eachDay(
   run: Run,
   { days, incomplete }: { days: string[]; incomplete: string[] },
-  concurrency: number,
+  { CONCURRENCY, FORCE, ALLOW_SHRINK }: { CONCURRENCY: number; FORCE: boolean; ALLOW_SHRINK: boolean },
   archive: (day: string) => Promise<{ manifest: Manifest; skipped: boolean }>,
 ): Promise<void> {
   const failed = new Map(
     incomplete.map((day) => [
       day,
-      `is not over yet: the source can still get rows before its end (the safe bound is ${run.window?.to})`,
+      `is not over yet: the source can still get rows before its end (the safe bound is ${run.window?.bound})`,
     ]),
   );
   const total = days.length + incomplete.length;
@@ -378,14 +385,15 @@ export async function eachDay(
   const worker = async (): Promise<void> => {
     for (const day of queue) await one(day);
   };
-  await Promise.all(Array.from({ length: run.byHand ? concurrency : 1 }, worker));
+  await Promise.all(Array.from({ length: run.byHand ? CONCURRENCY : 1 }, worker));
   progress("");
   run.log("days", { archived: run.totals.chunks, skipped, failed: failed.size });
   if (!failed.size) return;
   const list = [...failed.keys()].sort();
-  const next = `make backfill-events FROM=${list[0]} TO=${addDays(list.at(-1) ?? "")}`;
+  const again = FORCE ? ` FORCE=1${ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}` : " (days that are done are skipped)";
+  const next = `make backfill-events FROM=${list[0]} TO=${addDays(list.at(-1) ?? "")}${again}`;
   throw new Error(
-    `${failed.size} of ${total} days failed; the others are archived:\n${list.map((day) => `  ${day}: ${failed.get(day)}`).join("\n")}\nNext: ${next} (days that are done are skipped)`,
+    `${failed.size} of ${total} days failed${failed.size < total ? "; the others are archived" : ""}:\n${list.map((day) => `  ${day}: ${failed.get(day)}`).join("\n")}\nNext: ${next}`,
   );
 }
 

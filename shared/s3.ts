@@ -2,6 +2,7 @@
  * S3: objects and conditional writes. Every error names the bucket and the object.
  */
 import type { Readable } from "node:stream";
+import { setTimeout as delay } from "node:timers/promises";
 import {
   AbortMultipartUploadCommand,
   type BucketLocationConstraint,
@@ -152,7 +153,18 @@ export async function putStream(
   signal: AbortSignal,
 ): Promise<void> {
   const object = { Bucket: bucket.name, Key: key, Body: body, ContentType: "application/gzip", Metadata: metadata };
-  const upload = new Upload({ client: bucket.client, params: { ...object, ChecksumAlgorithm: "CRC32" }, queueSize: 2 });
+  // Upload.abort() does not wait for requests that are under way; what they make has to be there before it can be removed.
+  const sent: Promise<unknown>[] = [];
+  const client: S3Client = Object.create(bucket.client, {
+    send: {
+      value: (...request: Parameters<S3Client["send"]>) => {
+        const answer = bucket.client.send(...request) as unknown as Promise<unknown>;
+        sent.push(answer);
+        return answer;
+      },
+    },
+  });
+  const upload = new Upload({ client, params: { ...object, ChecksumAlgorithm: "CRC32" }, queueSize: 2 });
   const abort = (): Promise<void> => upload.abort();
   signal.throwIfAborted();
   signal.addEventListener("abort", abort);
@@ -160,7 +172,7 @@ export async function putStream(
     await upload.done();
   } catch (error) {
     body.destroy();
-    // The SDK's own abort may not be through by now.
+    await Promise.race([Promise.allSettled(sent), delay(2000, undefined, { ref: false })]);
     const { uploadId: UploadId } = upload;
     if (UploadId)
       await bucket.client

@@ -50,6 +50,8 @@ export interface Window {
   from: string;
   /** Exclusive. */
   to: string;
+  /** The safe upper bound, where `to` is not it. */
+  bound?: string;
   /** Undefined for a re-run by hand, which leaves the watermark alone. */
   identity?: Identity;
   /** Who keeps `to` from reaching now() − lag, in words, and by how much. */
@@ -114,7 +116,7 @@ async function capAtBound(source: Sql, from: string, to: string): Promise<Window
     select replace(greatest(${from}::text::timestamptz, least(${to}::text::timestamptz, ${bound.bound}::text::timestamptz))::text, ' ', 'T') as to,
            ${to}::text::timestamptz > ${bound.bound}::text::timestamptz as past`;
   if (!cut?.past) return { from, to, holder: null, holdSeconds: 0 };
-  return { from, to: cut.to, holder: bound.holder, holdSeconds: bound.hold_seconds };
+  return { from, to: cut.to, bound: bound.bound, holder: bound.holder, holdSeconds: bound.hold_seconds };
 }
 
 /** @throws Error where open transactions of the source cannot be seen, so that no bound is safe. */

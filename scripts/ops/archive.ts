@@ -154,10 +154,11 @@ async function verifyDay(bucket: Bucket, source: Sql, day: string): Promise<Chec
     const said = `${found.rows} rows, ids ${found.min_id} to ${found.max_id}`;
     return range === said ? undefined : `${manifestKey(bucket, day)}: it says ${said}; its parts have ${range}`;
   }).catch((error: Error) => {
-    if (error.name === "NoSuchKey") return error.message;
+    if (error.name === "NoSuchKey" || error.name === "NoManifest") return error.message;
     throw error;
   });
   const checked = { rows: manifest?.rows ?? 0, ...bytes };
+  if (!manifest && fault) return { ...checked, fault: `${fault}. Next: ${again}` };
   if (!manifest)
     return { ...checked, fault: `is not archived; the source has ${there.rows} rows of it. Next: ${again}` };
   const whole = there.rows >= manifest.rows;
@@ -205,19 +206,23 @@ async function* ids(pieces: AsyncIterable<Buffer>): AsyncGenerator<bigint> {
 
 /** Replaces the day's rows in etl.events_restored, in one transaction, once what was read is what the manifest says. */
 async function restoreDay(bucket: Bucket, etl: Sql, day: string): Promise<Checked> {
+  const nothing = `Nothing of ${day} was restored. Next: make verify-events FROM=${day} TO=${addDays(day)}`;
   const restored = await readDay(bucket, day, async (manifest) => {
     await etl.begin(async (sql) => {
       await sql`lock table etl.events_restored in share row exclusive mode`; // another restore waits
       await sql`create temp table lines (line text) on commit drop`;
       for (const part of manifest.parts) {
         const copy = await sql`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
-        const is = await readPart(bucket, part, (lines) => pipeline(Readable.from(lines), copy));
+        const is = await readPart(bucket, part, (lines) => pipeline(Readable.from(lines), copy)).catch(
+          async (error) => {
+            copy.destroy(error); // the transaction cannot be rolled back while the COPY waits for lines
+            await finished(copy).catch(() => {});
+            return damaged(error);
+          },
+        );
         await finished(copy).catch(() => {});
-        const fault = partFault(part, is);
-        if (fault)
-          throw new Error(
-            `${fault}. Nothing of ${day} was restored. Next: make verify-events FROM=${day} TO=${addDays(day)}`,
-          );
+        const fault = typeof is === "string" ? `${part.key}: ${is}` : partFault(part, is);
+        if (fault) throw new Error(`${fault}. ${nothing}`);
       }
       const [from, to] = [`${day}T00:00:00Z`, `${addDays(day)}T00:00:00Z`];
       await sql`delete from etl.events_restored where created_at >= ${from}::text::timestamptz and created_at < ${to}::text::timestamptz`;
@@ -232,6 +237,8 @@ async function restoreDay(bucket: Bucket, etl: Sql, day: string): Promise<Checke
       );
     });
     return manifest;
+  }).catch((error: Error) => {
+    throw error.name === "NoSuchKey" ? new Error(`${error.message}. ${nothing}`) : error;
   });
   if (!restored)
     return { rows: 0, bytes: 0, fault: `is not archived. Next: make backfill-events FROM=${day} TO=${addDays(day)}` };
@@ -255,7 +262,10 @@ async function findStrays(
   for (const day of days) {
     const objects = await Array.fromAsync(listObjects(bucket, dayPrefix(bucket, day)));
     if (!objects.length) continue;
-    const manifest = (await readManifest(bucket, day))?.manifest; // after the list: what it names was not stray
+    // After the list: what it names was not stray. One that cannot be read may name any of them.
+    const found = await readManifest(bucket, day).catch(() => null);
+    if (found === null) continue;
+    const manifest = found?.manifest;
     const named = new Set([manifestKey(bucket, day), ...(manifest?.parts.map(({ key }) => key) ?? [])]);
     for (const { key, modified } of objects)
       if (!named.has(key))

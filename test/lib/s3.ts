@@ -1,0 +1,190 @@
+/**
+ * Faults between a run and S3: createProxy of faults.ts for requests that are signed. It passes on the Host header, which the
+ * signature covers, and its patterns see the query string, which in S3 says what a request does.
+ *
+ *   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+ *   const gate = hold();
+ *   proxy.fault(s3Steps.putManifest, gate);
+ *   const run = shop.start("scripts/events.ts", { S3_ENDPOINT: proxy.url });
+ *   await gate.reached;
+ */
+import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { once } from "node:events";
+import { Agent, createServer, type IncomingMessage, request as open } from "node:http";
+import type { AddressInfo } from "node:net";
+import { buffer } from "node:stream/consumers";
+import { pipeline } from "node:stream/promises";
+import { gunzipSync } from "node:zlib";
+import { addDays, type Manifest, readManifest } from "../../shared/archive.ts";
+import { getStream, listObjects, listUploads } from "../../shared/s3.ts";
+import type { Fault, HttpProxy } from "./faults.ts";
+import type { Shop } from "./shop.ts";
+
+/** The requests of a run, as `METHOD path?query`, decoded. A part of up to 5 MB is one putPart. */
+export const s3Steps = {
+  list: /^GET .+[?&]list-type=2/,
+  getManifest: /^GET .+\/manifest\.json\?/,
+  putManifest: /^PUT .+\/manifest\.json\?/,
+  getPart: /^GET .+\.ndjson\.gz\?/,
+  putPart: /^PUT .+\.ndjson\.gz\?x-id=PutObject/,
+  createUpload: /^POST .+\.ndjson\.gz\?uploads/,
+  uploadPart: /^PUT .+\.ndjson\.gz\?partNumber=/,
+  completeUpload: /^POST .+\.ndjson\.gz\?uploadId=/,
+  abortUpload: /^DELETE .+\.ndjson\.gz\?.*uploadId=/,
+  deleteObjects: /^POST .+\?delete/,
+  anything: /./,
+};
+
+/** A step, of one day (YYYY-MM-DD) only. Not for deleteObjects and list, whose path has no day. */
+export const ofDay = (day: string, step: RegExp = s3Steps.anything): RegExp =>
+  new RegExp(`^(?=.*/dt=${day}/)${step.source.replace(/^\^/, "")}`);
+
+/** S3 refuses, in its form of an error, for example 403 AccessDenied or 503 SlowDown; nothing reaches the server. */
+export function refuse(status: number, code: string): Fault {
+  return async ({ request, response }) => {
+    await buffer(request);
+    const xml = `<?xml version="1.0" encoding="UTF-8"?><Error><Code>${code}</Code><Message>answered ${status} by the test</Message></Error>`;
+    response.writeHead(status, { "content-type": "application/xml" }).end(xml);
+  };
+}
+
+/** Lets a request pass: for the first ones of a step, before the fault of a later one. */
+export const pass: Fault = async ({ send, reply }) => reply(await send());
+
+/** An HTTP server in front of the S3 server at `target` that passes everything on until told otherwise. */
+export async function createS3Proxy(target = ""): Promise<HttpProxy> {
+  const rules: { step: RegExp; fault: Fault; left: number }[] = [];
+  const requests: string[] = [];
+  const agent = new Agent();
+  let closed = false;
+  const server = createServer(async (request, response) => {
+    const line = `${request.method} ${decodeURIComponent(request.url ?? "")}`;
+    requests.push(line);
+    const rule = rules.find(({ step, left }) => left > 0 && step.test(line));
+    if (rule) rule.left -= 1;
+    const send = async (body?: Buffer): Promise<IncomingMessage> => {
+      if (closed) throw new Error("the proxy is closed"); // for a gate that is released too late
+      const { "transfer-encoding": _, "content-length": length, expect: __, ...headers } = request.headers;
+      const size = body?.length ?? length;
+      const onward = open(new URL(request.url ?? "", target), {
+        agent,
+        method: request.method,
+        headers: { ...headers, ...(size !== undefined && { "content-length": size }) },
+      });
+      onward.on("error", () => {}); // also after its answer began; who waits for it is told by what follows
+      const sent = body ? onward.end(body) : pipeline(request, onward);
+      const [[answered]] = await Promise.all([once(onward, "response") as Promise<[IncomingMessage]>, sent]);
+      return answered;
+    };
+    const reply = async (answer: IncomingMessage): Promise<void> => {
+      response.writeHead(answer.statusCode ?? 502, answer.headers);
+      await pipeline(answer, response);
+    };
+    // Where the client or the server goes away in mid-request, the other side's connection goes too.
+    await (rule?.fault ?? pass)({ request, response, send, reply }).catch(() => request.socket.destroy());
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  return {
+    url: `http://127.0.0.1:${(server.address() as AddressInfo).port}`,
+    requests,
+    fault: (step, fault, times = Number.POSITIVE_INFINITY) => rules.push({ step, fault, left: times }),
+    [Symbol.asyncDispose]: async () => {
+      closed = true;
+      server.closeAllConnections();
+      agent.destroy();
+      server.close();
+      await once(server, "close");
+    },
+  };
+}
+
+export interface ArchivedDay {
+  manifest: Manifest;
+  etag: string;
+  /** The rows of its parts, in their order. */
+  rows: { id: number; created_at: string }[];
+}
+
+/**
+ * A day as a reader gets it, who goes by the manifest, which may be replaced meanwhile, and its parts deleted then: reads the
+ * new one. Checks rows, bytes and hashes. Undefined where there is no manifest.
+ */
+export async function readArchived({ bucket }: Shop, day: string): Promise<ArchivedDay | undefined> {
+  for (let seen = ""; ; ) {
+    const found = await readManifest(bucket, day);
+    if (!found) return undefined;
+    const { manifest, etag } = found;
+    try {
+      const rows: ArchivedDay["rows"] = [];
+      for (const part of manifest.parts) {
+        const packed = await buffer(await getStream(bucket, part.key));
+        const raw = gunzipSync(packed);
+        const lines = raw.toString().split("\n").slice(0, -1);
+        const [sha256, sha256_raw] = [packed, raw].map((bytes) => createHash("sha256").update(bytes).digest("hex"));
+        assert.deepEqual({ key: part.key, rows: lines.length, bytes: packed.length, sha256, sha256_raw }, part);
+        rows.push(...lines.map((line) => JSON.parse(line)));
+      }
+      return { manifest, etag, rows };
+    } catch (error) {
+      assert.equal((error as Error).name, "NoSuchKey", `${day}: ${(error as Error).stack}`);
+      assert.notEqual(etag, seen, `${day}: a part that its manifest names is not there: ${(error as Error).message}`);
+      seen = etag;
+    }
+  }
+}
+
+/** The rows of [from, to) at the source, in the form and the order of the archive. */
+export async function sourceEvents({ admin }: Shop, from: string, to: string): Promise<ArchivedDay["rows"]> {
+  return await admin.begin(async (sql) => {
+    await sql`set local timezone = 'UTC'`;
+    const rows = await sql<{ row: ArchivedDay["rows"][0] }[]>`
+      select to_jsonb(e) as row from public.events e
+      where created_at >= ${`${from}Z`}::text::timestamptz and created_at < ${`${to}Z`}::text::timestamptz order by created_at, id`;
+    return rows.map(({ row }) => row);
+  });
+}
+
+/** The day has a manifest, whose parts hold the source's rows, each once. */
+export async function assertArchived(shop: Shop, day: string): Promise<ArchivedDay> {
+  const there = await readArchived(shop, day);
+  assert.ok(there, `${day} has no manifest`);
+  const { manifest, rows } = there;
+  assert.deepEqual(rows, await sourceEvents(shop, day, addDays(day)), `${day}: its rows`);
+  const ids = rows.map(({ id }) => BigInt(id)).sort((a, b) => (a < b ? -1 : 1));
+  assert.deepEqual(
+    [manifest.day, manifest.rows, manifest.min_id, manifest.max_id],
+    [day, rows.length, ids.at(0)?.toString() ?? null, ids.at(-1)?.toString() ?? null],
+  );
+  return there;
+}
+
+/** The keys below events/, of one day or of all, without the shop's prefix. */
+export async function objectKeys({ bucket }: Shop, day?: string): Promise<string[]> {
+  const objects = await Array.fromAsync(listObjects(bucket, `${bucket.prefix}events/${day ? `dt=${day}/` : ""}`));
+  return objects.map(({ key }) => key.slice(bucket.prefix.length));
+}
+
+/** The keys that no manifest names, of one day or of all, without the shop's prefix; and the uploads that never ended. */
+export async function strays(shop: Shop, day?: string): Promise<string[]> {
+  const { bucket } = shop;
+  const keys = await objectKeys(shop, day);
+  const days = [...new Set(keys.map((key) => key.split("/")[1]?.slice(3) ?? ""))];
+  const manifests = await Promise.all(days.map((each) => readManifest(bucket, each)));
+  const named = manifests.flatMap(
+    (found) => found?.manifest.parts.map(({ key }) => key.slice(bucket.prefix.length)) ?? [],
+  );
+  const uploads = await Array.fromAsync(listUploads(bucket, `${bucket.prefix}events/`));
+  return [
+    ...keys.filter((key) => !key.endsWith("/manifest.json") && !named.includes(key)),
+    ...uploads.map(({ key }) => key.slice(bucket.prefix.length)).filter((key) => !day || key.includes(`/dt=${day}/`)),
+  ].sort();
+}
+
+/** The day is archived, and there is nothing else of it in the bucket. */
+export async function assertArchivedClean(shop: Shop, day: string): Promise<ArchivedDay> {
+  const there = await assertArchived(shop, day);
+  assert.deepEqual(await strays(shop, day), []);
+  return there;
+}
