@@ -185,16 +185,20 @@ export const postgresToBigQuery = [
   "TO",
 ] as const;
 
-/** What the archive of events reads. */
-export const postgresToS3 = [
-  "SOURCE_DATABASE_URL",
-  "ETL_DATABASE_URL",
+export const bucketOfArchive = [
   "S3_ENDPOINT",
   "S3_BUCKET",
   "S3_PREFIX",
   "AWS_REGION",
   "AWS_ACCESS_KEY_ID",
   "AWS_SECRET_ACCESS_KEY",
+] as const;
+
+/** What the archive of events reads. */
+export const postgresToS3 = [
+  "SOURCE_DATABASE_URL",
+  "ETL_DATABASE_URL",
+  ...bucketOfArchive,
   "PUSHGATEWAY_URL",
   "WATERMARK_LAG_SECONDS",
   "CHUNK_ROWS",

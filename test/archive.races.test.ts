@@ -156,10 +156,7 @@ suite("races", { concurrency: true }, () => {
         const refused = await shop.run(script, again(day));
         assert.equal(refused.code, 1);
         const text = `${day} has ${left} rows at the source and 150 in the archive, which may be the only copy of the others: it stays as it is. If they are to go: make backfill-events FROM=${day} TO=${addDays(day)} FORCE=1 ALLOW_SHRINK=1`;
-        assert.ok(
-          refused.stderr.includes(`error: 1 of 1 days failed:\n  ${day}: ${text}\n`),
-          refused.stderr,
-        );
+        assert.ok(refused.stderr.includes(`error: 1 of 1 days failed:\n  ${day}: ${text}\n`), refused.stderr);
         assert.deepEqual(await readArchived(shop, day), before); // its hashes are those of its bytes
         assert.deepEqual(await objectKeys(shop, day), keys);
         const failed = await chunk(shop, day);

@@ -19,7 +19,7 @@ import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
 import { connectBigQuery } from "../../shared/bigquery.ts";
-import { readEnv, root, UsageError } from "../../shared/env.ts";
+import { bucketOfArchive, readEnv, root, UsageError } from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
@@ -33,12 +33,7 @@ await main(import.meta, async () => {
     "BIGQUERY_DATASET",
     "BIGQUERY_LOCATION",
     "BIGQUERY_ENDPOINT",
-    "S3_ENDPOINT",
-    "S3_BUCKET",
-    "S3_PREFIX",
-    "AWS_REGION",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
+    ...bucketOfArchive,
     "DRY_RUN",
   );
   /** Says what is to be done, and does it unless this is a dry run. */
