@@ -5,6 +5,8 @@ import { join } from "node:path";
 import { test } from "node:test";
 import { promisify } from "node:util";
 import { localEnv, root } from "./stack/env.ts";
+import { python } from "./stack/python.ts";
+import { stackPath } from "./stack/stack.ts";
 
 const readme = readFileSync(join(root, "README.md"), "utf8");
 
@@ -47,6 +49,17 @@ test("every command in the README's shell blocks works, and its sample outputs a
       );
     }
   }
+});
+
+test("the README's DuckDB statements read a day of the archive by its manifest", async () => {
+  const [, block = ""] = /^```duckdb\n([\s\S]*?)^```$/m.exec(readme) ?? [];
+  // The local S3 server's objects are files; DuckDB would have to download its extension for S3.
+  const statements = block.replaceAll("s3://archive/", `${stackPath("s3", "archive")}/`).split(";\n");
+  const program = `import duckdb, sys\nfor text in sys.argv[1:]: answer = duckdb.execute(text).fetchall()\nprint(*answer[0])`;
+  const { stdout } = await promisify(execFile)(python, ["-c", program, ...statements.filter((text) => text.trim())]);
+  const manifest = stackPath("s3", "archive", "events", "dt=2017-01-18", "manifest.json");
+  const { rows, min_id, max_id } = JSON.parse(readFileSync(manifest, "utf8"));
+  assert.equal(stdout.trim(), `${rows} ${min_id} ${max_id}`);
 });
 
 test("every make target that the README, the runbook and the scripts name is there", () => {
