@@ -38,16 +38,17 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
     progress("");
     const programming = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
     process.stderr.write(redact(`error: ${programming ? ((error as Error).stack ?? error) : explain(error)}\n`));
-    process.exit(error instanceof UsageError ? 2 : 1);
+    process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
   }
 }
 
-function explain(error: Error): string {
-  // undefined_table, invalid_schema_name, insufficient_privilege on schema etl
-  const { code } = error as { code?: string };
-  if ((code === "42P01" || code === "3F000") && /etl/.test(error.message))
-    return `${error.message}: the metadata tables are not there. Run: make migrate`;
-  return error.message || String(code ?? error.name);
+/** undefined_table or invalid_schema_name in schema etl. */
+const withoutMetadata = ({ code, message }: Error & { code?: string }): boolean =>
+  (code === "42P01" || code === "3F000") && /etl/.test(message);
+
+function explain(error: Error & { code?: string }): string {
+  if (withoutMetadata(error)) return `${error.message}: the metadata tables are not there. Run: make migrate`;
+  return error.message || String(error.code ?? error.name);
 }
 
 type RunEnv = Env<

@@ -197,7 +197,7 @@ suiteOfEach((pipeline) => {
     try {
       const { code, stderr } = await shop.run(script);
       assert.match(stderr, /etl\.\w+.*the metadata tables are not there\. Run: make migrate/);
-      assert.equal(code, 1);
+      assert.equal(code, 2);
       assert.deepEqual(await shop.query(`SELECT id FROM ${pipeline}`), []);
     } finally {
       await shop.admin.unsafe("alter schema etl_aside rename to etl");
