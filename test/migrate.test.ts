@@ -1,9 +1,11 @@
 import assert from "node:assert/strict";
-import { readFileSync, writeFileSync } from "node:fs";
+import { globSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, test } from "node:test";
+import { DeleteBucketCommand } from "@aws-sdk/client-s3";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createShop } from "./lib/shop.ts";
+import { root } from "./stack/env.ts";
 
 const migrate = "scripts/ops/migrate.ts";
 const orders = "scripts/orders.ts";
@@ -36,13 +38,15 @@ async function unmigrate(): Promise<void> {
 const steps = (stderr: string): string[] =>
   [...stderr.matchAll(/step=(\S+ what=(?:"[^"]*"|\S+)|done)/g)].map(([, step]) => (step as string).replaceAll('"', ""));
 
+const files = globSync("sql/etl/*.sql", { cwd: root }).sort();
+
 await test("migrate creates what is missing, a second time nothing, and with DRY_RUN=1 only says so", async () => {
   const before = await created();
   assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
   assert.deepEqual(await created(), before);
   await unmigrate();
   const empty = await created();
-  const todo = ["sql/etl/001_metadata.sql", `create table ${table}`];
+  const todo = [...files, `create table ${table}`];
   const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
   assert.deepEqual(steps(dry.stderr), [...todo.map((what) => `would-apply what=${what}`), "done"]);
   assert.deepEqual(await created(), empty);
@@ -56,8 +60,27 @@ await test("two migrates at once are safe: both succeed, and each thing is done 
   await unmigrate();
   const both = await Promise.all([shop.succeed(migrate), shop.succeed(migrate)]);
   const done = both.flatMap(({ stderr }) => steps(stderr)).sort();
-  assert.deepEqual(done, [`apply what=create table ${table}`, "apply what=sql/etl/001_metadata.sql", "done", "done"]);
+  const once = [`create table ${table}`, ...files].map((what) => `apply what=${what}`);
+  assert.deepEqual(done, [...once, "done", "done"]);
   assert.deepEqual(await created(), before);
+});
+
+await test("a bucket that is missing is created, one that may not be used is named", async () => {
+  const Bucket = `${shop.dataset.replaceAll("_", "-")}-archive`;
+  const dry = await shop.succeed(migrate, { S3_BUCKET: Bucket, DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [`would-apply what=create bucket ${Bucket}`, "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), [
+    `apply what=create bucket ${Bucket}`,
+    "done",
+  ]);
+  assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), ["done"]);
+  await shop.bucket.client.send(new DeleteBucketCommand({ Bucket }));
+  const { code, stderr } = await shop.run(migrate, { AWS_SECRET_ACCESS_KEY: "wrong" });
+  assert.equal(code, 2);
+  assert.match(
+    stderr,
+    /error: bucket archive \(S3_BUCKET\) may not be used: SignatureDoesNotMatch .* Check AWS_ACCESS_KEY_ID/,
+  );
 });
 
 await test("migrate without schema etl says which file a superuser has to run", async () => {
