@@ -15,7 +15,7 @@ import { getStream, listObjects, removeObjects } from "../../shared/s3.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
-import { python, pythonInstall } from "../stack/python.ts";
+import { python } from "../stack/python.ts";
 import { say, stackPath } from "../stack/stack.ts";
 
 const rows = Number(process.env.ROWS ?? 1_000_000);
@@ -44,8 +44,19 @@ const source = (shop.env.SOURCE_DATABASE_URL ?? "").replace(/^postgres:/, "postg
 
 interface Measured {
   seconds: number;
-  /** Of all its processes together, sampled every 20 ms. */
+  /** Of all its processes together, sampled every 200 ms. */
   megabytes: number;
+}
+
+/** Kilobytes of a process and its children. */
+function resident(pid: number): number {
+  try {
+    const own = Number(/^VmRSS:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1] ?? 0);
+    const children = readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8").split(" ").filter(Boolean);
+    return children.reduce((sum, child) => sum + resident(Number(child)), own);
+  } catch {
+    return 0; // it has just ended
+  }
 }
 
 /** Runs a command to its end. */
@@ -61,13 +72,7 @@ async function measure(command: string, args: string[], env: NodeJS.Dict<string>
   for (const stream of [child.stdout, child.stderr])
     stream.setEncoding("utf8").on("data", (text) => (output = (output + text).slice(-3000)));
   let kilobytes = 0;
-  const sampler = setInterval(() => {
-    const all = execFileSync("ps", ["-o", "rss=", "-g", String(child.pid)], { encoding: "utf8" }).split("\n");
-    kilobytes = Math.max(
-      kilobytes,
-      all.reduce((sum, rss) => sum + Number(rss), 0),
-    );
-  }, 100);
+  const sampler = setInterval(() => (kilobytes = Math.max(kilobytes, resident(child.pid ?? 0))), 200);
   const [code] = await once(child, "close");
   clearInterval(sampler);
   if (code !== 0) throw new Error(`${command} ${args.join(" ").slice(0, 200)} exited with ${code}:\n${output}`);
@@ -191,7 +196,6 @@ rmSync(scratch, { recursive: true, force: true });
 
 /** The peers of DESIGN.md section 9, installed into .stack/peers/ once. */
 async function peers(): Promise<Contender[]> {
-  await pythonInstall.run?.call(pythonInstall).catch(() => {});
   const venv = (name: string, ...packages: string[]): string => {
     const folder = stackPath("peers", name);
     const stamp = join(folder, "installed");
@@ -206,7 +210,10 @@ async function peers(): Promise<Contender[]> {
     return join(folder, "bin");
   };
   const dlt = venv("dlt", "dlt[postgres,filesystem,s3,parquet,sql-database]==1.31.0", "connectorx==0.4.4");
-  const sling = venv("sling", "sling-linux-amd64==1.4.11");
+  const wheel = `${venv("sling", "sling-linux-amd64==1.4.11")}/python`;
+  const sling = execFileSync(wheel, ["-c", "import sling_linux_amd64 as s; print(list(s.__path__)[0], end='')"], {
+    encoding: "utf8",
+  });
   const ingestr = venv("ingestr", "ingestr==1.1.22");
   const quiet = {
     DO_NOT_TRACK: "1",
@@ -246,7 +253,7 @@ async function peers(): Promise<Contender[]> {
         const options = JSON.stringify({ format: "jsonlines", compression: "gzip" });
         const to = `s3://${S3_BUCKET}/${place("sling/events.jsonl.gz")}`;
         return await measure(
-          join(sling, "sling"),
+          join(sling, "bin", "sling-linux-amd64"),
           [
             "run",
             "--src-conn",

@@ -43,7 +43,7 @@ create table if not exists public.sensor_readings (
 
 create index if not exists orders_updated_at on public.orders (updated_at);
 create index if not exists users_updated_at on public.users (updated_at);
-create index if not exists events_created_at on public.events (created_at);
+create index if not exists events_created_at on public.events (created_at, id);
 create index if not exists sensor_readings_recorded_at on public.sensor_readings (recorded_at);
 
 -- The database sets updated_at, not the application: the safe upper bound of a window rests on that.
