@@ -169,6 +169,15 @@ const variables = {
   ),
 };
 
+const everyRun = [
+  "PUSHGATEWAY_URL",
+  "WATERMARK_LAG_SECONDS",
+  "CHUNK_ROWS",
+  "RUN_TIMEOUT_SECONDS",
+  "FROM",
+  "TO",
+] as const;
+
 /** What a pipeline from Postgres to BigQuery reads. */
 export const postgresToBigQuery = [
   "SOURCE_DATABASE_URL",
@@ -177,12 +186,7 @@ export const postgresToBigQuery = [
   "BIGQUERY_DATASET",
   "BIGQUERY_LOCATION",
   "BIGQUERY_ENDPOINT",
-  "PUSHGATEWAY_URL",
-  "WATERMARK_LAG_SECONDS",
-  "CHUNK_ROWS",
-  "RUN_TIMEOUT_SECONDS",
-  "FROM",
-  "TO",
+  ...everyRun,
 ] as const;
 
 export const bucketOfArchive = [
@@ -199,12 +203,7 @@ export const postgresToS3 = [
   "SOURCE_DATABASE_URL",
   "ETL_DATABASE_URL",
   ...bucketOfArchive,
-  "PUSHGATEWAY_URL",
-  "WATERMARK_LAG_SECONDS",
-  "CHUNK_ROWS",
-  "RUN_TIMEOUT_SECONDS",
-  "FROM",
-  "TO",
+  ...everyRun,
   "FORCE",
   "ALLOW_SHRINK",
   "BACKFILL",

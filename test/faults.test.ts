@@ -11,7 +11,6 @@ import {
   copyBlocked,
   createPostgresProxy,
   dropLines,
-  eachPipeline,
   ending,
   type Fault,
   type HttpProxy,
@@ -27,7 +26,7 @@ import {
   steps,
   widen,
 } from "./lib/faults.ts";
-import { type Process, type Result, type Shop, until } from "./lib/shop.ts";
+import { eachPipeline, type Process, type Result, type Shop, until } from "./lib/shop.ts";
 
 /** Waits for a run that has to end with exit 1 and a text, having merged and moved nothing; then heals it. */
 async function assertFailsCleanly(change: Change, text: RegExp, start: () => Promise<Process>): Promise<Result> {

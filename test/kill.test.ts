@@ -7,7 +7,6 @@ import {
   changed,
   copyBlocked,
   createProxy,
-  eachPipeline,
   ending,
   hold,
   lastRun,
@@ -20,7 +19,7 @@ import {
   widen,
   withhold,
 } from "./lib/faults.ts";
-import { type Process, type Shop, until } from "./lib/shop.ts";
+import { eachPipeline, type Process, type Shop, until } from "./lib/shop.ts";
 
 async function kill(shop: Shop, run: Process): Promise<void> {
   run.child.kill("SIGKILL");

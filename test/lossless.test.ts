@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
-import { assertEqualRows, eachPipeline, sharedShop } from "./lib/faults.ts";
+import { assertEqualRows, sharedShop } from "./lib/faults.ts";
+import { eachPipeline } from "./lib/shop.ts";
 
 const seed = Number(process.env.SEED ?? Date.now() % 1_000_000);
 const wantedRuns = process.env.SOAK ? 60 : 6;

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { eachPipeline } from "./lib/faults.ts";
-import { createShop } from "./lib/shop.ts";
+
+import { createShop, eachPipeline } from "./lib/shop.ts";
 
 /** Rows of the two loads; fewer of users, for time. */
 const [soak, sizes] = [[1_000_000, 5_000_000], { orders: [200_000, 1_000_000], users: [50_000, 300_000] }] as const;

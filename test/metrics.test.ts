@@ -5,7 +5,6 @@ import {
   assertHeals,
   changed,
   createProxy,
-  eachPipeline,
   ending,
   hold,
   lastRun,
@@ -13,7 +12,7 @@ import {
   steps,
   trickle,
 } from "./lib/faults.ts";
-import { freePort, type Shop, until } from "./lib/shop.ts";
+import { eachPipeline, freePort, type Shop, until } from "./lib/shop.ts";
 
 const always = ["etl_last_run_timestamp_seconds", "etl_unknown_source_columns", "etl_watermark_hold_seconds"];
 const ofSuccess = [

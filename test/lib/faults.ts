@@ -14,18 +14,9 @@ import { Agent, createServer, type IncomingMessage, request as open, type Server
 import { type AddressInfo, connect, createServer as createTcpServer, type Socket } from "node:net";
 import { buffer } from "node:stream/consumers";
 import { pipeline } from "node:stream/promises";
-import { after, suite, test } from "node:test";
+import { after, test } from "node:test";
 import type { Env } from "../stack/env.ts";
-import {
-  createShop,
-  type Pipeline,
-  type Process,
-  pipelines,
-  type Result,
-  type Shop,
-  type ShopOptions,
-  until,
-} from "./shop.ts";
+import { createShop, type Process, type Result, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** The requests of a run in their order, as `METHOD path` without the query string. Its one query job is the MERGE. */
 export const steps = {
@@ -279,16 +270,6 @@ export async function createPostgresProxy(
       await once(server, "close");
     },
   };
-}
-
-/**
- * The same tests for each pipeline. Both pipelines' go on at the same time, so that one's waiting is the other's work;
- * within a pipeline `concurrency` of them do.
- */
-export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
-  suite("each pipeline", { concurrency: true }, () => {
-    for (const pipeline of pipelines) suite(pipeline, { concurrency }, () => tests(pipeline));
-  });
 }
 
 type Rows = Record<string, string | null>[];

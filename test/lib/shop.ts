@@ -21,10 +21,13 @@ export const textColumns = { orders: "status", users: "age_band" };
 export type Pipeline = keyof typeof textColumns;
 export const pipelines = Object.keys(textColumns) as Pipeline[];
 
-/** A suite for each pipeline, one beside the other, since runs wait more than they work; within one, test after test. */
-export function suiteOfEach(tests: (pipeline: Pipeline) => void): void {
-  suite("pipelines", { concurrency: pipelines.length }, () => {
-    for (const pipeline of pipelines) suite(pipeline, { concurrency: 1 }, () => tests(pipeline));
+/**
+ * The same tests for each pipeline. Both pipelines' go on at the same time, so that one's waiting is the other's work;
+ * within a pipeline `concurrency` of them do.
+ */
+export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
+  suite("each pipeline", { concurrency: true }, () => {
+    for (const pipeline of pipelines) suite(pipeline, { concurrency }, () => tests(pipeline));
   });
 }
 
