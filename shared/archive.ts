@@ -41,6 +41,9 @@ export interface Manifest {
   parts: Part[];
 }
 
+/** Compressed bytes of a day. */
+export const bytesOf = ({ parts }: Manifest): number => parts.reduce((sum, part) => sum + part.bytes, 0);
+
 export const manifestKey = (bucket: Bucket, day: string): string => `${dayPrefix(bucket, day)}manifest.json`;
 export const dayPrefix = (bucket: Bucket, day: string): string => `${bucket.prefix}events/dt=${day}/`;
 
@@ -358,7 +361,7 @@ export async function eachDay(
       run.signal.throwIfAborted();
       run.restartDeadline();
       const { rows, run_id, parts } = manifest;
-      const bytes = parts.reduce((sum, part) => sum + part.bytes, 0);
+      const bytes = bytesOf(manifest);
       await recordDay(run, day, "succeeded", { run_id, rows, bytes });
       if (before) skipped += 1;
       else {

@@ -16,6 +16,7 @@ import { createGunzip } from "node:zlib";
 import type { Sql } from "postgres";
 import {
   addDays,
+  bytesOf,
   dayPrefix,
   type Manifest,
   manifestKey,
@@ -134,10 +135,8 @@ async function verifyDay(bucket: Bucket, source: Sql, day: string): Promise<Chec
   const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
   const there = await readSource(source, day);
   let manifest: Manifest | undefined;
-  const bytes = { bytes: 0 };
   const fault = await readDay(bucket, day, async (found) => {
     manifest = found;
-    bytes.bytes = found.parts.reduce((sum, part) => sum + part.bytes, 0);
     let [rows, min, max]: [number, bigint | undefined, bigint | undefined] = [0, undefined, undefined];
     for (const part of found.parts) {
       const is = await readPart(bucket, part, async (lines) => {
@@ -157,7 +156,7 @@ async function verifyDay(bucket: Bucket, source: Sql, day: string): Promise<Chec
     if (error.name === "NoSuchKey" || error.name === "NoManifest") return error.message;
     throw error;
   });
-  const checked = { rows: manifest?.rows ?? 0, ...bytes };
+  const checked = { rows: manifest?.rows ?? 0, bytes: manifest ? bytesOf(manifest) : 0 };
   if (!manifest && fault) return { ...checked, fault: `${fault}. Next: ${again}` };
   if (!manifest)
     return { ...checked, fault: `is not archived; the source has ${there.rows} rows of it. Next: ${again}` };
@@ -242,7 +241,7 @@ async function restoreDay(bucket: Bucket, etl: Sql, day: string): Promise<Checke
   });
   if (!restored)
     return { rows: 0, bytes: 0, fault: `is not archived. Next: make backfill-events FROM=${day} TO=${addDays(day)}` };
-  return { rows: restored.rows, bytes: restored.parts.reduce((sum, part) => sum + part.bytes, 0) };
+  return { rows: restored.rows, bytes: bytesOf(restored) };
 }
 
 /** Objects and uploads of the days that no manifest names: a killed run's, or of one that is going. */
