@@ -155,9 +155,12 @@ export function castSelect(
  * JSON's null stays apart from it.
  */
 export function jsonLines(select: string, columns: Column[]): string {
-  const pairs = columns.map(
-    ({ name }) => `'${JSON.stringify(name).replaceAll("'", "''")}:' || to_json(${quote(name)})`,
-  );
+  // What is JSON as it stands needs no to_json, which costs a fifth of the whole query here.
+  const json = /^(int[248]|jsonb)$/;
+  const pairs = columns.map(({ name, type, array }) => {
+    const value = json.test(type) && !array ? `${quote(name)}::text` : `to_json(${quote(name)})`;
+    return `'${JSON.stringify(name).replaceAll("'", "''")}:' || ${value}`;
+  });
   return `select '{' || concat_ws(',', ${pairs.join(", ")}) || '}' from (${select}) source`;
 }
 

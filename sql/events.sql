@@ -11,6 +11,7 @@ select
 from events
 where created_at >= current_setting('etl.from')::timestamptz
   and created_at < current_setting('etl.to')::timestamptz
-  and (created_at > current_setting('etl.from')::timestamptz or id > current_setting('etl.after')::numeric)
+  -- Sub-selects, so that the settings are read once and not for each row.
+  and (created_at > (select current_setting('etl.from')::timestamptz) or id > (select current_setting('etl.after')::numeric))
 order by created_at, id
 limit current_setting('etl.rows')::bigint;

@@ -79,7 +79,7 @@ async function measure(command: string, args: string[], env: NodeJS.Dict<string>
   return { seconds: (performance.now() - started) / 1000, megabytes: kilobytes / 1024 };
 }
 
-const lines = `select '{' || concat_ws(',', '"id":' || to_json(id), '"user_id":' || to_json(user_id), '"type":' || to_json(type), '"payload":' || to_json(payload), '"created_at":' || to_json(created_at)) || '}' from (select id, user_id, type, payload, created_at from events order by created_at, id) e`;
+const lines = `select '{' || concat_ws(',', '"id":' || id, '"user_id":' || user_id, '"type":' || to_json(type), '"payload":' || payload::text, '"created_at":' || to_json(created_at)) || '}' from (select id, user_id, type, payload, created_at from events order by created_at, id) e`;
 const aws = { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_DEFAULT_REGION: AWS_REGION };
 /** Where a tool writes, below the shop's prefix. */
 const place = (name: string): string => `${shop.bucket.prefix}${name}`;
