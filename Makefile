@@ -40,6 +40,10 @@ events: setup ## Archive every complete day of events since the watermark to S3
 backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_PER_SECOND= FORCE=1)
 	@BACKFILL=1 node scripts/events.ts
 
+.PHONY: sensors
+sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTIL=caught-up)
+	@node scripts/sensors.ts
+
 # Operations
 
 .PHONY: status
@@ -57,6 +61,22 @@ verify-events: setup ## Read the archive back and compare it with manifests and 
 .PHONY: restore-events
 restore-events: setup ## Put archived days into etl.events_restored: FROM= TO=
 	@RESTORE=1 node scripts/ops/archive.ts
+
+.PHONY: connector
+connector: setup ## Put Debezium's connector to Kafka Connect, and wait until it runs
+	@node scripts/ops/connector.ts
+
+.PHONY: dead-letters
+dead-letters: setup ## The sensors' messages that are no valid change, and why (LIMIT=)
+	@node scripts/ops/dead-letters.ts
+
+.PHONY: replay-dead-letters
+replay-dead-letters: setup ## Try the dead letters again
+	@REPLAY=1 node scripts/ops/dead-letters.ts
+
+.PHONY: resnapshot
+resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, then SWAP=1 (--help of the script has the steps)
+	@node scripts/ops/resnapshot.ts
 
 .PHONY: migrate
 migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)

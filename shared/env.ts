@@ -69,8 +69,35 @@ function bucket(value: string): string {
   return value;
 }
 
+function brokers(value: string): string[] {
+  const list = value.split(",").map((broker) => broker.trim());
+  if (!list.every((broker) => /^([\w.-]+|\[[\da-fA-F:]+\]):\d+$/.test(broker)))
+    throw new Error("must be host:port, with commas between several");
+  return list;
+}
+
+function topic(value: string): string {
+  if (!/^[\w-]+(\.[\w-]+)+$/.test(value)) throw new Error("must look like PREFIX.SCHEMA.TABLE");
+  return value;
+}
+
+function saslMechanism(value: string): string {
+  if (!/^(plain|scram-sha-(256|512))$/.test(value)) throw new Error("must be plain, scram-sha-256 or scram-sha-512");
+  return value;
+}
+
 function name(value: string): string {
   if (!/^[A-Za-z0-9_-]+$/.test(value)) throw new Error("may hold letters, digits, _ and - only");
+  return value;
+}
+
+function word(value: string): string {
+  if (!/^[A-Za-z_]\w*$/.test(value)) throw new Error("may hold letters, digits and _ only");
+  return value;
+}
+
+function caughtUp(value: string): string {
+  if (value !== "caught-up") throw new Error("can only be caught-up");
   return value;
 }
 
@@ -121,6 +148,43 @@ const variables = {
     url("http:", "https:"),
     undefined,
   ),
+  CLICKHOUSE_URL: variable(
+    "the ClickHouse to insert into",
+    "https://clickhouse.example.com:8443",
+    url("http:", "https:"),
+  ),
+  CLICKHOUSE_DATABASE: variable("its database", "shop", word),
+  CLICKHOUSE_USER: variable("its user", "etl", name),
+  CLICKHOUSE_PASSWORD: variable("the user's password; may be empty", "…", secret, ""),
+  KAFKA_BROKERS: variable("the brokers to ask first", "kafka-1.example.com:9092,kafka-2.example.com:9092", brokers),
+  KAFKA_TLS: variable("speak TLS to the brokers", "1", flag, false),
+  KAFKA_SASL_MECHANISM: variable<string | undefined>("how to log in", "scram-sha-512", saslMechanism, undefined),
+  KAFKA_USERNAME: variable<string | undefined>("the brokers' user", "etl", (value) => value, undefined),
+  KAFKA_PASSWORD: variable<string | undefined>("the user's password", "…", secret, undefined),
+  SENSORS_TOPIC: variable("Debezium's topic of the table", "shop.public.sensor_readings", topic),
+  SENSORS_GROUP: variable("the consumers' group", "etl-sensors", name),
+  SENSORS_POISON_SHARE: variable(
+    "the consumer stops where more than this share of the last 1,000 messages is no valid change",
+    "0.1",
+    number(0, 1, false),
+    0.1,
+  ),
+  CONNECT_URL: variable("Kafka Connect's REST interface", "http://connect.example.com:8083", url("http:", "https:")),
+  REPLICATION_DATABASE_URL: variable(
+    "the source as Kafka Connect reaches it, as the role of sql/replication.sql",
+    "postgres://etl_replicator:…@db.example.com:5432/shop",
+    url("postgres:", "postgresql:"),
+  ),
+  METRICS_PORT: variable(
+    "where the consumer serves /metrics and /healthz; 0 is any free one",
+    "9464",
+    number(0, 65_535),
+    9464,
+  ),
+  UNTIL: variable<string | undefined>("caught-up: end once the lag is zero", "caught-up", caughtUp, undefined),
+  REPLAY: variable("set by make replay-dead-letters", "1", flag, false),
+  SWAP: variable("resnapshot: let readers see the rebuilt table", "1", flag, false),
+  LIMIT: variable("rows to print", "20", number(1, 100_000), 20),
   S3_ENDPOINT: variable<string | undefined>(
     "a local S3 server; leave it out for Amazon's",
     "http://127.0.0.1:17070",
@@ -196,6 +260,18 @@ export const bucketOfArchive = [
   "AWS_REGION",
   "AWS_ACCESS_KEY_ID",
   "AWS_SECRET_ACCESS_KEY",
+] as const;
+
+export const clickhouse = ["CLICKHOUSE_URL", "CLICKHOUSE_DATABASE", "CLICKHOUSE_USER", "CLICKHOUSE_PASSWORD"] as const;
+
+export const kafka = [
+  "KAFKA_BROKERS",
+  "KAFKA_TLS",
+  "KAFKA_SASL_MECHANISM",
+  "KAFKA_USERNAME",
+  "KAFKA_PASSWORD",
+  "SENSORS_TOPIC",
+  "SENSORS_GROUP",
 ] as const;
 
 /** What the archive of events reads. */

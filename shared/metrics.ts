@@ -1,6 +1,9 @@
 /**
  * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run.
  */
+import { once } from "node:events";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import { Gauge, Pushgateway, Registry } from "prom-client";
 
 const help = {
@@ -34,4 +37,33 @@ export async function pushMetrics(url: string, pipeline: string, values: Metrics
 /** The value of a timestamp in UTC as text, in seconds since 1970. */
 export function epochSeconds(timestamp: string): number {
   return Date.parse(timestamp.replace(/(\.\d{3})\d*/, "$1").replace(/\+00$/, "Z")) / 1000;
+}
+
+/**
+ * Serves /metrics of the registry, and /healthz: 200, or 503 with what is wrong.
+ * @param port 0 is any free one.
+ * @throws Error where the port is taken.
+ */
+export async function serveMetrics(
+  port: number,
+  registry: Registry,
+  fault: () => string | undefined,
+): Promise<{ port: number } & AsyncDisposable> {
+  const server = createServer(async (request, response) => {
+    const path = request.url?.split("?")[0];
+    if (path === "/metrics") response.setHeader("content-type", registry.contentType).end(await registry.metrics());
+    else if (path === "/healthz") response.writeHead(fault() ? 503 : 200).end(`${fault() ?? "ok"}\n`);
+    else response.writeHead(404).end("/metrics and /healthz are here\n");
+  });
+  server.listen(port);
+  await once(server, "listening").catch((error: Error) => {
+    throw new Error(`METRICS_PORT ${port}: ${error.message}. Is another consumer running here? Choose another port`);
+  });
+  return {
+    port: (server.address() as AddressInfo).port,
+    [Symbol.asyncDispose]: async () => {
+      server.closeAllConnections();
+      server.close();
+    },
+  };
 }

@@ -7,6 +7,8 @@
  *                    column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL
  *                    that a person would run
  *   the bucket       S3_BUCKET: created where it is missing
+ *   ClickHouse       schemas/clickhouse/*.sql in CLICKHOUSE_DATABASE: created, or changed by what loses nothing (a new column, another
+ *                    SELECT of a view); any other difference is refused
  *   safe to re-run   yes: what is there already is left as it is; a second migrate waits for the first
  *
  *   make migrate             do it
@@ -19,7 +21,8 @@ import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
 import { connectBigQuery } from "../../shared/bigquery.ts";
-import { bucketOfArchive, readEnv, root, UsageError } from "../../shared/env.ts";
+import { migrateClickHouse } from "../../shared/clickhouse.ts";
+import { bucketOfArchive, clickhouse, readEnv, root, UsageError } from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
@@ -34,6 +37,7 @@ await main(import.meta, async () => {
     "BIGQUERY_LOCATION",
     "BIGQUERY_ENDPOINT",
     ...bucketOfArchive,
+    ...clickhouse,
     "DRY_RUN",
   );
   /** Says what is to be done, and does it unless this is a dry run. */
@@ -93,10 +97,13 @@ await main(import.meta, async () => {
   const bucket = connectS3(env);
   if (!(await bucketExists(bucket)))
     await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
+
+  // 5. ClickHouse.
+  refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
   await etl.end();
   if (refused.length) {
     throw new UsageError(
-      `these differences could lose data or need a decision, and were left as they are:\n${refused.map((line) => `  ${line}`).join("\n")}\nRun the SQL in BigQuery, or bring the contract back to the table; then: make migrate`,
+      `these differences could lose data or need a decision, and were left as they are:\n${refused.map((line) => `  ${line}`).join("\n")}\nRun the SQL there, or bring the contract back to the table; then: make migrate`,
     );
   }
   log({ step: "done" });

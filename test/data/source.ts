@@ -14,7 +14,7 @@ const root = join(import.meta.dirname, "../..");
 export async function createSource(adminUrl: string, roleUrls: string[]): Promise<void> {
   const sql = postgres(adminUrl, { max: 1, onnotice: () => {} });
   try {
-    for (const file of ["test/data/schema.sql", "sql/roles.sql"]) await execute(sql, file);
+    for (const file of ["test/data/schema.sql", "sql/roles.sql", "sql/replication.sql"]) await execute(sql, file);
     for (const url of roleUrls) {
       const { username, password } = new URL(url);
       const [statement] = await sql<{ text: string }[]>`

@@ -1,0 +1,39 @@
+/**
+ * connector: puts schemas/debezium/sensor_readings.json to Kafka Connect, and waits until it runs.
+ *
+ *   the source       is looked at first: wal_level, role, publication, replica identity (sql/replication.sql)
+ *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say
+ *   the connector    named after the topic; what differs per installation is added here: the source's address and role, the
+ *                    topic's prefix, and the slot, etl_PREFIX
+ *   safe to re-run   yes: a connector that is as the file says goes on as it was
+ *
+ *   make connector
+ */
+import {
+  awaitRunning,
+  checkReplication,
+  connectorConfig,
+  connectorVariables,
+  createTopic,
+  namesOf,
+  putConnector,
+} from "../../shared/connect.ts";
+import { kafka, readEnv } from "../../shared/env.ts";
+import { log } from "../../shared/progress.ts";
+import { main } from "../../shared/run.ts";
+
+await main(import.meta, async () => {
+  const env = readEnv(...connectorVariables, ...kafka);
+  const config = connectorConfig(env);
+  await checkReplication(env);
+  if (await createTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
+  await putConnector(env, config);
+  await awaitRunning(env);
+  log({
+    step: "done",
+    connector: namesOf(env).connector,
+    slot: namesOf(env).slot,
+    topic: env.SENSORS_TOPIC,
+    state: "RUNNING",
+  });
+});

@@ -1,0 +1,125 @@
+/**
+ * resnapshot: rebuilds sensor_readings from a fresh snapshot, beside the table that readers see, and swaps it in. For a topic that
+ * was made anew or has other partitions, a TRUNCATE at the source, a lost slot, or doubt.
+ *
+ *   1. stop all consumers (systemctl stop etl-sensors)
+ *   2. make resnapshot                 a new epoch; the connector starts again with a snapshot; waits until that is in Kafka
+ *   3. make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=…_rebuild       (step 2 prints it)
+ *   4. make resnapshot SWAP=1          EXCHANGE TABLES: readers see the new table, at one instant
+ *   5. start the consumers
+ *
+ *   safe to re-run   yes: step 2 begins the rebuild anew; until step 4 readers see the old table, as it was
+ */
+import { connectClickHouse, migrateClickHouse, select } from "../../shared/clickhouse.ts";
+import {
+  awaitSnapshot,
+  checkReplication,
+  connectorConfig,
+  connectorVariables,
+  createTopic,
+  dropSlot,
+  forgetConnector,
+  namesOf,
+  putConnector,
+} from "../../shared/connect.ts";
+import { clickhouse, kafka, readEnv, UsageError } from "../../shared/env.ts";
+import { beginEpoch, settleEpoch } from "../../shared/epoch.ts";
+import { checkGroupIsEmpty, connectKafka, topicState, withAdmin } from "../../shared/kafka.ts";
+import { checkSession, connect } from "../../shared/postgres.ts";
+import { log, progress, thousands } from "../../shared/progress.ts";
+import { main } from "../../shared/run.ts";
+
+const tables = ["sensor_readings", "sensor_dead_letters"];
+
+await main(import.meta, async () => {
+  const env = readEnv("ETL_DATABASE_URL", ...clickhouse, ...kafka, ...connectorVariables, "SWAP");
+  const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
+  const rebuild = `${database}_rebuild`;
+  const etl = connect(env.ETL_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
+  await checkSession("ETL_DATABASE_URL", etl);
+  const server = connectClickHouse(env, "default");
+  const broker = connectKafka(env, "etl-resnapshot");
+  const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));
+  await withAdmin(broker, env, (admin) => checkGroupIsEmpty(admin, groupId));
+
+  if (env.SWAP) {
+    const [epoch] = await etl<
+      { epoch: number; database: string }[]
+    >`select epoch, database from etl.topics where topic = ${topic}`;
+    if (epoch?.database !== rebuild)
+      throw new UsageError(`there is no rebuild of ${topic} to swap in. Begin one: make resnapshot`);
+    await awaitSnapshot(env, () => {});
+    const lag = (await where()).reduce((sum, partition) => sum + partition.lag, 0);
+    if (lag > 0)
+      throw new UsageError(
+        `${thousands(lag)} messages are not in ${rebuild} yet. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}`,
+      );
+    // A table's comment goes with it: swapped once is swapped, also where this was killed in between.
+    for (const table of tables) {
+      const [seen] = await select<{ comment: string }>(
+        server,
+        "SELECT comment FROM system.tables WHERE database = {database: String} AND name = {table: String}",
+        { database, table },
+      );
+      if (seen?.comment !== `epoch ${epoch.epoch}`)
+        await server.command({ query: `EXCHANGE TABLES ${database}.${table} AND ${rebuild}.${table}` });
+    }
+    await settleEpoch(etl, topic, database);
+    log({
+      step: "done",
+      swapped: `${database}.sensor_readings`,
+      epoch: epoch.epoch,
+      before: `${rebuild}.sensor_readings`,
+      next: `start the consumers; DROP DATABASE ${rebuild} when nobody misses it`,
+    });
+  } else {
+    // 1. Stop the connector before anything is forgotten, so that nothing of the old epoch comes after.
+    await checkReplication(env);
+    await forgetConnector(env);
+    await dropSlot(env);
+
+    // 2. The new epoch: its messages are those after what the topic has now.
+    const config = connectorConfig(env);
+    await createTopic(env, config);
+    const partitions = await where();
+    await withAdmin(broker, env, (admin) =>
+      admin.setOffsets({
+        groupId,
+        topic,
+        partitions: partitions.map(({ partition, end }) => ({ partition, offset: String(end) })),
+      }),
+    );
+    const epoch = await beginEpoch(etl, topic, rebuild, partitions);
+    log({
+      step: "epoch",
+      topic,
+      epoch: epoch.number,
+      partitions: partitions.length,
+      offsets: partitions.map(({ end }) => end).join(),
+    });
+
+    // 3. Empty tables of its own, with the views that fill them.
+    await server.command({ query: `DROP DATABASE IF EXISTS ${rebuild} SYNC` });
+    const refused = await migrateClickHouse(env, rebuild, async (_, work) => void (await work()));
+    if (refused.length) throw new Error(refused.join("\n"));
+    for (const table of tables)
+      await server.command({ query: `ALTER TABLE ${rebuild}.${table} MODIFY COMMENT 'epoch ${epoch.number}'` });
+
+    // 4. The snapshot.
+    await putConnector(env, config);
+    const started = performance.now();
+    await awaitSnapshot(env, () =>
+      progress(`the snapshot goes to Kafka: ${Math.round((performance.now() - started) / 1000)} s`),
+    );
+    progress("");
+    const messages = (await where()).reduce((sum, { lag }) => sum + lag, 0);
+    log({
+      step: "done",
+      connector: namesOf(env).connector,
+      epoch: epoch.number,
+      messages,
+      next: `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}; then make resnapshot SWAP=1`,
+    });
+  }
+  await Promise.all([etl.end(), server.close()]);
+});

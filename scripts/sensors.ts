@@ -1,0 +1,95 @@
+/**
+ * sensors: Postgres → Debezium → Kafka → ClickHouse.
+ *
+ *   source         public.sensor_readings, through schemas/debezium/sensor_readings.json (make connector) into SENSORS_TOPIC
+ *   target         CLICKHOUSE_DATABASE.sensor_readings, by the views of schemas/clickhouse; what is no change goes to sensor_dead_letters
+ *   key            the sorting key sensor_id, metric, recorded_at, id; _version is epoch and Kafka offset
+ *   watermark      the group's offsets in Kafka, committed after the insert
+ *   schedule       always on (systemd); several processes share the topic's partitions
+ *   safe to re-run yes: a message that comes again writes the same row with the same version
+ *
+ *   make sensors                      until SIGTERM or Ctrl-C, which finish and commit the batch under way
+ *   make sensors UNTIL=caught-up      ends once the lag is zero
+ *
+ * Touches: reads the source's catalog as a read-only role, and the topic; writes ClickHouse, the group's offsets and schema etl.
+ * Serves /metrics and /healthz at METRICS_PORT.
+ */
+import { checkDefinitions, connectClickHouse, insertRowBinary, landingRows, waitOut } from "../shared/clickhouse.ts";
+import { clickhouse, kafka, readEnv, UsageError } from "../shared/env.ts";
+import { takeEpoch, writeOffsets } from "../shared/epoch.ts";
+import { connectKafka, consume, topicState, withAdmin } from "../shared/kafka.ts";
+import { checkSession, connect } from "../shared/postgres.ts";
+import { log } from "../shared/progress.ts";
+import { main } from "../shared/run.ts";
+import { checkReadings, countDeadLetters, createPoisonLimit, createReport, stopSignals } from "../shared/sensors.ts";
+
+await main(import.meta, async () => {
+  const env = readEnv(
+    "SOURCE_DATABASE_URL",
+    "ETL_DATABASE_URL",
+    ...clickhouse,
+    ...kafka,
+    "SENSORS_POISON_SHARE",
+    "METRICS_PORT",
+    "UNTIL",
+  );
+  const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
+  const { stop, abandon } = stopSignals();
+  const etl = connect(env.ETL_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
+  const client = connectClickHouse(env);
+  const broker = connectKafka(env, "etl-sensors");
+  const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));
+
+  // 1. Check the source's columns and ClickHouse's tables before a message moves.
+  await checkSession("ETL_DATABASE_URL", etl);
+  await using report = await createReport(env, broker, await checkReadings(env));
+  const away = report.waiting;
+  await waitOut(
+    () => checkDefinitions(client, database),
+    async () => {},
+    stop.signal,
+    away,
+  );
+
+  let epoch = 0;
+  const limitPoison = createPoisonLimit(env.SENSORS_POISON_SHARE);
+  await consume(
+    broker,
+    { topic, groupId, signal: stop.signal },
+    {
+      // 2. After each rebalance: the epoch, whose partitions and offsets the topic must still have.
+      join: async () => {
+        const now = await takeEpoch(etl, topic, database, await where());
+        if (now.database !== database)
+          throw new UsageError(
+            `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make resnapshot SWAP=1`,
+          );
+        epoch = now.number;
+      },
+      // 3. Each batch: insert its bytes as they are, by one insert; count what the views parked; stop where that is too much.
+      batch: async (batch, beat) => {
+        const place = { topic, epoch, partition: batch.partition };
+        const started = performance.now();
+        const rows = landingRows(place, batch.messages);
+        if (rows.length)
+          await waitOut((stop) => insertRowBinary(client, "sensor_landing", rows, stop), beat, abandon, away);
+        const parked = await waitOut(() => countDeadLetters(client, place, batch), beat, abandon, away);
+        report.inserted(batch, parked, (performance.now() - started) / 1000);
+        limitPoison(batch.messages.length, parked);
+      },
+      // 4. Only then is its offset committed; schema etl remembers it, to tell a topic that was made anew.
+      commit: (partition, next) =>
+        writeOffsets(etl, topic, [{ partition, next }]).catch(({ message }: Error) =>
+          log({ step: "warning", warning: "schema etl does not know how far this is; Kafka does", error: message }),
+        ),
+      fetch: async () => {
+        report.fetched();
+        if (env.UNTIL && (await where()).every(({ lag }) => lag === 0)) stop.abort();
+      },
+    },
+  );
+
+  // 5. Report.
+  report.done();
+  await Promise.all([etl.end({ timeout: 5 }), client.close()]);
+});

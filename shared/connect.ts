@@ -1,0 +1,205 @@
+/**
+ * Kafka Connect's REST interface, for Debezium's connector of schemas/debezium. Source:
+ * https://kafka.apache.org/documentation/#connect_rest
+ */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { type Env, root, UsageError } from "./env.ts";
+import { connectKafka, type KafkaEnv, withAdmin } from "./kafka.ts";
+import { checkSession, connect } from "./postgres.ts";
+
+export const connectorVariables = ["CONNECT_URL", "REPLICATION_DATABASE_URL"] as const;
+type ConnectEnv = Env<"CONNECT_URL" | "REPLICATION_DATABASE_URL" | "SENSORS_TOPIC">;
+
+const file = "schemas/debezium/sensor_readings.json";
+const table = "public.sensor_readings";
+
+/** What the topic's name decides: Debezium's prefix, the connector's name, the slot at the source. */
+export function namesOf({ SENSORS_TOPIC: topic }: Env<"SENSORS_TOPIC">): {
+  prefix: string;
+  connector: string;
+  slot: string;
+} {
+  if (!topic.endsWith(`.${table}`))
+    throw new UsageError(`SENSORS_TOPIC ${topic} must end with .${table}: Debezium names a topic PREFIX.SCHEMA.TABLE`);
+  const prefix = topic.slice(0, -table.length - 1);
+  return {
+    prefix,
+    connector: `etl-${prefix}-sensor_readings`,
+    slot: `etl_${prefix.toLowerCase().replaceAll(/\W/g, "_")}`,
+  };
+}
+
+/** The committed file, and what differs per installation. */
+export function connectorConfig(env: ConnectEnv): Record<string, string> {
+  const config = JSON.parse(readFileSync(join(root, file), "utf8")) as Record<string, string>;
+  const { hostname, port, pathname, username, password, searchParams } = new URL(env.REPLICATION_DATABASE_URL);
+  const { prefix, slot } = namesOf(env);
+  return {
+    ...config,
+    "topic.prefix": prefix,
+    "slot.name": slot,
+    "database.hostname": hostname.replaceAll(/[[\]]/g, ""),
+    "database.port": port || "5432",
+    "database.dbname": decodeURIComponent(pathname.slice(1)),
+    "database.user": decodeURIComponent(username),
+    "database.password": decodeURIComponent(password),
+    "database.sslmode": searchParams.get("sslmode") ?? "prefer",
+  };
+}
+
+/**
+ * Compares the source with what the connector needs of it.
+ * @throws UsageError that lists what is missing, with the SQL.
+ */
+export async function checkReplication(env: ConnectEnv): Promise<void> {
+  const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
+  try {
+    await checkSession("REPLICATION_DATABASE_URL", source);
+    const [found] = await source<{ level: string; replicates: boolean; full: boolean | null; tables: string[] }[]>`
+      select current_setting('wal_level') as level, (select rolreplication or rolsuper from pg_roles where rolname = current_user) as replicates,
+        (select relreplident = 'f' from pg_class where oid = to_regclass(${table})) as full,
+        array(select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors') as tables`;
+    const faults = [];
+    if (found?.level !== "logical")
+      faults.push(`wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server`);
+    if (!found?.replicates) faults.push("the role may not replicate");
+    if (found?.full !== true) faults.push(`table ${table} is not there, or not REPLICA IDENTITY FULL`);
+    for (const needed of [table, "public.etl_heartbeat"])
+      if (!found?.tables.includes(needed)) faults.push(`publication etl_sensors is not there, or lacks ${needed}`);
+    if (faults.length)
+      throw new UsageError(
+        `the source is not ready for Debezium:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun sql/replication.sql in that database as a superuser, then: make connector`,
+      );
+  } finally {
+    await source.end({ timeout: 5 });
+  }
+}
+
+/** Creates the topic as the file's topic.creation.default… say. @returns whether it was missing. */
+export async function createTopic(env: KafkaEnv & ConnectEnv, config: Record<string, string>): Promise<boolean> {
+  const settings = Object.entries(config)
+    .filter(([name]) => name.startsWith("topic.creation.default."))
+    .map(([name, value]) => ({ name: name.slice("topic.creation.default.".length), value }));
+  const number = (name: string): number => Number(settings.find((one) => one.name === name)?.value);
+  return await withAdmin(connectKafka(env, "etl-connector"), env, (admin) =>
+    admin.createTopics({
+      topics: [
+        {
+          topic: env.SENSORS_TOPIC,
+          numPartitions: number("partitions"),
+          replicationFactor: number("replication.factor"),
+          configEntries: settings.filter(({ name }) => !["partitions", "replication.factor"].includes(name)),
+        },
+      ],
+      waitForLeaders: true,
+    }),
+  );
+}
+
+interface Status {
+  connector: { state: string; trace?: string };
+  tasks: { id: number; state: string; trace?: string }[];
+}
+
+/**
+ * A request to /connectors/NAME/…
+ * @returns the answer, or undefined where there is no such connector.
+ * @throws Error with Connect's own words.
+ */
+async function request<T>(env: ConnectEnv, method: string, path: string, body?: object): Promise<T | undefined> {
+  const { connector } = namesOf(env);
+  const url = new URL(`/connectors/${connector}${path}`, env.CONNECT_URL);
+  for (let attempt = 1; ; attempt++) {
+    const answer = await fetch(url, {
+      method,
+      headers: { "content-type": "application/json" },
+      ...(body ? { body: JSON.stringify(body) } : {}),
+      signal: AbortSignal.timeout(60_000),
+    }).catch((error: Error) => {
+      const { code, message } = (error.cause ?? error) as { code?: string; message: string };
+      throw new Error(
+        `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}. For the local stack: make up`,
+      );
+    });
+    const text = await answer.text();
+    if (answer.status === 404) return undefined;
+    if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
+    // 409: the workers are sharing out the work anew.
+    if (answer.status !== 409 || attempt === 60)
+      throw new Error(`Kafka Connect refused ${method} ${url.pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
+    await delay(500);
+  }
+}
+
+export async function putConnector(env: ConnectEnv, config: Record<string, string>): Promise<void> {
+  await request(env, "PUT", "/config", config);
+  await request(env, "PUT", "/resume");
+}
+
+/**
+ * Waits until the connector and its task run.
+ * @throws Error with the trace of what failed, or where it stands after 90 s.
+ */
+export async function awaitRunning(env: ConnectEnv): Promise<void> {
+  const { connector } = namesOf(env);
+  await awaitStatus(env, "RUNNING", (status) => {
+    const failed = [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
+    if (failed)
+      throw new Error(
+        `connector ${connector} failed:\n${failed.trace
+          ?.trim()
+          .split("\n")
+          .filter((line) => !line.startsWith("\tat "))
+          .join("\n")}\nMend what it says, then: make connector`,
+      );
+    return (
+      status.connector.state === "RUNNING" &&
+      status.tasks.length > 0 &&
+      status.tasks.every(({ state }) => state === "RUNNING")
+    );
+  });
+}
+
+async function awaitStatus(env: ConnectEnv, wanted: string, done: (status: Status) => boolean): Promise<void> {
+  let status: Status | undefined;
+  for (const deadline = performance.now() + 90_000; performance.now() < deadline; await delay(200)) {
+    status = await request<Status>(env, "GET", "/status");
+    if (status && done(status)) return;
+  }
+  throw new Error(
+    `connector ${namesOf(env).connector} is not ${wanted} after 90 s: ${JSON.stringify(status)}. Its worker's log says more`,
+  );
+}
+
+/** Stops the connector, if there is one, and forgets how far it was: started again, it begins with a snapshot. */
+export async function forgetConnector(env: ConnectEnv): Promise<void> {
+  if (!(await request(env, "GET", ""))) return;
+  await request(env, "PUT", "/stop");
+  await awaitStatus(env, "STOPPED", ({ connector, tasks }) => connector.state === "STOPPED" && tasks.length === 0);
+  await request(env, "DELETE", "/offsets");
+}
+
+/** Waits until the snapshot is in Kafka as a whole: the connector's offsets are then no longer a snapshot's. */
+export async function awaitSnapshot(env: ConnectEnv, progress: () => void): Promise<void> {
+  for (;;) {
+    await awaitRunning(env);
+    const answer = await request<{ offsets: { offset: Record<string, unknown> }[] }>(env, "GET", "/offsets");
+    const offset = answer?.offsets[0]?.offset;
+    if (offset && !offset.snapshot && !("snapshot_completed" in offset && !offset.snapshot_completed)) return;
+    progress();
+    await delay(500);
+  }
+}
+
+/** Drops the connector's slot at the source, if there is one: a new one begins where the next snapshot does. */
+export async function dropSlot(env: ConnectEnv): Promise<void> {
+  const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
+  try {
+    await checkSession("REPLICATION_DATABASE_URL", source);
+    await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
+  } finally {
+    await source.end({ timeout: 5 });
+  }
+}

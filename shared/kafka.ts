@@ -1,0 +1,214 @@
+/**
+ * Kafka: a consumer group that reads one topic batch by batch and commits after the insert, and what is asked of the broker.
+ * kafkajs is used here only.
+ */
+import { setTimeout as delay } from "node:timers/promises";
+import kafkajs, {
+  type Admin,
+  type Batch,
+  type Consumer,
+  type Kafka,
+  type KafkaMessage,
+  type SASLOptions,
+} from "kafkajs";
+import { type Env, UsageError } from "./env.ts";
+import { log } from "./progress.ts";
+
+export type { Admin, Batch, Kafka, KafkaMessage };
+
+export type KafkaEnv = Env<
+  "KAFKA_BROKERS" | "KAFKA_TLS" | "KAFKA_SASL_MECHANISM" | "KAFKA_USERNAME" | "KAFKA_PASSWORD"
+>;
+
+/** @param application names the client in the broker's logs. */
+export function connectKafka(env: KafkaEnv, application: string): Kafka {
+  const { KAFKA_SASL_MECHANISM: mechanism, KAFKA_USERNAME: username, KAFKA_PASSWORD: password } = env;
+  if (mechanism && !(username && password))
+    throw new UsageError(`KAFKA_SASL_MECHANISM ${mechanism} needs KAFKA_USERNAME and KAFKA_PASSWORD.`);
+  return new kafkajs.Kafka({
+    clientId: application,
+    brokers: env.KAFKA_BROKERS,
+    ssl: env.KAFKA_TLS,
+    ...(mechanism ? { sasl: { mechanism, username, password } as SASLOptions } : {}),
+    connectionTimeout: 5000,
+    // Some 20 s of attempts; what to do after them is the caller's.
+    retry: { initialRetryTime: 200, maxRetryTime: 5000, retries: 7 },
+    logLevel: kafkajs.logLevel.WARN,
+    logCreator: () => logKafka,
+  });
+}
+
+/** Rebalances are the group's daily life: kafkajs calls them errors. */
+function logKafka({ log: { message, error } }: { log: { message: string; error?: string } }): void {
+  if (/rebalanc/i.test(`${message} ${error}`) || /KafkaJSPartialMessage/.test(message)) return;
+  log({ step: "kafka", message, error });
+}
+
+/** Runs `ask` with an admin client. @throws Error that names the brokers where none of them answers. */
+export async function withAdmin<T>(kafka: Kafka, env: KafkaEnv, ask: (admin: Admin) => Promise<T>): Promise<T> {
+  const admin = kafka.admin();
+  try {
+    await admin.connect();
+    return await ask(admin);
+  } catch (error) {
+    const { name, message } = error as Error;
+    if (!/KafkaJSConnectionError|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound/.test(name)) throw error;
+    throw new Error(
+      `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. For the local stack: make up`,
+    );
+  } finally {
+    await admin.disconnect();
+  }
+}
+
+export interface PartitionState {
+  partition: number;
+  /** The offset after the last message, and the group's committed one; -1 where it has none. */
+  end: bigint;
+  committed: bigint;
+  /** Messages that the group has not committed yet. */
+  lag: number;
+}
+
+/**
+ * Where a topic and a group's reading of it are, by partition.
+ * @throws UsageError where there is no such topic.
+ */
+export async function topicState(admin: Admin, topic: string, groupId: string): Promise<PartitionState[]> {
+  try {
+    const [ends, [group]] = await Promise.all([
+      admin.fetchTopicOffsets(topic),
+      admin.fetchOffsets({ groupId, topics: [topic] }),
+    ]);
+    return ends
+      .map(({ partition, high, low }) => {
+        const end = BigInt(high);
+        const committed = BigInt(group?.partitions.find((one) => one.partition === partition)?.offset ?? -1);
+        const from = committed > BigInt(low) ? committed : BigInt(low);
+        return { partition, end, committed, lag: end > from ? Number(end - from) : 0 };
+      })
+      .sort((a, b) => a.partition - b.partition);
+  } catch (error) {
+    if ((error as { type?: string }).type !== "UNKNOWN_TOPIC_OR_PARTITION") throw error;
+    throw new UsageError(`Kafka has no topic ${topic}. Run: make connector`);
+  }
+}
+
+/** @throws UsageError while the group has members, which a change of its offsets would not reach. */
+export async function checkGroupIsEmpty(admin: Admin, groupId: string): Promise<void> {
+  const { groups } = await admin.describeGroups([groupId]);
+  const members = groups[0]?.members ?? [];
+  if (!members.length) return;
+  const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
+  throw new UsageError(
+    `the group ${groupId} has ${members.length} consumers (${who}). Stop them first (systemctl stop etl-sensors)`,
+  );
+}
+
+/**
+ * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch
+ * that is under way is then finished and committed. One batch at a time, as the broker filled it; an offset is committed after
+ * `batch` has resolved. A lost connection to the broker is waited out; where `batch` throws, reading ends without a commit.
+ * join is awaited before the first batch after the group gave out its partitions; commit gets a partition's next offset;
+ * fetch is called after each answer of the broker, an empty one too.
+ * @throws what ended the reading, if that was an error.
+ */
+export async function consume(
+  kafka: Kafka,
+  { topic, groupId, signal }: { topic: string; groupId: string; signal: AbortSignal },
+  on: {
+    join: () => Promise<void>;
+    batch: (batch: Batch, beat: () => Promise<void>) => Promise<void>;
+    commit: (partition: number, next: bigint) => Promise<void>;
+    fetch: () => Promise<void>;
+  },
+): Promise<void> {
+  const consumer = kafka.consumer({
+    groupId,
+    allowAutoTopicCreation: false,
+    sessionTimeout: 15_000,
+    rebalanceTimeout: 30_000,
+    heartbeatInterval: 1000,
+    // The broker gathers: it answers at 1 MB, or after a second with what there is. A batch is one insert.
+    minBytes: 1_000_000,
+    maxWaitTimeInMs: 1000,
+    maxBytesPerPartition: 8_000_000,
+    maxBytes: 24_000_000,
+    metadataMaxAge: 30_000,
+    retry: { initialRetryTime: 200, maxRetryTime: 5000, retries: 7, restartOnFailure: async () => !failure },
+  });
+  let failure: Error | undefined;
+  let joined: Promise<void> | undefined;
+  const { promise: over, resolve: leave } = Promise.withResolvers<void>();
+  const fail = (error: Error): void => {
+    failure ??= error;
+    leave();
+  };
+  if (signal.aborted) leave();
+  signal.addEventListener("abort", () => leave());
+  consumer.on("consumer.group_join", ({ payload }) => {
+    joined = undefined;
+    const partitions = payload.memberAssignment[topic]?.join();
+    log({ step: "assigned", topic, partitions: partitions || "none: there are more consumers than partitions" });
+  });
+  consumer.on("consumer.fetch", () => {
+    on.fetch().catch(fail);
+  });
+  // With restart: kafkajs goes on by itself, after a pause. Without: an error that no retry mends.
+  consumer.on("consumer.crash", ({ payload: { error, restart } }) => {
+    if (!restart) fail(failure ?? error);
+  });
+
+  await connectConsumer(consumer, signal);
+  if (!signal.aborted) {
+    await consumer.subscribe({ topics: [topic], fromBeginning: true });
+    await consumer.run({
+      autoCommit: false,
+      eachBatchAutoResolve: false,
+      eachBatch: async ({ batch, heartbeat, isRunning, isStale, resolveOffset }) => {
+        const usable = (): boolean => !signal.aborted && !failure && isRunning() && !isStale();
+        if (!usable()) return;
+        try {
+          joined ??= on.join();
+          await joined;
+          await on.batch(batch, heartbeat);
+        } catch (error) {
+          // The group was given out anew, or this process is to stop: the batch comes again, to whoever has the partition then.
+          if (isGroupError(error)) throw error;
+          if (!signal.aborted) fail(error as Error);
+          return;
+        }
+        const next = BigInt(batch.lastOffset()) + 1n;
+        await consumer.commitOffsets([{ topic, partition: batch.partition, offset: String(next) }]);
+        resolveOffset(batch.lastOffset());
+        await on.commit(batch.partition, next);
+      },
+    });
+  }
+  await over;
+  await consumer.disconnect(); // waits for the batch that is under way
+  if (failure) throw failure;
+}
+
+/** Waits for a broker that is away. */
+async function connectConsumer(consumer: Consumer, signal: AbortSignal): Promise<void> {
+  while (!signal.aborted) {
+    try {
+      return await consumer.connect();
+    } catch (error) {
+      if (!isConnectionError(error)) throw error;
+      log({ step: "waiting", for: "Kafka", error: (error as Error).message });
+      await delay(1000, undefined, { signal }).catch(() => {});
+    }
+  }
+}
+
+const isConnectionError = (error: unknown): boolean =>
+  /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSRequestTimeout/.test(
+    (error as Error).name,
+  );
+
+const isGroupError = (error: unknown): boolean =>
+  /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|NOT_COORDINATOR|COORDINATOR_/.test(
+    (error as { type?: string }).type ?? "",
+  ) || isConnectionError(error);
