@@ -16,6 +16,12 @@ import { log } from "./progress.ts";
 
 export type { Admin, Batch, Kafka, KafkaMessage };
 
+// kafkajs sets a timer of a negative time, which Node has warned of since version 24. Nothing comes of it.
+const { emitWarning } = process;
+process.emitWarning = ((warning: string | Error, ...rest: never[]) => {
+  if ((rest[0] as unknown) !== "TimeoutNegativeWarning") emitWarning.call(process, warning, ...rest);
+}) as typeof emitWarning;
+
 export type KafkaEnv = Env<
   "KAFKA_BROKERS" | "KAFKA_TLS" | "KAFKA_SASL_MECHANISM" | "KAFKA_USERNAME" | "KAFKA_PASSWORD"
 >;

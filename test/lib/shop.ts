@@ -9,6 +9,7 @@ import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { suite } from "node:test";
+import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
 import { type Bucket, connectS3, listObjects, listUploads, removeObjects } from "../../shared/s3.ts";
 import { readContract } from "../../shared/schema.ts";
@@ -79,6 +80,8 @@ export interface Shop extends AsyncDisposable {
   watermark(pipeline?: string): Promise<string | undefined>;
   /** The bucket, below the shop's prefix. */
   bucket: Bucket;
+  /** The shop's database in ClickHouse. */
+  clickhouse: ClickHouseClient;
   /** Names of staging tables that are left in the dataset. */
   stagingTables(): Promise<string[]>;
   /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
@@ -86,6 +89,16 @@ export interface Shop extends AsyncDisposable {
 }
 
 const apiOf = (env: Env): string => `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`;
+
+/** ClickHouse, as an environment says. */
+export const connectClickHouse = (env: Env): ClickHouseClient =>
+  createClient({
+    url: env.CLICKHOUSE_URL ?? "",
+    username: env.CLICKHOUSE_USER ?? "",
+    password: env.CLICKHOUSE_PASSWORD ?? "",
+    database: env.CLICKHOUSE_DATABASE ?? "",
+    log: { level: ClickHouseLogLevel.OFF },
+  });
 
 /** The bucket of an environment. */
 export function connectBucket(env: Env): Bucket {
@@ -121,8 +134,13 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     SOURCE_DATABASE_URL: at(base.SOURCE_DATABASE_URL),
     ETL_DATABASE_URL: at(base.ETL_DATABASE_URL),
     STACK_ADMIN_DATABASE_URL: at(base.STACK_ADMIN_DATABASE_URL),
+    REPLICATION_DATABASE_URL: at(base.REPLICATION_DATABASE_URL),
     BIGQUERY_DATASET: name,
     S3_PREFIX: `${name}/`,
+    CLICKHOUSE_DATABASE: name,
+    SENSORS_TOPIC: `${name}.public.sensor_readings`,
+    SENSORS_GROUP: name,
+    METRICS_PORT: "0",
     WATERMARK_LAG_SECONDS: String(lag),
   };
   const gateway = pushgateway ? await startPushgateway() : undefined;
@@ -131,6 +149,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
   await server.unsafe(`create database ${name}`);
   await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
+  const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];
   const connect = (application = "test"): Sql => {
     const sql = postgres(env.STACK_ADMIN_DATABASE_URL ?? "", {
@@ -253,6 +272,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     admin,
     dataset: name,
     bucket,
+    clickhouse,
     connect,
     start,
     run,
@@ -300,6 +320,9 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
       );
       bucket.client.destroy();
+      for (const database of [`${name}_rebuild`, name])
+        await clickhouse.command({ query: `DROP DATABASE IF EXISTS ${database}` });
+      await clickhouse.close();
     },
   };
 }

@@ -18,7 +18,11 @@ export const afterStart: AfterStart[] = [
     name: "source",
     needs: ["postgres"],
     run: (env) =>
-      createSource(env.STACK_ADMIN_DATABASE_URL ?? "", [env.SOURCE_DATABASE_URL ?? "", env.ETL_DATABASE_URL ?? ""]),
+      createSource(env.STACK_ADMIN_DATABASE_URL ?? "", [
+        env.SOURCE_DATABASE_URL ?? "",
+        env.ETL_DATABASE_URL ?? "",
+        env.REPLICATION_DATABASE_URL ?? "",
+      ]),
   },
   {
     // Before anything is synced: rows that came later with their old timestamps would be behind the watermark.
@@ -28,7 +32,7 @@ export const afterStart: AfterStart[] = [
   },
   {
     name: "migrate",
-    needs: ["postgres", "bigquery"],
+    needs: ["postgres", "bigquery", "s3", "clickhouse"],
     run: async (env) =>
       void (await promisify(execFile)(process.execPath, [join(root, "scripts/ops/migrate.ts")], { env })),
   },

@@ -9,10 +9,11 @@ const needsApt = "Install the program itself and have it on PATH: only Debian an
 /**
  * apt checks the packages' signatures. A point release of Debian replaces a version, so none can be named here. Where the
  * machine's package lists are absent or old, lists of our own are fetched, since renewing the machine's needs root.
+ * `libraries` are packages that it needs and a machine may lack; they are unpacked beside it.
  */
-export const debianPackage = (name: string): Install => ({
+export const debianPackage = (name: string, ...libraries: string[]): Install => ({
   name: `debian-${name}`,
-  definition: () => name,
+  definition: () => [name, ...libraries].join(" "),
   run: async () => {
     const work = stackPath("debian", `${name}.work`);
     for (const folder of ["lists/partial", "cache/archives/partial"])
@@ -24,13 +25,13 @@ export const debianPackage = (name: string): Install => ({
       "APT::Sandbox::User=",
     ];
     const options = { cwd: work, needs: needsApt };
-    await run("apt-get", ["download", name], options).catch(async () => {
+    await run("apt-get", ["download", name, ...libraries], options).catch(async () => {
       const settings = own.flatMap((option) => ["-o", option]);
       await run("apt-get", [...settings, "update"], options);
-      await run("apt-get", [...settings, "download", name], options);
+      await run("apt-get", [...settings, "download", name, ...libraries], options);
     });
-    const file = readdirSync(work).find((entry) => entry.endsWith(".deb"));
-    await run("dpkg", ["-x", join(work, file ?? ""), stackPath("debian", name)], options);
+    for (const file of readdirSync(work).filter((entry) => entry.endsWith(".deb")))
+      await run("dpkg", ["-x", join(work, file), stackPath("debian", name)], options);
     rmSync(work, { recursive: true });
   },
 });

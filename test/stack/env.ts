@@ -22,9 +22,10 @@ export function localEnv(file = ".env.example"): Env {
 
 const loopback = /^(localhost|127(\.\d{1,3}){3}|\[::1\])$/;
 
-/** Host and port of a URL or of a plain host:port; IPv6 hosts in brackets, as in the URL. */
+/** Host and port of a URL or of a plain host:port, the first of several; IPv6 hosts in brackets, as in the URL. */
 export function endpoint(value: string): { host: string; port: number } {
-  const url = URL.parse(value.includes("://") ? value : `tcp://${value}`);
+  const first = value.includes("://") ? value : `tcp://${value.split(",")[0]}`;
+  const url = URL.parse(first);
   if (!url?.hostname) throw new Error(`"${value.replace(/\/\/.*@/, "//…@")}" is neither a URL nor host:port`);
   return { host: url.hostname, port: Number(url.port || (url.protocol === "https:" ? 443 : 80)) };
 }

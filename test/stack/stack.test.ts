@@ -18,9 +18,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { CreateBucketCommand, GetObjectCommand, PutObjectCommand, S3Client } from "@aws-sdk/client-s3";
+import { Kafka, logLevel } from "kafkajs";
 import postgres from "postgres";
-import { type Env, localEnv, notOurs, root } from "./env.ts";
+import { type Env, endpoint, localEnv, notOurs, root } from "./env.ts";
 import type { Install } from "./install.ts";
+import { kcat } from "./kcat.ts";
 
 const outer = mkdtempSync(join(tmpdir(), "etl-stack-"));
 const copy = join(outer, "checkout");
@@ -61,10 +63,18 @@ function envFile(changes: Env): Env {
   writeFileSync(file, `${readFileSync(path(".env.example"), "utf8")}\n${lines.join("\n")}\n`);
   return { ENV_FILE: file };
 }
-const nowhere = { STACK_ADMIN_DATABASE_URL: "", BIGQUERY_ENDPOINT: "", PUSHGATEWAY_URL: "", S3_ENDPOINT: "" };
+const names = ["postgres", "bigquery", "pushgateway", "s3", "clickhouse", "kafka", "connect"];
+const nowhere = {
+  STACK_ADMIN_DATABASE_URL: "",
+  BIGQUERY_ENDPOINT: "",
+  PUSHGATEWAY_URL: "",
+  S3_ENDPOINT: "",
+  CLICKHOUSE_URL: "",
+  KAFKA_BROKERS: "",
+  CONNECT_URL: "",
+};
 
 const pid = (name: string): number | undefined => processes.running(name)?.pid;
-const names = ["postgres", "bigquery", "pushgateway", "s3"];
 const pids = (): (number | undefined)[] => names.map(pid);
 
 before(async () => {
@@ -79,9 +89,11 @@ before(async () => {
     cpSync(join(root, name), path(name), { recursive: true, verbatimSymlinks: true });
   // The real steps are other files' and have tests of their own.
   const step = (name: string, needs: string) => `{ name: "${name}", needs: ["${needs}"], run: async () => {} }`;
-  const steps = `export const afterStart = [${step("a step", "postgres")}, ${step("a broker's step", "kafka")}];`;
+  const steps = `export const afterStart = [${step("a step", "postgres")}, ${step("a mainframe's step", "mainframe")}];`;
   writeFileSync(path("test/stack/after-start.ts"), steps);
-  symlinkSync(join(root, ".stack/python"), path(".stack/python"));
+  mkdirSync(path(".stack/kafka"));
+  for (const name of [".stack/python", ".stack/kafka/libs", "node_modules/chdb"])
+    symlinkSync(join(root, name), path(name));
   let example = readFileSync(join(root, ".env.example"), "utf8");
   for (const [found] of example.matchAll(/(?<=127\.0\.0\.1:)\d+/g))
     example = example.replaceAll(`:${found}`, `:${await freePort()}`);
@@ -107,6 +119,8 @@ async function bigquery(query: string): Promise<string> {
   return answer.text();
 }
 
+const kafka = (): Kafka => new Kafka({ brokers: [env.KAFKA_BROKERS ?? ""], logLevel: logLevel.NOTHING });
+
 const s3 = (): S3Client =>
   new S3Client({
     endpoint: env.S3_ENDPOINT ?? "",
@@ -114,6 +128,32 @@ const s3 = (): S3Client =>
     forcePathStyle: true,
     credentials: { accessKeyId: env.AWS_ACCESS_KEY_ID ?? "", secretAccessKey: env.AWS_SECRET_ACCESS_KEY ?? "" },
   });
+
+async function clickhouse(query: string): Promise<string> {
+  const headers = {
+    "x-clickhouse-user": env.CLICKHOUSE_USER ?? "",
+    "x-clickhouse-key": env.CLICKHOUSE_PASSWORD ?? "",
+  };
+  return (await fetch(env.CLICKHOUSE_URL ?? "", { method: "POST", headers, body: query })).text();
+}
+
+/** The names of Connect's connectors; given a name, creates that connector instead. */
+async function connectors(put?: string): Promise<string> {
+  const { username, password, hostname, port } = new URL(env.STACK_ADMIN_DATABASE_URL ?? "");
+  const config = {
+    "connector.class": "io.debezium.connector.postgresql.PostgresConnector",
+    "database.hostname": hostname,
+    "database.port": port,
+    "database.user": username,
+    "database.password": password,
+    "database.dbname": "shop",
+    "topic.prefix": "kept",
+    "plugin.name": "pgoutput",
+  };
+  const url = new URL(put ? `/connectors/${put}/config` : "/connectors", env.CONNECT_URL);
+  const headers = { "content-type": "application/json" };
+  return (await fetch(url, put ? { method: "PUT", headers, body: JSON.stringify(config) } : {})).text();
+}
 
 test("up starts every part from nothing but .env.example, and two at once do not disturb each other", async () => {
   const [first, second] = await Promise.all([command("up.ts"), command("up.ts")]);
@@ -127,7 +167,7 @@ test("up starts every part from nothing but .env.example, and two at once do not
     assert.equal(out.match(new RegExp(`^${name}: runs at`, "gm"))?.length, 1, out);
   }
   assert.match(out, /^a step: done in/m);
-  assert.doesNotMatch(out, /a broker's step/); // this stack has no such part
+  assert.doesNotMatch(out, /a mainframe's step/); // this stack has no such part
   env = localEnv(path(".env"));
   const sql = sqlOf();
   const [row] =
@@ -177,6 +217,17 @@ test("data survives down and up, and a SIGKILL of every server", async () => {
   const object = { Bucket: "kept", Key: "dt=2026-01-01/a b.gz" };
   await s3().send(new CreateBucketCommand({ Bucket: object.Bucket }));
   await s3().send(new PutObjectCommand({ ...object, Body: "17", ContentType: "text/x-kept", Metadata: { run: "r1" } }));
+  assert.equal(await clickhouse("CREATE TABLE kept (n UInt8) ENGINE = MergeTree ORDER BY n"), "");
+  assert.equal(await clickhouse("INSERT INTO kept VALUES (17)"), "");
+  const admin = kafka().admin();
+  await admin.connect();
+  await admin.createTopics({ topics: [{ topic: "kept" }] });
+  await admin.disconnect();
+  const producer = kafka().producer();
+  await producer.connect();
+  await producer.send({ topic: "kept", messages: [{ value: "17" }] });
+  await producer.disconnect();
+  assert.match(await connectors("kept"), /"name":"kept"/);
   for (const end of ["down", "kill"]) {
     if (end === "down") {
       const { code, out } = await command("down.ts");
@@ -198,6 +249,9 @@ test("data survives down and up, and a SIGKILL of every server", async () => {
     const kept = await s3().send(new GetObjectCommand(object));
     assert.equal(await kept.Body?.transformToString(), "17");
     assert.deepEqual([kept.ContentType, kept.Metadata], ["text/x-kept", { run: "r1" }]);
+    assert.equal(await clickhouse("SELECT n FROM kept"), "17\n");
+    assert.equal(await kcat(env, "-C", "-e", "-t", "kept"), "17\n");
+    assert.equal(await connectors(), '["kept"]');
   }
 });
 
@@ -240,14 +294,15 @@ test("a part whose variable is empty or points elsewhere is left out, and says s
   assert.match(out, /^bigquery: BIGQUERY_ENDPOINT is at bigquery\.example\.com: not ours, not started$/m);
   assert.match(out, /^pushgateway: PUSHGATEWAY_URL is empty: not ours, not started$/m);
   assert.match(out, /^s3: S3_ENDPOINT is empty: not ours, not started$/m);
-  assert.deepEqual(pids(), [undefined, undefined, undefined, undefined]);
+  assert.deepEqual(pids().filter(Boolean), []);
   assert.match(
     (await command("status.ts", envFile(changes))).out,
     /^bigquery +not ours: BIGQUERY_ENDPOINT is at bigquery/m,
   );
   for (const host of ["localhost:1", "http://[::1]:1", "http://127.0.0.9:1"])
     assert.equal(notOurs("V", { V: host }), undefined);
-  for (const host of ["10.0.0.1:1", "http://127.0.0.1.example.com"])
+  assert.deepEqual(endpoint("127.0.0.1:1,127.0.0.1:2"), { host: "127.0.0.1", port: 1 });
+  for (const host of ["10.0.0.1:1", "10.0.0.1:1,127.0.0.1:1", "http://127.0.0.1.example.com"])
     assert.match(notOurs("V", { V: host }) ?? "", /^V is at/);
   assert.throws(
     () => notOurs("V", { V: "http://a:b:c", ENV_FILE: "/x/.env" }),

@@ -1,0 +1,181 @@
+// Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
+import { createHash, randomBytes } from "node:crypto";
+import {
+  accessSync,
+  constants,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { connect } from "node:net";
+import { homedir } from "node:os";
+import { join } from "node:path";
+import { type Env, endpoint } from "./env.ts";
+import { type Install, run } from "./install.ts";
+import { type Command, checkPort } from "./process.ts";
+import { digest, type Part, stackPath } from "./stack.ts";
+
+const pom = join(import.meta.dirname, "kafka/pom.xml");
+/** After a change of the pom: `make up` fails, and leaves in .stack/kafka/libs.new what `sha256sum *.jar` is then to be kept of. */
+const sums = join(import.meta.dirname, "kafka/SHA256SUMS");
+const libs = stackPath("kafka", "libs");
+const needsJava = "Install Java 17 or later (Debian: openjdk-17-jre-headless)";
+const needsMaven = "Install Maven 3.8 or later (Debian: maven)";
+
+/** Throws unless these are exactly the jars of SHA256SUMS: Maven itself checks only what the same repository says. */
+function verifyJars(folder: string): void {
+  const expected = readFileSync(sums, "utf8").trim().split("\n").sort();
+  const found = readdirSync(folder).map((name) => {
+    const sum = createHash("sha256")
+      .update(readFileSync(join(folder, name)))
+      .digest("hex");
+    return `${sum}  ${name}`;
+  });
+  const wrong = [
+    ...expected.filter((line) => !found.includes(line)).map((line) => `missing: ${line}`),
+    ...found.filter((line) => !expected.includes(line)).map((line) => `not expected: ${line}`),
+  ];
+  if (wrong.length) throw new Error(`kafka: ${folder} is not what ${sums} says:\n${wrong.join("\n")}`);
+}
+
+/** Maven's folder of downloads: the user's own, or one in .stack/ where that cannot be written. */
+function repository(): string[] {
+  try {
+    const folder = join(homedir(), ".m2");
+    accessSync(existsSync(folder) ? folder : homedir(), constants.W_OK);
+    return [];
+  } catch {
+    return [`-Dmaven.repo.local=${stackPath("kafka", "m2")}`];
+  }
+}
+
+export const kafkaInstall: Install = {
+  name: "kafka",
+  definition: () => readFileSync(pom, "utf8") + readFileSync(sums, "utf8"),
+  run: async () => {
+    const version = await run("java", ["--version"], { needs: needsJava });
+    if (Number(version.match(/^\S+ (\d+)/)?.[1]) < 17) throw new Error(`java: ${version.split("\n")[0]}. ${needsJava}`);
+    // Under another name until they are verified.
+    const fresh = `${libs}.new`;
+    rmSync(fresh, { recursive: true, force: true });
+    const copy = ["dependency:copy-dependencies", "-DincludeScope=runtime", `-DoutputDirectory=${fresh}`];
+    // Settings and mirrors are the user's own. Strict: a jar that is not what its repository says ends it.
+    await run("mvn", ["-B", "-q", "--strict-checksums", ...repository(), "-f", pom, ...copy], { needs: needsMaven });
+    verifyJars(fresh);
+    rmSync(libs, { recursive: true, force: true });
+    renameSync(fresh, libs);
+  },
+};
+
+/** As the text of a .properties file. */
+export const properties = (settings: Record<string, string | number>): string =>
+  Object.entries(settings)
+    .map(([name, value]) => `${name}=${String(value).replaceAll("\\", "\\\\")}\n`)
+    .join("");
+
+/** A Java program of these jars. `settings` is the text of the file among `args`: a change of it restarts the program. */
+export const java = (main: string, args: string[], settings: string, options: string[] = []): Command => ({
+  command: "java",
+  args: [
+    // Its default is a quarter of the machine's memory, and as many threads for garbage as there are processors.
+    ...["-Xmx512m", "-XX:+UseSerialGC", "-XX:-UsePerfData", `-Dsettings=${digest(settings)}`],
+    ...["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true"],
+    "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS'Z'",
+    ...[...options, "-cp", `${libs}/*`, main, ...args],
+  ],
+});
+
+const dataDir = stackPath("kafka", "data");
+const file = stackPath("kafka", "server.properties");
+
+/** The broker's controller listens at the port after the broker's. */
+const controller = (env: Env): string => {
+  const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
+  return `${host}:${port + 1}`;
+};
+
+function settings(env: Env, directory = dataDir): string {
+  const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
+  return properties({
+    "process.roles": "broker,controller",
+    "node.id": 1,
+    listeners: `PLAINTEXT://${host}:${port},CONTROLLER://${controller(env)}`,
+    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "controller.listener.names": "CONTROLLER",
+    "controller.quorum.voters": `1@${controller(env)}`,
+    "log.dirs": directory,
+    // A mistyped topic is an error, not a new topic.
+    "auto.create.topics.enable": "false",
+    // For messages of 5 MB; Kafka's own limit is 1 MB.
+    "message.max.bytes": 10_485_760,
+    "replica.fetch.max.bytes": 10_485_760,
+    // Nothing vanishes by its age: a test may write old timestamps.
+    "log.retention.ms": -1,
+    "group.initial.rebalance.delay.ms": 0,
+    // After a SIGKILL the broker is let in again only when the session of its former life has ended (the default is 9 s).
+    "broker.session.timeout.ms": 2000,
+    "broker.heartbeat.interval.ms": 500,
+    // And it reads again what was not yet flushed: small segments, flushed as they fill, keep that short.
+    "log.segment.bytes": 67_108_864,
+    "log.flush.offset.checkpoint.interval.ms": 5000,
+    "log.cleaner.dedupe.buffer.size": 8_388_608, // 128 MB otherwise
+    // Its own topics are for three brokers, and in 50 partitions, by default.
+    "offsets.topic.replication.factor": 1,
+    "offsets.topic.num.partitions": 1,
+    "transaction.state.log.replication.factor": 1,
+    "transaction.state.log.min.isr": 1,
+    "transaction.state.log.num.partitions": 1,
+    "share.coordinator.state.topic.replication.factor": 1,
+    "share.coordinator.state.topic.min.isr": 1,
+    "share.coordinator.state.topic.num.partitions": 1,
+  });
+}
+
+/** Under another name until it is whole: a formatting that was killed is done again. */
+async function format(env: Env): Promise<void> {
+  if (existsSync(dataDir)) return;
+  const fresh = `${dataDir}.new`;
+  rmSync(fresh, { recursive: true, force: true });
+  mkdirSync(fresh, { recursive: true });
+  const text = settings(env, fresh);
+  writeFileSync(file, text);
+  // Kafka's ids are 16 bytes in base64url that do not begin with a dash.
+  const id = Buffer.concat([Buffer.of(1), randomBytes(15)]).toString("base64url");
+  const { command, args } = java("kafka.tools.StorageTool", ["format", "-t", id, "-c", file], text);
+  await run(command, args, { needs: needsJava });
+  renameSync(fresh, dataDir);
+}
+
+/** Asks for the metadata of no topic (version 1 of Kafka's Metadata request): the answer begins with the brokers. */
+async function knownBrokers(env: Env): Promise<number> {
+  const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
+  const socket = connect(port, host).setTimeout(5_000, () => socket.destroy(new Error("no answer in 5 s")));
+  const request = Buffer.from("000000" + "0e" + "0003" + "0001" + "00000000" + "ffff" + "00000000", "hex");
+  socket.write(request);
+  let answer = Buffer.alloc(0);
+  for await (const data of socket) {
+    answer = Buffer.concat([answer, data]);
+    if (answer.length >= 12) return answer.readInt32BE(8); // after length and correlation id
+  }
+  throw new Error("the broker hung up");
+}
+
+export const kafka: Part = {
+  name: "kafka",
+  variable: "KAFKA_BROKERS",
+  installs: [kafkaInstall],
+  prepare: async (env) => {
+    await checkPort("kafka's controller", controller(env), "Stop that process, or set another port in KAFKA_BROKERS");
+    await format(env);
+    writeFileSync(file, settings(env));
+  },
+  command: (env) => java("kafka.Kafka", [file], settings(env)),
+  ready: async (env) => {
+    // It listens before its controller has let it in.
+    if ((await knownBrokers(env)) === 0) throw new Error("the controller has not let the broker in yet");
+  },
+};
