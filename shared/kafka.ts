@@ -170,6 +170,7 @@ export async function consume(
     await consumer.subscribe({ topics: [topic], fromBeginning: true });
     await consumer.run({
       autoCommit: false,
+      partitionsConsumedConcurrently: 3, // while one batch is inserted, another is made ready
       eachBatchAutoResolve: false,
       eachBatch: async ({ batch, heartbeat, isRunning, isStale, resolveOffset }) => {
         const usable = (): boolean => !signal.aborted && !failure && isRunning() && !isStale();

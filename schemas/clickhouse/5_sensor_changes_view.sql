@@ -2,39 +2,41 @@
 -- is not what it should be, there is a reason and the message goes to the dead letters.
 CREATE MATERIALIZED VIEW sensor_changes_view TO sensor_changes AS
 WITH
-  JSONExtractString(value, 'op') AS operation,
-  -- The row's two states; '' or null where there is none.
-  [JSONExtractRaw(value, 'before'), JSONExtractRaw(value, 'after')] AS states,
+  -- By field, as JSON text: each parse of a message costs.
+  CAST(JSONExtractKeysAndValuesRaw(value), 'Map(String, String)') AS envelope,
+  envelope['op'] AS operation,
+  -- The row's two states, by column; empty where there is none.
+  [envelope['before'], envelope['after']] AS states,
+  arrayMap(state -> CAST(JSONExtractKeysAndValuesRaw(state), 'Map(String, String)'), states) AS columns,
   arrayMap(state -> JSONExtract(state, 'Tuple(id Int64, sensor_id Nullable(String), metric Nullable(String), value Nullable(Float64), recorded_at String)'), states) AS typed,
-  arrayMap(state -> JSONExtractRaw(state, 'value'), states) AS numbers,
   arrayMap(row -> parseDateTime64BestEffortOrNull(row.recorded_at, 6, 'UTC'), typed) AS times,
-  arrayMap((state, row, number, time) -> multiIf(
-    JSONType(state) != 'Object', ' is no object',
-    JSONType(state, 'id') != 'Int64', '.id is no 64-bit integer',
-    NOT JSONHas(state, 'sensor_id') OR JSONType(state, 'sensor_id') NOT IN ('String', 'Null'), '.sensor_id is neither text nor null',
-    NOT JSONHas(state, 'metric') OR JSONType(state, 'metric') NOT IN ('String', 'Null'), '.metric is neither text nor null',
+  arrayMap((state, column, row, time) -> multiIf(
+    NOT startsWith(state, '{'), ' is no object',
+    column['id'] != toString(row.id), '.id is no 64-bit integer',
+    NOT (column['sensor_id'] = 'null' OR startsWith(column['sensor_id'], '"')), '.sensor_id is neither text nor null',
+    NOT (column['metric'] = 'null' OR startsWith(column['metric'], '"')), '.metric is neither text nor null',
     -- What a failed TOAST lookup leaves: the row is not known.
     has([row.sensor_id, row.metric], '__debezium_unavailable_value'), ' lacks a large value: the source table needs REPLICA IDENTITY FULL',
-    NOT match(number, '^(null|"NaN"|"-?Infinity"|-?[0-9].*)$'), '.value is neither a number nor null',
+    NOT match(column['value'], '^(null|"NaN"|"-?Infinity"|-?[0-9].*)$'), '.value is neither a number nor null',
     -- The second half: no other date than the text's, where that is beyond DateTime64 or no date of the calendar.
     NOT match(row.recorded_at, '^\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d(\\.\\d{1,6})?Z$')
-      OR ifNull(formatDateTime(time, '%FT%T'), '') != left(row.recorded_at, 19), '.recorded_at is no time from 1900 to 2299',
-    ''), states, typed, numbers, times) AS faults,
-  arrayMap((state, row, number, time) -> tuple(
+      OR ifNull(formatDateTime(time, '%FT%T'), '') != left(row.recorded_at, 19), '.recorded_at is no time that DateTime64 holds',
+    ''), states, columns, typed, times) AS faults,
+  arrayMap((column, row, time) -> tuple(
     row.id,
     row.sensor_id,
     row.metric,
-    multiIf(number = '"NaN"', nan, number = '"Infinity"', inf, number = '"-Infinity"', -inf, row.value),
+    multiIf(column['value'] = '"NaN"', nan, column['value'] = '"Infinity"', inf, column['value'] = '"-Infinity"', -inf, row.value),
     ifNull(time, toDateTime64(0, 6, 'UTC')),
-    if(JSONLength(state) > 5, CAST(arrayFilter(pair -> pair.1 NOT IN ('id', 'sensor_id', 'metric', 'value', 'recorded_at'), JSONExtractKeysAndValuesRaw(state)), 'Map(String, String)'), map())
-  ), states, typed, numbers, times) AS rows,
-  operation IN ('u', 'd') AS has_before,
-  operation IN ('c', 'r', 'u') AS has_after
+    if(length(column) > 5, mapFilter((name, text) -> name NOT IN ('id', 'sensor_id', 'metric', 'value', 'recorded_at'), column), map())
+  ), columns, typed, times) AS rows,
+  operation IN ('"u"', '"d"') AS has_before,
+  operation IN ('"c"', '"r"', '"u"') AS has_after
 SELECT
   topic, epoch, partition, offset, attempt, key, value,
   multiIf(
     NOT isValidJSON(value), 'not JSON',
-    operation = 't', 'TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)',
+    operation = '"t"', 'TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)',
     NOT has_before AND NOT has_after, 'no change: op is none of c, r, u, d',
     has_before AND faults[1] != '', concat('before', faults[1]),
     has_after AND faults[2] != '', concat('after', faults[2]),
@@ -43,7 +45,7 @@ SELECT
     JSONExtractRaw(ifNull(key, ''), 'id') != toString(if(has_after, typed[2].id, typed[1].id)), 'the key is not the row''s id',
     has_before AND has_after AND typed[1].id != typed[2].id, 'an update that changes the id',
     '') AS reason,
-  operation AS op,
+  substring(operation, 2, 1) AS op,
   rows[1] AS before,
   rows[2] AS after
 FROM sensor_landing;

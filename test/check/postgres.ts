@@ -60,11 +60,12 @@ try {
   const settings = { fsync: "off", shared_buffers: "16MB", max_connections: "10" };
   await startCluster({ name, dataDir: join(folder, "data"), url, settings });
   const sql = postgres(url, { max: 1, onnotice: () => {} });
-  for (const file of ["test/data/schema.sql", "sql/roles.sql"]) await attempt(file, (text) => sql.unsafe(text));
+  const setup = ["sql/roles.sql", "sql/replication.sql"];
+  for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
   await as(sql, "etl_metadata");
   for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
   await as(sql, "etl_reader");
-  for (const file of files("sql/*.sql").filter((path) => path !== "sql/roles.sql")) {
+  for (const file of files("sql/*.sql").filter((path) => !setup.includes(path))) {
     await attempt(file, async (text) => {
       await sql.unsafe(text).describe(); // refuses a second statement
       for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))

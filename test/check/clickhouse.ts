@@ -1,0 +1,57 @@
+/**
+ * make check: schemas/clickhouse, executed by the engine itself in a throw-away database, in the order of the files; then a message of
+ * each kind goes through the views. Prints all faults as file:line: message; exit code 1 where there are any.
+ */
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { Session } from "chdb";
+import { readDefinitions } from "../../shared/clickhouse.ts";
+import { say } from "../stack/stack.ts";
+
+const folder = mkdtempSync(join(tmpdir(), "etl-check-clickhouse-"));
+const session = new Session(join(folder, "data"));
+const faults: string[] = [];
+const attempt = (file: string, query: string): string => {
+  try {
+    return session.query(query, "TSV").trim();
+  } catch (error) {
+    const { message } = error as Error;
+    faults.push(`${file}:${/line (\d+)/.exec(message)?.[1] ?? 1}: ${message.split("\n")[0]}`);
+    return "";
+  }
+};
+
+session.query("CREATE DATABASE check");
+session.query("USE check");
+const definitions = readDefinitions();
+for (const { file, name, kind, statement, columns } of definitions) {
+  attempt(file, statement);
+  if (kind === "view") continue;
+  const actual = attempt(
+    file,
+    `SELECT name, type FROM system.columns WHERE database = 'check' AND table = '${name}' ORDER BY position`,
+  );
+  const written = columns.map((column) => `${column.name}\t${column.type.replaceAll("'", "\\'")}`).join("\n");
+  if (actual !== written)
+    faults.push(`${file}:1: a column's type is not written as ClickHouse writes it, one a line: ${actual}`);
+}
+const row = (id: number): string =>
+  `{"id":${id},"sensor_id":"JFK","metric":"temp","value":1.5,"recorded_at":"2013-01-01T06:00:00.000000Z"}`;
+const messages = [
+  `{"op":"c","before":null,"after":${row(0)}}`,
+  `{"op":"d","before":${row(1)},"after":null}`,
+  "no JSON",
+];
+for (const [at, value] of messages.entries())
+  attempt("schemas/clickhouse", `INSERT INTO sensor_landing SELECT 't', 1, 0, ${at}, 0, '{"id":${at}}', '${value}'`);
+const counts = attempt(
+  "schemas/clickhouse",
+  "SELECT (SELECT count() FROM sensor_readings), (SELECT count() FROM sensor_dead_letters)",
+);
+if (counts !== "2\t1") faults.push(`schemas/clickhouse:1: two changes and one dead letter became ${counts}`);
+session.cleanup();
+rmSync(folder, { recursive: true, force: true });
+for (const fault of faults) say(fault);
+say(`check: ClickHouse executed ${definitions.length} files: ${faults.length} faults`);
+process.exit(faults.length ? 1 : 0);
