@@ -29,6 +29,7 @@ await main(import.meta, async () => {
     "ETL_DATABASE_URL",
     ...clickhouse,
     ...kafka,
+    "CONNECT_URL",
     "SENSORS_POISON_SHARE",
     "METRICS_PORT",
     "UNTIL",

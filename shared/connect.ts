@@ -10,7 +10,8 @@ import { connectKafka, type KafkaEnv, withAdmin } from "./kafka.ts";
 import { checkSession, connect } from "./postgres.ts";
 
 export const connectorVariables = ["CONNECT_URL", "REPLICATION_DATABASE_URL"] as const;
-type ConnectEnv = Env<"CONNECT_URL" | "REPLICATION_DATABASE_URL" | "SENSORS_TOPIC">;
+type RequestEnv = Env<"CONNECT_URL" | "SENSORS_TOPIC">;
+type ConnectEnv = RequestEnv & Env<"REPLICATION_DATABASE_URL">;
 
 const file = "schemas/debezium/sensor_readings.json";
 const table = "public.sensor_readings";
@@ -83,8 +84,9 @@ export async function createTopic(env: KafkaEnv & ConnectEnv, config: Record<str
     .filter(([name]) => name.startsWith("topic.creation.default."))
     .map(([name, value]) => ({ name: name.slice("topic.creation.default.".length), value }));
   const number = (name: string): number => Number(settings.find((one) => one.name === name)?.value);
-  return await withAdmin(connectKafka(env, "etl-connector"), env, (admin) =>
-    admin.createTopics({
+  return await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
+    if ((await admin.listTopics()).includes(env.SENSORS_TOPIC)) return false;
+    return await admin.createTopics({
       topics: [
         {
           topic: env.SENSORS_TOPIC,
@@ -94,8 +96,8 @@ export async function createTopic(env: KafkaEnv & ConnectEnv, config: Record<str
         },
       ],
       waitForLeaders: true,
-    }),
-  );
+    });
+  });
 }
 
 interface Status {
@@ -108,7 +110,7 @@ interface Status {
  * @returns the answer, or undefined where there is no such connector.
  * @throws Error with Connect's own words.
  */
-async function request<T>(env: ConnectEnv, method: string, path: string, body?: object): Promise<T | undefined> {
+async function request<T>(env: RequestEnv, method: string, path: string, body?: object): Promise<T | undefined> {
   const { connector } = namesOf(env);
   const url = new URL(`/connectors/${connector}${path}`, env.CONNECT_URL);
   for (let attempt = 1; ; attempt++) {
@@ -138,6 +140,15 @@ export async function putConnector(env: ConnectEnv, config: Record<string, strin
   await request(env, "PUT", "/resume");
 }
 
+const allRunning = ({ connector, tasks }: Status): boolean =>
+  tasks.length > 0 && [connector, ...tasks].every(({ state }) => state === "RUNNING");
+
+/** Whether the connector and its task run. @throws Error where Connect does not answer. */
+export async function isRunning(env: RequestEnv): Promise<boolean> {
+  const status = await request<Status>(env, "GET", "/status");
+  return status !== undefined && allRunning(status);
+}
+
 /**
  * Waits until the connector and its task run.
  * @throws Error with the trace of what failed, or where it stands after 90 s.
@@ -154,11 +165,7 @@ export async function awaitRunning(env: ConnectEnv): Promise<void> {
           .filter((line) => !line.startsWith("\tat "))
           .join("\n")}\nMend what it says, then: make connector`,
       );
-    return (
-      status.connector.state === "RUNNING" &&
-      status.tasks.length > 0 &&
-      status.tasks.every(({ state }) => state === "RUNNING")
-    );
+    return allRunning(status);
   });
 }
 

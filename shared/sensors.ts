@@ -6,6 +6,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import { readDefinitions, select } from "./clickhouse.ts";
+import { isRunning, namesOf } from "./connect.ts";
 import { type Env, UsageError } from "./env.ts";
 import { type Batch, type Kafka, type KafkaEnv, topicState, withAdmin } from "./kafka.ts";
 import { serveMetrics } from "./metrics.ts";
@@ -129,7 +130,7 @@ export interface Report extends AsyncDisposable {
 
 /** Metrics at METRICS_PORT, and a line every ten seconds. */
 export async function createReport(
-  env: KafkaEnv & Env<"METRICS_PORT" | "SENSORS_TOPIC" | "SENSORS_GROUP">,
+  env: KafkaEnv & Env<"METRICS_PORT" | "SENSORS_TOPIC" | "SENSORS_GROUP" | "SOURCE_DATABASE_URL" | "CONNECT_URL">,
   kafka: Kafka,
   unknown: string[],
 ): Promise<Report> {
@@ -152,23 +153,35 @@ export async function createReport(
   gauge("etl_sensors_unknown_source_columns", "Columns of the source table that are kept in _unknown.").set(
     unknown.length,
   );
-  let asking: Promise<void> | undefined;
-  const lag = new Gauge({
-    name: "etl_sensors_lag",
-    help: "Messages that the group has not committed yet.",
-    labelNames: ["partition"],
-    registers,
-    collect: async () => {
-      asking ??= withAdmin(kafka, env, async (admin) => {
-        for (const one of await topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP))
-          lag.set({ partition: String(one.partition) }, one.lag);
-      })
-        .catch(() => {}) // Kafka is away: what was known stays
-        .finally(() => {
-          asking = undefined;
-        });
-      await Promise.race([asking, delay(3000, undefined, { ref: false })]);
-    },
+  // What is asked of others at each scrape. Where they do not answer within 3 s, what was known stays.
+  const asked = (name: string, help: string, ask: (gauge: Gauge) => Promise<void>, labels: string[] = []): void => {
+    let asking: Promise<void> | undefined;
+    new Gauge({
+      name,
+      help,
+      registers,
+      labelNames: labels,
+      async collect() {
+        asking ??= ask(this)
+          .catch(() => {})
+          .finally(() => {
+            asking = undefined;
+          });
+        await Promise.race([asking, delay(3000, undefined, { ref: false })]);
+      },
+    });
+  };
+  const perPartition = async (lag: Gauge): Promise<void> => {
+    const partitions = await withAdmin(kafka, env, (admin) => topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP));
+    for (const { partition, lag: messages } of partitions) lag.set({ partition: String(partition) }, messages);
+  };
+  asked("etl_sensors_lag", "Messages that the group has not committed yet.", perPartition, ["partition"]);
+  asked("etl_sensors_connector_running", "1 while Debezium's connector and its task run.", async (running) =>
+    running.set((await isRunning(env).catch(() => false)) ? 1 : 0),
+  );
+  asked("etl_sensors_slot_retained_bytes", "WAL that the source keeps for the connector's slot.", async (retained) => {
+    const bytes = await slotRetains(env);
+    if (bytes !== undefined) retained.set(bytes);
   });
   const started = performance.now();
   const total = { rows: 0, batches: 0, parked: 0 };
@@ -233,6 +246,18 @@ export async function createReport(
     },
     [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
   };
+}
+
+/** Bytes of WAL that the slot keeps at the source, or undefined where there is no such slot. */
+async function slotRetains(env: Env<"SOURCE_DATABASE_URL" | "SENSORS_TOPIC">): Promise<number | undefined> {
+  const source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
+  try {
+    const [slot] = await source<{ bytes: string }[]>`
+      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
+    return slot ? Number(slot.bytes) : undefined;
+  } finally {
+    await source.end({ timeout: 1 });
+  }
 }
 
 /** Seconds since the source committed the message's change, by the message's own source.ts_ms. */

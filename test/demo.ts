@@ -13,9 +13,9 @@ import { connectBigQuery } from "../shared/bigquery.ts";
 import { table, thousands } from "../shared/progress.ts";
 import { main } from "../shared/run.ts";
 import { listObjects, removeObjects } from "../shared/s3.ts";
-import { changeSource } from "./data/change.ts";
+import { changeReadings, changeSource } from "./data/change.ts";
 import { loadData } from "./data/load.ts";
-import { connectBucket } from "./lib/shop.ts";
+import { connectBucket, connectClickHouse, until } from "./lib/shop.ts";
 import { localEnv, root } from "./stack/env.ts";
 import { say } from "./stack/stack.ts";
 
@@ -48,6 +48,7 @@ async function command(
 
 const runs: Record<string, string>[] = [];
 const story: Record<string, string>[] = [];
+const flow: Record<string, string>[] = [];
 /** Both pipelines, with chunks that are small enough to be seen. */
 async function sync(what: string): Promise<void> {
   for (const pipeline of ["orders", "users"]) await run(pipeline, what);
@@ -136,6 +137,67 @@ async function archive(): Promise<void> {
   bucket.client.destroy();
 }
 
+/** Readings flow while they change; in the end both sides have the same. */
+async function sensors(): Promise<void> {
+  say("\ndemo: make connector: Debezium reads sensor_readings, first a snapshot, then every change");
+  await command("scripts/ops/connector.ts");
+  say("\ndemo: make sensors, and meanwhile readings are inserted, updated and deleted");
+  const started = performance.now();
+  const consumer = spawn(process.execPath, [join(root, "scripts/sensors.ts")], {
+    env: { ...env, METRICS_PORT: "0" },
+    stdio: ["ignore", "inherit", "pipe"],
+  });
+  let last = "";
+  createInterface({ input: consumer.stderr }).on("line", (line) => {
+    last = line;
+    process.stderr.write(`  ${line}\n`);
+  });
+  const ended = once(consumer, "close");
+  const clickhouse = connectClickHouse(env);
+  const sql = postgres(env.SOURCE_DATABASE_URL ?? "", { max: 1 });
+  try {
+    const changed = await changeReadings(admin, Date.now() % 1_000_000);
+    say(`demo: ${thousands(changed)} readings were inserted, updated, moved and deleted`);
+    const query = (number: string, seconds: string): string =>
+      `select count(*) as readings, sum(id) as ids, sum(round(value)) as values, sum(${seconds}) as seconds from sensor_readings ${number}`;
+    const same = async (): Promise<Record<string, string>[] | undefined> => {
+      const [source] = await sql.unsafe(query("", "floor(extract(epoch from recorded_at))"));
+      const answer = await clickhouse.query({
+        query: query("final", "toUnixTimestamp(recorded_at)"),
+        format: "JSONEachRow",
+      });
+      const [destination] = await answer.json<Record<string, string>>();
+      const sides = Object.entries({ source, destination }).map(([side, row]) => ({
+        side,
+        readings: thousands(Number(row?.readings)),
+        ids: `${row?.ids}`,
+        values: thousands(Number(row?.values)),
+        seconds: `${row?.seconds}`,
+      }));
+      const [a, b] = sides.map(({ side: _, ...numbers }) => JSON.stringify(numbers));
+      return a === b ? sides : undefined;
+    };
+    const failed = ended.then(([code]) => {
+      throw new Error(`scripts/sensors.ts exited with ${code}`);
+    });
+    const sides = await Promise.race([until("the readings of source and ClickHouse agree", same, 180), failed]);
+    say(table(sides ?? []));
+    say(`demo: the same after ${((performance.now() - started) / 1000).toFixed(1)} s; SIGTERM to the consumer`);
+    failed.catch(() => {});
+  } finally {
+    consumer.kill("SIGTERM");
+    await Promise.all([ended, sql.end(), clickhouse.close()]);
+  }
+  const done = Object.fromEntries([...last.matchAll(/(\w+)=(\S+)/g)].map(([, name, value]) => [name, value]));
+  flow.push({
+    sensors: "snapshot and changes",
+    rows: thousands(Number(done.rows)),
+    batches: done.batches ?? "",
+    "dead letters": done.dead_letters ?? "",
+    seconds: done.seconds ?? "",
+  });
+}
+
 await main(import.meta, async () => {
   say("demo: starting the local stack (make up)");
   await command("test/stack/up.ts");
@@ -175,11 +237,12 @@ await main(import.meta, async () => {
   await sync("what changed");
   await sync("nothing new");
   await archive();
+  await sensors();
 
   say("\ndemo: what happened");
   process.stdout.write(`${table(runs)}\n\n`);
   await compare();
-  process.stdout.write(`\n${table(story)}\n`);
+  process.stdout.write(`\n${table(story)}\n\n${table(flow)}\n`);
   say("\ndemo: make status");
   await command("scripts/ops/status.ts");
   say(

@@ -93,7 +93,9 @@ test("every test that the README names beside a promise is there", () => {
 
 /** Variables that are a command's arguments. */
 const given =
-  "FROM TO PIPELINE JSON DRY_RUN FORCE ALLOW_SHRINK CLEAN BACKFILL RESTORE CONCURRENCY MAX_ROWS_PER_SECOND".split(" ");
+  "FROM TO PIPELINE JSON DRY_RUN FORCE ALLOW_SHRINK CLEAN BACKFILL RESTORE CONCURRENCY MAX_ROWS_PER_SECOND UNTIL REPLAY SWAP LIMIT".split(
+    " ",
+  );
 
 test("every variable of .env.example is in the README's table or belongs to a later pipeline, and the other way round", () => {
   const example = new Set(readFileSync(join(root, ".env.example"), "utf8").match(/^[A-Z_]+(?==)/gm));

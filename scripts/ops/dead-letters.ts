@@ -25,37 +25,43 @@ await main(import.meta, async () => {
     const place = { topic, epoch: current?.epoch ?? 0 };
     const ours = "topic = {topic: String} AND epoch = {epoch: UInt16}";
 
-    // 2. Through the views again, with the next attempt's number: those that fail again are parked under it.
+    // 2. Mark them: consumers park others meanwhile, which are not to be taken for replayed.
     const [before] = await select<{ letters: string; attempt: number }>(
       client,
       `SELECT count() AS letters, max(attempt) AS attempt FROM sensor_dead_letters FINAL WHERE ${ours}`,
       place,
     );
-    const attempt = Number(before?.attempt) + 1;
-    await client.command({
-      query: `INSERT INTO sensor_landing SELECT topic, epoch, partition, offset, {attempt: UInt32}, key, value FROM sensor_dead_letters FINAL WHERE ${ours}`,
-      query_params: { ...place, attempt },
-      clickhouse_settings: { wait_end_of_query: 1 },
-    });
+    const marks = { ...place, marked: Number(before?.attempt) + 1, failed: Number(before?.attempt) + 2 };
+    const replay = async (query: string): Promise<unknown> =>
+      await client.command({
+        query,
+        query_params: marks,
+        clickhouse_settings: { wait_end_of_query: 1, lightweight_deletes_sync: "2" },
+      });
+    await replay(
+      `INSERT INTO sensor_dead_letters SELECT topic, epoch, partition, offset, {marked: UInt32}, reason, key, value, parked_at FROM sensor_dead_letters FINAL WHERE ${ours}`,
+    );
 
-    // 3. Those that were not parked again are changes now.
-    await client.command({
-      query: `DELETE FROM sensor_dead_letters WHERE ${ours} AND (partition, offset) NOT IN (SELECT partition, offset FROM sensor_dead_letters WHERE ${ours} AND attempt >= {attempt: UInt32})`,
-      query_params: { ...place, attempt },
-      clickhouse_settings: { lightweight_deletes_sync: "2" },
-    });
+    // 3. Through the views again: those that fail again are parked under the next number.
+    await replay(
+      `INSERT INTO sensor_landing SELECT topic, epoch, partition, offset, {failed: UInt32}, key, value FROM sensor_dead_letters FINAL WHERE ${ours} AND attempt = {marked: UInt32}`,
+    );
+
+    // 4. The others of them are changes now.
+    const now = `SELECT partition, offset FROM sensor_dead_letters FINAL WHERE ${ours} AND attempt = {marked: UInt32}`;
+    const [changes] = await select<{ letters: string }>(client, `SELECT count() AS letters FROM (${now})`, marks);
+    await replay(`DELETE FROM sensor_dead_letters WHERE ${ours} AND (partition, offset) IN (${now})`);
     const [after] = await select<{ letters: string }>(
       client,
       `SELECT count() AS letters FROM sensor_dead_letters FINAL WHERE ${ours}`,
       place,
     );
-    const left = Number(after?.letters);
     log({
       step: "replayed",
       epoch: place.epoch,
       dead_letters: Number(before?.letters),
-      now_changes: Number(before?.letters) - left,
-      left,
+      now_changes: Number(changes?.letters),
+      left: Number(after?.letters),
     });
   }
 

@@ -70,3 +70,28 @@ export async function changeSource(adminUrl: string, changes: Changes = {}): Pro
     await sql.end({ timeout: 1 });
   }
 }
+
+/** Inserts, updates, moves and deletes sensor readings, a few transactions of each. @returns how many rows were changed. */
+export async function changeReadings(adminUrl: string, seed = 1): Promise<number> {
+  const sql = openSource(adminUrl);
+  const hash = sql`hashtextextended(id::text, ${seed})`;
+  let rows = 0;
+  try {
+    for (let transaction = 0; transaction < 5; transaction++) {
+      const dice = sql`abs(${hash} % 1000)`;
+      const results = await sql.begin(async (tx) => [
+        await tx`
+          insert into public.sensor_readings (sensor_id, metric, value)
+          select sensor_id, metric, value from public.sensor_readings where ${dice} = ${transaction}`,
+        await tx`update public.sensor_readings set value = value + 1 where ${dice} = ${10 + transaction}`,
+        // Its time is part of the destination's sorting key.
+        await tx`update public.sensor_readings set recorded_at = recorded_at + interval '1 minute' where ${dice} = ${20 + transaction}`,
+        await tx`delete from public.sensor_readings where ${dice} = ${30 + transaction}`,
+      ]);
+      rows += results.reduce((sum, { count }) => sum + count, 0);
+    }
+    return rows;
+  } finally {
+    await sql.end({ timeout: 1 });
+  }
+}
