@@ -58,10 +58,9 @@ export async function withAdmin<T>(kafka: Kafka, env: KafkaEnv, ask: (admin: Adm
     return await ask(admin);
   } catch (error) {
     const { name, message } = error as Error;
-    if (!/KafkaJSConnectionError|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound/.test(name)) throw error;
-    throw new Error(
-      `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. For the local stack: make up`,
-    );
+    if (!isConnectionError(error)) throw error;
+    const away = `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. For the local stack: make up`;
+    throw Object.assign(new Error(away), { name });
   } finally {
     await admin.disconnect();
   }
