@@ -50,7 +50,9 @@ await main(import.meta, async () => {
     async () => {},
     stop.signal,
     away,
-  );
+  ).catch((error: Error) => {
+    if (!stop.signal.aborted) throw error; // stopped while ClickHouse was away: nothing is under way
+  });
 
   let epoch = 0;
   const limitPoison = createPoisonLimit(env.SENSORS_POISON_SHARE);
@@ -93,4 +95,5 @@ await main(import.meta, async () => {
   // 5. Report.
   report.done();
   await Promise.all([etl.end({ timeout: 5 }), client.close()]);
+  process.exit(); // kafkajs may still be asking a broker that is away
 });

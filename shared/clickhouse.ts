@@ -52,7 +52,7 @@ const passing: Record<string, string> = {
 };
 
 /** Whether the server is away or overloaded, so that the same request will be answered later. */
-export function isPassing(error: unknown): boolean {
+function isPassing(error: unknown): boolean {
   if (error instanceof ClickHouseError) return error.code in passing;
   const { code = "", message } = error as { code?: string; message: string };
   return (
@@ -141,7 +141,7 @@ export function readDefinitions(): Definition[] {
 }
 
 /** What the database has and the definitions say otherwise. */
-export interface Differences {
+interface Differences {
   missing: Definition[];
   /** Columns that the table has not, or, in one that stores nothing, of another type. */
   added: { definition: Definition; name: string; type: string; found?: string | undefined }[];
@@ -151,7 +151,7 @@ export interface Differences {
   refused: string[];
 }
 
-export async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Differences> {
+async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Differences> {
   const differences: Differences = { missing: [], added: [], changed: [], refused: [] };
   const tables = await select<{ name: string; as_select: string }>(
     client,
@@ -205,7 +205,10 @@ async function canonical(client: ClickHouseClient, query: string, database?: str
  * @throws UsageError that lists every difference between the database and schemas/clickhouse.
  */
 export async function checkDefinitions(client: ClickHouseClient, database: string): Promise<void> {
-  const { missing, added, changed, refused } = await compareDefinitions(client, database);
+  const { missing, added, changed, refused } = await compareDefinitions(client, database).catch((error: Error) => {
+    if ((error as ClickHouseError).code !== "81") throw error;
+    throw new UsageError(`ClickHouse has no database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`);
+  });
   const faults = [
     ...missing.map(({ file, name }) => `${database}.${name} is not there (${file})`),
     ...added.map(

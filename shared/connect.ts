@@ -180,11 +180,15 @@ async function awaitStatus(env: ConnectEnv, wanted: string, done: (status: Statu
   );
 }
 
-/** Stops the connector, if there is one, and forgets how far it was: started again, it begins with a snapshot. */
-export async function forgetConnector(env: ConnectEnv): Promise<void> {
-  if (!(await request(env, "GET", ""))) return;
+/** Stops the connector. One that is not there is put first: Connect keeps the offsets even of one that was deleted. */
+export async function stopConnector(env: ConnectEnv, config: Record<string, string>): Promise<void> {
+  if (!(await request(env, "GET", ""))) await request(env, "PUT", "/config", config);
   await request(env, "PUT", "/stop");
   await awaitStatus(env, "STOPPED", ({ connector, tasks }) => connector.state === "STOPPED" && tasks.length === 0);
+}
+
+/** Forgets how far the stopped connector was: started again, it begins with a snapshot. */
+export async function forgetConnector(env: ConnectEnv): Promise<void> {
   await request(env, "DELETE", "/offsets");
 }
 
