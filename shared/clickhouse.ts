@@ -51,14 +51,13 @@ const passing: Record<string, string> = {
   999: "KEEPER_EXCEPTION",
 };
 
-/** Whether the server is away or overloaded, so that the same request will be answered later. */
+/**
+ * Whether the server is away or overloaded, so that the same request will be answered later. What is no answer of ClickHouse's own
+ * comes from the network or from a proxy before it.
+ */
 function isPassing(error: unknown): boolean {
   if (error instanceof ClickHouseError) return error.code in passing;
-  const { code = "", message } = error as { code?: string; message: string };
-  return (
-    /^E(CONN|PIPE|TIMEDOUT|HOST|NET|AI_AGAIN)/.test(code) ||
-    /timeout error|socket hang up|aborted|HTTP 50[234]|bad gateway|unavailable|gateway time/i.test(message)
-  );
+  return !(error instanceof TypeError || error instanceof RangeError || error instanceof UsageError);
 }
 
 /**
@@ -80,11 +79,19 @@ export async function waitOut<T>(
       return result;
     } catch (error) {
       stop.abort(); // nothing of this attempt goes on beside the next
-      if (signal.aborted || !isPassing(error)) throw error;
+      if (signal.aborted || !isPassing(error)) throw refused(error);
       onWait(error as Error);
       await beating(delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal }), beat, signal);
     }
   }
+}
+
+function refused(error: unknown): unknown {
+  if (!(error instanceof ClickHouseError)) return error;
+  return new Error(
+    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). Nothing of this batch was committed. Mend it (make migrate creates what is missing), then start the consumer again`,
+    { cause: error },
+  );
 }
 
 async function beating<T>(work: Promise<T>, beat: () => Promise<void>, signal: AbortSignal): Promise<T> {

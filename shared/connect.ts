@@ -157,14 +157,17 @@ export async function awaitRunning(env: ConnectEnv): Promise<void> {
   const { connector } = namesOf(env);
   await awaitStatus(env, "RUNNING", (status) => {
     const failed = [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
-    if (failed)
-      throw new Error(
-        `connector ${connector} failed:\n${failed.trace
+    if (failed) {
+      const words =
+        failed.trace
           ?.trim()
           .split("\n")
-          .filter((line) => !line.startsWith("\tat "))
-          .join("\n")}\nMend what it says, then: make connector`,
-      );
+          .filter((line) => !line.startsWith("\tat ")) ?? [];
+      const next = /replication slot/i.test(words.join())
+        ? "Where the slot is gone, so are the changes since: make resnapshot"
+        : "Mend what it says, then: make connector";
+      throw new Error(`connector ${connector} failed:\n${words.join("\n")}\n${next}`);
+    }
     return allRunning(status);
   });
 }

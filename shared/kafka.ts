@@ -3,13 +3,7 @@
  * kafkajs is used here only.
  */
 import { setTimeout as delay } from "node:timers/promises";
-import kafkajs, {
-  type Admin,
-  type Batch,
-  type Consumer,
-  type Kafka,
-  type SASLOptions,
-} from "kafkajs";
+import kafkajs, { type Admin, type Batch, type Consumer, type Kafka, type SASLOptions } from "kafkajs";
 import { type Env, UsageError } from "./env.ts";
 import { log } from "./progress.ts";
 
@@ -119,7 +113,7 @@ export async function checkGroupIsEmpty(admin: Admin, groupId: string): Promise<
 
 /**
  * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch
- * that is under way is then finished and committed. One batch at a time, as the broker filled it; an offset is committed after
+ * that is under way is then finished and committed. One batch of a partition at a time, as the broker filled it; an offset is committed after
  * `batch` has resolved. A lost connection to the broker is waited out; where `batch` throws, reading ends without a commit.
  * join is awaited before the first batch after the group gave out its partitions; commit gets a partition's next offset;
  * fetch is called after each answer of the broker, an empty one too.
@@ -166,7 +160,7 @@ export async function consume(
     log({ step: "assigned", topic, partitions: partitions || "none: there are more consumers than partitions" });
   });
   consumer.on("consumer.fetch", () => {
-    on.fetch().catch(fail);
+    on.fetch().catch((error: Error) => isConnectionError(error) || fail(error));
   });
   // With restart: kafkajs goes on by itself, after a pause. Without: an error that no retry mends.
   consumer.on("consumer.crash", ({ payload: { error, restart } }) => {

@@ -20,6 +20,7 @@ WITH
     -- What a failed TOAST lookup leaves: the row is not known.
     has([row.sensor_id, row.metric], '__debezium_unavailable_value'), ' lacks a large value: the source table needs REPLICA IDENTITY FULL',
     NOT match(column['value'], '^(null|"NaN"|"-?Infinity"|-?[0-9].*)$'), '.value is neither a number nor null',
+    NOT startsWith(column['recorded_at'], '"'), '.recorded_at is no text',
     -- The second half: no other date than the text's, where that is beyond DateTime64 or no date of the calendar.
     NOT match(row.recorded_at, '^\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d(\\.\\d{1,6})?Z$')
       OR ifNull(formatDateTime(time, '%FT%T'), '') != left(row.recorded_at, 19), '.recorded_at is no time that DateTime64 holds',
