@@ -146,7 +146,6 @@ export async function consume(
   let failure: Error | undefined;
   let joined: Promise<void> | undefined;
   const { promise: over, resolve: leave } = Promise.withResolvers<void>();
-  const reached = new Map<number, bigint>();
   const fail = (error: Error): void => {
     failure ??= withoutTopic(error) ? noTopic(topic) : error;
     leave();
@@ -155,7 +154,6 @@ export async function consume(
   signal.addEventListener("abort", () => leave());
   consumer.on("consumer.group_join", ({ payload }) => {
     joined = undefined;
-    reached.clear();
     const partitions = payload.memberAssignment[topic]?.join();
     log({ step: "assigned", topic, partitions: partitions || "none: there are more consumers than partitions" });
   });
@@ -167,8 +165,17 @@ export async function consume(
     if (!restart) fail(failure ?? error);
   });
 
+  // Kafka deletes a group's offsets together with their topic: one that has none any more reads a topic that was made anew, which
+  // may already be as long as the old one was.
+  const admin = kafka.admin();
+  const forgotten = async (partition: number): Promise<boolean> => {
+    const [group] = await admin.fetchOffsets({ groupId, topics: [topic] });
+    return group?.partitions.find((one) => one.partition === partition)?.offset === "-1";
+  };
+
   await connectConsumer(consumer, signal);
   if (!signal.aborted) {
+    await admin.connect();
     await consumer.subscribe({ topics: [topic], fromBeginning: true }).catch((error: Error) => {
       throw withoutTopic(error) ? noTopic(topic) : error;
     });
@@ -180,8 +187,7 @@ export async function consume(
         const usable = (): boolean => !signal.aborted && !failure && isRunning() && !isStale();
         if (!usable()) return;
         try {
-          // Behind what was committed: the topic may be another by now, and kafkajs began it from its beginning.
-          if (BigInt(batch.firstOffset() ?? 0) < (reached.get(batch.partition) ?? 0n)) joined = undefined;
+          if (await forgotten(batch.partition)) joined = undefined;
           joined ??= on.join();
           await joined;
           await on.batch(batch, heartbeat);
@@ -196,7 +202,6 @@ export async function consume(
         await commitOffsetsIfNecessary({
           topics: [{ topic, partitions: [{ partition: batch.partition, offset: String(next) }] }],
         });
-        reached.set(batch.partition, next);
         resolveOffset(batch.lastOffset());
         await on.commit(batch.partition, next);
       },
@@ -204,7 +209,8 @@ export async function consume(
   }
   await over;
   // Waits for the batch that is under way, but not for a broker that is away: the group then finds out by itself.
-  await Promise.race([consumer.disconnect(), delay(9000, undefined, { ref: false })]);
+  const left = consumer.disconnect().then(() => admin.disconnect());
+  await Promise.race([left, delay(9000, undefined, { ref: false })]);
   if (failure) throw failure;
 }
 
