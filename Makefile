@@ -131,6 +131,7 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 bench: setup ## Speed, as ratios measured side by side
 	@node test/bench/orders.ts
 	@node test/bench/archive.ts
+	@node test/bench/sensors.ts
 
 .PHONY: bench-peers
 bench-peers: setup ## The archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)

@@ -21,7 +21,7 @@ import { connectKafka, consume, topicState, withAdmin } from "../shared/kafka.ts
 import { checkSession, connect } from "../shared/postgres.ts";
 import { log } from "../shared/progress.ts";
 import { main } from "../shared/run.ts";
-import { checkReadings, countDeadLetters, createPoisonLimit, createReport, stopSignals } from "../shared/sensors.ts";
+import { checkReadings, createPoisonLimit, createReport, findDeadLetters, stopSignals } from "../shared/sensors.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(
@@ -50,7 +50,9 @@ await main(import.meta, async () => {
     async () => {},
     stop.signal,
     away,
-  );
+  ).catch((error: Error) => {
+    if (!stop.signal.aborted) throw error; // stopped while ClickHouse was away: nothing is under way
+  });
 
   let epoch = 0;
   const limitPoison = createPoisonLimit(env.SENSORS_POISON_SHARE);
@@ -67,15 +69,15 @@ await main(import.meta, async () => {
           );
         epoch = now.number;
       },
-      // 3. Each batch: insert its bytes as they are, by one insert; count what the views parked; stop where that is too much.
+      // 3. Each batch: insert its bytes as they are, by one insert; see what the views parked; stop where that is too much.
       batch: async (batch, beat) => {
         const place = { topic, epoch, partition: batch.partition };
         const started = performance.now();
         const rows = landingRows(place, batch.messages);
         if (rows.length)
           await waitOut((stop) => insertRowBinary(client, "sensor_landing", rows, stop), beat, abandon, away);
-        const parked = await waitOut(() => countDeadLetters(client, place, batch), beat, abandon, away);
-        report.inserted(batch, parked, (performance.now() - started) / 1000);
+        const parked = await waitOut(() => findDeadLetters(client, place, batch), beat, abandon, away);
+        report.inserted(batch, parked.length, (performance.now() - started) / 1000);
         limitPoison(batch.messages.length, parked);
       },
       // 4. Only then is its offset committed; schema etl remembers it, to tell a topic that was made anew.
@@ -93,4 +95,5 @@ await main(import.meta, async () => {
   // 5. Report.
   report.done();
   await Promise.all([etl.end({ timeout: 5 }), client.close()]);
+  process.exit(); // kafkajs may still be asking a broker that is away
 });

@@ -51,14 +51,13 @@ const passing: Record<string, string> = {
   999: "KEEPER_EXCEPTION",
 };
 
-/** Whether the server is away or overloaded, so that the same request will be answered later. */
-export function isPassing(error: unknown): boolean {
+/**
+ * Whether the server is away or overloaded, so that the same request will be answered later. What is no answer of ClickHouse's own
+ * comes from the network or from a proxy before it.
+ */
+function isPassing(error: unknown): boolean {
   if (error instanceof ClickHouseError) return error.code in passing;
-  const { code = "", message } = error as { code?: string; message: string };
-  return (
-    /^E(CONN|PIPE|TIMEDOUT|HOST|NET|AI_AGAIN)/.test(code) ||
-    /timeout error|socket hang up|aborted|HTTP 50[234]|bad gateway|unavailable|gateway time/i.test(message)
-  );
+  return !(error instanceof TypeError || error instanceof RangeError || error instanceof UsageError);
 }
 
 /**
@@ -80,11 +79,19 @@ export async function waitOut<T>(
       return result;
     } catch (error) {
       stop.abort(); // nothing of this attempt goes on beside the next
-      if (signal.aborted || !isPassing(error)) throw error;
+      if (signal.aborted || !isPassing(error)) throw refused(error);
       onWait(error as Error);
       await beating(delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal }), beat, signal);
     }
   }
+}
+
+function refused(error: unknown): unknown {
+  if (!(error instanceof ClickHouseError)) return error;
+  return new Error(
+    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). Nothing of this batch was committed. Mend it (make migrate creates what is missing), then start the consumer again`,
+    { cause: error },
+  );
 }
 
 async function beating<T>(work: Promise<T>, beat: () => Promise<void>, signal: AbortSignal): Promise<T> {
@@ -141,7 +148,7 @@ export function readDefinitions(): Definition[] {
 }
 
 /** What the database has and the definitions say otherwise. */
-export interface Differences {
+interface Differences {
   missing: Definition[];
   /** Columns that the table has not, or, in one that stores nothing, of another type. */
   added: { definition: Definition; name: string; type: string; found?: string | undefined }[];
@@ -151,7 +158,7 @@ export interface Differences {
   refused: string[];
 }
 
-export async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Differences> {
+async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Differences> {
   const differences: Differences = { missing: [], added: [], changed: [], refused: [] };
   const tables = await select<{ name: string; as_select: string }>(
     client,
@@ -205,7 +212,10 @@ async function canonical(client: ClickHouseClient, query: string, database?: str
  * @throws UsageError that lists every difference between the database and schemas/clickhouse.
  */
 export async function checkDefinitions(client: ClickHouseClient, database: string): Promise<void> {
-  const { missing, added, changed, refused } = await compareDefinitions(client, database);
+  const { missing, added, changed, refused } = await compareDefinitions(client, database).catch((error: Error) => {
+    if ((error as ClickHouseError).code !== "81") throw error;
+    throw new UsageError(`ClickHouse has no database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`);
+  });
   const faults = [
     ...missing.map(({ file, name }) => `${database}.${name} is not there (${file})`),
     ...added.map(

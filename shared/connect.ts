@@ -157,14 +157,17 @@ export async function awaitRunning(env: ConnectEnv): Promise<void> {
   const { connector } = namesOf(env);
   await awaitStatus(env, "RUNNING", (status) => {
     const failed = [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
-    if (failed)
-      throw new Error(
-        `connector ${connector} failed:\n${failed.trace
+    if (failed) {
+      const words =
+        failed.trace
           ?.trim()
           .split("\n")
-          .filter((line) => !line.startsWith("\tat "))
-          .join("\n")}\nMend what it says, then: make connector`,
-      );
+          .filter((line) => !line.startsWith("\tat ")) ?? [];
+      const next = /replication slot/i.test(words.join())
+        ? "Where the slot is gone, so are the changes since: make resnapshot"
+        : "Mend what it says, then: make connector";
+      throw new Error(`connector ${connector} failed:\n${words.join("\n")}\n${next}`);
+    }
     return allRunning(status);
   });
 }
@@ -180,11 +183,15 @@ async function awaitStatus(env: ConnectEnv, wanted: string, done: (status: Statu
   );
 }
 
-/** Stops the connector, if there is one, and forgets how far it was: started again, it begins with a snapshot. */
-export async function forgetConnector(env: ConnectEnv): Promise<void> {
-  if (!(await request(env, "GET", ""))) return;
+/** Stops the connector. One that is not there is put first: Connect keeps the offsets even of one that was deleted. */
+export async function stopConnector(env: ConnectEnv, config: Record<string, string>): Promise<void> {
+  if (!(await request(env, "GET", ""))) await request(env, "PUT", "/config", config);
   await request(env, "PUT", "/stop");
   await awaitStatus(env, "STOPPED", ({ connector, tasks }) => connector.state === "STOPPED" && tasks.length === 0);
+}
+
+/** Forgets how far the stopped connector was: started again, it begins with a snapshot. */
+export async function forgetConnector(env: ConnectEnv): Promise<void> {
   await request(env, "DELETE", "/offsets");
 }
 

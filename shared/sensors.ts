@@ -67,38 +67,47 @@ export async function checkReadings(env: Env<"SOURCE_DATABASE_URL">): Promise<st
   }
 }
 
-/** Of a batch's messages, those that are among the dead letters. */
-export async function countDeadLetters(
+/** Which of a batch's messages are among the dead letters: their indices. */
+export async function findDeadLetters(
   client: ClickHouseClient,
   place: { topic: string; epoch: number; partition: number },
-  batch: Batch,
-): Promise<number> {
-  const [row] = await select<{ count: string }>(
+  { messages }: Batch,
+): Promise<number[]> {
+  const letters = await select<{ offset: string }>(
     client,
-    `SELECT uniqExact(offset) AS count FROM sensor_dead_letters WHERE topic = {topic: String} AND epoch = {epoch: UInt16}
-     AND partition = {partition: UInt32} AND offset BETWEEN {first: UInt64} AND {last: UInt64}`,
-    { ...place, first: batch.messages[0]?.offset ?? "0", last: batch.lastOffset() },
+    `SELECT DISTINCT toString(offset) AS offset FROM sensor_dead_letters WHERE topic = {topic: String} AND epoch = {epoch: UInt16}
+     AND partition = {partition: UInt32} AND sensor_dead_letters.offset BETWEEN {first: UInt64} AND {last: UInt64}`,
+    { ...place, first: messages[0]?.offset ?? "0", last: messages.at(-1)?.offset ?? "0" },
   );
-  return Number(row?.count);
+  const parked = new Set(letters.map(({ offset }) => offset));
+  return messages.flatMap(({ offset }, index) => (parked.has(offset) ? [index] : []));
 }
 
 const POISON_MESSAGES = { least: 100, last: 1000 };
 
 /**
- * Called with each batch's messages and how many of them are dead letters.
- * @throws Error where these are more than the share of the last 1,000 messages (of at least 100): a contract is broken then, and
- * it is not a message that is bad.
+ * Called with the number of a batch's messages and the indices of those that are dead letters, ascending.
+ * @throws Error where these are more than the share of the last 1,000 messages (of at least 100), at any of them: a contract is
+ * broken then, and it is not a message that is bad.
  */
-export function createPoisonLimit(share: number): (messages: number, parked: number) => void {
-  const batches: { messages: number; parked: number }[] = [];
-  const sum = (of: "messages" | "parked"): number => batches.reduce((total, batch) => total + batch[of], 0);
-  return (messages, parked) => {
-    batches.push({ messages, parked });
-    while (sum("messages") - (batches[0]?.messages ?? 0) >= POISON_MESSAGES.last) batches.shift();
-    if (sum("messages") < POISON_MESSAGES.least || sum("parked") <= share * sum("messages")) return;
+export function createPoisonLimit(share: number): (messages: number, parked: number[]) => void {
+  let seen = 0;
+  let bad: number[] = []; // which of the messages, of the last 1,000
+  const judge = (message: number): void => {
+    bad = bad.filter((one) => one > message - POISON_MESSAGES.last);
+    const last = Math.min(message, POISON_MESSAGES.last);
+    if (last < POISON_MESSAGES.least || bad.length <= share * last) return;
     throw new Error(
-      `${thousands(sum("parked"))} of the last ${thousands(sum("messages"))} messages are no valid change, more than SENSORS_POISON_SHARE=${share} allows: what Debezium writes is not what the views read. The last batch was not committed, so that it is read again. Next: make dead-letters (says why)`,
+      `${thousands(bad.length)} of the last ${thousands(last)} messages are no valid change, more than SENSORS_POISON_SHARE=${share} allows: what Debezium writes is not what the views read. The last batch was not committed, so that it is read again. Next: make dead-letters (says why)`,
     );
+  };
+  return (messages, parked) => {
+    for (const index of parked) {
+      bad.push(seen + index + 1);
+      judge(seen + index + 1);
+    }
+    seen += messages;
+    judge(seen);
   };
 }
 
@@ -191,7 +200,7 @@ export async function createReport(
     if (waitingSince && secondsSince(waitingSince) > 60)
       return `ClickHouse has been away for ${secondsSince(waitingSince)} s`;
     return !waitingSince && secondsSince(fetched) > 60
-      ? `Kafka has not answered for ${secondsSince(fetched)} s`
+      ? `Kafka has not answered for ${secondsSince(fetched)} s, or an insert has not ended`
       : undefined;
   });
   log({ step: "serving", metrics: `http://127.0.0.1:${server.port}/metrics` });

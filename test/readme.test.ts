@@ -98,7 +98,7 @@ const given =
   );
 
 test("every variable of .env.example is in the README's table or belongs to a later pipeline, and the other way round", () => {
-  const example = new Set(readFileSync(join(root, ".env.example"), "utf8").match(/^[A-Z_]+(?==)/gm));
+  const example = new Set(readFileSync(join(root, ".env.example"), "utf8").match(/(?<=^(?:# )?)[A-Z_0-9]+(?==)/gm));
   for (const name of readFileSync(join(root, "shared/env.ts"), "utf8").match(/^ {2}([A-Z_]+)(?=: variable)/gm) ?? []) {
     const variable = name.trim();
     if (given.includes(variable)) continue;

@@ -7,8 +7,10 @@ WITH
   envelope['op'] AS operation,
   -- The row's two states, by column; empty where there is none.
   [envelope['before'], envelope['after']] AS states,
-  arrayMap(state -> CAST(JSONExtractKeysAndValuesRaw(state), 'Map(String, String)'), states) AS columns,
-  arrayMap(state -> JSONExtract(state, 'Tuple(id Int64, sensor_id Nullable(String), metric Nullable(String), value Nullable(Float64), recorded_at String)'), states) AS typed,
+  -- From the message itself: text that was extracted has its numbers rewritten (1.0E20 to an integer, -0.0 to -0).
+  arrayMap(name -> CAST(JSONExtractKeysAndValuesRaw(value, name), 'Map(String, String)'), ['before', 'after']) AS columns,
+  JSONExtract(value, 'Tuple(before Tuple(id Int64, sensor_id Nullable(String), metric Nullable(String), value Nullable(Float64), recorded_at String), after Tuple(id Int64, sensor_id Nullable(String), metric Nullable(String), value Nullable(Float64), recorded_at String))') AS both,
+  [both.1, both.2] AS typed,
   arrayMap(row -> parseDateTime64BestEffortOrNull(row.recorded_at, 6, 'UTC'), typed) AS times,
   arrayMap((state, column, row, time) -> multiIf(
     NOT startsWith(state, '{'), ' is no object',
@@ -18,6 +20,7 @@ WITH
     -- What a failed TOAST lookup leaves: the row is not known.
     has([row.sensor_id, row.metric], '__debezium_unavailable_value'), ' lacks a large value: the source table needs REPLICA IDENTITY FULL',
     NOT match(column['value'], '^(null|"NaN"|"-?Infinity"|-?[0-9].*)$'), '.value is neither a number nor null',
+    NOT startsWith(column['recorded_at'], '"'), '.recorded_at is no text',
     -- The second half: no other date than the text's, where that is beyond DateTime64 or no date of the calendar.
     NOT match(row.recorded_at, '^\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d(\\.\\d{1,6})?Z$')
       OR ifNull(formatDateTime(time, '%FT%T'), '') != left(row.recorded_at, 19), '.recorded_at is no time that DateTime64 holds',
@@ -38,7 +41,8 @@ SELECT
     NOT isValidJSON(value), 'not JSON',
     operation = '"t"', 'TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)',
     NOT has_before AND NOT has_after, 'no change: op is none of c, r, u, d',
-    has_before AND faults[1] != '', concat('before', faults[1]),
+    -- A time that cannot be held never was a row here: an update from it is all that its row needs.
+    has_before AND faults[1] != '' AND NOT (has_after AND faults[1] = '.recorded_at is no time that DateTime64 holds'), concat('before', faults[1]),
     has_after AND faults[2] != '', concat('after', faults[2]),
     key IS NULL, 'no key',
     -- The key decides the partition, and so the order.

@@ -1,5 +1,5 @@
 -- Changes to rows. One that moves its sorting key deletes the row under the old one, and only such: two rows with one key and
--- one version would be a draw.
+-- one version would be a draw. A row that moves to a time that cannot be held is parked, and is gone here: it is no longer what it was.
 CREATE MATERIALIZED VIEW sensor_readings_view TO sensor_readings AS
 SELECT
   row.1.id AS id,
@@ -12,8 +12,8 @@ SELECT
   row.2 AS _deleted
 FROM sensor_changes
 ARRAY JOIN multiIf(
-  op = 'd', [(before, 1)],
+  op = 'd' OR reason != '', [(before, 1)],
   op = 'u' AND NOT (before.sensor_id <=> after.sensor_id AND before.metric <=> after.metric AND before.recorded_at = after.recorded_at),
     [(before, 1), (after, 0)],
   [(after, 0)]) AS row
-WHERE reason = '';
+WHERE reason = '' OR (op = 'u' AND reason = 'after.recorded_at is no time that DateTime64 holds');

@@ -21,6 +21,7 @@ import {
   forgetConnector,
   namesOf,
   putConnector,
+  stopConnector,
 } from "../../shared/connect.ts";
 import { clickhouse, kafka, readEnv, UsageError } from "../../shared/env.ts";
 import { beginEpoch, settleEpoch } from "../../shared/epoch.ts";
@@ -73,15 +74,16 @@ await main(import.meta, async () => {
       next: `start the consumers; DROP DATABASE ${rebuild} when nobody misses it`,
     });
   } else {
-    // 1. Stop the connector before anything is forgotten, so that nothing of the old epoch comes after.
+    // 1. Stop the connector, so that nothing of the old epoch comes after.
     await checkReplication(env);
-    await forgetConnector(env);
-    await dropSlot(env);
-
-    // 2. The new epoch: its messages are those after what the topic has now.
     const config = connectorConfig(env);
     await createTopic(env, config);
+    await stopConnector(env, config);
+
+    // 2. The new epoch: its messages are those after what the topic has now. From here on the old table's consumers are refused, so
+    // that what is forgotten next, and they have not read, cannot be missed there.
     const partitions = await where();
+    const epoch = await beginEpoch(etl, topic, rebuild, partitions);
     await withAdmin(broker, env, (admin) =>
       admin.setOffsets({
         groupId,
@@ -89,7 +91,8 @@ await main(import.meta, async () => {
         partitions: partitions.map(({ partition, end }) => ({ partition, offset: String(end) })),
       }),
     );
-    const epoch = await beginEpoch(etl, topic, rebuild, partitions);
+    await forgetConnector(env);
+    await dropSlot(env);
     log({
       step: "epoch",
       topic,

@@ -2,11 +2,18 @@
  * A shop with sensors: its topic, its connector, its consumers, on the local stack's Kafka, Connect and ClickHouse.
  */
 import assert from "node:assert/strict";
+import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
-import { connectKafka } from "../../shared/kafka.ts";
-import type { Env } from "../stack/env.ts";
-import { createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import type { Sql, TransactionSql } from "postgres";
+import { connectKafka, topicState } from "../../shared/kafka.ts";
+import { type Env, localEnv, root } from "../stack/env.ts";
+import { type Part, stackPath } from "../stack/stack.ts";
+import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
@@ -35,6 +42,8 @@ export interface Sensors extends AsyncDisposable {
   readings(database?: string): Promise<Reading[]>;
   /** Waits until both are the same, and shows the difference where they do not become it. */
   equal(seconds?: number): Promise<void>;
+  /** Waits until all that the source has committed by now is inserted and its offsets are committed, by consumers that run. */
+  drained(seconds?: number): Promise<void>;
   /** Dead letters by partition and offset. */
   deadLetters(): Promise<
     { epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }[]
@@ -47,15 +56,32 @@ const number = (text: string | null): string | null => {
   return Object.is(value, -0) ? "-0" : String(value);
 };
 
+/** Shows only the rows that differ, and the beginning of their texts: node's comparison of thousands of rows takes a minute. */
+export function assertSame(actual: Reading[], expected: Reading[]): void {
+  const [there, wanted] = [actual, expected].map((rows) => new Set(rows.map((row) => JSON.stringify(row))));
+  const only = (rows?: Set<string>, others?: Set<string>): string[] =>
+    [...(rows ?? [])].filter((row) => !others?.has(row)).map((row) => row.slice(0, 300));
+  const [extra, missing] = [only(there, wanted), only(wanted, there)];
+  assert.deepEqual(
+    { rows: actual.length, extra: extra.slice(0, 20), missing: missing.slice(0, 20) },
+    { rows: expected.length, extra: [], missing: [] },
+  );
+}
+
 export interface SensorsOptions extends ShopOptions {
   /** false: no connector, only the topic: the test writes its messages itself. */
   connector?: boolean;
   partitions?: number;
+  /** Where Kafka, Connect and ClickHouse are, if they are not the local stack's. */
+  servers?: Env;
 }
 
 export async function createSensors(options: SensorsOptions = {}): Promise<Sensors> {
-  const { connector = true, partitions = 3 } = options;
-  const shop = await createShop(options);
+  const { connector = true, partitions = 3, servers } = options;
+  const created = await createShop(options);
+  // What the shop starts gets this same object.
+  const shop = servers ? { ...created, clickhouse: connectClickHouse(Object.assign(created.env, servers)) } : created;
+  if (servers) await shop.succeed("scripts/ops/migrate.ts");
   const { SENSORS_TOPIC: topic = "", SENSORS_GROUP: group = "", CONNECT_URL = "", KAFKA_BROKERS = "" } = shop.env;
   const database = shop.env.CLICKHOUSE_DATABASE ?? "";
   const kafka = connectKafka(
@@ -139,8 +165,27 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     equal: async (seconds = 60) => {
       const same = async (): Promise<boolean> => isDeepStrictEqual(await readings(), await source());
       await until("source and ClickHouse are the same", same, seconds).catch(async () => {
-        assert.deepEqual(await readings(), await source());
+        assertSame(await readings(), await source());
       });
+    },
+    drained: async (seconds = 60) => {
+      // Debezium writes in the order of commits: once this row is there, all before it is in the topic.
+      const marker = `marker ${performance.now()}`;
+      await shop.admin`
+        insert into public.sensor_readings (id, sensor_id, metric, recorded_at)
+        values ((extract(epoch from clock_timestamp()) * 1000000)::bigint, 'marker', ${marker}, '2000-01-01Z')`;
+      const query = `SELECT count() AS count FROM sensor_readings WHERE metric = '${marker}'`;
+      const there = async (): Promise<boolean> => {
+        const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
+        return Number((await answer.json<{ count: string }>())[0]?.count) > 0;
+      };
+      await until("the last row is in ClickHouse", there, seconds);
+      const ends = await topicState(admin, topic, group);
+      const committed = async (): Promise<boolean> =>
+        (await topicState(admin, topic, group)).every(
+          ({ committed }, at) => !ends[at]?.end || committed >= ends[at].end,
+        );
+      await until("its offsets are committed", committed, seconds);
     },
     deadLetters: async () => {
       const answer = await shop.clickhouse.query({
@@ -152,7 +197,8 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     },
     [Symbol.asyncDispose]: async () => {
       if (slot) {
-        await fetch(new URL(`/connectors/etl-${database}-sensor_readings`, CONNECT_URL), { method: "DELETE" });
+        const url = new URL(`/connectors/etl-${database}-sensor_readings`, CONNECT_URL);
+        await fetch(url, { method: "DELETE" }).catch(() => {}); // one that a test has killed
         // A database cannot be dropped while it has a slot, nor a slot while it is used.
         await until("the connector's slot is dropped", async () => {
           const drop = shop.admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
@@ -162,14 +208,178 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
           );
         });
       }
-      await producer?.disconnect();
-      await admin.deleteTopics({ topics: [topic] }).catch(() => {});
-      await admin.disconnect();
-      await shop[Symbol.asyncDispose]();
-      const left = kafka.admin();
-      await left.connect();
-      await left.deleteGroups([group]).catch(() => {});
-      await left.disconnect();
+      // kafkajs may wait for ever for a broker that a failed test has left dead.
+      const within = (work: Promise<unknown> | undefined): Promise<unknown> =>
+        Promise.race([work?.catch(() => {}), delay(10_000, undefined, { ref: false })]);
+      await within(producer?.disconnect());
+      await within(admin.deleteTopics({ topics: [topic] }));
+      if (connector) await within(admin.deleteTopics({ topics: [`__debezium-heartbeat.${database}`] }));
+      await shop[Symbol.asyncDispose](); // with its consumers, the group's members
+      await within(admin.deleteGroups([group]));
+      await within(admin.disconnect());
     },
   };
+}
+
+const privateServers = ["kafka", "connect", "clickhouse"] as const;
+export type ServerName = (typeof privateServers)[number];
+
+/** Kafka, Connect and ClickHouse of a test's own, for what must not be done to the shared ones. */
+export interface Servers extends AsyncDisposable {
+  env: Env;
+  /** SIGKILL. */
+  kill(name: ServerName): Promise<void>;
+  /** SIGSTOP: it answers nothing, until SIGCONT. */
+  signal(name: ServerName, signal: "SIGSTOP" | "SIGCONT"): void;
+  /** Resolves once it serves. */
+  start(name: ServerName): Promise<void>;
+}
+
+/** A copy of test/stack has ports and data of its own; what is installed is this checkout's. */
+export async function createServers(names: readonly ServerName[] = privateServers): Promise<Servers> {
+  const folder = mkdtempSync(join(tmpdir(), "etl-servers-"));
+  for (const name of ["test/stack", "package.json"]) cpSync(join(root, name), join(folder, name), { recursive: true });
+  mkdirSync(join(folder, ".stack/kafka"), { recursive: true });
+  symlinkSync(stackPath("kafka/libs"), join(folder, ".stack/kafka/libs"));
+  symlinkSync(join(root, "node_modules"), join(folder, "node_modules"));
+  const { parts }: { parts: Part[] } = await import(join(folder, "test/stack/parts.ts"));
+  const processes: typeof import("../stack/process.ts") = await import(join(folder, "test/stack/process.ts"));
+  const own: Env = {};
+  if (names.includes("kafka")) own.KAFKA_BROKERS = `127.0.0.1:${await quietPort()}`;
+  if (names.includes("connect")) own.CONNECT_URL = `http://127.0.0.1:${await quietPort()}`;
+  if (names.includes("clickhouse")) own.CLICKHOUSE_URL = `http://127.0.0.1:${await quietPort()}`;
+  const env = { ...localEnv(), ...own };
+  const start = async (name: ServerName): Promise<void> => {
+    const part = parts.find((one) => one.name === name) as Part;
+    await part.prepare?.(env);
+    await processes.startProcess(name, part.command(env));
+    await processes.awaitReady(name, () => part.ready(env), 90);
+  };
+  const kill = async (name: ServerName): Promise<void> => {
+    const { pid } = processes.running(name) ?? {};
+    if (pid) process.kill(pid, "SIGKILL");
+    await until(`${name} is gone`, () => !processes.running(name));
+  };
+  const signal: Servers["signal"] = (name, what) => void process.kill(processes.running(name)?.pid ?? Number.NaN, what);
+  const dispose = async (): Promise<void> => {
+    await Promise.all(names.map(kill));
+    rmSync(folder, { recursive: true, force: true });
+  };
+  try {
+    await Promise.all(names.map(start));
+  } catch (error) {
+    await dispose();
+    throw error;
+  }
+  return { env: own, start, kill, signal, [Symbol.asyncDispose]: dispose };
+}
+
+/** No port of outgoing connections: one of them could take it, or be one with itself, while the server is down. And the next is free. */
+async function quietPort(): Promise<number> {
+  for (;;) {
+    const port = 12_000 + 2 * Math.floor(Math.random() * 9000);
+    const taken = await Promise.all([port, port + 1].map(isTaken));
+    if (!taken.includes(true)) return port;
+  }
+}
+
+async function isTaken(port: number): Promise<boolean> {
+  const server = createServer();
+  const taken = await new Promise<boolean>((resolve) => {
+    server.once("error", () => resolve(true)).listen(port, "127.0.0.1", () => resolve(false));
+  });
+  await new Promise((resolve) => server.close(resolve));
+  return taken;
+}
+
+/** Numbers of [0, below), the same for the same seed. */
+export function random(seed: number): (below: number) => number {
+  let state = seed;
+  return (below) => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return Math.floor((state / 2 ** 32) * below);
+  };
+}
+
+export interface Writers {
+  /** Transactions that they have committed. */
+  committed(): number;
+  stop(): Promise<void>;
+}
+
+/**
+ * Applications that change the same forty readings at once, in transactions of one to five statements, until they are stopped:
+ * inserts, updates, deletes, moves of the sorting key and back, changes of the primary key, updates that change nothing,
+ * savepoints, rollbacks, deadlocks.
+ */
+export function startWriters({ shop }: Sensors, seed: number, count = 3): Writers {
+  let [committed, stopped] = [0, false];
+  const write = async (below: (n: number) => number): Promise<void> => {
+    const sql = shop.connect("writer");
+    await sql`set deadlock_timeout = '20ms'`;
+    while (!stopped) {
+      try {
+        await sql.begin(async (tx) => {
+          for (let left = 1 + below(5); left > 0; left--) await changeAtRandom(tx, below);
+          if (below(8) === 0) throw rollback;
+        });
+        committed += 1;
+      } catch (error) {
+        // A deadlock's victim, or an id that is taken.
+        if (error !== rollback && !["40P01", "23505"].includes((error as { code?: string }).code ?? "")) throw error;
+      }
+      await delay(below(10));
+    }
+  };
+  const work = Promise.all(Array.from({ length: count }, (_, n) => write(random(seed + n))));
+  work.catch(() => {}); // stop() tells
+  return {
+    committed: () => committed,
+    stop: async () => {
+      stopped = true;
+      await work;
+    },
+  };
+}
+
+const rollback = new Error("rolled back");
+
+async function changeAtRandom(sql: Sql | TransactionSql, below: (n: number) => number): Promise<void> {
+  const [id, other] = [1 + below(40), 1 + below(40)];
+  const sensor = [null, "", "A", "B", "é"][below(5)] ?? null;
+  const metric = below(100) ? `m${below(3)}` : "wide ".repeat(5000);
+  const at = `2024-01-0${1 + below(3)} 00:00:00.00000${below(2)}Z`;
+  const value = below(1000) / 7;
+  switch (below(10)) {
+    case 0:
+      await sql`update sensor_readings set sensor_id = ${sensor} where id = ${id}`;
+      break;
+    case 1:
+      await sql`update sensor_readings set recorded_at = ${at}::text::timestamptz where id = ${id}`;
+      break;
+    case 2:
+      await sql`update sensor_readings set value = value + 1 where id % 5 = ${id % 5}`;
+      break;
+    case 3:
+      await sql`delete from sensor_readings where id = ${id}`;
+      break;
+    case 4:
+      await sql`update sensor_readings set id = ${other} where id = ${id}`;
+      break;
+    case 5:
+      await sql`update sensor_readings set value = value where id = ${id}`;
+      break;
+    case 6:
+      await sql`savepoint one`;
+      await sql`update sensor_readings set value = -1, sensor_id = 'never' where id = ${id}`;
+      await sql`rollback to savepoint one`;
+      break;
+    case 7:
+      await sql`update sensor_readings set value = ${value}, metric = ${metric} where id = ${id}`;
+      break;
+    default:
+      await sql`
+        insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+        values (${id}, ${sensor}, ${metric}, ${value}, ${at}::text::timestamptz) on conflict (id) do update set value = excluded.value`;
+  }
 }

@@ -1,0 +1,580 @@
+// ClickHouse or Kafka away, slow or overloaded: waited out, with nothing parked and nothing lost. Anything else that is wrong
+// ends the consumer before a message moves, and says what to do.
+import assert from "node:assert/strict";
+import { once } from "node:events";
+import { type AddressInfo, connect, createServer, type Socket } from "node:net";
+import { after, before, suite, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
+import type { Message } from "kafkajs";
+import { createProxy, ending, type Fault, loseAnswer, reset, withhold } from "./lib/faults.ts";
+import { type Consumer, createSensors, createServers, type Sensors } from "./lib/sensors.ts";
+import { type Result, until } from "./lib/shop.ts";
+
+const soak = process.env.SOAK === "1";
+const consumerScript = "scripts/sensors.ts";
+const migrate = "scripts/ops/migrate.ts";
+
+/** Inserts of the rows with the ids first..first+count-1; about `width` bytes each. */
+const created = (first: number, count: number, width = 0): Message[] =>
+  Array.from({ length: count }, (_, index) => {
+    const id = first + index;
+    const after = {
+      id,
+      sensor_id: "w".repeat(width),
+      metric: "temp",
+      value: id,
+      recorded_at: "2024-01-01T00:00:00.000000Z",
+    };
+    const value = JSON.stringify({ before: null, after, source: { ts_ms: Date.now() }, op: "c" });
+    return { key: JSON.stringify({ id }), value };
+  });
+
+/** What the group has committed, over all partitions. */
+async function committed({ admin, shop, topic }: Sensors): Promise<number> {
+  const [of] = await admin.fetchOffsets({ groupId: shop.env.SENSORS_GROUP ?? "", topics: [topic] });
+  return (of?.partitions ?? []).reduce((sum, { offset }) => sum + Math.max(0, Number(offset)), 0);
+}
+
+const countRows = async ({ shop }: Sensors): Promise<number> => {
+  const query = "SELECT count() AS count FROM sensor_readings FINAL";
+  const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
+  return Number((await answer.json<{ count: string }>())[0]?.count);
+};
+
+const lagOf = (metrics: Record<string, number>): number =>
+  Object.entries(metrics).reduce((sum, [name, value]) => (name.startsWith("etl_sensors_lag{") ? sum + value : sum), 0);
+
+async function healthz(consumer: Consumer): Promise<string> {
+  const answer = await fetch(`${await consumer.url}/healthz`);
+  return `${answer.status} ${await answer.text()}`;
+}
+
+async function stop(consumer: Consumer): Promise<Result> {
+  const from = performance.now();
+  consumer.child.kill("SIGTERM");
+  const result = await ending(consumer, 20);
+  assert.equal(result.code, 0, result.stderr);
+  assert.ok(performance.now() - from < 10_000, `${performance.now() - from} ms`);
+  return result;
+}
+
+/** A TCP proxy in front of a server. */
+interface Line extends AsyncDisposable {
+  url: string;
+  /** Nobody listens there, and what is connected is reset. */
+  refuse(): Promise<void>;
+  /** Connections are taken and stay, and nothing passes. */
+  hang(): void;
+  /** Resets what is connected. */
+  cut(): void;
+  /** Passes on, `late` ms later in each direction. */
+  pass(late?: number): Promise<void>;
+}
+
+async function createLine(target = ""): Promise<Line> {
+  const { hostname, port, protocol } = new URL(target);
+  const pairs = new Set<[Socket, Socket]>();
+  let [hanging, late] = [false, 0];
+  const carry = (from: Socket, to: Socket): void => {
+    from.on("data", (data) => void (late ? setTimeout(() => to.write(data), late) : to.write(data)));
+    from.on("error", () => {}).on("close", () => to.destroy());
+    if (hanging) from.pause();
+  };
+  const server = createServer((client) => {
+    const upstream = connect(Number(port), hostname);
+    pairs.add([client, upstream]);
+    carry(client, upstream);
+    carry(upstream, client);
+  });
+  const cut = (): void => {
+    for (const pair of pairs) for (const socket of pair) socket.resetAndDestroy();
+    pairs.clear();
+  };
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const own = (server.address() as AddressInfo).port;
+  const line: Line = {
+    url: `${protocol}//127.0.0.1:${own}`,
+    cut,
+    refuse: async () => {
+      const closed = once(server.close(), "close");
+      cut();
+      await closed;
+    },
+    hang: () => {
+      hanging = true;
+      for (const pair of pairs) for (const socket of pair) socket.pause();
+    },
+    pass: async (by = 0) => {
+      [hanging, late] = [false, by];
+      for (const pair of pairs) for (const socket of pair) socket.resume();
+      if (!server.listening) await once(server.listen(own, "127.0.0.1"), "listening");
+    },
+    [Symbol.asyncDispose]: async () => {
+      cut();
+      if (server.listening) await once(server.close(), "close");
+    },
+  };
+  return line;
+}
+
+/** An outage of some seconds: how it begins, and how it ends. */
+interface Outage {
+  seconds: number;
+  begin(line: Line): Promise<void> | void;
+  end(line: Line): Promise<void>;
+  health: RegExp;
+}
+const outages: Record<string, Outage> = {
+  "refuses connections": {
+    seconds: soak ? 180 : 64,
+    begin: (line) => line.refuse(),
+    end: (line) => line.pass(),
+    health: /^503 ClickHouse has been away for \d+ s$/m,
+  },
+  "hangs, and goes on": { seconds: 20, begin: (line) => line.hang(), end: (line) => line.pass(), health: /^200 ok$/m },
+  "hangs, and is cut": {
+    seconds: 20,
+    begin: (line) => line.hang(),
+    end: async (line) => {
+      line.cut();
+      await line.pass();
+    },
+    health: /^200 ok$/m,
+  },
+};
+
+suite("faults", { concurrency: true }, () => {
+  for (const [name, { seconds, begin, end, health }] of Object.entries(outages))
+    test(`ClickHouse ${name}: nothing is parked or lost, the lag rises, the memory does not, and it goes on by itself`, async () => {
+      await using sensors = await createSensors({ connector: false });
+      await using line = await createLine(sensors.shop.env.CLICKHOUSE_URL);
+      const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
+      await sensors.produce(created(1, 1000));
+      await until("the first are committed", async () => (await committed(sensors)) === 1000);
+      const from = performance.now();
+      await begin(line);
+      // 20 MB, of which a fetch takes what it can, and then 100 MB more.
+      for (let first = 1001; first <= 9000; first += 1000) await sensors.produce(created(first, 1000, 2400));
+      await until("the lag is known", async () => lagOf(await consumer.metrics()) === 8000);
+      await until("what it fetched is in its memory", async () => performance.now() - from > 8000);
+      const before = (await consumer.metrics()).process_resident_memory_bytes ?? 0;
+      for (let first = 9001; first <= 49_000; first += 1000) await sensors.produce(created(first, 1000, 2400));
+      await until("the lag has risen", async () => lagOf(await consumer.metrics()) === 48_000);
+      await delay(Math.max(0, from + seconds * 1000 - performance.now()));
+      const metrics = await consumer.metrics();
+      const grown = ((metrics.process_resident_memory_bytes ?? 0) - before) / 2 ** 20;
+      assert.ok(grown < 30, `${grown} MB more for a backlog of 100 MB`);
+      assert.equal(lagOf(metrics), 48_000);
+      assert.match(await healthz(consumer), health);
+      assert.equal(await committed(sensors), 1000);
+      await end(line);
+      await until("it is all there", async () => (await committed(sensors)) === 49_000, 60);
+      assert.equal(await countRows(sensors), 49_000);
+      assert.equal((await sensors.deadLetters()).length, 0);
+      assert.match(await healthz(consumer), /^200 ok$/m);
+      const { stderr } = await stop(consumer);
+      // Longer than the group's session: it was alive all the while.
+      assert.equal(stderr.match(/step=assigned/g)?.length, 1, stderr);
+      assert.match(stderr, /step=done rows=49000 .* dead_letters=0 /);
+      if (name !== "hangs, and goes on")
+        assert.match(stderr, /step=waiting for=ClickHouse error=.*\n(.*\n)*?.*step=back waited_seconds=\d+/);
+    });
+
+  test("a slow ClickHouse is waited for: batches are larger instead, nothing is parked or lost", async () => {
+    await using sensors = await createSensors({ connector: false });
+    await using line = await createLine(sensors.shop.env.CLICKHOUSE_URL);
+    const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
+    await line.pass(700);
+    for (let first = 1; first < 6000; first += 200) await sensors.produce(created(first, 200));
+    await until("it is all there", async () => (await committed(sensors)) === 6000, 60);
+    assert.equal(await countRows(sensors), 6000);
+    assert.equal((await sensors.deadLetters()).length, 0);
+    const { stderr } = await stop(consumer);
+    assert.doesNotMatch(stderr, /step=waiting/);
+    assert.ok(Number(/ batches=(\d+)/.exec(stderr.split("step=done")[1] ?? "")?.[1]) < 15, stderr);
+  });
+
+  const answers =
+    (status: number, body: string, exception?: number): Fault =>
+    async ({ request, response }) => {
+      await Array.fromAsync(request);
+      response.writeHead(status, exception ? { "x-clickhouse-exception-code": exception } : {}).end(body);
+    };
+  const exception = (code: number, name: string): Fault =>
+    answers(500, `Code: ${code}. DB::Exception: said by the test. (${name}) (version 26.7)\n`, code);
+  const passing: Record<string, Fault> = {
+    TOO_MANY_PARTS: exception(252, "TOO_MANY_PARTS"),
+    TOO_MANY_SIMULTANEOUS_QUERIES: exception(202, "TOO_MANY_SIMULTANEOUS_QUERIES"),
+    MEMORY_LIMIT_EXCEEDED: exception(241, "MEMORY_LIMIT_EXCEEDED"),
+    TIMEOUT_EXCEEDED: exception(159, "TIMEOUT_EXCEEDED"),
+    NOT_ENOUGH_SPACE: exception(243, "NOT_ENOUGH_SPACE"),
+    TABLE_IS_READ_ONLY: exception(242, "TABLE_IS_READ_ONLY"),
+    "a load balancer's 503": answers(503, "<html><h1>503 Service Temporarily Unavailable</h1></html>"),
+    "a load balancer's 502": answers(502, "<html><h1>502 Bad Gateway</h1></html>"),
+    "a load balancer's 504": answers(504, "<html><h1>504 Gateway Time-out</h1></html>"),
+    "a connection that is reset": reset(),
+    "an answer that is lost": loseAnswer,
+  };
+
+  test("overload, and what a load balancer says for a server, is waited out: the same batch comes again", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using proxy = await createProxy(sensors.shop.env.CLICKHOUSE_URL);
+    const consumer = await sensors.consumer({ CLICKHOUSE_URL: proxy.url });
+    let sent = 0;
+    for (const [name, fault] of Object.entries(passing)) {
+      proxy.fault(/^POST/, fault, 1);
+      await sensors.produce(created(sent + 1, 10));
+      sent += 10;
+      await until(`after ${name}, they are committed`, async () => {
+        if (consumer.child.exitCode !== null) assert.fail(`${name}: ${(await consumer.ended).stderr}`);
+        return (await committed(sensors)) === sent;
+      });
+    }
+    assert.equal(await countRows(sensors), sent);
+    assert.equal((await sensors.deadLetters()).length, 0);
+    const { stderr } = await stop(consumer);
+    assert.equal(stderr.match(/step=waiting for=ClickHouse/g)?.length, Object.keys(passing).length, stderr);
+    assert.match(stderr, new RegExp(`step=done rows=${sent} batches=${Object.keys(passing).length} dead_letters=0 `));
+  });
+
+  const broken: Record<string, [breaking: string, says: RegExp]> = {
+    "the table is dropped": ["DROP TABLE sensor_readings SYNC", /^error: .*sensor_readings' .* doesn't exist/m],
+    "a view is broken": [
+      "ALTER TABLE sensor_readings_view MODIFY QUERY SELECT throwIf(op = 'c', 'broken by hand') AS id FROM sensor_changes",
+      /^error: .*broken by hand/m,
+    ],
+    "the database is dropped": ["DROP DATABASE {database} SYNC", /^error: .*Database .* does not exist/m],
+  };
+  for (const [what, [breaking, says]] of Object.entries(broken))
+    test(`any other error of ClickHouse ends the consumer, with nothing committed: ${what}`, async () => {
+      await using sensors = await createSensors({ connector: false, partitions: 1 });
+      const { shop } = sensors;
+      const consumer = await sensors.consumer();
+      await sensors.produce(created(1, 10));
+      await until("they are committed", async () => (await committed(sensors)) === 10);
+      await shop.clickhouse.command({ query: breaking.replace("{database}", shop.env.CLICKHOUSE_DATABASE ?? "") });
+      await sensors.produce(created(11, 10));
+      const { code, stderr } = await ending(consumer);
+      assert.equal(code, 1, stderr);
+      assert.match(stderr, says);
+      assert.equal(await committed(sensors), 10);
+      // Mended, it goes on where it was.
+      await shop.succeed(migrate);
+      await sensors.catchUp();
+      assert.equal(await countRows(sensors), what === "a view is broken" ? 20 : 10);
+      assert.equal(await committed(sensors), 20);
+    });
+
+  test("SIGTERM finishes and commits the batch under way, and exits 0", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using proxy = await createProxy(sensors.shop.env.CLICKHOUSE_URL);
+    const consumer = await sensors.consumer({ CLICKHOUSE_URL: proxy.url });
+    const inserted = withhold();
+    proxy.fault(/^POST/, inserted, 1);
+    await sensors.produce(created(1, 50));
+    await inserted.reached;
+    await sensors.produce(created(51, 50));
+    consumer.child.kill("SIGTERM");
+    await consumer.line(/step=stopping signal=SIGTERM/);
+    assert.equal(await committed(sensors), 0);
+    inserted.release();
+    const { code, stderr } = await ending(consumer, 10);
+    assert.equal(code, 0, stderr);
+    assert.match(stderr, /step=done rows=50 batches=1 /);
+    assert.equal(await committed(sensors), 50);
+  });
+
+  for (const how of ["refuse", "hang"] as const)
+    test(`SIGTERM while ClickHouse is away exits 0 within 10 s, without a commit, and nothing is lost: ${how}`, async () => {
+      await using sensors = await createSensors({ connector: false });
+      await using line = await createLine(sensors.shop.env.CLICKHOUSE_URL);
+      const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
+      await sensors.produce(created(1, 10));
+      await until("they are committed", async () => (await committed(sensors)) === 10);
+      await line[how]();
+      await sensors.produce(created(11, 10));
+      await until("the lag is known", async () => lagOf(await consumer.metrics()) === 10);
+      await stop(consumer);
+      // It has left the group, so that the next one need not wait for the end of its session.
+      const { groups } = await sensors.admin.describeGroups([sensors.shop.env.SENSORS_GROUP ?? ""]);
+      assert.deepEqual(groups[0]?.members, []);
+      assert.equal(await committed(sensors), 10);
+      // One that starts while ClickHouse is away waits too, and can be stopped; a second signal does not wait at all.
+      const [polite, rude] = [1, 2].map(() => sensors.shop.start(consumerScript, { CLICKHOUSE_URL: line.url }));
+      await until("both are at it", async () => {
+        await Promise.all([polite, rude].map((one) => one?.line(/step=(waiting|serving)/)));
+        return true;
+      });
+      polite?.child.kill("SIGTERM");
+      rude?.child.kill("SIGTERM");
+      await rude?.line(/step=stopping/);
+      rude?.child.kill("SIGTERM");
+      assert.ok(polite && rude);
+      const ended = await ending(polite, 10);
+      assert.equal(ended.code, 0, ended.stderr);
+      await ending(rude, 10);
+      await line.pass();
+      await sensors.catchUp();
+      assert.equal(await countRows(sensors), 20);
+    });
+
+  test("UNTIL=caught-up ends at once on an empty topic", async () => {
+    await using sensors = await createSensors({ connector: false });
+    const { code, stderr } = await sensors.shop.run(consumerScript, { UNTIL: "caught-up" });
+    assert.equal(code, 0, stderr);
+    assert.match(stderr, /step=done rows=0 batches=0 dead_letters=0 /);
+  });
+
+  test("what is not there is named, with what makes it: the topic, the tables, the metadata; a port that is taken", async () => {
+    await using sensors = await createSensors({ connector: false });
+    const { shop, topic } = sensors;
+    const says = async (code: number, text: string | RegExp, variables = {}): Promise<void> => {
+      const run = await ending(shop.start(consumerScript, { UNTIL: "caught-up", ...variables }), 60);
+      if (typeof text === "string") assert.ok(run.stderr.includes(text), run.stderr);
+      else assert.match(run.stderr, text);
+      assert.equal(run.code, code, run.stderr);
+      assert.doesNotMatch(run.stderr, /^\s+at /m);
+    };
+    await says(2, `Kafka has no topic ${topic}x. Run: make connector`, { SENSORS_TOPIC: `${topic}x` });
+    const consumer = await sensors.consumer();
+    const { port } = new URL(await consumer.url);
+    await says(
+      1,
+      new RegExp(
+        `^error: METRICS_PORT ${port}: .*EADDRINUSE.*\\. Is another consumer running here\\? Choose another port$`,
+        "m",
+      ),
+      { METRICS_PORT: port },
+    );
+    await stop(consumer);
+    await says(
+      2,
+      `ClickHouse has no database ${shop.env.CLICKHOUSE_DATABASE}_none (CLICKHOUSE_DATABASE). Run: make migrate`,
+      {
+        CLICKHOUSE_DATABASE: `${shop.env.CLICKHOUSE_DATABASE}_none`,
+      },
+    );
+    await shop.admin.unsafe("drop table etl.topic_offsets, etl.topics");
+    await sensors.produce(created(1, 1));
+    await says(2, /^error: .*etl\.topics.*: the metadata tables are not there\. Run: make migrate$/m);
+    assert.equal(await committed(sensors), 0);
+  });
+
+  suite("Kafka", { concurrency: true }, () => {
+    test("Kafka hangs, is killed and comes back, and is not there at the start: nothing is parked or lost, it goes on by itself", async () => {
+      await using servers = await createServers(["kafka"]);
+      await using sensors = await createSensors({ connector: false, servers: servers.env });
+      const consumer = await sensors.consumer();
+      await sensors.produce(created(1, 1000));
+      await until("the first are committed", async () => (await committed(sensors)) === 1000);
+      const rss = async (): Promise<number> => (await consumer.metrics()).process_resident_memory_bytes ?? 0;
+      const before = await rss();
+      const seconds = soak ? 180 : 20;
+
+      servers.signal("kafka", "SIGSTOP");
+      await delay(seconds * 1000);
+      assert.match(await healthz(consumer), soak ? /^503 Kafka has not answered for \d+ s,/m : /^200 ok$/m);
+      servers.signal("kafka", "SIGCONT");
+      await sensors.produce(created(1001, 1000));
+      await until("the second thousand is committed", async () => (await committed(sensors)) === 2000, 60);
+
+      await sensors.produce(created(2001, 1000));
+      await servers.kill("kafka");
+      await delay(seconds * 1000);
+      assert.ok((await rss()) - before < 40 * 2 ** 20);
+      // One that comes while Kafka is away waits as well; and another can be stopped.
+      const [late, polite] = [1, 2].map(() => sensors.shop.start(consumerScript));
+      await Promise.all([late, polite].map((one) => one?.line(/step=serving/)));
+      polite?.child.kill("SIGTERM");
+      assert.ok(late && polite);
+      const from = performance.now();
+      const stopped = await ending(polite, 60);
+      assert.equal(stopped.code, 0, stopped.stderr);
+      assert.ok(performance.now() - from < 10_000, `${performance.now() - from} ms`);
+      await servers.start("kafka");
+      await late.line(/step=assigned/);
+      await until("the third thousand is committed", async () => (await committed(sensors)) === 3000, 60);
+      await sensors.produce(created(3001, 1000));
+      await until("the fourth thousand is committed", async () => (await committed(sensors)) === 4000, 60);
+      assert.equal(await countRows(sensors), 4000);
+      assert.equal((await sensors.deadLetters()).length, 0);
+      assert.match(await healthz(consumer), /^200 ok$/m);
+      for (const one of [consumer, late]) one.child.kill("SIGTERM");
+      for (const one of [consumer, late]) assert.equal((await ending(one, 10)).code, 0);
+    });
+
+    test("SIGTERM while Kafka is away exits 0 within 10 s", async () => {
+      await using servers = await createServers(["kafka"]);
+      await using sensors = await createSensors({ connector: false, servers: servers.env });
+      const consumers = [await sensors.consumer(), await sensors.consumer()];
+      await sensors.produce(created(1, 100));
+      await until("the first are committed", async () => (await committed(sensors)) === 100);
+      servers.signal("kafka", "SIGSTOP");
+      await stop(consumers[0] as Consumer);
+      servers.signal("kafka", "SIGCONT");
+      await servers.kill("kafka");
+      await stop(consumers[1] as Consumer);
+      await servers.start("kafka");
+    });
+  });
+
+  suite("drift", { concurrency: 1 }, () => {
+    let sensors: Sensors;
+    before(async () => {
+      sensors = await createSensors({ connector: false });
+      await sensors.produce(created(1, 3));
+    });
+    after(() => sensors[Symbol.asyncDispose]());
+    /** The consumer exits with 2, having said all of `says`, and has read nothing. */
+    const stops = async (says: string[]): Promise<void> => {
+      const { code, stderr } = await ending(sensors.shop.start(consumerScript, { UNTIL: "caught-up" }));
+      for (const part of says) assert.ok(stderr.includes(part), `no "${part}" in:\n${stderr}`);
+      assert.equal(code, 2, stderr);
+      assert.doesNotMatch(stderr, /step=assigned|^\s+at /m);
+      assert.equal(await committed(sensors), 0);
+    };
+    const contract = "schemas/clickhouse/1_sensor_readings.sql";
+    const next = `Bring the source, ${contract} and the view that reads it together; README, "When the schema changes".`;
+    const expected = (column: string, type: string, found: string): string =>
+      `  column public.sensor_readings.${column}: expected one for ${type} (${contract}), found ${found}`;
+
+    const source: Record<string, [change: string, undo: string, says: string[]]> = {
+      "a dropped column": [
+        "drop value",
+        "add value double precision",
+        [expected("value", "Nullable(Float64)", "no such column")],
+      ],
+      "a renamed and a retyped column": [
+        "rename metric to kind; alter table sensor_readings alter recorded_at type timestamp",
+        "rename kind to metric; alter table sensor_readings alter recorded_at type timestamptz",
+        [
+          expected("metric", "LowCardinality(Nullable(String))", "no such column"),
+          expected("recorded_at", "DateTime64(6, 'UTC')", "timestamp without time zone"),
+        ],
+      ],
+      "a replica identity that is not full": [
+        "replica identity default",
+        "replica identity full",
+        [
+          "  table public.sensor_readings: its changes lack the old row. Run as its owner: alter table public.sensor_readings replica identity full;",
+        ],
+      ],
+      "a table that is not there": ["rename to aside", "", [expected("id", "Int64", "no such column")]],
+    };
+    for (const [what, [change, undo, says]] of Object.entries(source))
+      test(`${what} at the source stops the consumer before it ingests`, async () => {
+        await sensors.shop.admin.unsafe(`alter table sensor_readings ${change}`);
+        await stops(["the source differs from the contract, nothing was ingested:", ...says, next]);
+        await sensors.shop.admin.unsafe(
+          undo ? `alter table sensor_readings ${undo}` : "alter table aside rename to sensor_readings",
+        );
+      });
+
+    const clickhouse: Record<string, { change: string[]; says: string; mends?: string }> = {
+      "a column that is missing": {
+        change: ["ALTER TABLE sensor_readings DROP COLUMN _unknown"],
+        says: `column {database}.sensor_readings._unknown: expected Map(String, String) (${contract}), found no such column`,
+        mends: "add column {database}.sensor_readings._unknown Map(String, String)",
+      },
+      "a view that was changed": {
+        change: [
+          "ALTER TABLE sensor_dead_letters_view MODIFY QUERY SELECT topic, epoch, partition, offset FROM sensor_changes",
+        ],
+        says: "view {database}.sensor_dead_letters_view: its SELECT is not that of schemas/clickhouse/7_sensor_dead_letters_view.sql",
+        mends: "replace the SELECT of view {database}.sensor_dead_letters_view",
+      },
+      "a view that is missing": {
+        change: ["DROP VIEW sensor_readings_view SYNC"],
+        says: "{database}.sensor_readings_view is not there (schemas/clickhouse/6_sensor_readings_view.sql)",
+        mends: "create view {database}.sensor_readings_view",
+      },
+      "a landing table's column of another type": {
+        change: ["ALTER TABLE sensor_landing MODIFY COLUMN attempt UInt64"],
+        says: "column {database}.sensor_landing.attempt: expected UInt32 (schemas/clickhouse/3_sensor_landing.sql), found UInt64",
+        mends: "change column {database}.sensor_landing.attempt UInt32",
+      },
+      "a column of another type": {
+        change: [
+          "ALTER TABLE sensor_readings MODIFY COLUMN value Nullable(Float32)",
+          "ALTER TABLE sensor_readings MODIFY COLUMN value Nullable(Float64)",
+        ],
+        says: `column {database}.sensor_readings.value: expected Nullable(Float64) (${contract}), found Nullable(Float32)`,
+      },
+      "a column that nobody knows": {
+        change: [
+          "ALTER TABLE sensor_readings ADD COLUMN extra String",
+          "ALTER TABLE sensor_readings DROP COLUMN extra",
+        ],
+        says: `column {database}.sensor_readings.extra: is there, but ${contract} has no such column`,
+      },
+    };
+    for (const [
+      what,
+      {
+        change: [change = "", undo],
+        says,
+        mends,
+      },
+    ] of Object.entries(clickhouse))
+      test(`${what} in ClickHouse stops the consumer; migrate ${mends ? "mends it, and with DRY_RUN=1 only says so" : "refuses it"}`, async () => {
+        const { shop } = sensors;
+        const named = (text: string): string => text.replace("{database}", shop.env.CLICKHOUSE_DATABASE ?? "");
+        await shop.clickhouse.command({ query: change });
+        const refusal = [
+          "ClickHouse differs from schemas/clickhouse, nothing was moved:",
+          named(says),
+          "Run: make migrate.",
+        ];
+        await stops(refusal);
+        const dry = await shop.run(migrate, { DRY_RUN: "1" });
+        await stops(refusal);
+        const real = await shop.run(migrate);
+        if (mends) {
+          for (const [{ code, stderr }, step] of [
+            [dry, "would-apply"],
+            [real, "apply"],
+          ] as const) {
+            assert.equal(code, 0, stderr);
+            assert.deepEqual(stderr.match(/step=(would-)?apply what=.*$/gm), [
+              `step=${step} what=${JSON.stringify(named(mends))}`,
+            ]);
+          }
+        } else
+          for (const { code, stderr } of [dry, real]) {
+            assert.equal(code, 2, stderr);
+            assert.ok(
+              stderr.includes("these differences could lose data or need a decision, and were left as they are:"),
+              stderr,
+            );
+            assert.ok(stderr.includes(named(says)), stderr);
+            assert.doesNotMatch(stderr, /apply what=/);
+            await stops(refusal);
+          }
+        if (undo) await shop.clickhouse.command({ query: undo });
+      });
+
+    test("a new column at the source is a warning and a metric, and its values are kept in _unknown", async () => {
+      const { shop } = sensors;
+      await shop.admin`alter table sensor_readings add note text, add quality int`;
+      const [{ key, value }] = created(50, 1) as [{ key: string; value: string }];
+      await sensors.produce([{ key, value: value.replace('"id":50', '"id":50,"note":"a \\"b\\"","quality":3') }]);
+      const consumer = await sensors.consumer();
+      await consumer.line(
+        /step=warning warning="public\.sensor_readings has columns that are not in schemas\/clickhouse\/1_sensor_readings\.sql; their values are kept in _unknown" columns=note,quality$/,
+      );
+      assert.equal((await consumer.metrics()).etl_sensors_unknown_source_columns, 2);
+      await until("all is committed", async () => (await committed(sensors)) === 4);
+      const answer = await shop.clickhouse.query({
+        query: "SELECT toInt32(id) AS id, _unknown FROM sensor_readings FINAL ORDER BY sensor_readings.id",
+        format: "JSONEachRow",
+      });
+      assert.deepEqual(await answer.json(), [
+        ...[1, 2, 3].map((id) => ({ id, _unknown: {} })),
+        { id: 50, _unknown: { note: '"a \\"b\\""', quality: "3" } },
+      ]);
+      assert.deepEqual(await sensors.deadLetters(), []);
+      await stop(consumer);
+    });
+  });
+});
