@@ -44,6 +44,10 @@ backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_P
 sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTIL=caught-up)
 	@node scripts/sensors.ts
 
+.PHONY: views
+views: setup ## Make, check and publish the models of views/ (ONLY= DRY_RUN=1 ALLOW_STALE=1 ALLOW_SHRINK=1)
+	@node scripts/views.ts
+
 # Operations
 
 .PHONY: status

@@ -141,6 +141,7 @@ const variables = {
   ),
   BIGQUERY_PROJECT: variable("the Google Cloud project", "my-shop", name),
   BIGQUERY_DATASET: variable("the dataset of the raw tables", "raw", name),
+  BIGQUERY_VIEWS_DATASET: variable("the dataset of the models", "warehouse", name),
   BIGQUERY_LOCATION: variable("where the datasets are", "US", name),
   BIGQUERY_ENDPOINT: variable<string | undefined>(
     "a local BigQuery server; leave it out for Google's",
@@ -220,7 +221,17 @@ const variables = {
   JSON: variable("print JSON, for programs", "1", flag, false),
   DRY_RUN: variable("say what would be done, and do nothing", "1", flag, false),
   FORCE: variable("archive days again that are done", "1", flag, false),
-  ALLOW_SHRINK: variable("let a day be archived with fewer rows than it has in the archive", "1", flag, false),
+  ALLOW_SHRINK: variable("let a day, or a model, have far fewer rows than before", "1", flag, false),
+  ALLOW_STALE: variable("let models be built of rows that are older than they should be", "1", flag, false),
+  ONLY: variable<string | undefined>("a model of views/, with what it reads", "weekly_revenue", word, undefined),
+  MAX_PARALLEL: variable("models at a time", "4", number(1, 32), 4),
+  MAX_BYTES_BILLED: variable(
+    "the most that one statement of views/ may be billed, in bytes",
+    "100000000000",
+    number(10 * 2 ** 20, 1e15),
+    100e9,
+  ),
+  USD_PER_TIB: variable("what BigQuery charges for a TiB read, for estimates", "6.25", number(0, 1000, false), 6.25),
   CLEAN: variable("delete what killed runs left in the bucket, where it is older than a day", "1", flag, false),
   BACKFILL: variable("set by make backfill-events: FROM and TO are needed", "1", flag, false),
   RESTORE: variable("set by make restore-events", "1", flag, false),
@@ -272,6 +283,25 @@ export const kafka = [
   "KAFKA_PASSWORD",
   "SENSORS_TOPIC",
   "SENSORS_GROUP",
+] as const;
+
+/** What the models read. */
+export const bigQueryToBigQuery = [
+  "ETL_DATABASE_URL",
+  "BIGQUERY_PROJECT",
+  "BIGQUERY_DATASET",
+  "BIGQUERY_VIEWS_DATASET",
+  "BIGQUERY_LOCATION",
+  "BIGQUERY_ENDPOINT",
+  "PUSHGATEWAY_URL",
+  "RUN_TIMEOUT_SECONDS",
+  "ONLY",
+  "DRY_RUN",
+  "ALLOW_STALE",
+  "ALLOW_SHRINK",
+  "MAX_PARALLEL",
+  "MAX_BYTES_BILLED",
+  "USD_PER_TIB",
 ] as const;
 
 /** What the archive of events reads. */

@@ -18,6 +18,17 @@ const help = {
   etl_unknown_source_columns: "Columns of the source table that the contract does not know.",
 };
 
+/** Of one model of views/. Names of their own: the alerts compare those above by pipeline, of which each has one. */
+const modelHelp = {
+  etl_model_last_success_timestamp_seconds: "When the model was last published.",
+  etl_model_last_failure_timestamp_seconds: "When the model last failed, or what it needs did.",
+  etl_model_rows: "Rows of the model when it was last published.",
+  etl_model_bytes: "Bytes that the model and its checks read then.",
+  etl_model_duration_seconds: "How long the model and its checks took then.",
+};
+
+export type ModelMetrics = { [name in keyof typeof modelHelp]?: number };
+
 export type Metrics = { [name in keyof typeof help]?: number };
 
 /**
@@ -26,12 +37,31 @@ export type Metrics = { [name in keyof typeof help]?: number };
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
 export async function pushMetrics(url: string, pipeline: string, values: Metrics): Promise<void> {
+  await push(url, { pipeline }, help, values);
+}
+
+/** The same for a model's group, job="etl", pipeline="views", model="NAME": a push replaces only what is in its own group. */
+export async function pushModelMetrics(
+  url: string,
+  pipeline: string,
+  model: string,
+  values: ModelMetrics,
+): Promise<void> {
+  await push(url, { pipeline, model }, modelHelp, values);
+}
+
+async function push(
+  url: string,
+  groupings: Record<string, string>,
+  about: Record<string, string>,
+  values: Record<string, number>,
+): Promise<void> {
   const registry = new Registry();
-  for (const [name, value] of Object.entries(values) as [keyof typeof help, number][]) {
-    new Gauge({ name, help: help[name], registers: [registry] }).set(value);
+  for (const [name, value] of Object.entries(values)) {
+    new Gauge({ name, help: about[name] ?? name, registers: [registry] }).set(value);
   }
   const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
-  await gateway.pushAdd({ jobName: "etl", groupings: { pipeline } });
+  await gateway.pushAdd({ jobName: "etl", groupings });
 }
 
 /** The value of a timestamp in UTC as text, in seconds since 1970. */

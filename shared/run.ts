@@ -51,18 +51,21 @@ function explain(error: Error & { code?: string }): string {
   return error.message || String(error.code ?? error.name);
 }
 
-type RunEnv = Env<
-  "SOURCE_DATABASE_URL" | "ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS" | "WATERMARK_LAG_SECONDS"
-> & {
+type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> & {
+  /** Without it the run has no source, and must not ask for it. */
+  SOURCE_DATABASE_URL?: string;
+  WATERMARK_LAG_SECONDS?: number;
   FROM?: string | undefined;
   TO?: string | undefined;
+  ONLY?: string | undefined;
+  DRY_RUN?: boolean;
 };
 
 export interface Run {
   /** Joins log, etl.runs, BigQuery's job labels and Postgres's application_name. */
   id: string;
   pipeline: string;
-  /** FROM and TO were given: the window is theirs, and the watermark and the metrics stay as they are. */
+  /** A part was asked for (FROM and TO, ONLY, a dry run): the watermark and the pipeline's metrics stay as they are. */
   byHand: boolean;
   /** How the run's sessions are opened; names them in pg_stat_activity. */
   session: SessionOptions;
@@ -96,7 +99,8 @@ export interface Run {
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
   const { run, undos, settle } = createRun(pipeline, env);
   const work = (async () => {
-    await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), checkSession("SOURCE_DATABASE_URL", run.source)]);
+    const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
+    await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
     await body(run);
     if (run.state === "locked") await record(run, "succeeded");
   })();
@@ -133,8 +137,8 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
 }
 
 /** Sorts by time; lower case, digits and _ only, so that it can be a BigQuery label and part of a table's name. */
-export function newRunId(): string {
-  const time = new Date().toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
+export function newRunId(at = Date.now()): string {
+  const time = new Date(at).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
   return `${time}_${randomBytes(3).toString("hex")}`;
 }
 
@@ -145,7 +149,7 @@ function createRun(
   const id = newRunId();
   const started = performance.now();
   const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
-  const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) };
+  const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const undos = new Set<() => Promise<unknown>>();
   const stop = new AbortController();
   const abort = (reason: string): void => {
@@ -158,10 +162,10 @@ function createRun(
   const run: Run = {
     id,
     pipeline,
-    byHand: env.FROM !== undefined,
+    byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
     session,
     etl: connect(env.ETL_DATABASE_URL, session),
-    source: connect(env.SOURCE_DATABASE_URL, { ...session, settings }),
+    source: connect(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
     signal: stop.signal,
     restartDeadline: () => void timer.refresh(),
     next: "the next run goes on from the watermark. Next: make status",

@@ -198,6 +198,35 @@ async function sensors(): Promise<void> {
   });
 }
 
+/** The weekly models, and three of them as a person would look at them. */
+async function models(): Promise<void> {
+  say("\ndemo: make views: twelve models from one state of orders and users, each checked before it is published");
+  await command("scripts/views.ts");
+  const bigquery = connectBigQuery({
+    BIGQUERY_PROJECT: env.BIGQUERY_PROJECT ?? "",
+    BIGQUERY_DATASET: env.BIGQUERY_VIEWS_DATASET ?? "",
+    BIGQUERY_LOCATION: env.BIGQUERY_LOCATION ?? "",
+    BIGQUERY_ENDPOINT: env.BIGQUERY_ENDPOINT,
+  });
+  const last = "week = (select max(week) from weekly_summary)";
+  const looks = {
+    "the last five weeks (weekly_summary)":
+      "select week, order_count as orders, revenue, refunds, basket_value, active_users, new_users, repeat_share from weekly_summary order by week desc limit 5",
+    "the last week by income (income_band_revenue)": `select income_band, active_users, order_count as orders, revenue, revenue_share from income_band_revenue where ${last} order by revenue desc limit 6`,
+    "the segments (rfm_segments)":
+      "select segment, count(*) as users, sum(monetary) as revenue from rfm_segments group by segment order by revenue desc",
+  };
+  for (const [what, query] of Object.entries(looks)) {
+    const defaultDataset = { datasetId: env.BIGQUERY_VIEWS_DATASET ?? "" };
+    const [rows] = await bigquery.query({ query, defaultDataset });
+    say(`\ndemo: ${what}`);
+    const text = (value: unknown): string => `${(value as { value?: string } | null)?.value ?? value ?? ""}`;
+    process.stdout.write(
+      `${table(rows.map((row: object) => Object.fromEntries(Object.entries(row).map(([name, value]) => [name, text(value)]))))}\n`,
+    );
+  }
+}
+
 await main(import.meta, async () => {
   say("demo: starting the local stack (make up)");
   await command("test/stack/up.ts");
@@ -243,6 +272,7 @@ await main(import.meta, async () => {
   process.stdout.write(`${table(runs)}\n\n`);
   await compare();
   process.stdout.write(`\n${table(story)}\n\n${table(flow)}\n`);
+  await models();
   say("\ndemo: make status");
   await command("scripts/ops/status.ts");
   say(

@@ -6,6 +6,7 @@
  *   BigQuery tables  schemas/bigquery/*.json in BIGQUERY_DATASET: created, or extended by what loses nothing (a new NULLABLE
  *                    column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL
  *                    that a person would run
+ *   the models' dataset  BIGQUERY_VIEWS_DATASET: created where it is missing; make views fills it
  *   the bucket       S3_BUCKET: created where it is missing
  *   ClickHouse       schemas/clickhouse/*.sql in CLICKHOUSE_DATABASE: created, or changed by what loses nothing (a new column, another
  *                    SELECT of a view); any other difference is refused
@@ -34,6 +35,7 @@ await main(import.meta, async () => {
     "ETL_DATABASE_URL",
     "BIGQUERY_PROJECT",
     "BIGQUERY_DATASET",
+    "BIGQUERY_VIEWS_DATASET",
     "BIGQUERY_LOCATION",
     "BIGQUERY_ENDPOINT",
     ...bucketOfArchive,
@@ -65,12 +67,15 @@ await main(import.meta, async () => {
     if (!isApplied(file, text, applied)) await apply(`sql/etl/${file}`, () => applyFile(etl, file, text));
   }
 
-  // 3. The dataset and its tables.
-  const dataset = connectBigQuery(env).dataset(env.BIGQUERY_DATASET);
+  // 3. The datasets, and the tables of the raw one.
+  const bigquery = connectBigQuery(env);
+  const dataset = bigquery.dataset(env.BIGQUERY_DATASET);
   const [datasetThere] = await dataset.exists();
-  if (!datasetThere) {
-    await apply(`create dataset ${dataset.id}`, () => dataset.create({ location: env.BIGQUERY_LOCATION }));
-  }
+  const [viewsThere] = await bigquery.dataset(env.BIGQUERY_VIEWS_DATASET).exists();
+  const create = (id: string): Promise<void> =>
+    apply(`create dataset ${id}`, () => bigquery.createDataset(id, { location: env.BIGQUERY_LOCATION }));
+  if (!datasetThere) await create(env.BIGQUERY_DATASET);
+  if (!viewsThere) await create(env.BIGQUERY_VIEWS_DATASET);
   const refused: string[] = [];
   for (const pipeline of pipelines()) {
     const contract = readContract(pipeline);

@@ -52,7 +52,7 @@ await main(import.meta, async () => {
       replace(date_trunc('second', last.started_at)::text, ' ', 'T') as last_run,
       extract(epoch from now() - last.started_at)::float8 as last_run_age_seconds,
       last.state as last_run_state, last.error as last_error, ok.rows::float8 as rows
-    from unnest(${`{${watermarked().join()}}`}::text::text[]) p (pipeline)
+    from unnest(${`{${[...watermarked(), "views"].join()}}`}::text::text[]) p (pipeline)
     left join etl.watermarks w using (pipeline)
     left join lateral (select * from etl.runs r where r.pipeline = p.pipeline and r.state = 'succeeded'
                        order by started_at desc limit 1) ok on true

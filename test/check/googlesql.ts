@@ -11,8 +11,9 @@ import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
 import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery.ts";
-import { root } from "../../shared/env.ts";
+import { root, UsageError } from "../../shared/env.ts";
 import { type Contract, pipelines, readContract } from "../../shared/schema.ts";
+import { readModels, tablesRead } from "../../shared/views.ts";
 import { freePort } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";
 
@@ -147,8 +148,39 @@ for (const pipeline of pipelines()) {
   }
 }
 
-// Views read one another: each round adds the tables of those that had all they read.
-let waiting = files("views/*.sql");
+// What make views refuses; and its order, in which each view must find the tables of those that it reads.
+let order: string[] = [];
+try {
+  if (list("views/*.sql").length) order = readModels().map(({ file }) => file);
+} catch (error) {
+  if (!(error instanceof UsageError)) throw error;
+  faults.push(
+    ...error.message
+      .split("\n")
+      .slice(1)
+      .map((fault) => fault.trim()),
+  );
+}
+/** What make views finds that a statement reads is what the analyser finds. */
+async function compareReads({ file, sql }: Statement): Promise<void> {
+  const request = { sqlStatement: sql, options: languageOptions };
+  const answer = await client.extractTableNamesFromStatement(request).catch(() => undefined); // its fault is told elsewhere
+  if (!answer) return;
+  const known = [...list("views/*.sql").map((view) => basename(view, ".sql")), ...pipelines()];
+  const read = new Set(answer.tableName?.map(({ tableNameSegment }) => tableNameSegment?.join(".") ?? ""));
+  const found = tablesRead(sql, known);
+  for (const name of known.filter((one) => read.has(one) && !found.includes(one)))
+    faults.push(`${file}:1:1: reads ${name}, which make views does not see: name it behind FROM or JOIN`);
+  for (const name of found)
+    if (!read.has(name))
+      faults.push(
+        `${file}:1:1: make views takes ${name} for a table that it reads: give what is named so another name`,
+      );
+}
+for (const statement of [...files("views/*.sql"), ...files("views/checks/*.sql")]) await compareReads(statement);
+
+// Without an order, views read one another: each round adds the tables of those that had all they read.
+let waiting = order.length ? order.map((file) => ({ file, sql: read(file) })) : files("views/*.sql");
 let found: string[] = [];
 for (let before = -1; before !== waiting.length; ) {
   before = waiting.length;

@@ -136,6 +136,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     STACK_ADMIN_DATABASE_URL: at(base.STACK_ADMIN_DATABASE_URL),
     REPLICATION_DATABASE_URL: at(base.REPLICATION_DATABASE_URL),
     BIGQUERY_DATASET: name,
+    BIGQUERY_VIEWS_DATASET: `${name}_warehouse`,
     S3_PREFIX: `${name}/`,
     CLICKHOUSE_DATABASE: name,
     SENSORS_TOPIC: `${name}.public.sensor_readings`,
@@ -313,7 +314,11 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
       await server.unsafe(`drop database if exists ${name} with (force)`);
       await server.end();
-      await fetch(`${apiOf(base)}/datasets/${name}?deleteContents=true`, { method: "DELETE" });
+      const response = await fetch(`${apiOf(base)}/datasets?all=true`);
+      const { datasets } = (await response.json()) as { datasets: { datasetReference: { datasetId: string } }[] };
+      for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
+        if (datasetId.startsWith(name))
+          await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
       for await (const { abort } of listUploads(bucket, bucket.prefix)) await abort();
       await removeObjects(
         bucket,

@@ -1,0 +1,5 @@
+-- Weeks that are there twice, or NULL.
+SELECT week, COUNT(*) AS row_count
+FROM weekly_revenue
+GROUP BY week
+HAVING week IS NULL OR COUNT(*) > 1;
