@@ -145,6 +145,7 @@ export async function consume(
   });
   let failure: Error | undefined;
   let joined: Promise<void> | undefined;
+  const reached = new Map<number, bigint>();
   const { promise: over, resolve: leave } = Promise.withResolvers<void>();
   const fail = (error: Error): void => {
     failure ??= withoutTopic(error) ? noTopic(topic) : error;
@@ -154,6 +155,7 @@ export async function consume(
   signal.addEventListener("abort", () => leave());
   consumer.on("consumer.group_join", ({ payload }) => {
     joined = undefined;
+    reached.clear();
     const partitions = payload.memberAssignment[topic]?.join();
     log({ step: "assigned", topic, partitions: partitions || "none: there are more consumers than partitions" });
   });
@@ -170,7 +172,8 @@ export async function consume(
   const admin = kafka.admin();
   const forgotten = async (partition: number): Promise<boolean> => {
     const [group] = await admin.fetchOffsets({ groupId, topics: [topic] });
-    return group?.partitions.find((one) => one.partition === partition)?.offset === "-1";
+    const offset = group?.partitions.find((one) => one.partition === partition)?.offset ?? "-1";
+    return offset.startsWith("-"); // -1: none; -2: kafkajs's "from the beginning", where the old offset was out of range
   };
 
   await connectConsumer(consumer, signal);
@@ -187,7 +190,8 @@ export async function consume(
         const usable = (): boolean => !signal.aborted && !failure && isRunning() && !isStale();
         if (!usable()) return;
         try {
-          if (await forgotten(batch.partition)) joined = undefined;
+          const behind = BigInt(batch.firstOffset() ?? 0) < (reached.get(batch.partition) ?? 0n);
+          if (behind || (await forgotten(batch.partition))) joined = undefined;
           joined ??= on.join();
           await joined;
           await on.batch(batch, heartbeat);
@@ -202,6 +206,7 @@ export async function consume(
         await commitOffsetsIfNecessary({
           topics: [{ topic, partitions: [{ partition: batch.partition, offset: String(next) }] }],
         });
+        reached.set(batch.partition, next);
         resolveOffset(batch.lastOffset());
         await on.commit(batch.partition, next);
       },

@@ -61,10 +61,13 @@ const remedy =
 /** Deletes the topic and creates it again, empty. */
 async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promise<void> {
   await admin.deleteTopics({ topics: [topic] });
+  await until("the topic is gone", async () => !(await admin.listTopics()).includes(topic));
+  // Where it is there already, an attempt whose answer failed has made it.
   await until("the topic is made anew", () =>
-    admin
-      .createTopics({ topics: [{ topic, numPartitions, replicationFactor: 1 }], waitForLeaders: true })
-      .catch(() => false),
+    admin.createTopics({ topics: [{ topic, numPartitions, replicationFactor: 1 }], waitForLeaders: true }).then(
+      () => true,
+      () => false,
+    ),
   );
 }
 
