@@ -14,7 +14,8 @@ type RequestEnv = Env<"CONNECT_URL" | "SENSORS_TOPIC">;
 type ConnectEnv = RequestEnv & Env<"REPLICATION_DATABASE_URL">;
 
 const file = "schemas/debezium/sensor_readings.json";
-const table = "public.sensor_readings";
+/** What the connector reads. */
+export const sourceTable = "public.sensor_readings";
 
 /** What the topic's name decides: Debezium's prefix, the connector's name, the slot at the source. */
 export function namesOf({ SENSORS_TOPIC: topic }: Env<"SENSORS_TOPIC">): {
@@ -22,9 +23,11 @@ export function namesOf({ SENSORS_TOPIC: topic }: Env<"SENSORS_TOPIC">): {
   connector: string;
   slot: string;
 } {
-  if (!topic.endsWith(`.${table}`))
-    throw new UsageError(`SENSORS_TOPIC ${topic} must end with .${table}: Debezium names a topic PREFIX.SCHEMA.TABLE`);
-  const prefix = topic.slice(0, -table.length - 1);
+  if (!topic.endsWith(`.${sourceTable}`))
+    throw new UsageError(
+      `SENSORS_TOPIC ${topic} must end with .${sourceTable}: Debezium names a topic PREFIX.SCHEMA.TABLE`,
+    );
+  const prefix = topic.slice(0, -sourceTable.length - 1);
   return {
     prefix,
     connector: `etl-${prefix}-sensor_readings`,
@@ -60,14 +63,14 @@ export async function checkReplication(env: ConnectEnv): Promise<void> {
     await checkSession("REPLICATION_DATABASE_URL", source);
     const [found] = await source<{ level: string; replicates: boolean; full: boolean | null; tables: string[] }[]>`
       select current_setting('wal_level') as level, (select rolreplication or rolsuper from pg_roles where rolname = current_user) as replicates,
-        (select relreplident = 'f' from pg_class where oid = to_regclass(${table})) as full,
+        (select relreplident = 'f' from pg_class where oid = to_regclass(${sourceTable})) as full,
         array(select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors') as tables`;
     const faults = [];
     if (found?.level !== "logical")
       faults.push(`wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server`);
     if (!found?.replicates) faults.push("the role may not replicate");
-    if (found?.full !== true) faults.push(`table ${table} is not there, or not REPLICA IDENTITY FULL`);
-    for (const needed of [table, "public.etl_heartbeat"])
+    if (found?.full !== true) faults.push(`table ${sourceTable} is not there, or not REPLICA IDENTITY FULL`);
+    for (const needed of [sourceTable, "public.etl_heartbeat"])
       if (!found?.tables.includes(needed)) faults.push(`publication etl_sensors is not there, or lacks ${needed}`);
     if (faults.length)
       throw new UsageError(

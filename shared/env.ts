@@ -253,16 +253,10 @@ const everyRun = [
   "TO",
 ] as const;
 
+export const bigquery = ["BIGQUERY_PROJECT", "BIGQUERY_DATASET", "BIGQUERY_LOCATION", "BIGQUERY_ENDPOINT"] as const;
+
 /** What a pipeline from Postgres to BigQuery reads. */
-export const postgresToBigQuery = [
-  "SOURCE_DATABASE_URL",
-  "ETL_DATABASE_URL",
-  "BIGQUERY_PROJECT",
-  "BIGQUERY_DATASET",
-  "BIGQUERY_LOCATION",
-  "BIGQUERY_ENDPOINT",
-  ...everyRun,
-] as const;
+export const postgresToBigQuery = ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL", ...bigquery, ...everyRun] as const;
 
 export const bucketOfArchive = [
   "S3_ENDPOINT",
@@ -288,11 +282,8 @@ export const kafka = [
 /** What the models read. */
 export const bigQueryToBigQuery = [
   "ETL_DATABASE_URL",
-  "BIGQUERY_PROJECT",
-  "BIGQUERY_DATASET",
+  ...bigquery,
   "BIGQUERY_VIEWS_DATASET",
-  "BIGQUERY_LOCATION",
-  "BIGQUERY_ENDPOINT",
   "PUSHGATEWAY_URL",
   "RUN_TIMEOUT_SECONDS",
   "ONLY",

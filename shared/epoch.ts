@@ -12,6 +12,12 @@ export interface Epoch {
   database: string;
 }
 
+/** The topic's epoch, or undefined where no consumer has begun one. */
+export async function readEpoch(etl: Sql, topic: string): Promise<Epoch | undefined> {
+  const [epoch] = await etl<Epoch[]>`select epoch as number, database from etl.topics where topic = ${topic}`;
+  return epoch;
+}
+
 /**
  * The topic's epoch; its first one where there is none yet.
  * @throws UsageError where the topic is not what the epoch began with: other partitions, or offsets that went back.
@@ -32,7 +38,7 @@ export async function takeEpoch(
         partitions.map(({ partition }) => ({ partition, next: 0n })),
       );
   });
-  const [epoch] = await etl<Epoch[]>`select epoch as number, database from etl.topics where topic = ${topic}`;
+  const epoch = await readEpoch(etl, topic);
   const known = await etl<{ partition: number; next: string }[]>`
     select partition, next_offset as next from etl.topic_offsets where topic = ${topic} order by partition`;
   const remedy = `Its offsets no longer order the changes, and rows could lose to older ones. Nothing was inserted. Stop all consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the table")`;

@@ -6,14 +6,13 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import { readDefinitions, select } from "./clickhouse.ts";
-import { isRunning, namesOf } from "./connect.ts";
+import { isRunning, namesOf, sourceTable as table } from "./connect.ts";
 import { type Env, UsageError } from "./env.ts";
 import { type Batch, type Kafka, type KafkaEnv, topicState, withAdmin } from "./kafka.ts";
 import { serveMetrics } from "./metrics.ts";
 import { checkSession, connect } from "./postgres.ts";
 import { log, thousands } from "./progress.ts";
 
-const table = "public.sensor_readings";
 /** Postgres's types that a column of ClickHouse holds every value of, as Debezium writes them. */
 const fitting: Record<string, string[]> = {
   Int64: ["bigint", "integer", "smallint"],

@@ -9,6 +9,7 @@
  */
 import { connectClickHouse, select } from "../../shared/clickhouse.ts";
 import { clickhouse, readEnv } from "../../shared/env.ts";
+import { readEpoch } from "../../shared/epoch.ts";
 import { connect } from "../../shared/postgres.ts";
 import { log, table } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
@@ -20,9 +21,9 @@ await main(import.meta, async () => {
   if (env.REPLAY) {
     // 1. This epoch's only: what was parked before is in the snapshot that the epoch began with, or was deleted since.
     const etl = connect(env.ETL_DATABASE_URL, { application: "etl:replay-dead-letters", timeoutSeconds: 30 });
-    const [current] = await etl<{ epoch: number }[]>`select epoch from etl.topics where topic = ${topic}`;
+    const current = await readEpoch(etl, topic);
     await etl.end();
-    const place = { topic, epoch: current?.epoch ?? 0 };
+    const place = { topic, epoch: current?.number ?? 0 };
     const ours = "topic = {topic: String} AND epoch = {epoch: UInt16}";
 
     // 2. Mark them: consumers park others meanwhile, which are not to be taken for replayed.

@@ -23,7 +23,14 @@ import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
 import { connectBigQuery } from "../../shared/bigquery.ts";
 import { migrateClickHouse } from "../../shared/clickhouse.ts";
-import { bucketOfArchive, clickhouse, readEnv, root, UsageError } from "../../shared/env.ts";
+import {
+  bigquery as bigqueryVariables,
+  bucketOfArchive,
+  clickhouse,
+  readEnv,
+  root,
+  UsageError,
+} from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
@@ -33,11 +40,8 @@ import { type Contract, describeField, pipelines, readContract } from "../../sha
 await main(import.meta, async () => {
   const env = readEnv(
     "ETL_DATABASE_URL",
-    "BIGQUERY_PROJECT",
-    "BIGQUERY_DATASET",
+    ...bigqueryVariables,
     "BIGQUERY_VIEWS_DATASET",
-    "BIGQUERY_LOCATION",
-    "BIGQUERY_ENDPOINT",
     ...bucketOfArchive,
     ...clickhouse,
     "DRY_RUN",

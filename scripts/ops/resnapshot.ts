@@ -24,7 +24,7 @@ import {
   stopConnector,
 } from "../../shared/connect.ts";
 import { clickhouse, kafka, readEnv, UsageError } from "../../shared/env.ts";
-import { beginEpoch, settleEpoch } from "../../shared/epoch.ts";
+import { beginEpoch, readEpoch, settleEpoch } from "../../shared/epoch.ts";
 import { checkGroupIsEmpty, connectKafka, topicState, withAdmin } from "../../shared/kafka.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log, progress, thousands } from "../../shared/progress.ts";
@@ -44,9 +44,7 @@ await main(import.meta, async () => {
   await withAdmin(broker, env, (admin) => checkGroupIsEmpty(admin, groupId));
 
   if (env.SWAP) {
-    const [epoch] = await etl<
-      { epoch: number; database: string }[]
-    >`select epoch, database from etl.topics where topic = ${topic}`;
+    const epoch = await readEpoch(etl, topic);
     if (epoch?.database !== rebuild)
       throw new UsageError(`there is no rebuild of ${topic} to swap in. Begin one: make resnapshot`);
     await awaitSnapshot(env, () => {});
@@ -62,14 +60,14 @@ await main(import.meta, async () => {
         "SELECT comment FROM system.tables WHERE database = {database: String} AND name = {table: String}",
         { database, table },
       );
-      if (seen?.comment !== `epoch ${epoch.epoch}`)
+      if (seen?.comment !== `epoch ${epoch.number}`)
         await server.command({ query: `EXCHANGE TABLES ${database}.${table} AND ${rebuild}.${table}` });
     }
     await settleEpoch(etl, topic, database);
     log({
       step: "done",
       swapped: `${database}.sensor_readings`,
-      epoch: epoch.epoch,
+      epoch: epoch.number,
       before: `${rebuild}.sensor_readings`,
       next: `start the consumers; DROP DATABASE ${rebuild} when nobody misses it`,
     });
