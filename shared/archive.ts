@@ -186,26 +186,27 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
       const key = `${dayPrefix(bucket, day)}part-${String(list.length + 1).padStart(4, "0")}-${suffix}.ndjson.gz`;
       keys.push(key);
       const [raw, packed] = [createHash("sha256"), createHash("sha256")];
+      const gzip = createGzip({ level: GZIP_LEVEL }).on("error", () => {}); // whoever reads it throws it
       let [last, bytes] = [first.value, 0];
-      async function* read(): AsyncGenerator<Buffer> {
+      const compress = async (): Promise<void> => {
         for (let next = first as IteratorResult<Buffer>; !next.done; next = await lines.next()) {
           last = next.value;
           raw.update(last);
-          yield last;
+          // A piece's memory is used again once the next is asked for: wait until gzip, in its own thread, is done with it.
+          await new Promise<void>((done, fail) => gzip.write(last, (error) => (error ? fail(error) : done())));
           await pace(rows.sent);
         }
-      }
-      async function* count(pieces: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
-        for await (const piece of pieces) {
+        gzip.end();
+      };
+      async function* count(): AsyncGenerator<Buffer> {
+        for await (const piece of gzip) {
           packed.update(piece);
           bytes += piece.length;
           yield piece;
         }
       }
-      const body = Readable.from(read())
-        .compose(createGzip({ level: GZIP_LEVEL }))
-        .compose(count);
-      uploading = putStream(bucket, key, body, { run: run.id }, run.signal);
+      compress().catch((error: Error) => gzip.destroy(error));
+      uploading = putStream(bucket, key, Readable.from(count()), { run: run.id }, run.signal);
       await uploading;
       list.push({ key, rows: rows.sent.rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") });
       return rows.sent.rows < partRows ? undefined : position(last);

@@ -118,7 +118,7 @@ export async function loadLines(run: Run, to: Destination, staging: Staging, row
 function showProgress(run: Run, { sent }: RowStream): (lines: AsyncIterable<Buffer>) => AsyncIterable<Buffer> {
   return async function* (lines) {
     for await (const piece of lines) {
-      yield piece;
+      yield Buffer.from(piece); // the upload may hold several
       progress(
         `${run.pipeline}: ${thousands(run.totals.rows + sent.rows)} rows, ${thousands(sent.bytes / 1e6)} MB of this chunk read`,
       );

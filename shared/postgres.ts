@@ -5,9 +5,7 @@
  * milliseconds. Select `::text`, pass `::text::timestamptz`.
  */
 import { connect as connectSocket, type Socket } from "node:net";
-import { type Readable, Transform } from "node:stream";
-import { setFlagsFromString } from "node:v8";
-import { runInNewContext } from "node:vm";
+import type { Readable } from "node:stream";
 import postgres, { type Sql } from "postgres";
 
 export interface SessionOptions {
@@ -94,7 +92,7 @@ export class SourceError extends Error {
 }
 
 export interface RowStream {
-  /** JSON lines, in pieces of about 64 KB. */
+  /** JSON lines, in pieces of about 64 KB. The memory of one is used again when the next is asked for: copy it to keep it. */
   lines: AsyncIterable<Buffer>;
   /** What has passed so far. */
   sent: { rows: number; bytes: number };
@@ -104,7 +102,7 @@ export interface RowStream {
 
 /**
  * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot).
- * JSON text never holds the bytes 1 and 2, so as quote and delimiter of a CSV they leave it as it is.
+ * In binary format, which leaves the text as it is and costs Postgres a tenth less than a CSV.
  * The lines throw a SourceError, and never just end, when the server dies, is cancelled or resets the connection.
  */
 export async function copyJsonLines(
@@ -123,17 +121,19 @@ export async function copyJsonLines(
   const settings = { ...options.settings, "etl.from": from, "etl.to": to };
   const session = connect(url, { ...options, settings }, { socket: open } as object);
   const sent = { rows: 0, bytes: 0 };
-  const copy = `/* ${options.application} */ copy (${select}) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`;
+  const copy = `/* ${options.application} */ copy (${select}) to stdout (format binary)`;
   async function* lines(): AsyncGenerator<Buffer> {
     try {
       const query = session.unsafe(copy) as ReturnType<Sql["unsafe"]> & { resolve(rows: Readable): void };
       // An error in one packet with the first rows is emitted before an await goes on: a listener must be there by then.
       const { resolve } = query;
-      query.resolve = (rows) => resolve(rows.on("error", () => {}));
-      const rows: Readable = await query.readable();
-      if (rows.errored) throw rows.errored;
-      // postgres.js hands over one CopyData message, which is one row, at a time.
-      yield* rows.compose(gather(sent));
+      let pieces: AsyncIterable<Buffer> | undefined;
+      query.resolve = (rows) => {
+        pieces = gather(rows, sent);
+        resolve(rows);
+      };
+      await query.readable();
+      if (pieces) yield* pieces;
     } catch (error) {
       throw new SourceError(`reading the source failed after ${sent.rows} rows: ${explainRefused(error as Error)}`, {
         cause: error,
@@ -150,38 +150,72 @@ export async function copyJsonLines(
   };
 }
 
-// Memory stays flat however many rows pass: buffers that were in use at two scavenges are freed by a full collection only, which
-// V8 begins after 64 MB of them; and its young generation would grow with the garbage. A full collection takes about 15 ms here.
-setFlagsFromString("--expose-gc");
-setFlagsFromString("--semi-space-growth-factor=1");
-const collectGarbage = runInNewContext("gc") as () => void;
-const COLLECT_BYTES = 32_000_000;
+const PIECE_BYTES = 65_536;
+/** Of COPY's binary format, before the first row; each row is then 6 bytes (one field, its length) and the field. */
+const HEADER_BYTES = 19;
+const ROW_BYTES = 6;
 
-function gather(sent: { rows: number; bytes: number }): Transform {
-  let pieces: Buffer[] = [];
-  let size = 0;
-  let collected = 0;
-  return new Transform({
-    transform(row: Buffer, _encoding, done) {
-      pieces.push(row);
-      size += row.length;
-      sent.rows += 1;
-      sent.bytes += row.length;
-      if (size < 65_536) return done();
-      if (sent.bytes - collected > COLLECT_BYTES) {
-        collectGarbage();
-        collected = sent.bytes;
-      }
-      const full = Buffer.concat(pieces, size);
-      pieces = [];
-      size = 0;
-      done(null, full);
-    },
-    flush(done) {
-      done(null, Buffer.concat(pieces, size));
-    },
+/**
+ * The lines of a COPY of one column in binary format. postgres.js pushes one row at a time into its stream: as items of a stream
+ * they would cost several times what copying them together does. A piece's memory is used again once the next is asked for, which
+ * keeps memory flat however many rows pass: buffers made anew would pile up until V8 collects its whole heap.
+ */
+function gather(rows: Readable, sent: { rows: number; bytes: number }): AsyncIterable<Buffer> {
+  const [full, free]: [Buffer[], Buffer[]] = [[], []];
+  let piece: Buffer = Buffer.allocUnsafeSlow(PIECE_BYTES);
+  let [size, header] = [0, HEADER_BYTES];
+  let end: { error?: Error } | undefined;
+  let wake = (): void => {};
+  const flush = (): void => {
+    if (!size) return;
+    full.push(piece.subarray(0, size));
+    piece = free.pop() ?? Buffer.allocUnsafeSlow(PIECE_BYTES);
+    size = 0;
+    wake();
+  };
+  rows.on("error", (error) => {
+    end = { error };
+    wake();
   });
+  rows.push = (message: Buffer | null): boolean => {
+    if (message === null) {
+      flush();
+      end ??= {};
+      wake();
+      return false;
+    }
+    const start = header + ROW_BYTES;
+    header = 0;
+    const length = message.length - start;
+    if (length < 0) return true; // the header alone, or the mark of the end
+    if (size + length >= PIECE_BYTES) flush();
+    const large = length >= PIECE_BYTES;
+    const into = large ? Buffer.allocUnsafeSlow(length + 1) : piece;
+    message.copy(into, size, start);
+    into[size + length] = NEWLINE;
+    if (large) full.push(into);
+    else size += length + 1;
+    sent.rows += 1;
+    sent.bytes += length + 1;
+    return full.length < 4;
+  };
+  async function* pieces(): AsyncGenerator<Buffer> {
+    for (;;) {
+      for (let next = full.shift(); next; next = full.shift()) {
+        yield next;
+        if (next.buffer.byteLength === PIECE_BYTES) free.push(Buffer.from(next.buffer));
+      }
+      if (end?.error) throw end.error;
+      if (end) return;
+      const { promise, resolve } = Promise.withResolvers<void>();
+      wake = resolve;
+      rows._read(0); // postgres.js lets the socket go on, which it pauses where push returns false
+      await promise;
+    }
+  }
+  return pieces();
 }
+const NEWLINE = 10;
 
 /** A cast that must fail is the only way for a plain SELECT of a read-only role to raise an error that names a row. */
 export function raise(message: string, type: string): string {

@@ -116,7 +116,7 @@ const contenders: Contender[] = [
     format: "NDJSON.gz, manifest",
     writes: "events/",
     run: () =>
-      measure(process.execPath, [join(root, "scripts/events.ts")], {
+      measure(process.execPath, ["--max-semi-space-size=1", join(root, "scripts/events.ts")], {
         ...shop.env,
         FROM: day,
         TO: "2017-06-02",
