@@ -57,9 +57,21 @@ views: setup ## Make, check and publish the models of views/ (ONLY= DRY_RUN=1 AL
 status: setup ## Where each pipeline is (JSON=1 for programs)
 	@node scripts/ops/status.ts
 
+.PHONY: doctor
+doctor: setup ## Check a set-up before its first run, and say what to fix (PIPELINE= for one)
+	@node scripts/ops/doctor.ts
+
 .PHONY: rewind
 rewind: setup ## Set a watermark back: PIPELINE= TO= (DRY_RUN=1 says what would be read again)
 	@node scripts/ops/rewind.ts
+
+.PHONY: verify
+verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 mends what differs)
+	@node scripts/ops/verify.ts
+
+.PHONY: sweep
+sweep: setup ## Remove at the destination what was deleted at the source: PIPELINE= (DRY_RUN=1 CONFIRM=1)
+	@node scripts/ops/sweep.ts
 
 .PHONY: verify-events
 verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)

@@ -12,7 +12,7 @@ import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
 import { type Bucket, getText, listObjects, putStream, putText, removeObjects } from "./s3.ts";
-import { compareSource } from "./schema.ts";
+import { type Comparing, compareSource } from "./schema.ts";
 import { jsonLines } from "./types.ts";
 import { advance, type Source, type Window } from "./watermark.ts";
 
@@ -113,7 +113,7 @@ export async function windowDays(
  * Compares the source with etl.events_restored, which archived days must fit into again.
  * @returns a SELECT of JSON lines.
  */
-export async function checkArchivable(run: Run, source: Source): Promise<string> {
+export async function checkArchivable(run: Comparing & Pick<Run, "etl">, source: Source): Promise<string> {
   const file = "sql/etl/002_events_restored.sql";
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute

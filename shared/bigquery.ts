@@ -1,6 +1,7 @@
 /**
  * BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key.
  */
+import { randomUUID } from "node:crypto";
 import { pipeline } from "node:stream/promises";
 import { BigQuery, type Job, type TableField } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
@@ -155,36 +156,96 @@ export async function checkKeys(run: Run, to: Destination, staging: Staging): Pr
   );
 }
 
-function address({ bigquery, dataset }: Destination, table: string): string {
+/** A table of the destination's dataset, as SQL names it. */
+export function address({ bigquery, dataset }: Destination, table: string): string {
   return `\`${bigquery.projectId}.${dataset}.${table}\``;
 }
 
 /**
  * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
  * run that was slow, or a window read again, never puts an old version back.
+ * @param replaced the condition on t under which a row is replaced instead, newer or not.
  */
-export function mergeStatement(contract: Contract, target: string, staging: string, version: string): string {
+export function mergeStatement(
+  contract: Contract,
+  target: string,
+  staging: string,
+  version: string,
+  replaced: string = `s.\`${version}\` >= t.\`${version}\``,
+): string {
   const columns = contract.fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !contract.key.includes(column.slice(1, -1)));
   return [
     `MERGE ${target} t USING ${staging} s`,
     `ON ${contract.key.map((name) => `t.\`${name}\` = s.\`${name}\``).join(" AND ")}`,
-    `WHEN MATCHED AND s.\`${version}\` >= t.\`${version}\` THEN UPDATE SET ${values.map((column) => `${column} = s.${column}`).join(", ")}`,
+    `WHEN MATCHED AND ${replaced} THEN UPDATE SET ${values.map((column) => `${column} = s.${column}`).join(", ")}`,
     `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `s.${column}`).join(", ")})`,
   ].join("\n");
 }
 
-/** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
+/** A condition on rows t of the target that reads the parameter @read: they are changed only while they are what was read. */
+export interface AsRead {
+  condition: string;
+  read: string[];
+}
+
+/**
+ * Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination, or, with
+ * `asRead`, are no longer what was read.
+ */
 export async function mergeStaging(
   run: Run,
   to: Destination,
   staging: Staging,
+  asRead?: AsRead,
 ): Promise<{ inserted: number; updated: number }> {
-  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version)}`;
+  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version, asRead?.condition)}`;
   const jobId = `etl_${staging.name}_merge`;
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
-  const created = to.bigquery.createQueryJob({ query, jobId, useLegacySql: false, labels: labels(run) });
+  const created = to.bigquery.createQueryJob({
+    query,
+    jobId,
+    useLegacySql: false,
+    labels: labels(run),
+    ...read(asRead),
+  });
   await created.catch(ignoreAlreadyThere);
+  const { insertedRowCount, updatedRowCount } = await dmlStats(to, jobId);
+  return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
+}
+
+/** Every row of the target as one query saw it, page by page. @param columns SQL, each a text. */
+export function readKeys<T>(run: Run, to: Destination, columns: string): AsyncIterable<T> {
+  const query = `/* etl:${run.pipeline} run=${run.id} */\nSELECT ${columns} FROM ${address(to, to.table)}`;
+  return to.bigquery.createQueryStream({ query, labels: labels(run) }) as AsyncIterable<T>;
+}
+
+/** Deletes the rows of the target that `asRead` holds for. */
+export function deleteStatement(target: string, { condition }: Pick<AsRead, "condition">): string {
+  return `DELETE FROM ${target} t WHERE ${condition}`;
+}
+
+/** Runs it. @returns rows deleted. */
+export async function deleteRows(run: Run, to: Destination, asRead: AsRead): Promise<number> {
+  const query = `/* etl:${run.pipeline} run=${run.id} */\n${deleteStatement(address(to, to.table), asRead)}`;
+  const jobId = `etl_${to.table}_${run.id}_delete_${randomUUID()}`;
+  using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
+  const created = to.bigquery.createQueryJob({
+    query,
+    jobId,
+    useLegacySql: false,
+    labels: labels(run),
+    ...read(asRead),
+  });
+  await created.catch(ignoreAlreadyThere);
+  return Number((await dmlStats(to, jobId)).deletedRowCount ?? 0);
+}
+
+const read = (asRead?: AsRead): object =>
+  asRead ? { params: { read: asRead.read }, types: { read: ["STRING"] } } : {};
+
+/** What a statement's job changed, once it has ended. */
+async function dmlStats(to: Destination, jobId: string): Promise<Record<string, string | undefined>> {
   const job = to.bigquery.job(jobId);
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [metadata] = await job.getMetadata();
@@ -193,8 +254,7 @@ export async function mergeStaging(
       `BigQuery job ${jobId} ended without a result: ${metadata.status?.errorResult?.message ?? metadata.status?.state}`,
     );
   }
-  const { insertedRowCount, updatedRowCount } = metadata.statistics.query.dmlStats;
-  return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
+  return metadata.statistics.query.dmlStats;
 }
 
 /** For what has a name of its own: it is there because the client asked again when the first answer got lost. */
@@ -202,7 +262,7 @@ function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 
-function labels(run: Run): Record<string, string> {
+export function labels(run: Run): Record<string, string> {
   return { etl_pipeline: run.pipeline, etl_run: run.id };
 }
 

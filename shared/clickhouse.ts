@@ -123,6 +123,8 @@ export interface Definition {
   columns: { name: string; type: string }[];
   /** Of a view: its SELECT. */
   select: string;
+  /** Of a table: when its rows go, as ClickHouse writes it, or "". */
+  ttl: string;
 }
 
 export function readDefinitions(): Definition[] {
@@ -133,6 +135,8 @@ export function readDefinitions(): Definition[] {
       const file = `schemas/clickhouse/${entry}`;
       const statement = readFileSync(join(root, file), "utf8").replace(/;\s*$/, "");
       const [, view, name = ""] = /^CREATE (?:TABLE|(MATERIALIZED VIEW)) (\w+)/m.exec(statement) ?? [];
+      if (!name)
+        throw new UsageError(`${JSON.stringify(file)} must be CREATE TABLE NAME or CREATE MATERIALIZED VIEW NAME`);
       const body = /\(\n(.*?)\n\)\n/s.exec(statement)?.[1] ?? "";
       const columns = view ? [] : [...body.matchAll(/^ {2}(\w+) (.+?),?$/gm)];
       return {
@@ -143,9 +147,12 @@ export function readDefinitions(): Definition[] {
         statement,
         columns: columns.map(([, column = "", type = ""]) => ({ name: column, type })),
         select: view ? statement.replace(/^.*?\bAS\n/s, "") : "",
+        ttl: ttlOf(statement),
       };
     });
 }
+
+const ttlOf = (statement: string): string => /\bTTL (.+?)(?=\n|$| SETTINGS )/.exec(statement)?.[1] ?? "";
 
 /** What the database has and the definitions say otherwise. */
 interface Differences {
@@ -154,15 +161,17 @@ interface Differences {
   added: { definition: Definition; name: string; type: string; found?: string | undefined }[];
   /** Views whose SELECT is another. */
   changed: Definition[];
+  /** Tables whose rows go at another time, or never. It is no difference to a consumer. */
+  kept: Definition[];
   /** In words: column, expected, found. Nothing that a command may decide. */
   refused: string[];
 }
 
 async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Differences> {
-  const differences: Differences = { missing: [], added: [], changed: [], refused: [] };
-  const tables = await select<{ name: string; as_select: string }>(
+  const differences: Differences = { missing: [], added: [], changed: [], kept: [], refused: [] };
+  const tables = await select<{ name: string; as_select: string; engine_full: string }>(
     client,
-    "SELECT name, as_select FROM system.tables WHERE database = {database: String}",
+    "SELECT name, as_select, engine_full FROM system.tables WHERE database = {database: String}",
     { database },
   );
   const columns = await select<{ table: string; name: string; type: string }>(
@@ -182,6 +191,7 @@ async function compareDefinitions(client: ClickHouseClient, database: string): P
         differences.changed.push(definition);
       continue;
     }
+    if (definition.ttl && ttlOf(there.engine_full) !== definition.ttl) differences.kept.push(definition);
     const actual = columns.filter((column) => column.table === table);
     for (const { name, type } of definition.columns) {
       const found = actual.find((column) => column.name === name)?.type;
@@ -251,7 +261,7 @@ export async function migrateClickHouse(
       await apply(`create database ${database}`, () =>
         server.command({ query: `CREATE DATABASE IF NOT EXISTS ${database}` }),
       );
-    const { missing, added, changed, refused } = await compareDefinitions(server, database);
+    const { missing, added, changed, kept, refused } = await compareDefinitions(server, database);
     for (const { definition, name, type, found } of added) {
       // New columns come last: tables and views bind them by name.
       const query = `ALTER TABLE ${definition.name} ${found ? "MODIFY" : "ADD"} COLUMN ${name} ${type}`;
@@ -259,6 +269,10 @@ export async function migrateClickHouse(
         client.command({ query }),
       );
     }
+    for (const { name, ttl } of kept)
+      await apply(`keep rows of ${database}.${name} until ${ttl}`, () =>
+        client.command({ query: `ALTER TABLE ${name} MODIFY TTL ${ttl}` }),
+      );
     for (const { kind, name, statement } of missing)
       await apply(`create ${kind} ${database}.${name}`, () => client.command({ query: statement }));
     for (const { name, select } of changed)
@@ -267,7 +281,7 @@ export async function migrateClickHouse(
       );
     return refused;
   } catch (error) {
-    if (error instanceof ClickHouseError) throw error;
+    if (error instanceof ClickHouseError || error instanceof UsageError) throw error;
     const { host } = new URL(env.CLICKHOUSE_URL);
     throw new Error(
       `ClickHouse at ${host} (CLICKHOUSE_URL) does not answer: ${(error as Error).message}. For the local stack: make up`,

@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, root, UsageError } from "./env.ts";
+import { type Env, redact, root, UsageError } from "./env.ts";
 import { connectKafka, type KafkaEnv, withAdmin } from "./kafka.ts";
 import { checkSession, connect } from "./postgres.ts";
 
@@ -125,7 +125,9 @@ async function request<T>(env: RequestEnv, method: string, path: string, body?: 
     }).catch((error: Error) => {
       const { code, message } = (error.cause ?? error) as { code?: string; message: string };
       throw new Error(
-        `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}. For the local stack: make up`,
+        redact(
+          `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}. For the local stack: make up`,
+        ),
       );
     });
     const text = await answer.text();

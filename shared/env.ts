@@ -6,6 +6,7 @@
 import { existsSync, readFileSync } from "node:fs";
 import { resolve } from "node:path";
 import { parseEnv } from "node:util";
+import { trustAuthorities } from "./tls.ts";
 
 /** The project's root folder: sql/ and schemas/ are found from here, whatever the working directory. */
 export const root: string = resolve(import.meta.dirname, "..");
@@ -33,10 +34,24 @@ function url(...protocols: string[]): Reader<string> {
     if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
     if (!protocols.includes(new URL(value).protocol)) throw new Error(`must start with ${protocols[0]}//`);
     const { password, hostname } = new URL(value);
+    if (password) {
+      const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
+      for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
+    }
     if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    if (password) secrets.add(password).add(decodeURIComponent(password));
+    checkTls(new URL(value));
     return value;
   };
+}
+
+/** A mistyped mode must not become one that checks less, nor a file that nobody reads look like one that is. */
+function checkTls({ protocol, searchParams }: URL): void {
+  if (!protocol.startsWith("postgres")) return;
+  const mode = searchParams.get("sslmode");
+  if (mode !== null && !/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(mode))
+    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+  if (searchParams.has("sslrootcert"))
+    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
 }
 
 const secrets = new Set<string>();
@@ -44,8 +59,10 @@ const secrets = new Set<string>();
 /** The text without any password that was read from the environment, whatever library wrote it into a message. */
 export function redact(message: string): string {
   let result = message;
-  for (const secret of secrets) result = result.replaceAll(secret, "***");
-  return result;
+  // The longest first: one may begin as another does.
+  for (const secret of [...secrets].sort((a, b) => b.length - a.length)) result = result.replaceAll(secret, "***");
+  // Of a file that a client could not read as JSON, V8's message quotes the beginning: of Google's credentials, a key.
+  return result.replaceAll(/(, )?(\.\.\.)?"[^\n]*"(\.\.\.)? is not valid JSON/g, ": it is not valid JSON");
 }
 
 function number(least: number, most: number, whole = true): Reader<number> {
@@ -58,8 +75,9 @@ function number(least: number, most: number, whole = true): Reader<number> {
   };
 }
 
+/** Remembers it as messages may hold it: as it is, as text in JSON, and as a part of a URL. */
 function secret(value: string): string {
-  secrets.add(value);
+  secrets.add(value).add(JSON.stringify(value).slice(1, -1)).add(encodeURIComponent(value.toWellFormed()));
   return value;
 }
 
@@ -98,6 +116,11 @@ function word(value: string): string {
 
 function caughtUp(value: string): string {
   if (value !== "caught-up") throw new Error("can only be caught-up");
+  return value;
+}
+
+function lineFormat(value: string): string {
+  if (!/^(text|json)$/.test(value)) throw new Error("must be text or json");
   return value;
 }
 
@@ -207,6 +230,7 @@ const variables = {
     undefined,
   ),
   AWS_SECRET_ACCESS_KEY: variable<string | undefined>("the key's secret", "…", secret, undefined),
+  AWS_SESSION_TOKEN: variable<string | undefined>("the token of a key that expires", "…", secret, undefined),
   PUSHGATEWAY_URL: variable(
     "where the metrics go: without them nobody is told of a failure",
     "http://pushgateway.example.com:9091",
@@ -215,9 +239,24 @@ const variables = {
   WATERMARK_LAG_SECONDS: variable("rows younger than this are left for the next run", "5", number(0, 86_400, false), 5),
   CHUNK_ROWS: variable("rows a chunk", "250000", number(1, 100_000_000), 250_000),
   RUN_TIMEOUT_SECONDS: variable("the deadline of a run", "1800", number(1, 604_800, false), 1800),
+  RETENTION_DAYS: variable(
+    "how long schema etl keeps runs, and days that were archived",
+    "400",
+    number(1, 36_500),
+    400,
+  ),
+  LOG_FORMAT: variable("how log lines are written: text (key=value) or json", "json", lineFormat, "text"),
   FROM: variable<string | undefined>("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
   TO: variable<string | undefined>("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
   PIPELINE: variable("the pipeline's name", "orders", name),
+  REPAIR: variable("verify: mend what differs", "1", flag, false),
+  CONFIRM: variable("sweep: remove more than SWEEP_MAX_SHARE of the rows", "1", flag, false),
+  SWEEP_MAX_SHARE: variable(
+    "make sweep refuses to remove more than this share of a table's rows",
+    "0.05",
+    number(0, 1, false),
+    0.05,
+  ),
   JSON: variable("print JSON, for programs", "1", flag, false),
   DRY_RUN: variable("say what would be done, and do nothing", "1", flag, false),
   FORCE: variable("archive days again that are done", "1", flag, false),
@@ -249,6 +288,7 @@ const everyRun = [
   "WATERMARK_LAG_SECONDS",
   "CHUNK_ROWS",
   "RUN_TIMEOUT_SECONDS",
+  "RETENTION_DAYS",
   "FROM",
   "TO",
 ] as const;
@@ -265,6 +305,7 @@ export const bucketOfArchive = [
   "AWS_REGION",
   "AWS_ACCESS_KEY_ID",
   "AWS_SECRET_ACCESS_KEY",
+  "AWS_SESSION_TOKEN",
 ] as const;
 
 export const clickhouse = ["CLICKHOUSE_URL", "CLICKHOUSE_DATABASE", "CLICKHOUSE_USER", "CLICKHOUSE_PASSWORD"] as const;
@@ -286,6 +327,7 @@ export const bigQueryToBigQuery = [
   "BIGQUERY_VIEWS_DATASET",
   "PUSHGATEWAY_URL",
   "RUN_TIMEOUT_SECONDS",
+  "RETENTION_DAYS",
   "ONLY",
   "DRY_RUN",
   "ALLOW_STALE",
@@ -309,25 +351,45 @@ export const postgresToS3 = [
 ] as const;
 
 type Variables = typeof variables;
+export type Name = keyof Variables;
 type Value<N extends keyof Variables> = Variables[N] extends Variable<infer T> ? T : never;
 export type Env<N extends keyof Variables = never> = { [K in N]: Value<K> };
 
+/** What the clients of Google and Amazon read themselves, from the environment only. */
+const readByClients = ["GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE"];
+
 function environment(): { values: NodeJS.Dict<string>; file: string } {
   const file = resolve(root, process.env.ENV_FILE ?? ".env");
-  if (existsSync(file)) return { values: { ...parseEnv(readFileSync(file, "utf8")), ...process.env }, file };
+  if (existsSync(file)) {
+    const values = { ...parseEnv(readFileSync(file, "utf8")), ...process.env };
+    for (const name of readByClients) if (values[name]) process.env[name] = values[name];
+    return { values, file };
+  }
   if (process.env.ENV_FILE === undefined) return { values: process.env, file };
   throw new UsageError(`ENV_FILE: there is no file ${file}. Copy .env.example there, or unset ENV_FILE.`);
 }
 
+/** LOG_FORMAT as it is set, for the errors that come before it was judged: a wrong value is readEnv's to refuse. */
+export function logFormat(): string | undefined {
+  try {
+    return environment().values.LOG_FORMAT;
+  } catch {
+    return process.env.LOG_FORMAT;
+  }
+}
+
+/** Whether a variable is set at all, for what may be left unconfigured. */
+export const isSet = (name: keyof Variables): boolean => Boolean(environment().values[name]);
+
 /**
- * The named variables, typed. An empty one counts as absent.
+ * The named variables, typed, and LOG_FORMAT, which every command heeds. An empty one counts as absent.
  * @throws UsageError that lists every missing or malformed one with what it is for and an example.
  */
 export function readEnv<N extends keyof Variables>(...names: N[]): Env<N> {
   const { values, file } = environment();
   const faults: string[] = [];
   const result: Partial<Record<N, unknown>> = {};
-  for (const key of names) {
+  for (const key of [...names, "LOG_FORMAT" as N]) {
     const { about, example, read, ...rest } = variables[key] as Variable<unknown>;
     const value = values[key];
     try {
@@ -337,6 +399,12 @@ export function readEnv<N extends keyof Variables>(...names: N[]): Env<N> {
     } catch (error) {
       faults.push(`  ${key} ${(error as Error).message}: ${about}. Example: ${key}=${example}`);
     }
+  }
+  try {
+    trustAuthorities(values.NODE_EXTRA_CA_CERTS);
+  } catch (error) {
+    const { code, message } = error as { code?: string; message: string };
+    faults.push(`  NODE_EXTRA_CA_CERTS is no file of certificates in PEM form (${code ?? message})`);
   }
   const { FROM, TO } = result as { FROM?: string; TO?: string };
   if (!faults.length && names.includes("FROM" as N)) {

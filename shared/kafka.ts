@@ -6,6 +6,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type Consumer, type Kafka, type SASLOptions } from "kafkajs";
 import { type Env, UsageError } from "./env.ts";
 import { log } from "./progress.ts";
+import { explainCertificate } from "./tls.ts";
 
 export type { Batch, Kafka };
 
@@ -43,6 +44,17 @@ function logKafka({ log: { message, error } }: { log: { message: string; error?:
   log({ step: "kafka", message, error });
 }
 
+/** A certificate or a login that is refused names its variable; waiting and asking again would not mend it. */
+function refusedByBroker(error: unknown): unknown {
+  const certificate = explainCertificate(error);
+  if (certificate) return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${certificate}`);
+  const { name, message } = error as Error;
+  if (!/SASL/.test(name)) return error;
+  return new Error(
+    `KAFKA_BROKERS refused the login: ${message}. Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD`,
+  );
+}
+
 /** Runs `ask` with an admin client. @throws Error that names the brokers where none of them answers. */
 export async function withAdmin<T>(kafka: Kafka, env: KafkaEnv, ask: (admin: Admin) => Promise<T>): Promise<T> {
   const admin = kafka.admin();
@@ -51,7 +63,7 @@ export async function withAdmin<T>(kafka: Kafka, env: KafkaEnv, ask: (admin: Adm
     return await ask(admin);
   } catch (error) {
     const { name, message } = error as Error;
-    if (!isConnectionError(error)) throw error;
+    if (!isConnectionError(error)) throw refusedByBroker(error);
     const away = `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. For the local stack: make up`;
     throw Object.assign(new Error(away), { name });
   } finally {
@@ -225,7 +237,7 @@ async function connectConsumer(consumer: Consumer, signal: AbortSignal): Promise
     try {
       return await consumer.connect();
     } catch (error) {
-      if (!isConnectionError(error)) throw error;
+      if (!isConnectionError(error)) throw refusedByBroker(error);
       log({ step: "waiting", for: "Kafka", error: (error as Error).message });
       await delay(1000, undefined, { signal }).catch(() => {});
     }
@@ -233,6 +245,7 @@ async function connectConsumer(consumer: Consumer, signal: AbortSignal): Promise
 }
 
 const isConnectionError = (error: unknown): boolean =>
+  !explainCertificate(error) &&
   /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSRequestTimeout/.test(
     (error as Error).name,
   );

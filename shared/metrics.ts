@@ -50,6 +50,21 @@ export async function pushModelMetrics(
   await push(url, { pipeline, model }, modelHelp, values);
 }
 
+/** Of a pipeline's verification. */
+const verifyHelp = {
+  etl_verify_differences: "Rows that differed between source and destination when they were last compared.",
+  etl_verify_last_success_timestamp_seconds: "When source and destination were last proven to agree.",
+};
+
+/** The same for a pipeline's verification, in a group of its own: job="etl", pipeline="NAME", command="verify". */
+export async function pushVerifyMetrics(
+  url: string,
+  pipeline: string,
+  values: { [name in keyof typeof verifyHelp]?: number },
+): Promise<void> {
+  await push(url, { pipeline, command: "verify" }, verifyHelp, values);
+}
+
 async function push(
   url: string,
   groupings: Record<string, string>,

@@ -7,6 +7,7 @@
 import { connect as connectSocket, type Socket } from "node:net";
 import type { Readable } from "node:stream";
 import postgres, { type Sql } from "postgres";
+import { explainCertificate } from "./tls.ts";
 
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
@@ -59,8 +60,20 @@ export function connect(
     fetch_types: false,
     onnotice: () => {},
     connection: sessionSettings(options),
+    ...checkedTls(url),
     ...extra,
   });
+}
+
+/**
+ * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it
+ * is the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
+ */
+function checkedTls(url: string): { ssl?: object } {
+  if (!URL.canParse(url)) return {};
+  const { hostname, searchParams } = new URL(url);
+  if (!searchParams.get("sslmode")?.startsWith("verify-")) return {};
+  return { ssl: { host: hostname.replaceAll(/[[\]]/g, "") } };
 }
 
 /**
@@ -76,12 +89,16 @@ export async function checkSession(variable: string, session: Sql): Promise<void
     const { code, message } = error as { code?: string; message: string };
     const remedy: Record<string, string> = {
       "28P01": "Check the password in it; a special character must be percent-encoded.",
-      "28000": "Check the role in it, and pg_hba.conf on the server.",
+      "28000": "Check the role in it, sslmode, and pg_hba.conf on the server.",
+      "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
       "3D000": "Check the database's name in it.",
       ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
+      ECONNRESET: "Does it speak TLS, where sslmode asks for it?",
       ENOTFOUND: "Check the host's name in it.",
       CONNECT_TIMEOUT: "Is the host reachable from here?",
     };
+    const certificate = explainCertificate(error);
+    if (certificate) throw new Error(`cannot connect to ${where}: ${certificate} (${message}).`);
     throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy[code ?? ""] ?? "Check it."}`);
   }
 }

@@ -1,13 +1,14 @@
 /**
  * What a person sees of a run: one line a step in key=value form on stderr, and on a terminal a line below them that
- * shows how far a long step is.
+ * shows how far a long step is. With LOG_FORMAT=json each line is a JSON object with the same fields, for programs.
  */
-import { redact } from "./env.ts";
+import { logFormat, redact } from "./env.ts";
 
 export type Fields = Record<string, string | number | boolean | null | undefined>;
 
+const json = logFormat() === "json";
 /** Whether a person sees stderr as it comes. */
-export const terminal = process.stderr.isTTY === true;
+export const terminal = !json && process.stderr.isTTY === true;
 let shown = "";
 let drawn = 0;
 
@@ -17,12 +18,30 @@ function clear(): void {
 
 /** Prints one line: ts, then the fields in their order. Text with spaces or quotes is written as JSON; undefined is left out. */
 export function log(fields: Fields): void {
-  const pairs = Object.entries({ ts: new Date().toISOString(), ...fields }).filter(([, value]) => value !== undefined);
-  const line = pairs
-    .map(([key, value]) => `${key}=${/[\s"=]|^$/.test(String(value)) ? JSON.stringify(value) : value}`)
-    .join(" ");
+  const pairs = Object.entries({ ts: new Date().toISOString(), ...fields })
+    .filter(([, value]) => value !== undefined)
+    // Before JSON escapes it: a secret would look different then.
+    .map(([key, value]) => [key, typeof value === "string" ? redact(value) : value] as const);
+  const text = (value: unknown): unknown => (/[\s"=\p{Cc}]|^$/u.test(String(value)) ? JSON.stringify(value) : value);
+  const line = json
+    ? JSON.stringify(Object.fromEntries(pairs.map(([key, value]) => [key, typed(key, value)])))
+    : pairs.map(([key, value]) => `${key}=${text(value)}`).join(" ");
   clear();
-  process.stderr.write(`${redact(line)}\n${shown}`);
+  process.stderr.write(`${line}\n${shown}`);
+}
+
+/** What is counted or measured is a number for programs, also where it came as text: a bigint of Postgres's, or rounded decimals. */
+function typed(key: string, value: Fields[string]): Fields[string] {
+  const counted =
+    /(^|_)(rows|bytes|seconds|count|attempts?)(_|$)/.test(key) && /^-?\d{1,15}(\.\d+)?$/.test(String(value));
+  return counted ? Number(value) : value;
+}
+
+/** The error that ends a script: a sentence with what to do, of several lines where it lists things. `whose`: pipeline and run, if known. */
+export function logError(error: string, whose: Fields): void {
+  progress("");
+  if (json) log({ ...whose, step: "error", error });
+  else process.stderr.write(redact(`error: ${error}\n`));
 }
 
 /** On a terminal, draws `text` as the last line, at most ten times a second; elsewhere does nothing. `""` removes it. */
@@ -39,10 +58,16 @@ export function thousands(value: number): string {
   return Math.round(value).toLocaleString("en-US");
 }
 
+/** Anybody's text as part of a line: without lines of its own, and nothing that a terminal obeys. */
+const printable = (text: string): string => text.replaceAll(/\p{Cc}/gu, "?");
+
 /** Rows as aligned columns under their names, for a person. */
 export function table(rows: Record<string, string | number>[]): string {
   const names = Object.keys(rows[0] ?? {});
-  const lines = [names.map((name) => name.toUpperCase()), ...rows.map((row) => names.map((name) => String(row[name])))];
+  const lines = [
+    names.map((name) => name.toUpperCase()),
+    ...rows.map((row) => names.map((name) => printable(String(row[name])))),
+  ];
   const widths = names.map((_, column) => Math.max(...lines.map((line) => line[column]?.length ?? 0)));
   return lines
     .map((line) =>

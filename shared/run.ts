@@ -5,10 +5,11 @@ import { randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, redact, UsageError } from "./env.ts";
+import { type Env, logFormat, redact, UsageError } from "./env.ts";
 import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
 import { checkSession, connect, type SessionOptions } from "./postgres.ts";
-import { type Fields, log, progress } from "./progress.ts";
+import { type Fields, log, logError, progress } from "./progress.ts";
+import { type Position, readPosition, wentBack } from "./restored.ts";
 import type { Chunk, Window } from "./watermark.ts";
 
 /**
@@ -22,6 +23,8 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
       if (error.code !== "EPIPE") throw error;
     });
   }
+  process.on("uncaughtException", fail);
+  process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
     const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";
@@ -35,16 +38,24 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
       );
     await body();
   } catch (error) {
-    progress("");
-    const programming = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
-    process.stderr.write(redact(`error: ${programming ? ((error as Error).stack ?? error) : explain(error)}\n`));
-    process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
+    fail(error);
   }
 }
 
-/** undefined_table or invalid_schema_name in schema etl. */
+/** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
+let current: Fields = {};
+
+function fail(error: unknown): never {
+  const programming = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
+  const stack = logFormat() === "json" ? String(error) : (error as Error)?.stack;
+  logError(programming ? (stack ?? String(error)) : explain(error), current);
+  process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
+}
+
+/** undefined_table or invalid_schema_name in schema etl, or a column that a newer file of sql/etl adds. */
 const withoutMetadata = ({ code, message }: Error & { code?: string }): boolean =>
-  (code === "42P01" || code === "3F000") && /etl/.test(message);
+  ((code === "42P01" || code === "3F000") && /etl/.test(message)) ||
+  (code === "42703" && /\b(by_hand|source_wal|source_server|source_database)\b/.test(message));
 
 function explain(error: Error & { code?: string }): string {
   if (withoutMetadata(error)) return `${error.message}: the metadata tables are not there. Run: make migrate`;
@@ -55,6 +66,7 @@ type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"
   /** Without it the run has no source, and must not ask for it. */
   SOURCE_DATABASE_URL?: string;
   WATERMARK_LAG_SECONDS?: number;
+  RETENTION_DAYS?: number;
   FROM?: string | undefined;
   TO?: string | undefined;
   ONLY?: string | undefined;
@@ -62,7 +74,7 @@ type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"
 };
 
 export interface Run {
-  /** Joins log, etl.runs, BigQuery's job labels and Postgres's application_name. */
+  /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
   id: string;
   pipeline: string;
   /** A part was asked for (FROM and TO, ONLY, a dry run): the watermark and the pipeline's metrics stay as they are. */
@@ -88,6 +100,8 @@ export interface Run {
   /** The window and the watermark, once known, for the record and the metrics. */
   window?: Window;
   watermark?: string;
+  /** Where the source's history was when the run began; not for a re-run by hand. */
+  sourceAt?: Position | undefined;
   /** Columns of the source table that the contract does not know, once they have been compared. */
   unknownColumns?: string[];
 }
@@ -101,8 +115,12 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   const work = (async () => {
     const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
     await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
+    if (env.SOURCE_DATABASE_URL && !run.byHand) await checkNotRestored(run);
     await body(run);
-    if (run.state === "locked") await record(run, "succeeded");
+    if (run.state === "locked") {
+      await record(run, "succeeded");
+      await forget(run, env.RETENTION_DAYS);
+    }
   })();
   work.catch(() => {}); // where the deadline wins the race, what is left of the work may still reject
   let failure: Error | undefined;
@@ -136,10 +154,19 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
+/** @throws Error where the source was restored from an older backup since the last run. */
+async function checkNotRestored(run: Run): Promise<void> {
+  run.sourceAt = await readPosition(run.source);
+  const back = run.sourceAt && (await wentBack(run.etl, run.pipeline, run.sourceAt));
+  if (back) throw new Error(back);
+}
+
 /** Sorts by time; lower case, digits and _ only, so that it can be a BigQuery label and part of a table's name. */
-export function newRunId(at = Date.now()): string {
-  const time = new Date(at).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
-  return `${time}_${randomBytes(3).toString("hex")}`;
+export function newRunId(at?: number): string {
+  const time = new Date(at ?? Date.now()).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
+  const run = `${time}_${randomBytes(3).toString("hex")}`;
+  if (at === undefined) current = { run };
+  return run;
 }
 
 function createRun(
@@ -147,6 +174,7 @@ function createRun(
   env: RunEnv,
 ): { run: Run; undos: Set<() => Promise<unknown>>; settle: () => void } {
   const id = newRunId();
+  current = { pipeline, run: id };
   const started = performance.now();
   const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
@@ -233,8 +261,29 @@ async function record(run: Run, state: "succeeded" | "failed", error: string | n
   await run.etl`
     update etl.runs set state = ${state}, rows = ${rows}, bytes = ${bytes}, error = ${error}, finished_at = now(),
       chunk_from = ${run.window?.from ?? null}::text::timestamptz,
-      chunk_to = ${run.watermark ?? run.window?.to ?? null}::text::timestamptz
+      chunk_to = ${run.watermark ?? run.window?.to ?? null}::text::timestamptz, by_hand = ${run.byHand},
+      source_server = ${run.sourceAt?.server ?? null}, source_database = ${run.sourceAt?.database ?? null},
+      source_wal = ${run.sourceAt?.wal ?? null}::text::pg_lsn
     where run_id = ${run.id}`;
+}
+
+/**
+ * Retention of the history, by each run that succeeded: the pipeline's runs, but the latest of each kind stay; and archived days, but
+ * not those that a backfill has yet to do (what is archived, the manifests say).
+ */
+async function forget({ etl, pipeline, log }: Run, days: number | undefined): Promise<void> {
+  if (days === undefined) return;
+  const old = etl`now() - make_interval(days => ${days})`;
+  const forgotten = async (): Promise<unknown> => [
+    await etl`
+      delete from etl.runs where pipeline = ${pipeline} and started_at < ${old} and run_id not in (
+        select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
+        order by state, by_hand, started_at desc)`,
+    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`,
+  ];
+  await forgotten().catch((error: Error) =>
+    log("warning", { warning: `history older than ${days} days was not deleted`, error: error.message }),
+  );
 }
 
 /**

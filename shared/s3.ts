@@ -21,7 +21,8 @@ import { type Env, UsageError } from "./env.ts";
 
 type S3Env = Env<
   "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION" | "AWS_ACCESS_KEY_ID" | "AWS_SECRET_ACCESS_KEY"
->;
+> &
+  Partial<Env<"AWS_SESSION_TOKEN">>;
 
 export interface Bucket {
   client: S3Client;
@@ -38,11 +39,14 @@ interface S3Error extends Error {
 
 /** The bucket, with the credentials of the environment or, where it has none, those that the SDK finds. */
 export function connectS3(env: S3Env): Bucket {
-  const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey } = env;
+  const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey, AWS_SESSION_TOKEN: token } = env;
   const client = new S3Client({
     region: env.AWS_REGION,
     ...(env.S3_ENDPOINT && { endpoint: env.S3_ENDPOINT, forcePathStyle: true }),
-    ...(accessKeyId && secretAccessKey && { credentials: { accessKeyId, secretAccessKey } }),
+    ...(accessKeyId &&
+      secretAccessKey && {
+        credentials: { accessKeyId, secretAccessKey, ...(token && { sessionToken: token }) },
+      }),
     responseChecksumValidation: "WHEN_REQUIRED", // the manifest has the SHA-256, and says what differs
     requestHandler: { connectionTimeout: 5000, requestTimeout: 60_000, throwOnRequestTimeout: true },
   });

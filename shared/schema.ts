@@ -28,6 +28,9 @@ export function readContract(pipeline: string): Contract {
   try {
     const resource = JSON.parse(readFileSync(join(root, file), "utf8"));
     const fields = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
+    const names: string[] = [...fields.map(({ name }: Field) => name), ...resource.tableConstraints.primaryKey.columns];
+    const odd = names.find((name) => !/^[A-Za-z_]\w*$/.test(name));
+    if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only`);
     return { pipeline, file, fields, key: resource.tableConstraints.primaryKey.columns, resource };
   } catch (error) {
     throw new UsageError(
@@ -39,7 +42,11 @@ export function readContract(pipeline: string): Contract {
 /** The pipelines that have a contract. */
 export function pipelines(): string[] {
   const files = readdirSync(join(root, "schemas/bigquery")).filter((file) => /^\w.*\.json$/.test(file));
-  return files.sort().map((file) => file.replace(/\.json$/, ""));
+  const names = files.sort().map((file) => file.replace(/\.json$/, ""));
+  const odd = names.find((name) => !/^[\w-]+$/.test(name));
+  if (odd !== undefined)
+    throw new UsageError(`schemas/bigquery: ${JSON.stringify(odd)} may hold letters, digits, _ and - only`);
+  return names;
 }
 
 /** The pipelines that have a watermark. */
@@ -53,21 +60,28 @@ export function readSelect(pipeline: string): string {
   return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 }
 
+/** What is needed of a run to compare its source. */
+export type Comparing = Pick<Run, "pipeline" | "source" | "log" | "unknownColumns">;
+
 /**
  * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
  * contract does not know is a warning and a metric.
  * @returns a SELECT of JSON lines with the contract's fields, each written as its BigQuery type reads it.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function checkSource(run: Run, contract: Contract, source: Source): Promise<string> {
-  const { pipeline, file, fields, key } = contract;
+export async function checkSource(run: Comparing, contract: Contract, source: Source): Promise<string> {
+  const { pipeline, fields, key } = contract;
+  return castSelect(pipeline, fields, key, source.select, await sourceColumns(run, contract, source));
+}
+
+/** The columns that the SELECT returns, compared with the contract as checkSource does. */
+export async function sourceColumns(run: Comparing, { file, fields }: Contract, source: Source): Promise<Column[]> {
   const expected = fields.map((field) => ({
     name: field.name,
     expected: describeField(field),
     differs: (column: Column) => misfit(column, field),
   }));
-  const columns = await compareSource(run, file, source, expected);
-  return castSelect(pipeline, fields, key, source.select, columns);
+  return await compareSource(run, file, source, expected);
 }
 
 /** What a SELECT has to return: a column, what is expected of it, and in what one that is there differs. */
@@ -82,7 +96,12 @@ export interface Expected {
  * @returns the columns that the SELECT returns.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function compareSource(run: Run, file: string, source: Source, wanted: Expected[]): Promise<Column[]> {
+export async function compareSource(
+  run: Comparing,
+  file: string,
+  source: Source,
+  wanted: Expected[],
+): Promise<Column[]> {
   const { table, cursor, select } = source;
   const columns = await readColumns(run.source, table);
   const known = (name: string): boolean => wanted.some((column) => column.name === name);

@@ -29,24 +29,28 @@ const sync = () => each((pipeline) => shop.succeed(`scripts/${pipeline}.ts`));
 type Status = Record<string, unknown>;
 /** Of each pipeline, by its name. */
 const statusOf = async (variables = {}): Promise<Record<string, Status>> => {
-  const { stdout } = await shop.succeed(status, { JSON: "1", ...variables });
+  const { stdout } = await shop.run(status, { JSON: "1", ...variables });
   return Object.fromEntries((JSON.parse(stdout) as Status[]).map((of) => [of.pipeline, of]));
 };
 /** The table: the cells of each pipeline's line, by its name, and all of it. */
-const show = async (variables = {}): Promise<{ cells: Record<string, string[]>; stdout: string }> => {
-  const { stdout } = await shop.succeed(status, variables);
-  const [names = "", ...lines] = stdout.split("\n");
-  assert.match(names, /^PIPELINE +WATERMARK +AGE +LAST SUCCESS +LAST RUN +ROWS +HELD BY$/);
+const show = async (
+  variables = {},
+): Promise<{ cells: Record<string, string[]>; stdout: string; code: number | null }> => {
+  const { stdout, code } = await shop.run(status, variables);
+  const [names = "", ...lines] = (stdout.split("\n\n")[0] ?? "").trim().split("\n");
+  assert.match(names, /^PIPELINE +WATERMARK +AGE +LAST SUCCESS +EVERY +LAST RUN +ROWS +LOCK HELD BY +STATE$/);
   const cells = lines.map((line) => line.split(/ {2,}/));
-  return { cells: Object.fromEntries(cells.map(([name = "", ...others]) => [name, others])), stdout };
+  return { cells: Object.fromEntries(cells.map(([name = "", ...others]) => [name, others])), stdout, code };
 };
+const every = { orders: "1h", users: "1d" };
 
 test("a pipeline that never ran: status says so, and rewind refuses", async () => {
-  const [{ cells }, json] = await Promise.all([show(), statusOf()]);
+  const [{ cells }, json] = [await show(), await statusOf()];
   for (const pipeline of pipelines) {
-    assert.deepEqual(cells[pipeline], ["none", "-", "never", "never", "-", "nobody"]);
-    const { watermark, last_success, last_run, rows: none, held_by } = json[pipeline] ?? {};
+    assert.deepEqual(cells[pipeline], ["none", "-", "never", every[pipeline], "never", "-", "nobody", "new"]);
+    const { watermark, last_success, last_run, rows: none, held_by, state, reasons } = json[pipeline] ?? {};
     assert.deepEqual([watermark, last_success, last_run, none, held_by], [null, null, null, null, null]);
+    assert.deepEqual([state, reasons], ["new", ["it never ran"]]);
   }
   await each(async (pipeline) => {
     const { code, stderr } = await shop.run(rewind, { PIPELINE: pipeline, TO: "2017-01-01" });
@@ -62,13 +66,15 @@ test("a pipeline that never ran: status says so, and rewind refuses", async () =
 
 test("status shows the last success: watermark, ages and rows", async () => {
   await sync();
-  const [{ cells }, all] = await Promise.all([show(), statusOf()]);
+  const [{ cells, code }, all] = [await show(), await statusOf()];
+  assert.equal(code, 0);
   for (const pipeline of pipelines) {
-    const [watermark, age, success, run, count, holder] = cells[pipeline] ?? [];
+    const [watermark, age, success, interval, run, ...others] = cells[pipeline] ?? [];
     assert.equal(watermark, await shop.watermark(pipeline));
     assert.match(`${age} | ${success} | ${run}`, /^\d+s \| \d+s ago \| succeeded \d+s ago$/);
-    assert.deepEqual([count, holder], ["1,234", "nobody"]);
+    assert.deepEqual([interval, ...others], [every[pipeline], "1,234", "nobody", "ok"]);
     const json = all[pipeline] ?? {};
+    assert.deepEqual([json.state, json.reasons], ["ok", []]);
     assert.deepEqual(
       [json.watermark, json.last_run_state, json.last_error, json.rows],
       [watermark, "succeeded", null, 1234],
@@ -88,13 +94,14 @@ test("status shows the last failure with its error, and still the last success",
     await shop.admin.unsafe(`${alter} set not null`);
     assert.equal(code, 2);
   });
-  const [{ cells, stdout }, all] = await Promise.all([show(), statusOf()]);
+  const [{ cells, stdout, code }, all] = [await show(), await statusOf()];
+  assert.equal(code, 1);
   for (const pipeline of pipelines) {
-    const [watermark, , success, run, count] = cells[pipeline] ?? [];
+    const [watermark, , success, , run, count, , state] = cells[pipeline] ?? [];
     assert.equal(watermark, await shop.watermark(pipeline));
-    assert.match(`${success} | ${run} | ${count}`, /^\d+s ago \| failed \d+s ago \| 1,234$/);
+    assert.match(`${success} | ${run} | ${count} | ${state}`, /^\d+s ago \| failed \d+s ago \| 1,234 \| red$/);
     const error = `column public\\.${pipeline}\\.created_at: expected TIMESTAMP REQUIRED`;
-    assert.match(stdout, new RegExp(`^${pipeline} failed: .*\\n +${error}`, "m"));
+    assert.match(stdout, new RegExp(`^${pipeline}: its last run failed: .*\\n +${error}`, "m"));
     assert.match(String(all[pipeline]?.last_error), new RegExp(error));
   }
   await sync();
@@ -102,9 +109,12 @@ test("status shows the last failure with its error, and still the last success",
 
 /** What status says of the holder, the same of every pipeline. */
 async function assertHeldBy(held: RegExp): Promise<void> {
-  const [{ cells }, all] = await Promise.all([show(), statusOf()]);
+  const [{ cells, stdout, code }, all] = [await show(), await statusOf()];
+  assert.equal(code, 0);
   for (const pipeline of pipelines) {
-    assert.match(cells[pipeline]?.at(-1) ?? "", held);
+    assert.equal(cells[pipeline]?.at(-1), "warn");
+    const { source } = held;
+    assert.match(stdout, new RegExp(`^${pipeline}: its watermark is held for \\d+s by ${source.slice(1)}`, "m"));
     assert.match(String(all[pipeline]?.held_by), held);
     assert.ok((all[pipeline]?.hold_seconds as number) > 0);
   }
@@ -140,12 +150,15 @@ test("status says unknown, not nobody, where the role may not see who holds the 
 
 test("status shows the metadata also while the source is down", async () => {
   const down = { SOURCE_DATABASE_URL: "postgres://etl_reader:x@127.0.0.1:1/shop" };
-  const [{ cells }, all] = await Promise.all([show(down), statusOf(down)]);
+  const [{ cells, stdout, code }, all] = [await show(down), await statusOf(down)];
+  assert.equal(code, 1);
   for (const pipeline of pipelines) {
-    const [watermark, , , run, , holder] = cells[pipeline] ?? [];
+    const [watermark, , , , run, , , state] = cells[pipeline] ?? [];
     assert.equal(watermark, await shop.watermark(pipeline));
-    assert.match(String(run), /^succeeded/);
-    assert.match(String(holder), /^unknown: cannot connect to SOURCE_DATABASE_URL \(host 127\.0\.0\.1, port 1,/);
+    assert.match(`${run} | ${state}`, /^succeeded .* \| red$/);
+    const says =
+      "who holds its watermark is not known: cannot connect to SOURCE_DATABASE_URL \\(host 127\\.0\\.0\\.1, port 1,";
+    assert.match(stdout, new RegExp(`^${pipeline}: ${says}`, "m"));
     assert.match(String(all[pipeline]?.held_by), /^unknown: cannot connect to SOURCE_DATABASE_URL/);
   }
 });
@@ -220,7 +233,7 @@ test("rewind sets the watermark back, says what is read again, keeps it in etl.r
     );
   });
   const { cells } = await show();
-  for (const pipeline of pipelines) assert.match(cells[pipeline]?.[3] ?? "", /^succeeded/);
+  for (const pipeline of pipelines) assert.match(cells[pipeline]?.[4] ?? "", /^succeeded/);
 
   await each(async (pipeline) => {
     const run = await shop.succeed(`scripts/${pipeline}.ts`);

@@ -12,4 +12,6 @@ CREATE TABLE sensor_dead_letters (
   parked_at DateTime64(3, 'UTC')
 )
 ENGINE = ReplacingMergeTree(attempt)
-ORDER BY (topic, epoch, partition, offset);
+ORDER BY (topic, epoch, partition, offset)
+-- As long as schema etl keeps its runs by default (RETENTION_DAYS).
+TTL toDateTime(parked_at) + toIntervalDay(400);

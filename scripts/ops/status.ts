@@ -1,82 +1,86 @@
 /**
- * status: where each pipeline is. Reads schema etl and the source's open transactions, and changes nothing.
+ * status: where each pipeline is. Reads schema etl, the source's open transactions, and, where they are configured, Kafka, Kafka
+ * Connect, ClickHouse and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing.
  *
- *   make status          a table
- *   make status JSON=1   the same for programs: an array of objects on stdout; times in UTC, ages in seconds
+ *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
+ *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of Status in
+ *                        shared/status.ts: pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
+ *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
+ *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
+ *                        null where a pipeline has no such thing
+ *
+ *   state      red     stale by the rule of the alerts (two intervals), last run failed or abandoned, the watermark held for longer than
+ *                      its alert allows or not to be trusted (the source restored, a clock set back), a part that does not answer,
+ *                      sensors' lag or WAL over its alert, no connector, no slot, no consumer while there are messages
+ *              warn    a shorter hold, a failed run by hand, failed days, dead letters, no consumer of a topic that is read to its end
+ *              new     never ran, or not configured
+ *   exit code  1 where a pipeline is red, else 0
  */
+import { styleText } from "node:util";
 import { readEnv } from "../../shared/env.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { duration, table, thousands } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
-import { watermarked } from "../../shared/schema.ts";
-import { checkVisible, readBound } from "../../shared/watermark.ts";
-
-interface Status {
-  pipeline: string;
-  watermark: string | null;
-  watermark_age_seconds: number | null;
-  last_success: string | null;
-  last_success_age_seconds: number | null;
-  last_run: string | null;
-  last_run_age_seconds: number | null;
-  last_run_state: string | null;
-  last_error: string | null;
-  /** Of the last successful run. */
-  rows: number | null;
-  held_by: string | null;
-  hold_seconds: number;
-}
+import { readStatus, type Status } from "../../shared/status.ts";
 
 await main(import.meta, async () => {
   const env = readEnv("SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "WATERMARK_LAG_SECONDS", "JSON");
-  const session = { application: "etl:status", timeoutSeconds: 30 };
-  const etl = connect(env.ETL_DATABASE_URL, session);
+  const session = { application: "etl:status", timeoutSeconds: 4 };
+  const quick = { connect_timeout: 4 };
+  const etl = connect(env.ETL_DATABASE_URL, session, quick);
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) };
-  const source = connect(env.SOURCE_DATABASE_URL, { ...session, settings });
+  const source = connect(env.SOURCE_DATABASE_URL, { ...session, settings }, quick);
   await checkSession("ETL_DATABASE_URL", etl);
-
-  // The metadata is worth showing also when the source is down; that is when people look.
-  const holder = await checkSession("SOURCE_DATABASE_URL", source)
-    .then(() => readBound(source))
-    .then((bound) => {
-      checkVisible(bound);
-      return { held_by: bound.prepared ?? bound.holder, hold_seconds: bound.hold_seconds };
-    })
-    .catch((error: Error) => ({ held_by: `unknown: ${error.message}`, hold_seconds: 0 }));
-  const rows = await etl<Status[]>`
-    select p.pipeline,
-      replace(w.watermark::text, ' ', 'T') as watermark,
-      extract(epoch from now() - w.watermark)::float8 as watermark_age_seconds,
-      replace(date_trunc('second', ok.finished_at)::text, ' ', 'T') as last_success,
-      extract(epoch from now() - ok.finished_at)::float8 as last_success_age_seconds,
-      replace(date_trunc('second', last.started_at)::text, ' ', 'T') as last_run,
-      extract(epoch from now() - last.started_at)::float8 as last_run_age_seconds,
-      last.state as last_run_state, last.error as last_error, ok.rows::float8 as rows
-    from unnest(${`{${[...watermarked(), "views"].join()}}`}::text::text[]) p (pipeline)
-    left join etl.watermarks w using (pipeline)
-    left join lateral (select * from etl.runs r where r.pipeline = p.pipeline and r.state = 'succeeded'
-                       order by started_at desc limit 1) ok on true
-    left join lateral (select * from etl.runs r where r.pipeline = p.pipeline and r.state <> 'rewound'
-                       order by started_at desc limit 1) last on true
-    order by p.pipeline`;
-  const all = rows.map((row) => ({ ...row, ...holder }));
-
+  const all = await readStatus(etl, source);
   if (env.JSON) process.stdout.write(`${JSON.stringify(all, null, 2)}\n`);
-  else {
-    const ago = (seconds: number | null): string => (seconds === null ? "never" : `${duration(seconds)} ago`);
-    const shown = all.map((row) => ({
-      pipeline: row.pipeline,
-      watermark: row.watermark ?? "none",
-      age: row.watermark_age_seconds === null ? "-" : duration(row.watermark_age_seconds),
-      "last success": ago(row.last_success_age_seconds),
-      "last run": row.last_run_state ? `${row.last_run_state} ${ago(row.last_run_age_seconds)}` : "never",
-      rows: row.rows === null ? "-" : thousands(row.rows),
-      "held by": row.held_by ?? "nobody",
-    }));
-    process.stdout.write(`${table(shown)}\n`);
-    for (const { pipeline, last_run_state, last_error } of all) {
-      if (last_run_state === "failed") process.stdout.write(`\n${pipeline} failed: ${last_error}\n`);
-    }
-  }
-  await Promise.all([etl.end(), source.end({ timeout: 1 })]);
+  else print(all);
+  process.exit(all.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
+
+function ago(seconds: number | null): string {
+  return seconds === null ? "never" : `${duration(seconds)} ago`;
+}
+
+function print(all: Status[]): void {
+  const colours = { ok: "green", new: "gray", warn: "yellow", red: "red" } as const;
+  const rows = all.map((of) => ({
+    pipeline: of.pipeline,
+    watermark: of.watermark ?? "none",
+    age: of.watermark_age_seconds === null ? "-" : duration(of.watermark_age_seconds),
+    "last success": ago(of.last_success_age_seconds),
+    every: of.interval_seconds === null ? "-" : duration(of.interval_seconds).replace(/ 0[hms]$/, ""),
+    "last run": of.last_run_state ? `${of.last_run_state} ${ago(of.last_run_age_seconds)}` : "never",
+    rows: of.rows === null ? "-" : thousands(of.rows),
+    "lock held by": of.lock ?? "nobody",
+    state: of.state,
+  }));
+  const [names = "", ...lines] = table(rows).split("\n");
+  const shown = lines.map((line, at) => colour(colours[all[at]?.state ?? "ok"], line));
+  process.stdout.write(`${[names, ...shown].join("\n")}\n`);
+  const below = all.flatMap((of) => details(of).map((line) => `${of.pipeline}: ${line}\n`));
+  if (below.length) process.stdout.write(`\n${below.join("")}`);
+}
+
+/** On a terminal only, and not where NO_COLOR is set. */
+function colour(format: "green" | "gray" | "yellow" | "red", text: string): string {
+  return styleText(format, text, { stream: process.stdout });
+}
+
+/** Below the table: why a pipeline is not ok, its error, and what has no column. */
+function details({ reasons, lock, lock_since, days, sensors }: Status): string[] {
+  const lines = [...reasons];
+  if (lock) lines.push(`its lock is held by ${lock} since ${lock_since}`);
+  if (days)
+    lines.push(
+      `${thousands(days.archived)} days archived of ${days.first} to ${days.last}, ${days.failed} failed${days.at ? `, at ${days.at}` : ""}`,
+    );
+  if (sensors?.epoch) {
+    const of = (value: number | null): string => (value === null ? "unknown" : thousands(value));
+    const bytes = sensors.slot_retained_bytes;
+    const wal = bytes === null ? "unknown" : `${thousands(bytes / 1e6)} MB`;
+    lines.push(
+      `lag ${of(sensors.lag)} · consumers ${of(sensors.consumers)} · dead letters ${of(sensors.dead_letters)} · WAL kept for the slot ${wal}`,
+    );
+  }
+  return lines;
+}

