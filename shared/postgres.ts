@@ -183,12 +183,15 @@ function gather(rows: Readable, sent: { rows: number; bytes: number }): AsyncIte
   let [size, header] = [0, HEADER_BYTES];
   let end: { error?: Error } | undefined;
   let wake = (): void => {};
+  const give = (next: Buffer): void => {
+    full.push(next);
+    wake();
+  };
   const flush = (): void => {
     if (!size) return;
-    full.push(piece.subarray(0, size));
+    give(piece.subarray(0, size));
     piece = free.pop() ?? Buffer.allocUnsafeSlow(PIECE_BYTES);
     size = 0;
-    wake();
   };
   rows.on("error", (error) => {
     end = { error };
@@ -210,7 +213,7 @@ function gather(rows: Readable, sent: { rows: number; bytes: number }): AsyncIte
     const into = large ? Buffer.allocUnsafeSlow(length + 1) : piece;
     message.copy(into, size, start);
     into[size + length] = NEWLINE;
-    if (large) full.push(into);
+    if (large) give(into);
     else size += length + 1;
     sent.rows += 1;
     sent.bytes += length + 1;

@@ -260,3 +260,48 @@ await test("the recipe for a pipeline, followed to the letter, makes one that sy
     /- record: etl_expected_interval_seconds\n +labels: { pipeline: stores }\n +expr: vector\(86400\)\n/,
   );
 });
+
+await test("the recipe for a model, followed to the letter, publishes it; a check that finds a wrong row keeps the table as it was", async () => {
+  using scratch = scratchCopy(["test", "ops", "views"]);
+  const { createShop } = await tools(scratch);
+  await using shop = await createShop({ pushgateway: true });
+  await shop.insertRows(1, 100);
+  await shop.admin`update orders set created_at = created_at + id * interval '1 day'`;
+  await Promise.all([shop.succeed("scripts/orders.ts"), shop.succeed("scripts/users.ts")]);
+  const { prose, blocks } = recipe("Adding a model");
+  assert.equal(prose.match(/^\d\. /gm)?.length, 2);
+  const edits = blocks.filter(({ language }) => language === "sql");
+  for (const block of edits) apply(scratch, block);
+  assert.equal(edits.length, 3);
+  const [checked, make = "", ...others] = blocks
+    .filter(({ language }) => language === "bash")
+    .flatMap((block) => commands(block));
+  assert.deepEqual([checked, others], ["make check", []]);
+  await check(scratch);
+
+  const first = await shell(scratch, shop.env, make);
+  assert.equal(first.code, 0, first.output);
+  assert.match(first.output, /^weekday_orders +\d+ .*2 passed +yes$/m);
+  const rows = () =>
+    shop.query(`SELECT weekday, order_count, total FROM ${shop.dataset}_warehouse.weekday_orders ORDER BY weekday`);
+  const published = await rows();
+  const expected = await shop.admin`
+    select to_char(created_at at time zone 'UTC', 'FMDay') as weekday, count(*)::text as order_count, sum(total)::text as total
+    from orders group by 1 order by 1`;
+  const same = (all: Record<string, unknown>[]) => all.map((row) => ({ ...row, total: Number(row.total) }));
+  assert.equal(expected.length, 7);
+  assert.deepEqual(same(published), same([...expected]));
+
+  // Both checks can fail: a day too many, and orders too few.
+  const faults = {
+    key: ["\nGROUP BY weekday;", "\nGROUP BY weekday UNION ALL SELECT NULL, 0, 0;"],
+    orders: ["FROM orders\n", "FROM orders\nWHERE id > 1\n"],
+  };
+  for (const [name, [now = "", wrong = ""]] of Object.entries(faults)) {
+    using _edit = scratch.edit("views/weekday_orders.sql", (sql) => sql.replace(now, wrong));
+    const { code, output } = await shell(scratch, shop.env, make);
+    assert.notEqual(code, 0, output);
+    assert.match(output, new RegExp(`views/checks/weekday_orders__${name}\\.sql`));
+    assert.deepEqual(await rows(), published);
+  }
+});

@@ -379,7 +379,7 @@ function sorted(value: unknown): unknown {
 }
 
 /** Waits until `condition` returns something true, looking every 20 ms; fails after `seconds` with `what`. */
-export async function until<T>(what: string, condition: () => Promise<T> | T, seconds = 30): Promise<NonNullable<T>> {
+export async function until<T>(what: string, condition: () => Promise<T> | T, seconds = 60): Promise<NonNullable<T>> {
   const deadline = performance.now() + seconds * 1000;
   for (;;) {
     const value = await condition();
