@@ -126,7 +126,8 @@ async function cron(
 const local = (command: string): string =>
   command
     .replace(/\bmake /, "make -o node_modules/.package-lock.json ")
-   .replaceAll("/srv/etl", scratch.folder).replaceAll("/var/log/etl", join(scratch.folder, "log"));
+    .replaceAll("/srv/etl", scratch.folder)
+    .replaceAll("/var/log/etl", join(scratch.folder, "log"));
 const logOf = (target: string): string => readFileSync(join(scratch.folder, "log", `${target}.log`), "utf8");
 
 for (const { command, target } of jobs) {
