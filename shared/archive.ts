@@ -13,7 +13,7 @@ import { redact, UsageError } from "./env.ts";
 import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
-import { type Bucket, getText, listObjects, PIECE_BYTES, putStream, putText, removeObjects } from "./s3.ts";
+import { type Bucket, getText, listObjects, putStream, putText, removeObjects, UPLOAD_PIECE_BYTES } from "./s3.ts";
 import { compareSource } from "./schema.ts";
 import { jsonLines } from "./types.ts";
 import { advance, type Source, type Window } from "./watermark.ts";
@@ -213,7 +213,7 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
       }
       addAbortSignal(run.signal, gzip);
       compress().catch((error: Error) => gzip.destroy(error));
-      const start = spare.pop() ?? Buffer.allocUnsafeSlow(PIECE_BYTES);
+      const start = spare.pop() ?? Buffer.allocUnsafeSlow(UPLOAD_PIECE_BYTES);
       const body = await whole(count(), start);
       uploading = putStream(bucket, key, body, { run: run.id }, run.signal);
       await uploading;
@@ -246,7 +246,7 @@ const spare: Buffer[] = [];
 async function whole(pieces: AsyncGenerator<Buffer>, start: Buffer): Promise<Buffer | Readable> {
   let size = 0;
   for (let next = await pieces.next(); !next.done; next = await pieces.next()) {
-    if (size + next.value.length >= PIECE_BYTES)
+    if (size + next.value.length >= UPLOAD_PIECE_BYTES)
       return Readable.from(chain([start.subarray(0, size), next.value], pieces));
     size += next.value.copy(start, size);
   }

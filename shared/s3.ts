@@ -142,10 +142,10 @@ export async function putText(
 }
 
 /** What S3 takes in one piece, and the least that each piece but the last of an upload in several has. */
-export const PIECE_BYTES = 5 * 2 ** 20;
+export const UPLOAD_PIECE_BYTES = 5 * 2 ** 20;
 
 /**
- * Uploads a stream as one object, in parts of at least 5 MB that S3 checks by their CRC32. An object becomes visible whole
+ * Uploads a buffer or a stream as one object, in parts of at least 5 MB that S3 checks by their CRC32. An object becomes visible whole
  * or not at all; where the stream or the upload fails, nothing of it is left.
  */
 export async function putStream(
@@ -167,7 +167,12 @@ export async function putStream(
       },
     },
   });
-  const upload = new Upload({ client, params: { ...object, ChecksumAlgorithm: "CRC32" }, queueSize: 2 });
+  const upload = new Upload({
+    client,
+    params: { ...object, ChecksumAlgorithm: "CRC32" },
+    partSize: UPLOAD_PIECE_BYTES,
+    queueSize: 2,
+  });
   const abort = (): Promise<void> => upload.abort();
   signal.throwIfAborted();
   signal.addEventListener("abort", abort);

@@ -2,16 +2,14 @@
 // stack (make up).
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { buffer } from "node:stream/consumers";
 import { after, suite, test } from "node:test";
 import { gunzipSync } from "node:zlib";
 import { DeleteBucketCommand, HeadObjectCommand } from "@aws-sdk/client-s3";
 import { addDays } from "../shared/archive.ts";
 import { type Bucket, createBucket, getStream, listObjects, listUploads, removeObjects } from "../shared/s3.ts";
-import { connectBucket, createShop, lowestPeaks, type Result } from "./lib/shop.ts";
-import { type Env, root } from "./stack/env.ts";
+import { connectBucket, createShop, lowestPeaks, type Result, rowsFlags } from "./lib/shop.ts";
+import type { Env } from "./stack/env.ts";
 
 const [shop, memoryShop] = await Promise.all([createShop(), createShop()]);
 after(() => Promise.all([shop, memoryShop].map((one) => one[Symbol.asyncDispose]())));
@@ -383,9 +381,7 @@ suite("archive", { concurrency: true }, () => {
     test("peak memory does not grow with a day: a million rows take at most 10 MB more than 50,000, and under 250 MB", async () => {
       const sizes = process.env.SOAK ? [50_000, 1_000_000, 5_000_000] : [50_000, 1_000_000];
       for (const [index, rows] of sizes.entries()) await memoryShop.insertEvents(addDays("2017-01-01", index), rows);
-      // As make runs it.
-      const NODE_OPTIONS = /^rows := (.*)$/m.exec(readFileSync(join(root, "Makefile"), "utf8"))?.[1];
-      assert.ok(NODE_OPTIONS);
+      const NODE_OPTIONS = rowsFlags();
       const peak = async (index: number): Promise<number> => {
         const FROM = addDays("2017-01-01", index);
         const { stderr } = await memoryShop.succeed(script, { FROM, TO: addDays(FROM), FORCE: "1", NODE_OPTIONS });
