@@ -3,21 +3,27 @@
  * its manifest is there; etl.chunks is progress, not truth. Readers go by manifests.
  */
 import { createHash } from "node:crypto";
-import { Readable } from "node:stream";
+import { addAbortSignal, Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
 import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
 import { redact, UsageError } from "./env.ts";
 import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
-import { type Bucket, getText, listObjects, putStream, putText, removeObjects } from "./s3.ts";
+import { type Bucket, getText, listObjects, putStream, putText, removeObjects, UPLOAD_PIECE_BYTES } from "./s3.ts";
 import { type Comparing, compareSource } from "./schema.ts";
 import { jsonLines } from "./types.ts";
 import { advance, type Source, type Window } from "./watermark.ts";
 
 /** Of zlib's nine: README, "Speed and memory", has what the others cost. */
 const GZIP_LEVEL = 6;
+
+// After each part, so that memory is that of one, however many a day has: V8 waits longer, as buffers are no part of its heap.
+setFlagsFromString("--expose-gc");
+const collectGarbage = runInNewContext("gc") as () => void;
 
 export interface Part {
   key: string;
@@ -205,9 +211,14 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
           yield piece;
         }
       }
+      addAbortSignal(run.signal, gzip);
       compress().catch((error: Error) => gzip.destroy(error));
-      uploading = putStream(bucket, key, Readable.from(count()), { run: run.id }, run.signal);
+      const start = spare.pop() ?? Buffer.allocUnsafeSlow(UPLOAD_PIECE_BYTES);
+      const body = await whole(count(), start);
+      uploading = putStream(bucket, key, body, { run: run.id }, run.signal);
       await uploading;
+      spare.push(start);
+      collectGarbage();
       list.push({ key, rows: rows.sent.rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") });
       return rows.sent.rows < partRows ? undefined : position(last);
     },
@@ -223,6 +234,28 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
       await remove().catch((error: Error) => warnOfLeft(run, day, error));
     },
   };
+}
+
+/** Memory of parts that are uploaded, for the next ones. */
+const spare: Buffer[] = [];
+
+/**
+ * A stream that ends within the 5 MB of an upload in one piece, in `start`; any other as a stream that begins with it. lib-storage
+ * would hold each part twice, and leave both to the garbage collector.
+ */
+async function whole(pieces: AsyncGenerator<Buffer>, start: Buffer): Promise<Buffer | Readable> {
+  let size = 0;
+  for (let next = await pieces.next(); !next.done; next = await pieces.next()) {
+    if (size + next.value.length >= UPLOAD_PIECE_BYTES)
+      return Readable.from(chain([start.subarray(0, size), next.value], pieces));
+    size += next.value.copy(start, size);
+  }
+  return start.subarray(0, size);
+}
+
+async function* chain(first: Buffer[], rest: AsyncGenerator<Buffer>): AsyncGenerator<Buffer> {
+  yield* first;
+  yield* rest;
 }
 
 /** The last line's row; the id as it is written, since it may be beyond 2^53. */

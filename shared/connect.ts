@@ -212,12 +212,26 @@ export async function awaitSnapshot(env: ConnectEnv, progress: () => void): Prom
   }
 }
 
-/** Drops the connector's slot at the source, if there is one: a new one begins where the next snapshot does. */
+/**
+ * Drops the stopped connector's slot at the source, if there is one: a new one begins where the next snapshot does. A task that was
+ * stopped while it started may hold the slot for some seconds after Connect says STOPPED: its session is ended.
+ * @throws Error where the slot is still held after 60 s.
+ */
 export async function dropSlot(env: ConnectEnv): Promise<void> {
+  const { slot } = namesOf(env);
   const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
   try {
     await checkSession("REPLICATION_DATABASE_URL", source);
-    await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
+    for (const deadline = performance.now() + 60_000; ; await delay(200)) {
+      try {
+        await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
+        await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
+        return;
+      } catch (error) {
+        const held = (error as { code?: string }).code === "55006"; // object_in_use
+        if (!held || performance.now() > deadline) throw error;
+      }
+    }
   } finally {
     await source.end({ timeout: 5 });
   }

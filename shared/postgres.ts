@@ -141,16 +141,11 @@ export async function copyJsonLines(
   const copy = `/* ${options.application} */ copy (${select}) to stdout (format binary)`;
   async function* lines(): AsyncGenerator<Buffer> {
     try {
-      const query = session.unsafe(copy) as ReturnType<Sql["unsafe"]> & { resolve(rows: Readable): void };
+      const query = session.unsafe(copy) as ReturnType<Sql["unsafe"]> & { resolve(rows: unknown): void };
       // An error in one packet with the first rows is emitted before an await goes on: a listener must be there by then.
       const { resolve } = query;
-      let pieces: AsyncIterable<Buffer> | undefined;
-      query.resolve = (rows) => {
-        pieces = gather(rows, sent);
-        resolve(rows);
-      };
-      await query.readable();
-      if (pieces) yield* pieces;
+      query.resolve = (rows) => resolve(gather(rows as Readable, sent));
+      yield* await query.readable();
     } catch (error) {
       throw new SourceError(`reading the source failed after ${sent.rows} rows: ${explainRefused(error as Error)}`, {
         cause: error,

@@ -1,7 +1,7 @@
 /**
  * S3: objects and conditional writes. Every error names the bucket and the object.
  */
-import type { Readable } from "node:stream";
+import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import {
   AbortMultipartUploadCommand,
@@ -145,14 +145,17 @@ export async function putText(
   }
 }
 
+/** What S3 takes in one piece, and the least that each piece but the last of an upload in several has. */
+export const UPLOAD_PIECE_BYTES = 5 * 2 ** 20;
+
 /**
- * Uploads a stream as one object, in parts of at least 5 MB that S3 checks by their CRC32. An object becomes visible whole
+ * Uploads a buffer or a stream as one object, in parts of at least 5 MB that S3 checks by their CRC32. An object becomes visible whole
  * or not at all; where the stream or the upload fails, nothing of it is left.
  */
 export async function putStream(
   bucket: Bucket,
   key: string,
-  body: Readable,
+  body: Buffer | Readable,
   metadata: Record<string, string>,
   signal: AbortSignal,
 ): Promise<void> {
@@ -168,14 +171,19 @@ export async function putStream(
       },
     },
   });
-  const upload = new Upload({ client, params: { ...object, ChecksumAlgorithm: "CRC32" }, queueSize: 2 });
+  const upload = new Upload({
+    client,
+    params: { ...object, ChecksumAlgorithm: "CRC32" },
+    partSize: UPLOAD_PIECE_BYTES,
+    queueSize: 2,
+  });
   const abort = (): Promise<void> => upload.abort();
   signal.throwIfAborted();
   signal.addEventListener("abort", abort);
   try {
     await upload.done();
   } catch (error) {
-    body.destroy();
+    if (body instanceof Readable) body.destroy();
     await Promise.race([Promise.allSettled(sent), delay(2000, undefined, { ref: false })]);
     const { uploadId: UploadId } = upload;
     if (UploadId)

@@ -13,7 +13,7 @@ import { readManifest } from "../../shared/archive.ts";
 import { table, thousands } from "../../shared/progress.ts";
 import { getStream, listObjects, removeObjects } from "../../shared/s3.ts";
 import { loadData } from "../data/load.ts";
-import { createShop } from "../lib/shop.ts";
+import { createShop, rowsFlags } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { python } from "../stack/python.ts";
 import { say, stackPath } from "../stack/stack.ts";
@@ -116,7 +116,7 @@ const contenders: Contender[] = [
     format: "NDJSON.gz, manifest",
     writes: "events/",
     run: () =>
-      measure(process.execPath, ["--max-semi-space-size=1", join(root, "scripts/events.ts")], {
+      measure(process.execPath, [rowsFlags(), join(root, "scripts/events.ts")], {
         ...shop.env,
         FROM: day,
         TO: "2017-06-02",

@@ -2,9 +2,11 @@
  * A shop of one's own for a test: a source database with schema etl, a BigQuery dataset and a Pushgateway group, on the
  * local stack's servers, and the scripts run against it as real processes, in the roles that production uses.
  */
+import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
+import { readFileSync } from "node:fs";
 import { type AddressInfo, createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
@@ -387,6 +389,13 @@ export async function until<T>(what: string, condition: () => Promise<T> | T, se
     if (performance.now() > deadline) throw new Error(`not within ${seconds} s: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, 20));
   }
+}
+
+/** How make runs what moves rows: the flags of node in the Makefile. */
+export function rowsFlags(): string {
+  return (
+    /^rows := (.+)$/m.exec(readFileSync(join(root, "Makefile"), "utf8"))?.[1] ?? assert.fail("the Makefile has no rows")
+  );
 }
 
 /**
