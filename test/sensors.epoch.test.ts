@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
+import postgres from "postgres";
 import { ending } from "./lib/faults.ts";
 import { type Consumer, createSensors, random, type Sensors } from "./lib/sensors.ts";
 import { type Shop, until } from "./lib/shop.ts";
@@ -41,6 +42,21 @@ const insert = async ({ shop }: Sensors, first: number, last: number, value = 1)
     insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
     select i, 'S' || i % 3, 'temp', ${value}::float8, '2024-01-01Z'::timestamptz + i * interval '1 s'
     from generate_series(${first}::int, ${last}::int) i`);
+
+/** Holds the connector's slot as a task does that Connect gave up waiting for. */
+async function holdSlot({ shop }: Sensors): Promise<AsyncDisposable> {
+  const slot = `etl_${shop.env.CLICKHOUSE_DATABASE}`;
+  const active = async (): Promise<boolean | undefined> =>
+    (await shop.admin`select active from pg_replication_slots where slot_name = ${slot}`)[0]?.active;
+  await until("the stopped connector's slot is free", async () => (await active()) === false);
+  const url = shop.env.REPLICATION_DATABASE_URL ?? "";
+  const held = postgres(url, { max: 1, fetch_types: false, connection: { replication: "database" } });
+  const options = `proto_version '1', publication_names 'etl_sensors'`;
+  const stream = await held.unsafe(`START_REPLICATION SLOT ${slot} LOGICAL 0/0 (${options})`).writable();
+  stream.on("error", () => {});
+  await until("another session holds the slot", active);
+  return { [Symbol.asyncDispose]: () => held.end({ timeout: 0 }) };
+}
 
 const rebuildOf = ({ shop }: Sensors): string => `${shop.env.CLICKHOUSE_DATABASE}_rebuild`;
 
@@ -188,6 +204,7 @@ suite("sensors", { concurrency: true }, () => {
     assert.equal((await fetch(`${url}/stop`, { method: "PUT" })).status, 204);
     await shop.admin`truncate sensor_readings`;
     await insert(sensors, 501, 2000, 7);
+    await using _held = await holdSlot(sensors);
     await shop.succeed(resnapshot);
     const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuildOf(sensors)}`;
     await fails(shop, resnapshot, 2, [/^error: [\d,]+ messages are not in \w+_rebuild yet\. Next: /m, next], {
