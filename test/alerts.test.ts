@@ -18,8 +18,10 @@ test("ops/alerts.yml is what Prometheus reads", async () => {
   assert.match(stdout, /SUCCESS: \d+ rules found/);
 });
 
-test("each alert fires on its fault, is quiet on what is well, and resolves (test/alerts.test.yml)", async () => {
-  const { stdout } = await promtool("test", "rules", "test/alerts.test.yml");
+const unitTests = ["test/alerts.test.yml", "test/alerts.weekly.test.yml"];
+
+test("each alert fires on its fault, is quiet on what is well, and resolves (test/alerts.test.yml, test/alerts.weekly.test.yml)", async () => {
+  const { stdout } = await promtool("test", "rules", ...unitTests);
   assert.match(stdout, /SUCCESS/);
 });
 
@@ -27,9 +29,8 @@ test("each alert has unit tests and a section in the runbook, and the runbook ha
   const alerts = [...readFileSync(join(root, "ops/alerts.yml"), "utf8").matchAll(/alert: (\w+)/g)].map(
     ([, name]) => name,
   );
-  const tested = new Set(
-    [...readFileSync(join(root, "test/alerts.test.yml"), "utf8").matchAll(/alertname: (\w+)/g)].map(([, name]) => name),
-  );
+  const texts = unitTests.map((file) => readFileSync(join(root, file), "utf8")).join("");
+  const tested = new Set([...texts.matchAll(/alertname: (\w+)/g)].map(([, name]) => name));
   const sections = [...readFileSync(join(root, "ops/runbook.md"), "utf8").matchAll(/^## (Etl\w+)$/gm)].map(
     ([, name]) => name,
   );

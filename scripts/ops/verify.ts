@@ -96,6 +96,7 @@ await main(import.meta, async () => {
       mended: env.REPAIR && mended !== undefined ? thousands(mended) : "-",
       seconds: ((performance.now() - started) / 1000).toFixed(1),
     });
+    ended?.log("compared", { rows, differences: differences.length });
     await push(pipeline, differences.length);
     if (differences.length) failures.push(describe(pipeline, found));
   }
