@@ -1,10 +1,14 @@
 /**
- * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run.
+ * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. And what the
+ * rules over them expect.
  */
 import { once } from "node:events";
+import { readFileSync } from "node:fs";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
+import { join } from "node:path";
 import { Gauge, Pushgateway, Registry } from "prom-client";
+import { root } from "./env.ts";
 
 const help = {
   etl_last_success_timestamp_seconds: "When the pipeline last succeeded.",
@@ -111,4 +115,19 @@ export async function serveMetrics(
       server.close();
     },
   };
+}
+
+const rules = (): string => readFileSync(join(root, "ops/alerts.yml"), "utf8");
+
+/** How often each pipeline is meant to succeed, in seconds, as ops/alerts.yml says. */
+export function readIntervals(): Map<string, number> {
+  const intervals = rules().matchAll(/labels: \{ pipeline: (\w+) \}\s+expr: vector\((\d+)\)/g);
+  return new Map([...intervals].map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
+}
+
+/** From where on ops/alerts.yml calls a metric an alert. */
+export function readThreshold(metric: string): number {
+  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
+  if (limit === undefined) throw new Error(`ops/alerts.yml has no alert of the form ${metric} > NUMBER`);
+  return Number(limit);
 }

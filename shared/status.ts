@@ -2,16 +2,15 @@
  * The state of each pipeline, as schema etl, the source, Kafka, Kafka Connect and ClickHouse tell it within some seconds, and what of it
  * is a reason to get up. Nothing is changed.
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { connectClickHouse, select } from "./clickhouse.ts";
 import { isRunning, namesOf } from "./connect.ts";
-import { clickhouse, type Env, isSet, kafka, readEnv, root } from "./env.ts";
+import { clickhouse, type Env, isSet, kafka, readEnv } from "./env.ts";
 import { readEpoch } from "./epoch.ts";
 import { connectKafka, topicState, withAdmin } from "./kafka.ts";
 import { describeHolder } from "./lock.ts";
+import { readIntervals, readThreshold } from "./metrics.ts";
 import { checkSession } from "./postgres.ts";
 import { duration, thousands } from "./progress.ts";
 import { readPosition, wentBack } from "./restored.ts";
@@ -70,21 +69,6 @@ interface Sensors {
 interface Row extends Omit<Status, "state" | "reasons" | "days" | "sensors"> {
   system_identifier: string | null;
   timeline: number | null;
-}
-
-const rules = (): string => readFileSync(join(root, "ops/alerts.yml"), "utf8");
-
-/** How often each pipeline is meant to succeed, in seconds, as ops/alerts.yml says. */
-export function readIntervals(): Map<string, number> {
-  const intervals = rules().matchAll(/labels: \{ pipeline: (\w+) \}\s+expr: vector\((\d+)\)/g);
-  return new Map([...intervals].map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
-}
-
-/** From where on ops/alerts.yml calls a metric an alert. */
-export function readThreshold(metric: string): number {
-  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
-  if (limit === undefined) throw new Error(`ops/alerts.yml has no alert of the form ${metric} > NUMBER`);
-  return Number(limit);
 }
 
 /** The answer, or the error, in words, of what did not come within PART_SECONDS. */

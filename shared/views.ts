@@ -10,7 +10,7 @@ import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
 import { connectBigQuery } from "./bigquery.ts";
 import { type Env, root, UsageError } from "./env.ts";
-import { type ModelMetrics, pushModelMetrics } from "./metrics.ts";
+import { type ModelMetrics, pushModelMetrics, readIntervals } from "./metrics.ts";
 import { duration, type Fields, table, thousands } from "./progress.ts";
 import { newRunId, type Run } from "./run.ts";
 import { pipelines } from "./schema.ts";
@@ -190,13 +190,7 @@ function rawTables(models: Model[]): string[] {
  * @throws Error where one is older than two of its intervals, unless `allowed`.
  */
 export async function checkFresh(run: Run, models: Model[], allowed: boolean): Promise<void> {
-  const rules = readFileSync(join(root, "ops/alerts.yml"), "utf8");
-  const intervals = new Map(
-    [...rules.matchAll(/labels: \{ pipeline: (\w+) \}\s+expr: vector\((\d+)\)/g)].map(([, name, seconds]) => [
-      name,
-      Number(seconds),
-    ]),
-  );
+  const intervals = readIntervals();
   const tables = rawTables(models);
   const rows = await run.etl<{ pipeline: string; watermark: string | null; age: number | null }[]>`
     select t.pipeline, replace(date_trunc('second', watermark)::text, ' ', 'T') as watermark, extract(epoch from now() - watermark)::float8 as age
