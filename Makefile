@@ -14,7 +14,9 @@ export NODE_COMPILE_CACHE := $(CURDIR)/node_modules/.cache/compile
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# npm ci empties node_modules first, also through a link.
 node_modules/.package-lock.json: package-lock.json
+	@if [ -L node_modules ]; then echo "setup: node_modules is a link: run npm ci where it points to" >&2; exit 2; fi
 	@echo "setup: npm ci (Node 24 and the libraries of package-lock.json)" >&2
 	@npm ci --no-audit --no-fund --loglevel=error >&2
 	@touch $@
