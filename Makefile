@@ -135,6 +135,10 @@ test: setup ## Set up, run all the tests on the local stack (TESTS= for some fil
 soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS= for some files)
 	@SOAK=1 node test/run.ts $${TESTS:-}
 
+.PHONY: chaos
+chaos: setup ## All jobs under random faults on a stack of their own, then compared (MINUTES= SEED=; BREAK= shows that it can fail)
+	@node test/chaos.ts
+
 .PHONY: check
 check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), alert rules
 	@echo "check: types" >&2 && tsc -p .
@@ -146,13 +150,19 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 
 .PHONY: bench
 bench: setup ## Speed, as ratios measured side by side
-	@node test/bench/orders.ts
-	@node test/bench/archive.ts
-	@node test/bench/sensors.ts
+	@for job in orders archive views sensors; do node $(rows) test/bench/$$job.ts; done
 
 .PHONY: bench-peers
-bench-peers: setup ## The archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
-	@PEERS=1 node test/bench/archive.ts
+bench-peers: setup ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
+	@for job in orders archive; do PEERS=1 node $(rows) test/bench/$$job.ts; done
+
+.PHONY: bench-page
+bench-page: setup ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)
+	@node test/bench/page.ts
+
+.PHONY: bench-lossless
+bench-lossless: setup ## Late commits, read by this project and its peers: writes README.md's table
+	@node test/bench/lossless.ts
 
 .PHONY: size
 size: ## Lines to read: the jobs with the toolkit, and the operations

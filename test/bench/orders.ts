@@ -1,38 +1,42 @@
 /**
- * make bench: what orders costs, as ratios measured side by side in one run. ROWS= (default 500,000) rows, RUNS= (default 5) runs
- * of each, interleaved; medians are quoted. Absolute times are this machine's, and noisy.
+ * make bench: what orders costs, each job beside the least that could do it (its floor), and with PEERS=1 beside dlt, Sling and
+ * ingestr. ROWS= (default 500,000) orders, CHANGED= (default 50,000) of them in an incremental run, RUNS= (default 3) runs of each,
+ * interleaved; medians are quoted. PARTS=extraction,steps,load,incremental,idle,verify does some of it. Absolute times are this
+ * machine's, and noisy.
+ *
+ * The peers write to a Postgres server of their own rather than to the local BigQuery; so each is measured against a floor that
+ * writes to the same place. Their extraction is one to JSON lines in a local file.
  */
-import { execFile, spawnSync } from "node:child_process";
+import { spawnSync } from "node:child_process";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import { promisify } from "node:util";
+import postgres from "postgres";
 import {
   checkKeys,
   compareCounts,
   createStaging,
   loadLines,
   mergeStaging,
+  mergeStatement,
   openDestination,
 } from "../../shared/bigquery.ts";
 import { copyJsonLines } from "../../shared/postgres.ts";
 import { table, thousands } from "../../shared/progress.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { checkSource, readContract, readSelect } from "../../shared/schema.ts";
-import { createShop } from "../lib/shop.ts";
+import { createShop, rowsFlags } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
+import { type Contender, compare, measure, median, sourceCpu, timed } from "./measure.ts";
+import { dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.ts";
+import { startServer } from "./server.ts";
 
 const rows = Number(process.env.ROWS ?? 500_000);
-const runs = Number(process.env.RUNS ?? 5);
-const median = (values: number[]): number => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)] ?? 0;
-const spread = (values: number[]): string =>
-  `${median(values).toFixed(2)} (${Math.min(...values).toFixed(2)} to ${Math.max(...values).toFixed(2)})`;
-
-async function timed<T>(work: () => Promise<T>): Promise<[number, T]> {
-  const started = performance.now();
-  const result = await work();
-  return [(performance.now() - started) / 1000, result];
-}
+const changed = Math.min(rows, Number(process.env.CHANGED ?? 50_000));
+const parts = (process.env.PARTS ?? "extraction,steps,load,incremental,idle,verify").split(",");
 
 if (spawnSync("psql", ["--version"]).error)
   throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
@@ -53,48 +57,82 @@ const env = {
   WATERMARK_LAG_SECONDS: 0,
   FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
 };
+const contract = readContract("orders");
 const source = { table: "public.orders", cursor: "updated_at", select: readSelect("orders") };
-const window = { from: "-infinity", to: "infinity" };
+const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
+process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
+
+/** The SELECT that the rows are read by, as JSON lines. */
+let select = "";
+const bash = (script: string, variables: NodeJS.Dict<string> = {}) =>
+  measure({
+    command: "bash",
+    args: ["-c", `set -euo pipefail; ${script}`],
+    env: {
+      SOURCE: env.SOURCE_DATABASE_URL,
+      COPY: `copy (${select.replaceAll(/--.*$/gm, "")}) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`,
+      PGOPTIONS: "-c etl.from=-infinity -c etl.to=infinity",
+      BIGQUERY: `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`,
+      UPLOAD: `${env.BIGQUERY_ENDPOINT}/upload/bigquery/v2/projects/${env.BIGQUERY_PROJECT}/jobs?uploadType=resumable`,
+      ...variables,
+    },
+  });
+const ours = (script: string, variables: NodeJS.Dict<string> = {}) =>
+  measure({
+    command: process.execPath,
+    args: [...(script.includes("/ops/") ? [] : [rowsFlags()]), join(root, script)], // as make runs them
+    env: { ...shop.env, ...variables },
+  });
+
+// 1. Extraction
+
+const peers = process.env.PEERS ? openPeers(scratch) : undefined;
+
+/** The peers', to a file of JSON lines, or a folder of them. */
+function extractions(): Contender[] {
+  if (!peers) return [];
+  const file = `file://${join(scratch, "orders.jsonl")}`;
+  const dlt = () => ({
+    ...{ TABLE: "orders", TARGET: `file://${scratch}/dlt`, DATASET: "extraction", BACKEND: "connectorx" },
+    ...{ HOME: peers.newHome(), NORMALIZE__DATA_WRITER__DISABLE_COMPRESSION: "true" },
+  });
+  const options = { "src-stream": "public.orders", "tgt-object": file, "tgt-options": '{"format":"jsonlines"}' };
+  return [
+    { by: "dlt", run: () => measure(peers.dlt(env.SOURCE_DATABASE_URL, dlt())) },
+    { by: "Sling", run: () => measure(peers.sling(env.SOURCE_DATABASE_URL, "", options)) },
+  ];
+}
 
 await runPipeline("orders", env, async (run) => {
-  const contract = readContract("orders");
-  const select = await checkSource(run, contract, source);
-  const destination = await openDestination(env, contract, source.cursor);
+  select = await checkSource(run, contract, source);
+  const window = { from: "-infinity", to: "infinity" };
   const copy = (): ReturnType<typeof copyJsonLines> =>
     copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
-  const psql =
-    `copy (${select.replaceAll(/--.*$/gm, "")}) to stdout (format csv, quote E'\\x01', delimiter E'\\x02')`.replaceAll(
-      "\n",
-      " ",
-    );
-
-  const ours: number[] = [];
-  const floor: number[] = [];
-  for (let i = 0; i < runs; i++) {
-    const [a] = await timed(async () => {
+  const extraction: number[] = [];
+  const extract = async () => {
+    const before = sourceCpu();
+    const [seconds] = await timed(async () => {
       await using stream = await copy();
       await pipeline(stream.lines, new Writable({ write: (_piece, _encoding, done) => done() }));
       if (stream.sent.rows !== rows) throw new Error(`${stream.sent.rows} rows came`);
     });
-    const [b] = await timed(() =>
-      promisify(execFile)("sh", ["-c", 'exec psql -qX "$URL" -c "$COPY" >/dev/null'], {
-        env: {
-          ...process.env,
-          URL: env.SOURCE_DATABASE_URL,
-          COPY: psql,
-          PGOPTIONS: "-c etl.from=-infinity -c etl.to=infinity",
-        },
-      }),
-    );
-    ours.push(a);
-    floor.push(b);
-    say(`bench: extraction ${i + 1} of ${runs}: ours ${a.toFixed(2)} s, psql ${b.toFixed(2)} s`);
-  }
-  const ratios = ours.map((value, i) => value / (floor[i] ?? 1));
-  process.stdout.write(
-    `extraction as JSON lines, ours / psql COPY to /dev/null: ${spread(ratios)}; ${thousands(rows / median(ours))} rows/s\n`,
-  );
+    extraction.push(seconds);
+    const megabytes = process.resourceUsage().maxRSS / 1024; // this process does nothing else before
+    return { seconds, megabytes, sourceCpu: sourceCpu() - before };
+  };
+  if (parts.includes("extraction"))
+    await compare("extraction", rows, [
+      {
+        by: "psql COPY, the same JSON, to /dev/null",
+        run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`),
+      },
+      { by: "ours", run: extract },
+      ...extractions(),
+    ]);
 
+  if (!parts.includes("steps")) return;
+  if (!extraction.length) await extract();
+  const destination = await openDestination(env, contract, source.cursor);
   const [create, staging] = await timed(() => createStaging(run, destination, 1));
   await using stream = await copy();
   const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
@@ -113,7 +151,7 @@ await runPipeline("orders", env, async (run) => {
   process.stdout.write(
     `${table([
       { step: "create staging", ...part(create) },
-      { step: "of the load: extraction alone", ...part(median(ours)) },
+      { step: "of the load: extraction alone", ...part(median(extraction)) },
       { step: "extract and load", ...part(load) },
       { step: "check of the keys", ...part(keys) },
       { step: "MERGE", ...part(merge) },
@@ -122,32 +160,184 @@ await runPipeline("orders", env, async (run) => {
   );
 });
 
-await shop.succeed("scripts/orders.ts", { CHUNK_ROWS: String(rows + 1) });
-const idle: number[] = [];
-for (let i = 0; i < runs; i++) {
-  const [seconds] = await timed(() =>
-    promisify(execFile)("make", ["orders"], { cwd: root, env: shop.env as NodeJS.ProcessEnv }),
-  );
-  idle.push(seconds);
-}
-process.stdout.write(`\na run with nothing to do, from make to exit: ${spread(idle)} s\n`);
+// 2. Runs, from start to exit
 
-// What Google's BigQuery counts for the MERGE, by its documented sizes of the types and its rule for DML on partitioned tables
-// (cloud.google.com/bigquery/pricing, "Data size calculation"; "DML statements", q' + t'); the local server counts no bytes.
-const widths: Record<string, string> = { INTEGER: "8", TIMESTAMP: "8", NUMERIC: "16", STRING: "2 + octet_length($)" };
-const contract = readContract("orders");
-const size = (names: string[]): string =>
-  contract.fields
-    .filter(({ name }) => names.includes(name))
-    .map(
-      ({ name, type }) =>
-        `coalesce(sum(case when ${name} is not null then ${widths[type]?.replace("$", name)} end), 0)`,
-    )
-    .join(" + ");
-const every = contract.fields.map(({ name }) => name);
-const [counted] = await shop.admin.unsafe(
-  `select (${size(["id", "updated_at"])})::float8 / count(*) as key, (${size(every)})::float8 / count(*) as row from orders`,
-);
-process.stdout.write(
-  `\nthe MERGE, in bytes as BigQuery counts them: ${counted?.key} for each order of the table (id and updated_at of every partition), and ${Math.round(counted?.row)} for each order of the months that it updates, and of the staging table\n`,
-);
+/** Streams what psql reads into one load job, which replaces a table; waits for it. */
+const load = `
+location=$(curl -sSf -D- -o "$OUT" -X POST "$UPLOAD" -H 'content-type: application/json' -d "$LOAD" | tr -d '\\r' | sed -n 's/^[Ll]ocation: //p')
+psql -qX "$SOURCE" -c "$COPY" | curl -sSf -T - -o "$OUT" "$location"
+until curl -sSf "$BIGQUERY/jobs/$JOB" | grep -q '"state": *"DONE"'; do sleep 0.05; done
+`;
+const query = `curl -sSf -o "$OUT" "$BIGQUERY/queries" -H 'content-type: application/json' -d "$QUERY"`;
+const place = (tableId: string): object => ({ projectId: env.BIGQUERY_PROJECT, datasetId: shop.dataset, tableId });
+let jobs = 0;
+const loadInto = (tableId: string): NodeJS.Dict<string> => {
+  const JOB = `${shop.dataset}_floor_${jobs++}`;
+  const into = {
+    destinationTable: place(tableId),
+    schema: { fields: contract.fields },
+    writeDisposition: "WRITE_TRUNCATE",
+  };
+  const configuration = { load: { sourceFormat: "NEWLINE_DELIMITED_JSON", ...into } };
+  const LOAD = JSON.stringify({ jobReference: { projectId: env.BIGQUERY_PROJECT, jobId: JOB }, configuration });
+  return { JOB, LOAD, OUT: join(scratch, "answer") };
+};
+const statement = (text: string): string =>
+  JSON.stringify({ query: text, useLegacySql: false, timeoutMs: 600_000, defaultDataset: place("") });
+
+let from = "-infinity";
+
+// The peers' floor: the same rows from Postgres to Postgres.
+await using target = peers ? await startServer() : undefined;
+const layout =
+  "id bigint primary key, user_id bigint, store_id int, status text, item_count int, total numeric(12,2), discount numeric(12,2), created_at timestamptz, updated_at timestamptz";
+const columns = contract.fields.map(({ name }) => name);
+const sql = target && postgres(target.url, { max: 1, onnotice: () => {} });
+await using _ = { [Symbol.asyncDispose]: async () => await sql?.end({ timeout: 1 }) };
+const pipe =
+  (...statements: string[]) =>
+  () =>
+    bash(
+      `psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`,
+      {
+        ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
+        COPY: `copy (${source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
+        TARGET: target?.url,
+        PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
+      },
+    );
+
+let syncs: Sync[] = [];
+let round = 0;
+const previous = new Map<string, Date>();
+/** Each peer forgets, and has a schema that is not there yet. */
+async function forget(): Promise<void> {
+  if (!peers || !target) return;
+  round += 1;
+  previous.clear();
+  const at = target.url;
+  syncs = [
+    dltSync(peers, env.SOURCE_DATABASE_URL, at, `dlt_${round}`, { BACKEND: "connectorx", LOADER: "csv" }),
+    slingSync(peers, env.SOURCE_DATABASE_URL, at, `sling_${round}`),
+    ingestrSync(peers, env.SOURCE_DATABASE_URL, at, `ingestr_${round}`, "interval"),
+  ];
+  await sql?.unsafe(
+    `drop table if exists floor, staging; create table floor (${layout}); create table staging (${layout})`,
+  );
+}
+/** The peers, and the floor of what they do. */
+const synced = (floor: string, run: Contender["run"]): Contender[] => {
+  if (!peers) return [];
+  const runs = syncs.map(({ by }, index) => ({
+    by: by.replace(/ .*/, ""),
+    run: async () => {
+      const measured = await measure((syncs[index] as Sync).command(previous.get(by)));
+      previous.set(by, measured.started);
+      return measured;
+    },
+  }));
+  return [{ by: floor, floor: true, run }, ...runs];
+};
+await forget();
+
+/** @throws Error where a destination is not what the source holds. */
+async function check(): Promise<void> {
+  const inPostgres =
+    "select concat_ws(' ', count(*), sum(id), sum((extract(epoch from updated_at) * 1000000)::bigint % 1000003)) as is from";
+  const inBigQuery =
+    "select format('%d %d %d', count(*), sum(id), sum(mod(unix_micros(updated_at), 1000003))) as `is` from";
+  const places = [
+    ...["floor", "orders"].map((name) => ({ name: `BigQuery's ${name}`, rows: shop.query(`${inBigQuery} ${name}`) })),
+    ...(sql ? ["floor", ...syncs.map(({ schema }) => `${schema}.orders`)] : []).map((name) => ({
+      name: `Postgres's ${name}`,
+      rows: sql?.unsafe(`${inPostgres} ${name}`),
+    })),
+  ];
+  const [expected] = await shop.admin.unsafe(`${inPostgres} orders`);
+  for (const { name, rows: found } of places) {
+    const is = (await found)?.[0]?.is;
+    if (is !== expected?.is)
+      throw new Error(`${name}: rows, sum of id and of updated_at are ${is}, not ${expected?.is}`);
+  }
+}
+
+if (/load|incremental|idle|verify/.test(parts.join())) {
+  const firstLoad = [
+    { by: "psql | curl into one load job", run: () => bash(load, loadInto("floor")) },
+    { by: "ours", run: () => ours("scripts/orders.ts") },
+    ...synced("the peers' floor: psql | psql, one COPY into Postgres", pipe("copy floor from stdin")),
+  ];
+  await compare("first load", rows, firstLoad, async () => {
+    await shop.admin`delete from etl.watermarks`;
+    await shop.query("truncate table orders");
+    await forget();
+  });
+  await check();
+}
+
+if (parts.includes("incremental")) {
+  const [QUERY, name] = [statement(mergeStatement(contract, "floor", "floor_staging", "updated_at")), "floor_staging"];
+  const floor = () =>
+    bash(load + query, { ...loadInto(name), QUERY, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
+  const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
+  await compare(
+    "incremental run",
+    changed,
+    [
+      { by: "psql | curl into one load job, one MERGE", run: floor },
+      { by: "ours", run: () => ours("scripts/orders.ts") },
+      ...synced(
+        "the peers' floor: psql | psql, INSERT … ON CONFLICT",
+        pipe("truncate staging", "copy staging from stdin", upsert),
+      ),
+    ],
+    async () => {
+      const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;
+      from = now?.now;
+      await shop.updateRows(1, changed, `round ${from}`);
+    },
+  );
+  await check();
+}
+
+if (parts.includes("idle")) {
+  const QUERY = "select 1 from orders where updated_at > now() limit 1";
+  const ask = () => bash(`psql -qXAt "$SOURCE" -c "$QUERY"`, { QUERY });
+  await compare("run with nothing new", 0, [
+    { by: "psql asks for a newer row", run: ask },
+    { by: "ours", run: () => ours("scripts/orders.ts") },
+    ...synced("the peers' floor: the same", ask),
+  ]);
+}
+
+if (parts.includes("verify")) {
+  const SUM = "select count(*), sum(hashtextextended(o::text, 0)::numeric) from orders o";
+  const row = columns.map((name) => `ifnull(cast(${name} as string), '')`).join(", '|', ");
+  const QUERY = statement(`select count(*), sum(cast(farm_fingerprint(concat(${row})) as numeric)) from orders`);
+  const floor = `psql -qXAt "$SOURCE" -c "$SUM" & ${query}; wait $!`;
+  await compare("verify", rows, [
+    { by: "one sum of hashes on either side", run: () => bash(floor, { SUM, QUERY, OUT: join(scratch, "answer") }) },
+    { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
+  ]);
+}
+
+if (parts.includes("steps")) {
+  // What Google's BigQuery counts for the MERGE, by its documented sizes of the types and its rule for DML on partitioned tables
+  // (cloud.google.com/bigquery/pricing, "Data size calculation"; "DML statements", q' + t'); the local server counts no bytes.
+  const widths: Record<string, string> = { INTEGER: "8", TIMESTAMP: "8", NUMERIC: "16", STRING: "2 + octet_length($)" };
+  const size = (names: string[]): string =>
+    contract.fields
+      .filter(({ name }) => names.includes(name))
+      .map(
+        ({ name, type }) =>
+          `coalesce(sum(case when ${name} is not null then ${widths[type]?.replace("$", name)} end), 0)`,
+      )
+      .join(" + ");
+  const every = contract.fields.map(({ name }) => name);
+  const [counted] = await shop.admin.unsafe(
+    `select (${size(["id", "updated_at"])})::float8 / count(*) as key, (${size(every)})::float8 / count(*) as row from orders`,
+  );
+  process.stdout.write(
+    `\nthe MERGE, in bytes as BigQuery counts them: ${counted?.key} for each order of the table (id and updated_at of every partition), and ${Math.round(counted?.row)} for each order of the months that it updates, and of the staging table\n`,
+  );
+}

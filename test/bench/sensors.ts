@@ -7,7 +7,7 @@
 import { spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
-import { globSync, readFileSync, rmSync } from "node:fs";
+import { globSync } from "node:fs";
 import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
@@ -25,13 +25,14 @@ import { connectKafka, withAdmin } from "../../shared/kafka.ts";
 import { table, thousands } from "../../shared/progress.ts";
 import { createSource } from "../data/source.ts";
 import { createSensors } from "../lib/sensors.ts";
-import { freePort, until } from "../lib/shop.ts";
+import { until } from "../lib/shop.ts";
 import { debianPath } from "../stack/debian.ts";
 import { localEnv } from "../stack/env.ts";
 import { kcat } from "../stack/kcat.ts";
-import { startCluster, stopCluster } from "../stack/postgres.ts";
 import { running } from "../stack/process.ts";
-import { say, stackPath } from "../stack/stack.ts";
+import { say } from "../stack/stack.ts";
+import { cpuOf, median, percentile, record, sourceCpu, spread, treeCpu } from "./measure.ts";
+import { startServer } from "./server.ts";
 
 const messages = Number(process.env.MESSAGES ?? 2_000_000);
 const runs = Number(process.env.RUNS ?? 3);
@@ -40,35 +41,6 @@ const sourceRows = Number(process.env.SOURCE_ROWS ?? 5_000_000);
 const parts = (process.env.PARTS ?? "throughput,latency,source").split(",");
 /** 500,000 an hour. */
 const rowsPerSecond = 139;
-
-const sorted = (values: number[]): number[] => [...values].sort((a, b) => a - b);
-const median = (values: number[]): number => sorted(values)[Math.floor(values.length / 2)] ?? 0;
-const spread = (values: number[], digits = 2): string =>
-  `${median(values).toFixed(digits)} (${Math.min(...values).toFixed(digits)} to ${Math.max(...values).toFixed(digits)})`;
-
-/** CPU seconds, in user mode and in the kernel, of a process and of its children that have ended; proc(5) has the fields. */
-function cpuOf(pid: number): { own: number; ended: number } {
-  try {
-    const fields = readFileSync(`/proc/${pid}/stat`, "utf8")
-      .replace(/^.*\) /s, "")
-      .split(" ")
-      .map(Number);
-    const [user = 0, system = 0, endedUser = 0, endedSystem = 0] = fields.slice(11);
-    return { own: (user + system) / 100, ended: (endedUser + endedSystem) / 100 };
-  } catch {
-    return { own: 0, ended: 0 }; // it has just ended, and counts in its parent
-  }
-}
-
-/** CPU seconds of a process and of all that it started. */
-function treeCpu(pid: number): number {
-  let children: string[] = [];
-  try {
-    children = readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8").split(" ").filter(Boolean);
-  } catch {}
-  const { own, ended } = cpuOf(pid);
-  return children.reduce((sum, child) => sum + treeCpu(Number(child)), own + ended);
-}
 
 // 1. Throughput
 
@@ -139,6 +111,9 @@ async function throughput(): Promise<void> {
       await check(shop.clickhouse, database, expected);
       await reset(database);
     }
+    const [own = 0, , least = 0] = contenders.map(({ reads }) => reads.at(-1)?.seconds ?? 0);
+    const megabytes = contenders[0]?.reads.at(-1)?.megabytes;
+    record({ job: "sensors", rows: messages, by: "ours", seconds: own, times: own / least, megabytes });
   }
 
   const ourSeconds = contenders[0]?.reads.map((read) => read.seconds) ?? [];
@@ -355,6 +330,7 @@ async function latency(): Promise<void> {
   await until("the first row is in ClickHouse", async () => (await visible(-1)).length);
 
   say(`bench: latency, ${seconds} s at ${rowsPerSecond} rows/s`);
+  const before = sourceCpu();
   const sent = new Map<number, number>();
   const latencies: number[] = [];
   let writing = true;
@@ -375,7 +351,9 @@ async function latency(): Promise<void> {
   await writer;
   child.kill("SIGTERM");
   await ended;
-  const at = (share: number): string => (sorted(latencies)[Math.ceil(latencies.length * share) - 1] ?? 0).toFixed(2);
+  const at = (share: number): string => percentile(latencies, share).toFixed(2);
+  const whole = { job: "latency", rows: latencies.length, sourceCpu: ((sourceCpu() - before) / seconds) * 60 };
+  for (const share of [0.5, 0.95, 1]) record({ ...whole, by: `${share}`, seconds: percentile(latencies, share) });
   process.stdout.write(
     `\nfrom commit at the source to the queryable row, ${rowsPerSecond} rows/s for ${seconds} s, seconds (target: median under 2)\n${table(
       [
@@ -393,39 +371,26 @@ async function latency(): Promise<void> {
 
 // 3. The source's CPU
 
-/**
- * A server of its own, so that all its processes count: the postmaster, those that it started, and those of them that have ended.
- * Checkpoints and autovacuum, which come now and then, are put off: they would count to whichever measurement they fell into.
- */
-async function startServer() {
-  const name = `bench-${randomBytes(4).toString("hex")}`;
-  const port = String(await freePort());
-  const url = Object.assign(new URL(localEnv().STACK_ADMIN_DATABASE_URL ?? ""), { port }).href;
+/** Checkpoints and autovacuum, which come now and then, are put off: they would count to whichever measurement they fell into. */
+async function startSource() {
+  const server = await startServer({ checkpoint_timeout: "1h", max_wal_size: "20GB", autovacuum: "off" });
   const at = (variable: string): string => {
-    const { host, pathname } = new URL(url);
+    const { host, pathname } = new URL(server.url);
     return Object.assign(new URL(localEnv()[variable] ?? ""), { host, pathname }).href;
   };
   const variables = {
     SOURCE_DATABASE_URL: at("SOURCE_DATABASE_URL"),
     REPLICATION_DATABASE_URL: at("REPLICATION_DATABASE_URL"),
   };
-  const settings = { checkpoint_timeout: "1h", max_wal_size: "20GB", autovacuum: "off" };
-  const dispose = async (): Promise<void> => {
-    await stopCluster(name);
-    rmSync(stackPath("clusters", name), { recursive: true, force: true });
-  };
-  try {
-    await startCluster({ name, dataDir: stackPath("clusters", name, "data"), url, settings });
-    await createSource(url, Object.values(variables));
-  } catch (error) {
-    await dispose();
+  await createSource(server.url, Object.values(variables)).catch(async (error) => {
+    await server[Symbol.asyncDispose]();
     throw error;
-  }
-  return { url, variables, cpu: () => treeCpu(running(name)?.pid ?? 0), [Symbol.asyncDispose]: dispose };
+  });
+  return { ...server, variables };
 }
 
 /** Debezium on that server from now on, without a snapshot of what is there; until it is disposed of. */
-async function replicate({ variables }: Awaited<ReturnType<typeof startServer>>, admin: Sql) {
+async function replicate({ variables }: Awaited<ReturnType<typeof startSource>>, admin: Sql) {
   const { KAFKA_BROKERS = "", CONNECT_URL = "" } = localEnv();
   const env = {
     ...{ ...variables, CONNECT_URL, KAFKA_BROKERS: [KAFKA_BROKERS], KAFKA_TLS: false },
@@ -475,7 +440,7 @@ async function replicate({ variables }: Awaited<ReturnType<typeof startServer>>,
  * role. `back` is how far before that it looks each time, for rows that commit late; such rows come again and again.
  */
 async function poll(
-  { variables }: Awaited<ReturnType<typeof startServer>>,
+  { variables }: Awaited<ReturnType<typeof startSource>>,
   cursor: "recorded_at" | "id",
   { back = "0 s", settings = {} }: { back?: string; settings?: Record<string, string> } = {},
 ) {
@@ -506,7 +471,7 @@ async function poll(
 }
 
 async function source(): Promise<void> {
-  await using server = await startServer();
+  await using server = await startSource();
   const admin = postgres(server.url, { max: 1, fetch_types: false, onnotice: () => {} });
   await using _ = { [Symbol.asyncDispose]: () => admin.end({ timeout: 1 }) };
   say(`bench: a source of ${thousands(sourceRows)} readings`);
