@@ -1,0 +1,370 @@
+/**
+ * chaos: all five jobs at once on a whole stack of its own, with live writers on the source, while real faults hit at random. At the
+ * end the writers stop, the faults are healed, each job runs once, and source and destinations must be the same.
+ *
+ *   make chaos MINUTES=10 SEED=7     the schedule of the faults follows from the seed: a failing one replays it (default: a new one)
+ *   make chaos BREAK=guard           with a promise switched off in the copy that runs: bound, guard, commit or manifest. It must fail
+ *
+ *   jobs      orders, users, events (daily runs and backfills), views: one run after the other; sensors: two consumers that are restarted
+ *   writers   insert, update, delete, move keys, hold transactions open, roll back
+ *   faults    test/chaos/schedule.ts: SIGKILL and SIGSTOP of scripts and servers, connections cut, slow and stalled, double fires, a
+ *             Pushgateway that is away, a full disk under the archive
+ *   in the end make verify and make verify-events find no missing, extra or different row, no dead letter, and the published models are
+ *             those of a fresh build
+ *
+ *   exit code  0 all of it holds; 1 it does not; 2 wrong arguments
+ *
+ * Touches nothing but its own copy, ports and processes; needs what make up installs. Ctrl-C leaves nothing behind.
+ */
+import assert from "node:assert/strict";
+import { appendFileSync, globSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { basename, join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { addDays } from "../shared/archive.ts";
+import { UsageError } from "../shared/env.ts";
+import { table, thousands } from "../shared/progress.ts";
+import { main } from "../shared/run.ts";
+import { breaks } from "./chaos/breaks.ts";
+import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
+import { createStack, type LinkName, type PrivateStack, type ServerName, servers } from "./chaos/stack.ts";
+import { startWriters } from "./chaos/writers.ts";
+import type { Process, Result, Shop } from "./lib/shop.ts";
+import type { Env } from "./stack/env.ts";
+import { say } from "./stack/stack.ts";
+
+const postgresJs = /postgres\/src\/connection\.js/;
+
+/** A job that needs the server. */
+const usedBy: Record<ServerName, Job> = {
+  postgres: "orders",
+  bigquery: "users",
+  clickhouse: "sensors",
+  kafka: "sensors",
+  connect: "sensors",
+  s3: "events",
+  pushgateway: "views",
+};
+
+/** Of a short campaign. */
+const fewModels = /^(weekly_revenue|lifetime_value|income_band_revenue)(__|\.)/;
+
+/** Several parts a day. */
+const parts = { CHUNK_ROWS: "200" };
+const backfill = { ...parts, BACKFILL: "1", CONCURRENCY: "2" };
+
+const begun = performance.now();
+const seconds = (): string => ((performance.now() - begun) / 1000).toFixed(1).padStart(6);
+const tell = (text: string): void => say(`${seconds()} s  ${text}`);
+
+await main(import.meta, async () => {
+  const { MINUTES = "10", SEED = String(Date.now() % 1_000_000), BREAK } = process.env;
+  const [minutes, seed] = [Number(MINUTES), Number(SEED)];
+  if (!(minutes > 0 && minutes <= 1440)) throw new UsageError(`MINUTES=${MINUTES} must be a number of at most 1440`);
+  if (!Number.isSafeInteger(seed) || seed < 0) throw new UsageError(`SEED=${SEED} must be a whole number`);
+  if (BREAK && !breaks[BREAK]) throw new UsageError(`BREAK=${BREAK}: there are ${Object.keys(breaks).join(", ")}`);
+  say(`chaos: SEED=${seed} MINUTES=${minutes}${BREAK ? ` BREAK=${BREAK} (without ${breaks[BREAK]?.about})` : ""}`);
+  const again = `make chaos MINUTES=${MINUTES} SEED=${seed}${BREAK ? ` BREAK=${BREAK}` : ""}`;
+  for (const signal of ["SIGINT", "SIGTERM"])
+    process.on(signal, () => {
+      say(`chaos: stopped by ${signal}. The same again: ${again}`);
+      process.exit(1);
+    });
+  // postgres.js writes to a socket that is gone. Scripts end by that, with exit code 1; the writers go on.
+  const [fail] = process.listeners("uncaughtException");
+  process.removeAllListeners("uncaughtException").on("uncaughtException", (error, origin) => {
+    if (!postgresJs.test(error.stack ?? "")) fail?.(error, origin);
+  });
+  const stack = await createStack((scratch) => {
+    if (BREAK) breaks[BREAK]?.edit(scratch);
+    // All twelve take half a minute.
+    for (const file of minutes < 2 ? globSync(join(scratch.folder, "views/**/*.sql")) : [])
+      if (!fewModels.test(basename(file))) rmSync(file);
+  });
+  say(`chaos: its stack is in ${stack.scratch.folder}`);
+  const log = join(tmpdir(), `etl-chaos-${seed}.log`);
+  rmSync(log, { force: true });
+  await campaign(stack, seed, minutes * 60, log).catch((error: Error) => {
+    const said = error instanceof assert.AssertionError ? error.message : error.stack;
+    throw new Error(`${said}\nWhat each run said: ${log}\nThe same again: ${again}`);
+  });
+  rmSync(log, { force: true });
+  process.exit(); // the links listen
+});
+
+async function campaign(stack: PrivateStack, seed: number, length: number, log: string): Promise<void> {
+  // 1. The stack, and a shop in it.
+  await Promise.all(servers.map((name) => stack.start(name).then(() => tell(`${name} serves`))));
+  const { createSource } = await stack.load<typeof import("./data/source.ts")>("test/data/source.ts");
+  const { localEnv } = await stack.load<typeof import("./stack/env.ts")>("test/stack/env.ts");
+  const { createSensors } = await stack.load<typeof import("./lib/sensors.ts")>("test/lib/sensors.ts");
+  const base = localEnv();
+  const roles = [base.SOURCE_DATABASE_URL, base.ETL_DATABASE_URL, base.REPLICATION_DATABASE_URL];
+  await createSource(
+    base.STACK_ADMIN_DATABASE_URL ?? "",
+    roles.map((url) => url ?? ""),
+  );
+  const sensors = await createSensors({ lag: 0.5 });
+  const { shop } = sensors;
+  const { admin, env } = shop;
+  Object.assign(env, stack.variables(env), { RUN_TIMEOUT_SECONDS: "60", CHUNK_ROWS: "500" });
+  await fill(shop);
+
+  // 2. The jobs. Each run is remembered while it goes on, and counted when it has ended.
+  const tally = new Map<string, Record<"runs" | "succeeded" | "failed" | "killed" | "skipped" | "retries", number>>();
+  const wrong: string[] = [];
+  const running = new Map<string, Set<Process>>();
+  const start = async (job: Job, variables: Env = {}): Promise<Result> => {
+    const count = tally.get(job) ?? { runs: 0, succeeded: 0, failed: 0, killed: 0, skipped: 0, retries: 0 };
+    tally.set(job, count);
+    const run = shop.start(`scripts/${job}.ts`, variables);
+    const mine = running.get(job) ?? new Set();
+    running.set(job, mine.add(run));
+    const result = await run.ended;
+    const { code, signal, stderr } = result;
+    mine.delete(run);
+    count.runs += 1;
+    count.retries += [...stderr.matchAll(/ step=(retry|waiting) /g)].length;
+    count[signal ? "killed" : code ? "failed" : / step=skipped /.test(stderr) ? "skipped" : "succeeded"] += 1;
+    appendFileSync(
+      log,
+      `${seconds()} s  ${job} ${JSON.stringify(variables)}: ${signal ?? `exit ${code}`}\n${stderr}\n\n`,
+    );
+    // 2 would be: a person has to change something; and faults of others are no programming errors.
+    if (code === 2 || (/TypeError|ReferenceError/.test(stderr) && !postgresJs.test(stderr)))
+      wrong.push(`${job} exited ${code}:\n${stderr}`);
+    return result;
+  };
+  await Promise.all([sensors.connector(), start("orders"), start("users")]); // by their links
+  const over = new AbortController();
+  const wait = (time: number): Promise<unknown> =>
+    delay(time * 1000, undefined, { signal: over.signal }).catch(() => {});
+  /** As cron does: again while the run before has not ended, but not ever more of them. */
+  const cron = async (job: Job, pause: number, work: () => Promise<unknown> = () => start(job)): Promise<void> => {
+    for (; !over.signal.aborted; await wait(pause))
+      if ((running.get(job)?.size ?? 0) < 2) await Promise.race([work(), wait(2)]);
+  };
+  const archived = createDays(shop, async (variables) =>
+    over.signal.aborted ? null : (await start("events", variables)).code,
+  );
+  const loops = [cron("orders", 0.5), cron("users", 2), cron("events", 1, archived.next), cron("views", 10)];
+  let drained = false;
+  const consumers = [1, 2].map(async () => {
+    for (; !drained; await delay(500)) await start("sensors");
+  });
+
+  // 3. The writers, and the faults as their schedule says.
+  const writers = startWriters(shop.connect, seed, 12);
+  const hits = new Map<Kind, number>(kinds.map((kind) => [kind, 0]));
+  const hit = createFaults(stack, { running, start, wait });
+  const from = performance.now();
+  const faults = createSchedule(seed, length).map(async (fault) => {
+    await wait(fault.at - (performance.now() - from) / 1000);
+    if (over.signal.aborted) return;
+    const { at, kind, target, seconds: lasts } = fault;
+    tell(`${at.toFixed(1)} ${kind} ${target} (${lasts.toFixed(1)} s)`);
+    if (await hit(fault)) hits.set(kind, (hits.get(kind) ?? 0) + 1);
+  });
+  const busy = Promise.all([...faults, ...loops]);
+  await Promise.race([delay(length * 1000), busy]);
+
+  // 4. The writers stop, the faults are healed.
+  tell("the writers stop, the faults are healed");
+  over.abort();
+  const left = [...running].flatMap(([job, going]) => (job === "sensors" ? [] : [...going]));
+  for (const { child } of left) child.kill("SIGTERM");
+  await Promise.all([busy, writers.stop(), ...left.map(({ ended }) => ended)]);
+
+  // 5. Each job runs once.
+  const once = async (script: string, variables: Env = {}): Promise<Result> => {
+    const result = await shop.succeed(script, variables);
+    tell(`${script} ${Object.entries(variables).map((pair) => pair.join("="))} done`);
+    return result;
+  };
+  const synced = async (PIPELINE: string): Promise<void> => {
+    await once(`scripts/${PIPELINE}.ts`);
+    await once("scripts/ops/sweep.ts", { PIPELINE, CONFIRM: "1" });
+  };
+  const drain = async (): Promise<void> => {
+    await sensors.connector();
+    await sensors.drained(120);
+    drained = true;
+    for (const { child } of running.get("sensors") ?? []) child.kill("SIGTERM");
+    await Promise.all(consumers);
+    await once("scripts/sensors.ts", { UNTIL: "caught-up" });
+  };
+  const archive = async (): Promise<void> => {
+    await once("scripts/events.ts");
+    await once("scripts/events.ts", { ...archived.all(), ...backfill });
+  };
+  await delay(600); // the lag
+  await Promise.all([synced("orders").then(() => synced("users")), drain(), archive()]);
+  await once("scripts/views.ts");
+
+  // 6. Everything is the same.
+  const verified = await once("scripts/ops/verify.ts");
+  process.stdout.write(verified.stdout);
+  const rows: Record<string, number> = {};
+  for (const [, pipeline = "", compared] of verified.stderr.matchAll(/pipeline=(\w+) .*step=compared rows=(\d+)/g))
+    rows[pipeline] = Number(compared);
+  const [there] =
+    await admin`select (select count(*)::int from orders) as orders, (select count(*)::int from users) as users`;
+  assert.deepEqual({ orders: rows.orders, users: rows.users }, { ...there }, "rows were left out of the comparison");
+  rows.events = Number(
+    / step=done .*rows=(\d+)/.exec((await once("scripts/ops/archive.ts", archived.all())).stderr)?.[1],
+  );
+  assert.deepEqual(await sensors.deadLetters(), []);
+  rows.models = await compareModels(shop, globSync(join(stack.scratch.folder, "views/*.sql")), once);
+  assert.deepEqual(wrong, [], "runs that ended as no fault should end them");
+  const total = Object.values(rows).reduce((sum, count) => sum + count, 0);
+  process.stdout.write(`\n${table([...hits].map(([fault, times]) => ({ fault, hits: times })))}\n`);
+  process.stdout.write(`\n${table([...tally].map(([job, counts]) => ({ job, ...counts })))}\n`);
+  say(
+    `chaos: SEED=${seed}: passed. ${thousands(total)} rows checked, ${thousands(writers.count.committed)} transactions (${JSON.stringify(writers.count)})`,
+  );
+}
+
+/** Rows to begin with. */
+async function fill({ admin }: Shop): Promise<void> {
+  await admin`
+    insert into orders (id, user_id, store_id, status, item_count, total, discount, created_at)
+    select i, case when i < 200 then 200 + i % 100 else i % 200 end, i % 10, 'completed', 1 + i % 7, i % 10000 / 100.0, i % 3,
+      timestamptz '2017-01-02' + i * interval '100 minutes'
+    from generate_series(1, 2000) i`;
+  await admin`
+    insert into users (id, age_band, income_band, created_at)
+    select i, '45-54', i % 12 || 'K', timestamptz '2017-01-02' + i * interval '1 hour' from generate_series(1, 300) i`;
+  await admin`
+    insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+    select i, 'S' || i % 5, 'temp', i, timestamptz '2024-01-01' + i % 50 * interval '1 hour' from generate_series(1, 2000) i`;
+}
+
+/** Days of events to archive: three at a time, each three days older than the last, as they become due. */
+function createDays({ connect, run }: Shop, archive: (variables: Env) => Promise<number | null>) {
+  const today = new Date().toISOString().slice(0, 10);
+  let [due, done] = [0, 0];
+  const days = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
+  return {
+    /** A daily run that finds them, or a backfill of them, until it has succeeded; each third time those before them again. */
+    next: async (): Promise<void> => {
+      if (done === due) {
+        const { FROM = "", TO = "" } = days(due + 1, due);
+        const sql = connect("days");
+        const inserting = sql`
+          insert into events (user_id, type, payload, created_at)
+          select i, 'purchase', jsonb_build_object('n', i, 'text', md5(i::text)), ${FROM}::text::timestamptz + i * interval '3 minutes'
+          from generate_series(1, 1400) i
+          where not exists (select from events where created_at >= ${FROM}::text::timestamptz and created_at < ${TO}::text::timestamptz)`;
+        const inserted = await Promise.race([inserting.catch(() => {}), delay(10_000)]);
+        sql.end({ timeout: 1 }).catch(() => {});
+        if (!inserted) return; // the database is away
+        due += 1;
+      }
+      const block = days(due, due - 1);
+      const daily =
+        due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
+      if ((await archive(daily ? parts : { ...block, ...backfill })) !== 0) return;
+      done = due;
+      if (due % 3 === 0) await archive({ ...days(due, due - 2), ...backfill, FORCE: "1" });
+    },
+    all: (): Env => days(due + 1, 0),
+  };
+}
+
+interface Runs {
+  running: Map<string, Set<Process>>;
+  start(job: Job): Promise<Result>;
+  /** So many seconds, or until the campaign is over. */
+  wait(seconds: number): Promise<unknown>;
+}
+
+/** Does to the stack what a fault says, and undoes it. The answer is whether there was anything to hit. */
+function createFaults(
+  { links, kill, start: startServer, signal }: PrivateStack,
+  { running, start, wait }: Runs,
+): (fault: Fault) => Promise<boolean> {
+  /** One thing at a time is done to a server. */
+  const queues = new Map<string, Promise<unknown>>();
+  const inTurn = async (name: string, work: () => Promise<unknown>): Promise<boolean> => {
+    const turn = (queues.get(name) ?? Promise.resolve()).then(work);
+    queues.set(name, turn);
+    await turn;
+    return true;
+  };
+  const victim = async (job: string, after: number): Promise<Process | undefined> => {
+    for (let tries = 0; tries < 100 && !running.get(job)?.size; tries++) await wait(0.05);
+    await wait(after);
+    return [...(running.get(job) ?? [])][0];
+  };
+  return async ({ kind, target, seconds, after, latency, both }) => {
+    const [server, link] = [target as ServerName, links[target as LinkName]];
+    switch (kind) {
+      case "kill script":
+        return (await victim(target, after))?.child.kill("SIGKILL") ?? false;
+      case "freeze script": {
+        const frozen = await victim(target, after);
+        if (!frozen?.child.kill("SIGSTOP")) return false;
+        if (both) links.ETL_DATABASE_URL.cut();
+        await wait(seconds);
+        return frozen.child.kill("SIGCONT");
+      }
+      case "kill server":
+      case "pushgateway outage":
+      case "disk full":
+        return await inTurn(target, async () => {
+          await kill(server);
+          if (both && kind === "kill server") (await victim(usedBy[server], 1))?.child.kill("SIGKILL");
+          if (kind === "disk full") await startServer(server, true);
+          await wait(seconds);
+          await kill(server);
+          await startServer(server);
+        });
+      case "freeze server":
+        return await inTurn(target, async () => {
+          signal(server, "SIGSTOP");
+          await wait(seconds);
+          signal(server, "SIGCONT");
+        });
+      case "cut connections":
+        link.down = true;
+        link.cut();
+        await wait(seconds / 2);
+        link.down = false;
+        return true;
+      case "latency":
+        link.latency = latency;
+        await wait(seconds);
+        link.latency = 0;
+        return true;
+      case "stall":
+        link.stall(wait(seconds));
+        return true;
+      case "double fire":
+        await Promise.all([start(target as Job), start(target as Job)]);
+        return true;
+    }
+  };
+}
+
+/** The published models are those of a fresh build. @returns their rows. */
+async function compareModels(
+  { dataset, query }: Shop,
+  files: string[],
+  once: (script: string, variables: Env) => Promise<unknown>,
+): Promise<number> {
+  const fresh = { BIGQUERY_VIEWS_DATASET: `${dataset}_fresh` };
+  await once("scripts/ops/migrate.ts", fresh);
+  await once("scripts/views.ts", fresh);
+  let rows = 0;
+  for (const file of files) {
+    const model = basename(file, ".sql");
+    const [published, again] = await Promise.all(
+      ["warehouse", "fresh"].map((of) =>
+        query(`SELECT TO_JSON_STRING(t) AS row FROM ${dataset}_${of}.${model} AS t ORDER BY row`),
+      ),
+    );
+    assert.deepEqual(published, again, `${model}: what is published is not what a fresh build makes`);
+    rows += published?.length ?? 0;
+  }
+  return rows;
+}

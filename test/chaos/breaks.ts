@@ -1,0 +1,46 @@
+/**
+ * Promises to switch off in the campaign's copy of the code, one at a time: it must find each.
+ */
+import type { Scratch } from "../lib/scratch.ts";
+
+export const breaks: Record<string, { about: string; edit: (scratch: Scratch) => void }> = {
+  bound: {
+    about: "the safe bound: the clock alone, whatever transactions are open",
+    edit: ({ edit }) => {
+      edit("sql/safe_bound.sql", (sql) =>
+        sql.replace("least(now() - lag, (select xact_start from oldest))", "(now() - lag)"),
+      );
+    },
+  },
+  guard: {
+    about: "the MERGE's version guard: a row is replaced, whichever version is there",
+    edit: ({ edit }) => {
+      edit("shared/bigquery.ts", (code) => code.replace(/replaced: string = .+,/, 'replaced: string = "TRUE",'));
+    },
+  },
+  commit: {
+    about: "commit-after-insert: the offsets are committed before the insert",
+    edit: ({ edit }) => {
+      const commit =
+        "await commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition: batch.partition, offset: String(BigInt(batch.lastOffset()) + 1n) }] }] });";
+      edit("shared/kafka.ts", (code) => code.replace("await on.batch(", `${commit} await on.batch(`));
+    },
+  },
+  manifest: {
+    about: "manifest-last: the manifest is put before its parts",
+    edit: ({ edit }) => {
+      edit("shared/archive.ts", (code) =>
+        code
+          .replace(
+            /uploading = (putStream\(bucket, key, )body(, .+\));\n\s+await uploading;/,
+            "const copy = Buffer.from(body as Buffer); late.push(() => $1copy$2);",
+          )
+          .replace(
+            "  const replaced = before?",
+            "  for (const put of late.splice(0)) await put();\n  const replaced = before?",
+          )
+          .concat("const late: (() => Promise<unknown>)[] = [];\n"),
+      );
+    },
+  },
+};
