@@ -164,7 +164,12 @@ bench-page: setup ## All benches, small and large, with the peers: writes README
 bench-lossless: setup ## Late commits, read by this project and its peers: writes README.md's table
 	@node test/bench/lossless.ts
 
+# The compiler knows what a file imports.
+imported = tsc --ignoreConfig --listFilesOnly --noEmit --module nodenext --allowImportingTsExtensions $(1) | grep -v node_modules | sort
+
 .PHONY: size
-size: ## Lines to read: the jobs with the toolkit, and the operations
-	@printf 'jobs and toolkit  %s lines\n' "$$(cat scripts/*.ts shared/*.ts | wc -l)"
-	@printf 'operations        %s lines\n' "$$(cat scripts/ops/*.ts | wc -l)"
+size: setup ## Lines to read: the five jobs with what they import, and what the operations add
+	@printf 'jobs, with what they import      %5d lines\n' "$$($(call imported,scripts/*.ts) | xargs cat | wc -l)"
+	@printf 'operations                       %5d lines\n' "$$(cat scripts/ops/*.ts | wc -l)"
+	@printf 'what only the operations import  %5d lines\n' \
+	  "$$(comm -13 <($(call imported,scripts/*.ts)) <($(call imported,scripts/ops/*.ts)) | grep -v /scripts/ | xargs cat | wc -l)"

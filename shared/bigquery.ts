@@ -258,7 +258,7 @@ async function dmlStats(to: Destination, jobId: string): Promise<Record<string, 
 }
 
 /** For what has a name of its own: it is there because the client asked again when the first answer got lost. */
-function ignoreAlreadyThere(error: { code?: number }): void {
+export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 

@@ -136,6 +136,9 @@ const canonical: Record<string, [source: Write, destination: Write]> = {
   BYTES: [(x) => `encode(${x}, 'hex')`, (x) => `TO_HEX(${x})`],
 };
 
+/** Whether there is a canonical text of a type: there is one of every type that a pipeline moves (shared/types.ts). */
+export const isCompared = ({ type }: Field): boolean => apiType(type) in canonical;
+
 /** How the rows of a pipeline to BigQuery are compared. @param columns what its SELECT returns. */
 export function bigqueryLayout(fields: Field[], key: string[], columns: Column[], version: string): Layout {
   const unread: string[] = [];

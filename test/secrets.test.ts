@@ -206,6 +206,8 @@ for (const [what, variables] of Object.entries(faults)) {
 
 test("where Google's credentials are broken", async () => {
   const file = join(tmpdir(), `etl-credentials-${process.pid}.json`);
+  const empty = join(tmpdir(), `etl-empty-${process.pid}.env`);
+  writeFileSync(empty, "");
   const key = {
     type: "service_account",
     client_email: "etl@example.com",
@@ -219,7 +221,7 @@ test("where Google's credentials are broken", async () => {
       for (const script of ["scripts/orders.ts", "scripts/ops/doctor.ts"]) {
         const variables = {
           BIGQUERY_ENDPOINT: undefined,
-          ENV_FILE: undefined,
+          ENV_FILE: empty, // it would have the endpoint
           GOOGLE_APPLICATION_CREDENTIALS: file,
           PIPELINE: "orders",
         };
@@ -230,5 +232,6 @@ test("where Google's credentials are broken", async () => {
     assertNone(mark, await leftBehind());
   } finally {
     rmSync(file);
+    rmSync(empty);
   }
 });

@@ -6,7 +6,7 @@ import { chmodSync, copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSy
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { connectKafka, type KafkaEnv } from "../shared/kafka.ts";
+import { connectKafka, createTopic, type KafkaEnv } from "../shared/kafka.ts";
 import { trustAuthorities } from "../shared/tls.ts";
 import { createCluster, type TestCluster } from "./lib/cluster.ts";
 import { createShop, freePort, type Result, type Shop, until } from "./lib/shop.ts";
@@ -252,7 +252,7 @@ test("Kafka: the consumer reads with TLS and each mechanism of SASL; a wrong cer
   const [admin, producer] = [kafka.admin(), kafka.producer()];
   await Promise.all([admin.connect(), producer.connect()]);
   try {
-    await admin.createTopics({ topics: [{ topic, numPartitions: 1, replicationFactor: 1 }], waitForLeaders: true });
+    await createTopic(admin, { topic, numPartitions: 1, replicationFactor: 1 });
     const given: Env = {
       KAFKA_BROKERS: `localhost:${broker.port}`,
       KAFKA_TLS: "1",
