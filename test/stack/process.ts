@@ -40,13 +40,17 @@ type Record = {
 
 const recordPath = (name: string): string => stackPath("run", `${name}.json`);
 
-/** State and start time of a process, or undefined. Pids are reused: only pid and start time together name a process. */
-function processStat(pid: number): { state: string; bootTicks: string } | undefined {
+/**
+ * Whether a process has ended, and its start time; undefined where there is none. Pids are reused: only pid and start time together name
+ * a process. A zombie whose other threads still end, as a killed JVM's do, has its ports and files still.
+ */
+function processStat(pid: number): { ended: boolean; bootTicks: string } | undefined {
   try {
     const fields = readFileSync(`/proc/${pid}/stat`, "utf8")
       .replace(/^.*\) /s, "")
       .split(" ");
-    return { state: fields[0] ?? "", bootTicks: fields[19] ?? "" };
+    const [state, threads, bootTicks = ""] = [fields[0], Number(fields[17]), fields[19]];
+    return { ended: state === "Z" && threads <= 1, bootTicks };
   } catch {
     return undefined;
   }
@@ -57,7 +61,7 @@ export function running(name: string): Record | undefined {
   try {
     const record = JSON.parse(readFileSync(recordPath(name), "utf8")) as Record;
     const stat = processStat(record.pid);
-    return stat && stat.state !== "Z" && stat.bootTicks === record.bootTicks ? record : undefined;
+    return stat && !stat.ended && stat.bootTicks === record.bootTicks ? record : undefined;
   } catch {
     return undefined; // no record, or one cut short by a kill
   }
