@@ -1,5 +1,6 @@
 // BigQuery: local-bigquery, which speaks its REST API over DuckDB. What it does less strictly than Google's: DESIGN, README.
 import { mkdirSync } from "node:fs";
+import { join } from "node:path";
 import { endpoint } from "./env.ts";
 import { python, pythonInstall } from "./python.ts";
 import { type Part, stackPath } from "./stack.ts";
@@ -20,7 +21,7 @@ export const bigquery: Part = {
     return {
       command: python,
       // The gRPC API is not used here: port 0 is any free one.
-      args: ["-c", "from local_bigquery.cli import main; main()", ...args, "--grpc-port=0"],
+      args: [join(import.meta.dirname, "bigquery.py"), ...args, "--grpc-port=0"],
       env: { HOME: stackPath("python"), PYTHONUNBUFFERED: "1" }, // DuckDB's extensions are below this HOME
       grace: 3, // it waits for its clients' open connections; its data survives SIGKILL
     };
