@@ -198,7 +198,7 @@ export async function mergeStaging(
 }
 
 /** For what has a name of its own: it is there because the client asked again when the first answer got lost. */
-function ignoreAlreadyThere(error: { code?: number }): void {
+export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 

@@ -6,7 +6,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Env, root, UsageError } from "./env.ts";
-import { connectKafka, type KafkaEnv, withAdmin } from "./kafka.ts";
+import { connectKafka, createTopic, type KafkaEnv, withAdmin } from "./kafka.ts";
 import { checkSession, connect } from "./postgres.ts";
 
 export const connectorVariables = ["CONNECT_URL", "REPLICATION_DATABASE_URL"] as const;
@@ -82,23 +82,21 @@ export async function checkReplication(env: ConnectEnv): Promise<void> {
 }
 
 /** Creates the topic as the file's topic.creation.default… say. @returns whether it was missing. */
-export async function createTopic(env: KafkaEnv & ConnectEnv, config: Record<string, string>): Promise<boolean> {
+export async function createReadingsTopic(
+  env: KafkaEnv & ConnectEnv,
+  config: Record<string, string>,
+): Promise<boolean> {
   const settings = Object.entries(config)
     .filter(([name]) => name.startsWith("topic.creation.default."))
     .map(([name, value]) => ({ name: name.slice("topic.creation.default.".length), value }));
   const number = (name: string): number => Number(settings.find((one) => one.name === name)?.value);
   return await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
     if ((await admin.listTopics()).includes(env.SENSORS_TOPIC)) return false;
-    return await admin.createTopics({
-      topics: [
-        {
-          topic: env.SENSORS_TOPIC,
-          numPartitions: number("partitions"),
-          replicationFactor: number("replication.factor"),
-          configEntries: settings.filter(({ name }) => !["partitions", "replication.factor"].includes(name)),
-        },
-      ],
-      waitForLeaders: true,
+    return await createTopic(admin, {
+      topic: env.SENSORS_TOPIC,
+      numPartitions: number("partitions"),
+      replicationFactor: number("replication.factor"),
+      configEntries: settings.filter(({ name }) => !["partitions", "replication.factor"].includes(name)),
     });
   });
 }

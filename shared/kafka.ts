@@ -3,7 +3,14 @@
  * kafkajs is used here only.
  */
 import { setTimeout as delay } from "node:timers/promises";
-import kafkajs, { type Admin, type Batch, type Consumer, type Kafka, type SASLOptions } from "kafkajs";
+import kafkajs, {
+  type Admin,
+  type Batch,
+  type Consumer,
+  type ITopicConfig,
+  type Kafka,
+  type SASLOptions,
+} from "kafkajs";
 import { type Env, UsageError } from "./env.ts";
 import { log } from "./progress.ts";
 
@@ -93,6 +100,26 @@ export async function topicState(admin: Admin, topic: string, groupId: string): 
 
 const withoutTopic = (error: unknown): boolean => (error as { type?: string }).type === "UNKNOWN_TOPIC_OR_PARTITION";
 const noTopic = (topic: string): UsageError => new UsageError(`Kafka has no topic ${topic}. Run: make connector`);
+
+/**
+ * Creates a topic, and waits until the broker that is asked knows its leaders. It learns of them a moment after the controller has made
+ * it; kafkajs's own waitForLeaders takes that moment for an error.
+ * @returns false where it is there already.
+ * @throws Error where nobody leads it after 30 s.
+ */
+export async function createTopic(admin: Admin, config: ITopicConfig): Promise<boolean> {
+  const { topic } = config;
+  const created = await admin.createTopics({ topics: [config], waitForLeaders: false });
+  for (const deadline = performance.now() + 30_000; ; await delay(100)) {
+    try {
+      const [found] = (await admin.fetchTopicMetadata({ topics: [topic] })).topics;
+      if (found?.partitions.length && found.partitions.every(({ leader }) => leader >= 0)) return created;
+    } catch (error) {
+      if (!withoutTopic(error) && (error as { type?: string }).type !== "LEADER_NOT_AVAILABLE") throw error;
+    }
+    if (performance.now() > deadline) throw new Error(`no broker leads the partitions of topic ${topic} after 30 s`);
+  }
+}
 
 /** @throws UsageError while the group has members, which a change of its offsets would not reach. */
 export async function checkGroupIsEmpty(admin: Admin, groupId: string): Promise<void> {
@@ -233,7 +260,7 @@ async function connectConsumer(consumer: Consumer, signal: AbortSignal): Promise
 }
 
 const isConnectionError = (error: unknown): boolean =>
-  /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSRequestTimeout/.test(
+  /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSGroupCoordinatorNotFound|KafkaJSRequestTimeout/.test(
     (error as Error).name,
   );
 

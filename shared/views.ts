@@ -8,7 +8,7 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
-import { connectBigQuery } from "./bigquery.ts";
+import { connectBigQuery, ignoreAlreadyThere } from "./bigquery.ts";
 import { type Env, root, UsageError } from "./env.ts";
 import { type ModelMetrics, pushModelMetrics } from "./metrics.ts";
 import { duration, type Fields, table, thousands } from "./progress.ts";
@@ -256,12 +256,13 @@ export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
   const old = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < oldest);
   await Promise.all(old.map((dataset) => dataset.delete({ force: true })));
   const dataset = bigquery.dataset(prefix + run.id);
-  await dataset.create({
+  const created = dataset.create({
     location: env.BIGQUERY_LOCATION,
     description: `Where run ${run.id} of views makes its models. Its tables delete themselves.`,
     labels: labels(run),
     defaultTableExpirationMs: String(BUILD_HOURS * 3_600_000),
   });
+  await created.catch(ignoreAlreadyThere); // the client asks again where an answer was lost
   const build: Build = {
     run,
     env,

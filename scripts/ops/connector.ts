@@ -14,7 +14,7 @@ import {
   checkReplication,
   connectorConfig,
   connectorVariables,
-  createTopic,
+  createReadingsTopic,
   namesOf,
   putConnector,
 } from "../../shared/connect.ts";
@@ -26,7 +26,7 @@ await main(import.meta, async () => {
   const env = readEnv(...connectorVariables, ...kafka);
   const config = connectorConfig(env);
   await checkReplication(env);
-  if (await createTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
+  if (await createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
   await putConnector(env, config);
   await awaitRunning(env);
   log({

@@ -16,7 +16,7 @@ import {
   checkReplication,
   connectorConfig,
   connectorVariables,
-  createTopic,
+  createReadingsTopic,
   dropSlot,
   forgetConnector,
   namesOf,
@@ -75,7 +75,7 @@ await main(import.meta, async () => {
     // 1. Stop the connector, so that nothing of the old epoch comes after.
     await checkReplication(env);
     const config = connectorConfig(env);
-    await createTopic(env, config);
+    await createReadingsTopic(env, config);
     await stopConnector(env, config);
 
     // 2. The new epoch: its messages are those after what the topic has now. From here on the old table's consumers are refused, so

@@ -17,7 +17,7 @@ import {
   awaitRunning,
   checkReplication,
   connectorConfig,
-  createTopic,
+  createReadingsTopic,
   namesOf,
   putConnector,
 } from "../../shared/connect.ts";
@@ -455,7 +455,7 @@ async function replicate({ variables }: Awaited<ReturnType<typeof startServer>>,
   try {
     await checkReplication(env);
     const config = connectorConfig(env);
-    await createTopic(env, config);
+    await createReadingsTopic(env, config);
     await putConnector(env, { ...config, "snapshot.mode": "no_data" });
     await awaitRunning(env);
     await until("the slot is read", async () => {

@@ -10,7 +10,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
-import { connectKafka, topicState } from "../../shared/kafka.ts";
+import { connectKafka, createTopic, topicState } from "../../shared/kafka.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { type Part, stackPath } from "../stack/stack.ts";
 import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
@@ -102,19 +102,20 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     const { stderr } = await shop.succeed("scripts/ops/connector.ts");
     slot = /slot=(\S+)/.exec(stderr)?.[1] ?? "";
   };
-  if (connector) await put();
-  else
-    await admin.createTopics({
-      topics: [
-        {
-          topic,
-          numPartitions: partitions,
-          replicationFactor: 1,
-          configEntries: [{ name: "max.message.bytes", value: "10485760" }],
-        },
-      ],
-      waitForLeaders: true,
-    });
+  try {
+    if (connector) await put();
+    else
+      await createTopic(admin, {
+        topic,
+        numPartitions: partitions,
+        replicationFactor: 1,
+        configEntries: [{ name: "max.message.bytes", value: "10485760" }],
+      });
+  } catch (error) {
+    await admin.disconnect(); // it would keep the test's process
+    await shop[Symbol.asyncDispose]();
+    throw error;
+  }
 
   const readings = async (of = database): Promise<Reading[]> => {
     const answer = await shop.clickhouse.query({
