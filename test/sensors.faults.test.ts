@@ -187,7 +187,7 @@ suite("faults", { concurrency: true }, () => {
       assert.match(await healthz(consumer), health);
       assert.equal(await committed(sensors), 1000);
       await end(line);
-      await until("it is all there", async () => (await committed(sensors)) === 49_000, 180);
+      await until("it is all there", async () => (await committed(sensors)) === 49_000, 60);
       assert.equal(await countRows(sensors), 49_000);
       assert.equal((await sensors.deadLetters()).length, 0);
       assert.match(await healthz(consumer), /^200 ok$/m);
@@ -205,7 +205,7 @@ suite("faults", { concurrency: true }, () => {
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
     await line.pass(700);
     for (let first = 1; first < 6000; first += 200) await sensors.produce(created(first, 200));
-    await until("it is all there", async () => (await committed(sensors)) === 6000, 180);
+    await until("it is all there", async () => (await committed(sensors)) === 6000, 60);
     assert.equal(await countRows(sensors), 6000);
     assert.equal((await sensors.deadLetters()).length, 0);
     const { stderr } = await stop(consumer);
