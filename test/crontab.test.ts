@@ -162,7 +162,7 @@ test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, 
   // The source's table is locked for a change: the run waits.
   await shop.connect("locker").begin(async (locker) => {
     await locker`lock table orders in access exclusive mode`;
-    const { code } = await cron(local(command).replace(/-k 60 45m/, "-k 60 3s"));
+    const { code } = await cron(local(command).replace(/-k 60 45m/, "-k 60 15s"));
     assert.equal(code, 124, logOf("orders"));
   });
   // make, and with it timeout, ends before the run has.

@@ -213,7 +213,7 @@ async function models(): Promise<void> {
   const last = `week = (select max(week) from weekly_summary where ${real})`;
   const looks = {
     "the last five weeks of 2017 (weekly_summary)": `select week, order_count as orders, revenue, refunds, basket_value, active_users, new_users, repeat_share from weekly_summary where ${real} order by week desc limit 5`,
-    "the last week of 2017 by income (income_band_revenue)": `select income_band, active_users, order_count as orders, revenue, revenue_share from income_band_revenue where ${last} order by revenue desc limit 6`,
+    "the last week of 2017 by income (income_band_revenue)": `select income_band, active_users, order_count as orders, revenue, revenue_share from income_band_revenue where ${last} order by revenue desc`,
     "the segments (rfm_segments)":
       "select segment, count(*) as users, sum(monetary) as revenue from rfm_segments group by segment order by revenue desc",
   };

@@ -3,7 +3,6 @@
  */
 import assert from "node:assert/strict";
 import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
-import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
@@ -13,7 +12,7 @@ import type { Sql, TransactionSql } from "postgres";
 import { connectKafka, createTopic, topicState } from "../../shared/kafka.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { type Part, stackPath } from "../stack/stack.ts";
-import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import { connectClickHouse, createShop, freePort, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
@@ -246,9 +245,9 @@ export async function createServers(names: readonly ServerName[] = privateServer
   const { parts }: { parts: Part[] } = await import(join(folder, "test/stack/parts.ts"));
   const processes: typeof import("../stack/process.ts") = await import(join(folder, "test/stack/process.ts"));
   const own: Env = {};
-  if (names.includes("kafka")) own.KAFKA_BROKERS = `127.0.0.1:${await quietPort()}`;
-  if (names.includes("connect")) own.CONNECT_URL = `http://127.0.0.1:${await quietPort()}`;
-  if (names.includes("clickhouse")) own.CLICKHOUSE_URL = `http://127.0.0.1:${await quietPort()}`;
+  if (names.includes("kafka")) own.KAFKA_BROKERS = `127.0.0.1:${await freePort()}`;
+  if (names.includes("connect")) own.CONNECT_URL = `http://127.0.0.1:${await freePort()}`;
+  if (names.includes("clickhouse")) own.CLICKHOUSE_URL = `http://127.0.0.1:${await freePort()}`;
   const env = { ...localEnv(), ...own };
   const start = async (name: ServerName): Promise<void> => {
     const part = parts.find((one) => one.name === name) as Part;
@@ -273,24 +272,6 @@ export async function createServers(names: readonly ServerName[] = privateServer
     throw error;
   }
   return { env: own, start, kill, signal, [Symbol.asyncDispose]: dispose };
-}
-
-/** No port of outgoing connections: one of them could take it, or be one with itself, while the server is down. And the next is free. */
-async function quietPort(): Promise<number> {
-  for (;;) {
-    const port = 12_000 + 2 * Math.floor(Math.random() * 9000);
-    const taken = await Promise.all([port, port + 1].map(isTaken));
-    if (!taken.includes(true)) return port;
-  }
-}
-
-async function isTaken(port: number): Promise<boolean> {
-  const server = createServer();
-  const taken = await new Promise<boolean>((resolve) => {
-    server.once("error", () => resolve(true)).listen(port, "127.0.0.1", () => resolve(false));
-  });
-  await new Promise((resolve) => server.close(resolve));
-  return taken;
 }
 
 /** Numbers of [0, below), the same for the same seed. */

@@ -7,7 +7,7 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
-import { type AddressInfo, createServer } from "node:net";
+import { createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { suite } from "node:test";
@@ -347,14 +347,25 @@ async function startPushgateway(): Promise<{ url: string; child: ChildProcess }>
   return { url, child };
 }
 
-/** A port that nothing listens on at the moment. */
+/**
+ * A port that nothing listens on, nor on the next (Kafka's controller has that). Not one of those that outgoing connections get: one of
+ * them could take it before its server is there, or while it is down, or be one with itself.
+ */
 export async function freePort(): Promise<number> {
-  const server = createServer().listen(0, "127.0.0.1");
-  await once(server, "listening");
-  const { port } = server.address() as AddressInfo;
-  server.close();
-  await once(server, "close");
-  return port;
+  for (;;) {
+    const port = 12_000 + 2 * Math.floor(Math.random() * 9000);
+    const taken = await Promise.all([port, port + 1].map(isTaken));
+    if (!taken.includes(true)) return port;
+  }
+}
+
+async function isTaken(port: number): Promise<boolean> {
+  const server = createServer();
+  const taken = await new Promise<boolean>((resolve) => {
+    server.once("error", () => resolve(true)).listen(port, "127.0.0.1", () => resolve(false));
+  });
+  await new Promise((resolve) => server.close(resolve));
+  return taken;
 }
 
 function canonical(

@@ -20,6 +20,7 @@ import { after, before, test } from "node:test";
 import { CreateBucketCommand, GetObjectCommand, PutObjectCommand, S3Client } from "@aws-sdk/client-s3";
 import { Kafka, logLevel } from "kafkajs";
 import postgres from "postgres";
+import { freePort } from "../lib/shop.ts";
 import { type Env, endpoint, localEnv, notOurs, root } from "./env.ts";
 import type { Install } from "./install.ts";
 import { kcat } from "./kcat.ts";
@@ -46,14 +47,6 @@ function command(name: string, environment: Env = {}): Promise<Outcome> {
     out += data;
   });
   return new Promise((resolve) => child.on("close", (code) => resolve({ code, out })));
-}
-
-async function freePort(): Promise<number> {
-  const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const { port } = server.address() as { port: number };
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 /** An ENV_FILE with these changes to the copy's .env.example. */
