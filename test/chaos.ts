@@ -27,7 +27,14 @@ import { table, thousands } from "../shared/progress.ts";
 import { main } from "../shared/run.ts";
 import { breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
-import { createStack, type LinkName, type PrivateStack, type ServerName, servers } from "./chaos/stack.ts";
+import {
+  createStack,
+  type LinkName,
+  type PrivateStack,
+  type ServerName,
+  servers,
+  withFullDisk,
+} from "./chaos/stack.ts";
 import { startWriters } from "./chaos/writers.ts";
 import type { Process, Result, Shop } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
@@ -314,7 +321,7 @@ function createFaults(
         return await inTurn(target, async () => {
           await kill(server);
           if (both && kind === "kill server") (await victim(usedBy[server], 1))?.child.kill("SIGKILL");
-          if (kind === "disk full") await startServer(server, true);
+          if (kind === "disk full") await startServer(server, withFullDisk);
           await wait(seconds);
           await kill(server);
           await startServer(server);

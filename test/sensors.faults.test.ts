@@ -8,7 +8,8 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { Message } from "kafkajs";
 import { topicState } from "../shared/kafka.ts";
 import { createProxy, ending, type Fault, loseAnswer, reset, withhold } from "./lib/faults.ts";
-import { type Consumer, createSensors, createServers, type Sensors } from "./lib/sensors.ts";
+import { type Consumer, createSensors, type Sensors } from "./lib/sensors.ts";
+import { createServers } from "./lib/servers.ts";
 import { type Result, until } from "./lib/shop.ts";
 
 const soak = process.env.SOAK === "1";

@@ -8,15 +8,8 @@ import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { topicState } from "../shared/kafka.ts";
 import { createProxy, ending, type Fault, type Gate, type HttpProxy, hold, reach, withhold } from "./lib/faults.ts";
-import {
-  assertSame,
-  createSensors,
-  createServers,
-  random,
-  type Sensors,
-  type ServerName,
-  startWriters,
-} from "./lib/sensors.ts";
+import { assertSame, createSensors, random, type Sensors, startWriters } from "./lib/sensors.ts";
+import { createServers, type SensorsServer } from "./lib/servers.ts";
 import { type Process, until } from "./lib/shop.ts";
 
 const soak = process.env.SOAK === "1";
@@ -103,7 +96,7 @@ suite("sensors killed", { concurrency: true }, () => {
         await kill(consumers[which] as Process);
         consumers[which] = sensors.shop.start("scripts/sensors.ts"); // the group waits for the session of the killed one
       } else {
-        await servers.kill(victim satisfies ServerName);
+        await servers.kill(victim satisfies SensorsServer);
         await delay(down);
         await servers.start(victim);
       }

@@ -3,15 +3,14 @@
  * be killed, and the code be changed. What is installed is this checkout's. Every connection of its scripts goes through a Link.
  */
 import { spawnSync } from "node:child_process";
-import { mkdirSync, readdirSync, readFileSync, rmSync, symlinkSync } from "node:fs";
+import { readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
-import { setTimeout as delay } from "node:timers/promises";
 import { type Scratch, scratchCopy } from "../lib/scratch.ts";
+import { linkInstalled, type Servers, serversOf } from "../lib/servers.ts";
 import type { Env } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
 import { parts as installable } from "../stack/parts.ts";
 import type { Command } from "../stack/process.ts";
-import { type Part, stackPath } from "../stack/stack.ts";
 import { createLink, type Link } from "./link.ts";
 
 export const servers = ["postgres", "bigquery", "clickhouse", "kafka", "connect", "s3", "pushgateway"] as const;
@@ -32,16 +31,13 @@ const behind = {
 export type LinkName = keyof typeof behind;
 export const linkNames = Object.keys(behind) as LinkName[];
 
-export interface PrivateStack {
+export interface PrivateStack extends Servers<ServerName> {
   scratch: Scratch;
   links: Record<LinkName, Link>;
   /** What a script of the shop is given, so that its connections go through the links. */
   variables(env: Env): Env;
   /** A module of the copy, which knows the copy's addresses. */
   load<T>(file: string): Promise<T>;
-  start(name: ServerName, diskFull?: boolean): Promise<void>;
-  kill(name: ServerName): Promise<void>;
-  signal(name: ServerName, signal: NodeJS.Signals): void;
 }
 
 const installs = new Set(
@@ -56,10 +52,8 @@ export async function createStack(change: (scratch: Scratch) => void): Promise<P
   await Promise.all([...installs].map(ensureInstalled));
   const scratch = scratchCopy(["test", "views"]);
   process.on("exit", () => remove(scratch.folder));
-  const own = (...names: string[]): string => join(scratch.folder, ".stack", ...names);
-  rmSync(own()); // the link to this checkout's
-  mkdirSync(own("kafka"), { recursive: true });
-  for (const name of ["bin", "python", "kafka/libs"]) symlinkSync(stackPath(name), own(name));
+  rmSync(join(scratch.folder, ".stack")); // the link to this checkout's
+  linkInstalled(scratch.folder);
 
   // Ports of no outgoing connection, which could take one while its server is down; nor of the tests' other servers.
   const first = 30_000 + 40 * Math.floor(Math.random() * 68);
@@ -84,39 +78,17 @@ export async function createStack(change: (scratch: Scratch) => void): Promise<P
 
   const load = <T>(file: string): Promise<T> => import(join(scratch.folder, file));
   const { localEnv, endpoint } = await load<typeof import("../stack/env.ts")>("test/stack/env.ts");
-  const { parts } = await load<{ parts: Part[] }>("test/stack/parts.ts");
-  const processes = await load<typeof import("../stack/process.ts")>("test/stack/process.ts");
   const env = localEnv();
   const links = Object.fromEntries(
     await Promise.all(
       linkNames.map(async (name) => [name, await createLink(linkPort(name), endpoint(env[name] ?? "").port)]),
     ),
   ) as Record<LinkName, Link>;
-
-  const start: PrivateStack["start"] = async (name, diskFull = false) => {
-    const part = parts.find((one) => one.name === name) as Part;
-    await part.prepare?.(env);
-    const command = part.command(env);
-    await processes.startProcess(name, diskFull ? withFullDisk(command) : command);
-    await processes.awaitReady(name, () => part.ready(env), 90);
-  };
-  const signal: PrivateStack["signal"] = (name, what) => {
-    const { pid } = processes.running(name) ?? {};
-    if (pid) process.kill(pid, what);
-  };
-  const gone = async (name: string): Promise<void> => {
-    while (processes.running(name)) await delay(20);
-  };
   return {
     scratch,
     links,
     load,
-    start,
-    signal,
-    kill: async (name) => {
-      signal(name, "SIGKILL");
-      await gone(name);
-    },
+    ...(await serversOf<ServerName>(scratch.folder, env)),
     variables: (shop) =>
       Object.fromEntries(
         linkNames.map((name) => {
@@ -142,6 +114,6 @@ function remove(folder: string): void {
 }
 
 /** What a server sees of a full disk: it cannot write a file of more than a kilobyte. */
-function withFullDisk({ command, args, ...rest }: Command): Command {
+export function withFullDisk({ command, args, ...rest }: Command): Command {
   return { ...rest, command: "bash", args: ["-c", 'trap \'\' XFSZ; ulimit -f 1; exec "$0" "$@"', command, ...args] };
 }

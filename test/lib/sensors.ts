@@ -2,17 +2,13 @@
  * A shop with sensors: its topic, its connector, its consumers, on the local stack's Kafka, Connect and ClickHouse.
  */
 import assert from "node:assert/strict";
-import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
 import { connectKafka, createTopic, topicState } from "../../shared/kafka.ts";
-import { type Env, localEnv, root } from "../stack/env.ts";
-import { type Part, stackPath } from "../stack/stack.ts";
-import { connectClickHouse, createShop, freePort, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import type { Env } from "../stack/env.ts";
+import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
@@ -219,59 +215,6 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
       await within(admin.disconnect());
     },
   };
-}
-
-const privateServers = ["kafka", "connect", "clickhouse"] as const;
-export type ServerName = (typeof privateServers)[number];
-
-/** Kafka, Connect and ClickHouse of a test's own, for what must not be done to the shared ones. */
-export interface Servers extends AsyncDisposable {
-  env: Env;
-  /** SIGKILL. */
-  kill(name: ServerName): Promise<void>;
-  /** SIGSTOP: it answers nothing, until SIGCONT. */
-  signal(name: ServerName, signal: "SIGSTOP" | "SIGCONT"): void;
-  /** Resolves once it serves. */
-  start(name: ServerName): Promise<void>;
-}
-
-/** A copy of test/stack has ports and data of its own; what is installed is this checkout's. */
-export async function createServers(names: readonly ServerName[] = privateServers): Promise<Servers> {
-  const folder = mkdtempSync(join(tmpdir(), "etl-servers-"));
-  for (const name of ["test/stack", "package.json"]) cpSync(join(root, name), join(folder, name), { recursive: true });
-  mkdirSync(join(folder, ".stack/kafka"), { recursive: true });
-  symlinkSync(stackPath("kafka/libs"), join(folder, ".stack/kafka/libs"));
-  symlinkSync(join(root, "node_modules"), join(folder, "node_modules"));
-  const { parts }: { parts: Part[] } = await import(join(folder, "test/stack/parts.ts"));
-  const processes: typeof import("../stack/process.ts") = await import(join(folder, "test/stack/process.ts"));
-  const own: Env = {};
-  if (names.includes("kafka")) own.KAFKA_BROKERS = `127.0.0.1:${await freePort()}`;
-  if (names.includes("connect")) own.CONNECT_URL = `http://127.0.0.1:${await freePort()}`;
-  if (names.includes("clickhouse")) own.CLICKHOUSE_URL = `http://127.0.0.1:${await freePort()}`;
-  const env = { ...localEnv(), ...own };
-  const start = async (name: ServerName): Promise<void> => {
-    const part = parts.find((one) => one.name === name) as Part;
-    await part.prepare?.(env);
-    await processes.startProcess(name, part.command(env));
-    await processes.awaitReady(name, () => part.ready(env), 90);
-  };
-  const kill = async (name: ServerName): Promise<void> => {
-    const { pid } = processes.running(name) ?? {};
-    if (pid) process.kill(pid, "SIGKILL");
-    await until(`${name} is gone`, () => !processes.running(name));
-  };
-  const signal: Servers["signal"] = (name, what) => void process.kill(processes.running(name)?.pid ?? Number.NaN, what);
-  const dispose = async (): Promise<void> => {
-    await Promise.all(names.map(kill));
-    rmSync(folder, { recursive: true, force: true });
-  };
-  try {
-    await Promise.all(names.map(start));
-  } catch (error) {
-    await dispose();
-    throw error;
-  }
-  return { env: own, start, kill, signal, [Symbol.asyncDispose]: dispose };
 }
 
 /** Numbers of [0, below), the same for the same seed. */
