@@ -109,7 +109,7 @@ suite("sensors killed", { concurrency: true }, () => {
     for (const consumer of consumers) await stop(consumer);
   });
 
-  suite("at one point", { concurrency: 3, timeout: 180_000 }, () => {
+  suite("at one point", { concurrency: 3 }, () => {
     const rows = 300;
     /** Rows of a source that are in ClickHouse; no consumer runs. */
     const begin = async (): Promise<Sensors> => {
