@@ -320,9 +320,11 @@ function createFaults(
       case "disk full":
         return await inTurn(target, async () => {
           await kill(server);
-          if (both && kind === "kill server") (await victim(usedBy[server], 1))?.child.kill("SIGKILL");
           if (kind === "disk full") await startServer(server, withFullDisk);
           await wait(seconds);
+          // Those that wait for it go too, with what they hold.
+          if (both && kind === "kill server")
+            for (const { child } of running.get(usedBy[server]) ?? []) child.kill("SIGKILL");
           await kill(server);
           await startServer(server);
         });

@@ -26,7 +26,7 @@ import {
   steps,
   widen,
 } from "./lib/faults.ts";
-import { eachPipeline, type Process, type Result, type Shop, until } from "./lib/shop.ts";
+import { type Process, type Result, type Shop, stepsOfPipeline, until } from "./lib/shop.ts";
 
 /** Waits for a run that has to end with exit 1 and a text, having merged and moved nothing; then heals it. */
 async function assertFailsCleanly(change: Change, text: RegExp, start: () => Promise<Process>): Promise<Result> {
@@ -75,7 +75,7 @@ async function deadline(shop: Shop): Promise<{ RUN_TIMEOUT_SECONDS: string }> {
 }
 
 // Two halves at a time, each with its shop: most of these tests wait, for a deadline or before an attempt.
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   suite("silence, and the source", { concurrency: 1 }, () => {
     const test = sharedShop({ pipeline });
 

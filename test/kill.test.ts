@@ -19,7 +19,7 @@ import {
   widen,
   withhold,
 } from "./lib/faults.ts";
-import { eachPipeline, type Process, type Shop, until } from "./lib/shop.ts";
+import { type Process, type Shop, stepsOfPipeline, until } from "./lib/shop.ts";
 
 async function kill(shop: Shop, run: Process): Promise<void> {
   run.child.kill("SIGKILL");
@@ -29,7 +29,7 @@ async function kill(shop: Shop, run: Process): Promise<void> {
 
 const killed = "a run killed";
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline, pushgateway: true });
 
   for (const { when, step, gate, inFlight = false } of [

@@ -305,3 +305,12 @@ await test("the recipe for a model, followed to the letter, publishes it; a chec
     assert.deepEqual(await rows(), published);
   }
 });
+
+test("users is orders, step for step: what is shown of one under kills and faults holds for both", () => {
+  const steps = (pipeline: string): string =>
+    readFileSync(join(root, `scripts/${pipeline}.ts`), "utf8")
+      .replaceAll(pipeline, "PIPELINE")
+      .replaceAll(/ {2,}/g, " ")
+      .replace(/(\* schedule) \w+/, "$1");
+  assert.equal(steps("users"), steps("orders"));
+});

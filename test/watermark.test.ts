@@ -7,7 +7,7 @@ import type { Duplex } from "node:stream";
 import { after, before, test } from "node:test";
 import postgres, { type Sql } from "postgres";
 import { copyJsonLines } from "../shared/postgres.ts";
-import { createShop, eachPipeline, type Result, type Shop, until } from "./lib/shop.ts";
+import { createShop, type Result, type Shop, stepsOfPipeline, until } from "./lib/shop.ts";
 import { type Env, root } from "./stack/env.ts";
 
 /** A session that ends with its test, whatever it is doing: postgres.js waits for a COPY or a stream to end. */
@@ -53,7 +53,7 @@ const holder = (result: Result): string | undefined => lines(result, "held")[0]?
 const chunks = (result: Result): string[][] =>
   lines(result, "chunk").map(({ from = "", to = "", rows = "" }) => [from, to, rows]);
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   /** The tests share a shop. Each compares with what had arrived before it, so none rests on the one before it. */
   let shop: Shop;
   let last = 5;

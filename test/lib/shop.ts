@@ -28,10 +28,18 @@ export const pipelines = Object.keys(textColumns) as Pipeline[];
  * The same tests for each pipeline. Both pipelines' go on at the same time, so that one's waiting is the other's work;
  * within a pipeline `concurrency` of them do.
  */
-export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
+export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1, which = pipelines): void {
   suite("each pipeline", { concurrency: true }, () => {
-    for (const pipeline of pipelines) suite(pipeline, { concurrency }, () => tests(pipeline));
+    for (const pipeline of which) suite(pipeline, { concurrency }, () => tests(pipeline));
   });
+}
+
+/**
+ * Tests of what the script's steps hold, whatever the table's columns are: of orders, and with SOAK=1 of each pipeline. The scripts are
+ * the same, step for step (recipes.test.ts).
+ */
+export function stepsOfPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
+  eachPipeline(tests, concurrency, process.env.SOAK === "1" ? pipelines : ["orders"]);
 }
 
 export interface Result {
