@@ -80,7 +80,7 @@ await main(import.meta, async () => {
   // postgres.js writes to a socket that is gone. Scripts end by that, with exit code 1; the writers go on.
   const [fail] = process.listeners("uncaughtException");
   process.removeAllListeners("uncaughtException").on("uncaughtException", (error, origin) => {
-    if (!postgresJs.test(error.stack ?? "")) fail?.(error, origin);
+    if (!(error instanceof TypeError && postgresJs.test(error.stack ?? ""))) fail?.(error, origin);
   });
   const stack = await createStack((scratch) => {
     if (BREAK) breaks[BREAK]?.edit(scratch);
