@@ -55,15 +55,11 @@ function print(all: Status[]): void {
     state: of.state,
   }));
   const [names = "", ...lines] = table(rows).split("\n");
-  const shown = lines.map((line, at) => colour(colours[all[at]?.state ?? "ok"], line));
+  // styleText: on a terminal only, and not where NO_COLOR is set.
+  const shown = lines.map((line, at) => styleText(colours[all[at]?.state ?? "ok"], line, { stream: process.stdout }));
   process.stdout.write(`${[names, ...shown].join("\n")}\n`);
   const below = all.flatMap((of) => details(of).map((line) => `${of.pipeline}: ${line}\n`));
   if (below.length) process.stdout.write(`\n${below.join("")}`);
-}
-
-/** On a terminal only, and not where NO_COLOR is set. */
-function colour(format: "green" | "gray" | "yellow" | "red", text: string): string {
-  return styleText(format, text, { stream: process.stdout });
 }
 
 /** Below the table: why a pipeline is not ok, its error, and what has no column. */
