@@ -167,11 +167,9 @@ export function bigqueryLayout(fields: Field[], key: string[], columns: Column[]
   return { columns: compared, key, integer: apiType(first?.type ?? "") === "INTEGER", version, unread };
 }
 
+type Cast = (value: string, type: string) => string;
 /** ClickHouse's types of sensor_readings → canonical text in Postgres and in ClickHouse. */
-const clickhouseCanonical: Record<
-  string,
-  [source: (x: string, type: string) => string, destination: (x: string) => string]
-> = {
+const clickhouseCanonical: Record<string, [source: Cast, destination: Cast]> = {
   Int64: [(x) => `${x}::text`, (x) => `toString(${x})`],
   String: [(x) => `${x}::text`, (x) => `CAST(${x}, 'Nullable(String)')`],
   Float64: [
@@ -186,12 +184,9 @@ const clickhouseCanonical: Record<
 export function clickhouseLayout(columns: { name: string; type: string }[], types: Record<string, string>): Layout {
   const compared = columns.map(({ name, type }) => {
     const plain = type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
-    const [source, destination] = clickhouseCanonical[plain] as [
-      (x: string, type: string) => string,
-      (x: string) => string,
-    ];
+    const [source, destination] = clickhouseCanonical[plain] as [Cast, Cast];
     const there = `r.${name}`;
-    const text = destination(there);
+    const text = destination(there, plain);
     return {
       name,
       source: source(quote(name), types[name] ?? ""),

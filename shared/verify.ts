@@ -80,14 +80,6 @@ const MOST_DIFFERENCES = 100_000;
 export async function compare(layout: Layout, source: Source, destination: Side): Promise<Comparison> {
   const result: Comparison = { rows: 0, leftOut: 0, ranges: 0, differing: 0, differences: [] };
   const latest = await source.latest();
-  const byRow = async (bounds: string[], ranges: number[], span: Span): Promise<void> => {
-    const there = await destination.rows(bounds, span, ranges);
-    result.differences.push(...differences(layout, await source.rows(bounds, span, ranges), there, latest));
-    if (result.differences.length > MOST_DIFFERENCES)
-      throw new Error(
-        `more than ${MOST_DIFFERENCES} rows differ, up to ${result.differences.at(-1)?.name}: the table is to be loaded anew, not mended`,
-      );
-  };
   const byRange = async (span: Span): Promise<void> => {
     const bounds = await source.bounds(span, RANGE_ROWS, RANGES);
     const there = await destination.sums(bounds, span);
@@ -98,11 +90,17 @@ export async function compare(layout: Layout, source: Source, destination: Side)
       for (const { rows } of here.values()) result.rows += rows;
     }
     let batch = { ranges: [] as number[], rows: 0 };
-    const flush = async (): Promise<void> => {
+    const byRow = async (): Promise<void> => {
       const { ranges } = batch;
       batch = { ranges: [], rows: 0 };
       if (!ranges.length) return;
-      await byRow(bounds, ranges, { low: edges[Math.min(...ranges)], high: edges[Math.max(...ranges) + 1] });
+      const part = { low: edges[Math.min(...ranges)], high: edges[Math.max(...ranges) + 1] };
+      const there = await destination.rows(bounds, part, ranges);
+      result.differences.push(...differences(layout, await source.rows(bounds, part, ranges), there, latest));
+      if (result.differences.length > MOST_DIFFERENCES)
+        throw new Error(
+          `more than ${MOST_DIFFERENCES} rows differ, up to ${result.differences.at(-1)?.name}: the table is to be loaded anew, not mended`,
+        );
     };
     for (let range = 0; range <= bounds.length; range++) {
       const [a, b] = [here.get(range) ?? nothing, there.get(range) ?? nothing];
@@ -117,11 +115,11 @@ export async function compare(layout: Layout, source: Source, destination: Side)
         throw new Error(
           `the destination has ${b.rows} rows from ${edges[range] ?? "the first key"} to ${edges[range + 1] ?? "the last"}, the source ${a.rows}: the table is to be loaded anew, not mended`,
         );
-      if (batch.rows + rows > 2 * BATCH_ROWS) await flush();
+      if (batch.rows + rows > 2 * BATCH_ROWS) await byRow();
       batch.ranges.push(range);
       batch.rows += rows;
     }
-    await flush();
+    await byRow();
   };
   await byRange({});
   return result;
@@ -137,8 +135,8 @@ function differences(layout: Layout, here: Row[], there: Row[], latest: string |
   const add = (
     kind: Difference["kind"],
     row: Row,
-    other: Row | undefined,
-    known: string | null,
+    other?: Row,
+    known: string | null = null,
     columns: string[] = [],
   ) => {
     const version = other ? value(other, layout.version) : null;
@@ -159,7 +157,7 @@ function differences(layout: Layout, here: Row[], there: Row[], latest: string |
     if (row.leftOut) continue;
     const version = value(row, layout.version);
     const columns = names.filter((_, index) => row.values[index] !== other?.values[index]);
-    if (!other) add("missing", row, undefined, null);
+    if (!other) add("missing", row);
     else if (more.length) for (const one of [other, ...more]) add("twice", row, one, version);
     else if (columns.length) add("different", row, other, version, columns);
   }

@@ -83,19 +83,13 @@ await main(import.meta, async () => {
       lines.push(redact(`${ok ? "ok  " : "FAIL"}  ${title}: ${name}${said && `: ${said}`}`));
       return ok;
     };
-    const read = async (): Promise<void> => {
-      try {
-        await work(check, readEnv(...names));
-      } catch (error) {
-        await check("variables", () => Promise.reject(error));
-      }
-    };
-    sections.push(read().then(() => lines));
+    const done = Promise.try(() => work(check, readEnv(...names)));
+    sections.push(done.catch((error) => check("variables", () => Promise.reject(error))).then(() => lines));
   };
 
   const tables = has(...synced, "events");
   section("etl", ["ETL_DATABASE_URL"], checkMetadata);
-  if (tables.length || has("sensors").length)
+  if (has(...synced, "events", "sensors").length)
     section("source", ["SOURCE_DATABASE_URL"], (check, env) => checkSourceDatabase(check, env, tables));
   if (has(...synced).length)
     section("bigquery", bigqueryVariables, (check, env) => checkBigQuery(check, env, has(...synced)));
