@@ -120,7 +120,7 @@ export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
       lock_since: (lock.since as string | undefined) ?? null,
       held_by: null,
       hold_seconds: 0,
-      days: row.pipeline === "events" ? await readDays(etl) : null,
+      days: row.pipeline === "events" ? await countDays(etl) : null,
       sensors: null,
     };
     statuses.push(status);
@@ -198,7 +198,7 @@ function judgeSource(status: Status, { value, error }: Answer<Bound>, stored: Id
   }
 }
 
-async function readDays(etl: Sql): Promise<Status["days"]> {
+async function countDays(etl: Sql): Promise<Status["days"]> {
   const [days] = await etl<NonNullable<Status["days"]>[]>`
     select count(*) filter (where state = 'succeeded')::int as archived, count(*) filter (where state = 'failed')::int as failed,
       count(*) filter (where state = 'running')::int as running, min(chunk_from)::date::text as first, max(chunk_from)::date::text as last,

@@ -12,7 +12,8 @@
  *   state      red     stale by the rule of the alerts (two intervals), last run failed or abandoned, the watermark held for longer than
  *                      its alert allows or not to be trusted (the source restored, a clock set back), a part that does not answer,
  *                      sensors' lag or WAL over its alert, no connector, no slot, no consumer while there are messages
- *              warn    a shorter hold, a failed run by hand, failed days, dead letters, no consumer of a topic that is read to its end
+ *              warn    a shorter hold, a run by hand that failed or was abandoned, failed days, dead letters, no consumer of a
+ *                      topic that is read to its end
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
