@@ -8,7 +8,7 @@
  */
 import type { ClickHouseClient } from "@clickhouse/client";
 import type { Sql } from "postgres";
-import { address, type Destination } from "./bigquery.ts";
+import { type AsRead, address, type Destination } from "./bigquery.ts";
 import { select } from "./clickhouse.ts";
 import { quote } from "./postgres.ts";
 import { apiType, type Column, type Field } from "./types.ts";
@@ -116,8 +116,11 @@ const canonical: Record<string, [source: Write, destination: Write]> = {
   BIGNUMERIC: [(x, field) => numeric(x, field)[0], (x, field) => numeric(x, field)[1]],
   FLOAT: [(x, _, type) => postgresFloat(x, type, "+ 0"), floatBits],
   BOOLEAN: [(x) => `${x}::text`, bigqueryText],
-  // A cast would strip char(n) of its blanks.
-  STRING: [(x, _, type) => (type === "bpchar" ? `concat(${x}, '')` : `${x}::text`), (x) => x],
+  // A cast would strip char(n) of its blanks; concat() would make '' of NULL.
+  STRING: [
+    (x, _, type) => (type === "bpchar" ? `case when ${x} is not null then concat(${x}, '') end` : `${x}::text`),
+    (x) => x,
+  ],
   DATE: [
     (x) => `case when isfinite(${x}) then (${x} - date '1970-01-01')::text else ${x}::text end`,
     (x) => `CAST(UNIX_DATE(${x}) AS STRING)`,
@@ -151,10 +154,7 @@ export function bigqueryLayout(fields: Field[], key: string[], columns: Column[]
     if (!column.array)
       return {
         name: field.name,
-        source:
-          column.type === "bpchar"
-            ? nullable(here, source(here, field, column.type))
-            : source(here, field, column.type),
+        source: source(here, field, column.type),
         destination: destination(there, field, ""),
       };
     return {
@@ -167,13 +167,9 @@ export function bigqueryLayout(fields: Field[], key: string[], columns: Column[]
   return { columns: compared, key, integer: apiType(first?.type ?? "") === "INTEGER", version, unread };
 }
 
-const nullable = (value: string, text: string): string => `case when ${value} is not null then ${text} end`;
-
+type Cast = (value: string, type: string) => string;
 /** ClickHouse's types of sensor_readings → canonical text in Postgres and in ClickHouse. */
-const clickhouseCanonical: Record<
-  string,
-  [source: (x: string, type: string) => string, destination: (x: string) => string]
-> = {
+const clickhouseCanonical: Record<string, [source: Cast, destination: Cast]> = {
   Int64: [(x) => `${x}::text`, (x) => `toString(${x})`],
   String: [(x) => `${x}::text`, (x) => `CAST(${x}, 'Nullable(String)')`],
   Float64: [
@@ -188,12 +184,9 @@ const clickhouseCanonical: Record<
 export function clickhouseLayout(columns: { name: string; type: string }[], types: Record<string, string>): Layout {
   const compared = columns.map(({ name, type }) => {
     const plain = type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
-    const [source, destination] = clickhouseCanonical[plain] as [
-      (x: string, type: string) => string,
-      (x: string) => string,
-    ];
+    const [source, destination] = clickhouseCanonical[plain] as [Cast, Cast];
     const there = `r.${name}`;
-    const text = destination(there);
+    const text = destination(there, plain);
     return {
       name,
       source: source(quote(name), types[name] ?? ""),
@@ -223,8 +216,8 @@ export interface Source extends Side {
   bounds(span: Span, rows: number, ranges: number): Promise<string[]>;
   /** The keys that are left out, at most `limit` of them. */
   leftOut(limit: number): Promise<string[]>;
-  /** Which of these rows there are: their keys and versions, left out or not. */
-  present(keys: { range: string; key: string }[]): Promise<Map<string, string | null>>;
+  /** Which of these keys there are, left out or not. */
+  present(keys: { range: string; key: string }[]): Promise<Set<string>>;
   /** Of all rows, the latest version. */
   latest(): Promise<string | null>;
 }
@@ -267,7 +260,6 @@ export function postgresSide(
   const { r, k, cast } = postgresKey(layout);
   const inSpan = `($1::text is null or ${r} >= $1::text::${cast}) and ($2::text is null or ${r} < $2::text::${cast})`;
   const limits = ({ low, high }: Span): (string | null)[] => [low ?? null, high ?? null];
-  const array = (values: string[]): string => JSON.stringify(values);
   const bucket = `width_bucket(${r}, array(select b::${cast} from jsonb_array_elements_text($3::text::jsonb) with ordinality e(b, n) order by n)${layout.integer ? "" : ` collate "C"`})`;
   const columns = layout.columns.map((column, index) => `${column.source} as c${index}`).join(", ");
   const hash = `('x' || left(md5(convert_to(${aliases(layout).map(postgresLength).join(" || ")}, 'UTF8')), 15))::bit(60)::bigint`;
@@ -294,7 +286,7 @@ export function postgresSide(
       const sums = await ask<{ range: number; rows: string; sum: string }>(
         `select range, count(*)::text as rows, sum(${hash})::text as sum
          from (select ${bucket} as range, ${columns} from (${query}) q where ${settled} and ${inSpan} offset 0) q group by range`,
-        [...limits(span), array(bounds)],
+        [...limits(span), JSON.stringify(bounds)],
       );
       return new Map(sums.map(({ range, rows, sum }) => [range, { rows: Number(rows), sum: BigInt(sum) }]));
     },
@@ -302,7 +294,7 @@ export function postgresSide(
       const rows = await ask<Record<string, unknown>>(
         `select ${k} as k, not (${settled}) as left_out, ${columns} from (${query}) q
          where ${inSpan} and ${bucket} in (select e::int from jsonb_array_elements_text($4::text::jsonb) e)`,
-        [...limits(span), array(bounds), array(ranges.map(String))],
+        [...limits(span), JSON.stringify(bounds), JSON.stringify(ranges)],
       );
       return rows.map((row) => readable(row, layout, row.left_out === true));
     },
@@ -311,11 +303,8 @@ export function postgresSide(
         (row) => row.k,
       ),
     present: async (keys) => {
-      const version = layout.columns.find(({ name }) => name === layout.version)?.source ?? "null";
-      const found = await ask<{ k: string; v: string | null }>(
-        `select ${k} as k, ${version} as v from (${rowsOfKeys(layout, query, keys)}) q`,
-      );
-      return new Map(found.map((row) => [row.k, row.v]));
+      const found = await ask<{ k: string }>(`select ${k} as k from (${rowsOfKeys(layout, query, keys)}) q`);
+      return new Set(found.map((row) => row.k));
     },
     latest: async () => {
       if (!layout.version) return null;
@@ -336,12 +325,13 @@ function bigqueryKey(layout: Layout): { r: string; k: string } {
   };
 }
 
-/** A row's version and key in one text; asReadCondition() has it in SQL. */
-export const rowVersion = (version: string | null, key: string): string => `${version} ${key}`;
-/** The condition on a row t of the target that it is one of @read: a row is changed only while it is the version that was read. */
-export function asReadCondition(layout: Layout): string {
+/** Rows of the target, each as its version and key in one text: one is changed only while it is the version that was read. */
+export function asRead(layout: Layout, rows: { version: string | null; key: string }[]): AsRead {
   const text = `${versionOf(layout)} || ' ' || ${bigqueryKey(layout).k}`;
-  return `(${text.replaceAll(/`(\w+)`/g, "t.`$1`")}) IN UNNEST(@read)`;
+  return {
+    condition: `(${text.replaceAll(/`(\w+)`/g, "t.`$1`")}) IN UNNEST(@read)`,
+    read: rows.map(({ version, key }) => `${version} ${key}`),
+  };
 }
 const versionOf = ({ columns, version }: Layout): string =>
   columns.find(({ name }) => name === version)?.destination ?? "";

@@ -10,12 +10,12 @@ import { clickhouse, type Env, isSet, kafka, readEnv } from "./env.ts";
 import { readEpoch } from "./epoch.ts";
 import { connectKafka, topicState, withAdmin } from "./kafka.ts";
 import { describeHolder } from "./lock.ts";
-import { readIntervals, readThreshold } from "./metrics.ts";
+import { epochSeconds, readIntervals, readThreshold } from "./metrics.ts";
 import { checkSession } from "./postgres.ts";
 import { duration, thousands } from "./progress.ts";
 import { readPosition, wentBack } from "./restored.ts";
 import { watermarked } from "./schema.ts";
-import { type Bound, checkVisible, readBound, sameServer } from "./watermark.ts";
+import { type Bound, checkVisible, type Identity, readBound, sameServer } from "./watermark.ts";
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
@@ -66,13 +66,13 @@ interface Sensors {
   slot_retained_bytes: number | null;
 }
 
-interface Row extends Omit<Status, "state" | "reasons" | "days" | "sensors"> {
-  system_identifier: string | null;
-  timeline: number | null;
-}
+/** What schema etl says of a pipeline; where it has no watermark, the server that this was taken from is null. */
+interface Row extends Omit<Status, "state" | "reasons" | "days" | "sensors">, Identity {}
+
+type Answer<T> = { value: T; error?: undefined } | { value?: undefined; error: string };
 
 /** The answer, or the error, in words, of what did not come within PART_SECONDS. */
-async function ask<T>(what: string, work: Promise<T>): Promise<{ value: T; error?: undefined } | { error: string }> {
+async function ask<T>(what: string, work: Promise<T>): Promise<Answer<T>> {
   const late = delay(PART_SECONDS * 1000, undefined, { ref: false }).then(() => {
     throw new Error(`${what} has not answered within ${PART_SECONDS} s`);
   });
@@ -85,7 +85,7 @@ async function ask<T>(what: string, work: Promise<T>): Promise<{ value: T; error
 /** The state of all pipelines, by their names. @throws Error where schema etl cannot be read. */
 export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
   const intervals = readIntervals();
-  const pipelines = [...new Set([...watermarked(), "views", ...intervals.keys()])].filter((name) => name !== "sensors");
+  const pipelines = [...new Set([...watermarked(), "sensors", "views", ...intervals.keys()])];
   const rows = await etl<Row[]>`
     select p.pipeline, w.system_identifier, w.timeline,
       replace(w.watermark::text, ' ', 'T') as watermark,
@@ -101,15 +101,14 @@ export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
                        order by started_at desc limit 1) ok on true
     left join lateral (select * from etl.runs r where r.pipeline = p.pipeline and r.state <> 'rewound'
                        order by started_at desc limit 1) last on true
-    order by p.pipeline`;
+    order by p.pipeline collate "C"`;
   // The metadata is worth showing also when the source is down; that is when people look.
   const bound = await ask(
     "the source",
     checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)),
   );
-  const position = "value" in bound ? await ask("the source", readPosition(source)) : undefined;
-  const sensors = await sensorsStatus(etl, source);
-  const statuses: Status[] = [sensors];
+  const position = bound.value && (await ask("the source", readPosition(source)));
+  const statuses: Status[] = [];
   for (const { system_identifier, timeline, ...row } of rows) {
     const lock = await describeHolder(etl, row.pipeline);
     const status: Status = {
@@ -121,22 +120,24 @@ export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
       lock_since: (lock.since as string | undefined) ?? null,
       held_by: null,
       hold_seconds: 0,
-      days: row.pipeline === "events" ? await readDays(etl) : null,
+      days: row.pipeline === "events" ? await countDays(etl) : null,
       sensors: null,
     };
+    statuses.push(status);
+    if (row.pipeline === "sensors") {
+      await judgeSensors(status, etl, source);
+      continue;
+    }
     // Said to be running, and another session has the lock, or none: it was killed, and could not say so.
     if (status.last_run_state === "running" && status.lock !== status.last_run_id) status.last_run_state = "abandoned";
     if (watermarked().includes(row.pipeline)) {
-      const stored = system_identifier && timeline !== null ? { system_identifier, timeline } : undefined;
-      judgeSource(status, bound, stored);
-      const back =
-        position && "value" in position && position.value && (await wentBack(etl, row.pipeline, position.value));
+      judgeSource(status, bound, { system_identifier, timeline });
+      const back = position?.value && (await wentBack(etl, row.pipeline, position.value));
       if (back) blame(status, "red", back);
     }
     judgeRuns(status);
-    statuses.push(status);
   }
-  return statuses.sort((a, b) => (a.pipeline < b.pipeline ? -1 : 1));
+  return statuses;
 }
 
 const severity = ["ok", "new", "warn", "red"] as const;
@@ -164,14 +165,9 @@ function judgeRuns(status: Status): void {
 }
 
 /** Who holds the watermark, and whether it can still be trusted: what a run would stop at. */
-function judgeSource(
-  status: Status,
-  bound: { value: Bound } | { error: string },
-  stored: { system_identifier: string; timeline: number } | undefined,
-): void {
+function judgeSource(status: Status, { value, error }: Answer<Bound>, stored: Identity): void {
   try {
-    if (!("value" in bound)) throw new Error(bound.error);
-    const { value } = bound;
+    if (!value) throw new Error(error);
     checkVisible(value);
     status.held_by = value.prepared ?? value.holder;
     status.hold_seconds = value.hold_seconds;
@@ -184,13 +180,13 @@ function judgeSource(
       );
     }
     const next = `Next: ops/runbook.md, "After a restore, a failover or a clock set back"`;
-    if (stored && !sameServer(stored, value))
+    if (status.watermark && !sameServer(stored, value))
       blame(
         status,
         "red",
         `the source is not the server that its watermark was taken from: a restore or a failover. ${next}`,
       );
-    else if (status.watermark && Date.parse(timeOf(status.watermark)) > Date.parse(timeOf(value.now)))
+    else if (status.watermark && epochSeconds(status.watermark) > epochSeconds(value.now))
       blame(
         status,
         "red",
@@ -202,9 +198,7 @@ function judgeSource(
   }
 }
 
-const timeOf = (text: string): string => text.replace(/\+00$/, "Z");
-
-async function readDays(etl: Sql): Promise<Status["days"]> {
+async function countDays(etl: Sql): Promise<Status["days"]> {
   const [days] = await etl<NonNullable<Status["days"]>[]>`
     select count(*) filter (where state = 'succeeded')::int as archived, count(*) filter (where state = 'failed')::int as failed,
       count(*) filter (where state = 'running')::int as running, min(chunk_from)::date::text as first, max(chunk_from)::date::text as last,
@@ -214,34 +208,8 @@ async function readDays(etl: Sql): Promise<Status["days"]> {
 }
 
 /** Always on, so that lag, connector and slot tell what an interval would. */
-async function sensorsStatus(etl: Sql, source: Sql): Promise<Status> {
-  const status: Status = {
-    pipeline: "sensors",
-    state: "ok",
-    reasons: [],
-    watermark: null,
-    watermark_age_seconds: null,
-    interval_seconds: null,
-    last_success: null,
-    last_success_age_seconds: null,
-    last_run: null,
-    last_run_age_seconds: null,
-    last_run_state: null,
-    last_run_id: null,
-    last_run_by_hand: null,
-    last_error: null,
-    rows: null,
-    lock: null,
-    lock_since: null,
-    held_by: null,
-    hold_seconds: 0,
-    days: null,
-    sensors: null,
-  };
-  if (!isSet("SENSORS_TOPIC")) {
-    blame(status, "new", "it is not configured (SENSORS_TOPIC)");
-    return status;
-  }
+async function judgeSensors(status: Status, etl: Sql, source: Sql): Promise<void> {
+  if (!isSet("SENSORS_TOPIC")) return blame(status, "new", "it is not configured (SENSORS_TOPIC)");
   const env = readEnv(...clickhouse, ...kafka, "CONNECT_URL");
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const epoch = await readEpoch(etl, topic);
@@ -250,7 +218,7 @@ async function sensorsStatus(etl: Sql, source: Sql): Promise<Status> {
       select replace(date_trunc('second', max(updated_at))::text, ' ', 'T') as at, extract(epoch from now() - max(updated_at))::float8 as age
       from etl.topic_offsets where topic = ${topic}`,
     ask("Kafka", readTopic(env)),
-    ask("ClickHouse", countDeadLetters(env, topic)),
+    ask("ClickHouse", countDeadLetters(env)),
     ask("Kafka Connect", isRunning(env)),
     ask(
       "the source",
@@ -260,22 +228,19 @@ async function sensorsStatus(etl: Sql, source: Sql): Promise<Status> {
   ]);
   status.last_success = last?.at ?? null;
   status.last_success_age_seconds = last?.age ?? null;
-  const [kept] = "value" in slot ? slot.value : [];
+  const [kept] = slot.value ?? [];
   const sensors: Sensors = {
     topic,
     epoch: epoch?.number ?? null,
-    lag: "value" in kafkaSays ? kafkaSays.value.lag : null,
-    consumers: "value" in kafkaSays ? kafkaSays.value.consumers : null,
-    dead_letters: "value" in letters ? letters.value : null,
-    connector_running: "value" in connector ? connector.value : null,
+    lag: kafkaSays.value?.lag ?? null,
+    consumers: kafkaSays.value?.consumers ?? null,
+    dead_letters: letters.value ?? null,
+    connector_running: connector.value ?? null,
     slot_active: kept?.active ?? null,
     slot_retained_bytes: kept ? Number(kept.bytes) : null,
   };
   status.sensors = sensors;
-  if (!epoch) {
-    blame(status, "new", `no consumer of topic ${topic} ever ran (group ${group})`);
-    return status;
-  }
+  if (!epoch) return blame(status, "new", `no consumer of topic ${topic} ever ran (group ${group})`);
   for (const [part, answer] of Object.entries({
     Kafka: kafkaSays,
     ClickHouse: letters,
@@ -289,18 +254,16 @@ async function sensorsStatus(etl: Sql, source: Sql): Promise<Status> {
   if (consumers === 0) blame(status, lag ? "red" : "warn", "no consumer runs. Next: systemctl status etl-sensors");
   if (sensors.connector_running === false)
     blame(status, "red", "Debezium's connector does not run. Next: make connector");
-  if ("value" in slot && !kept)
-    blame(status, "red", `the source has no slot ${namesOf(env).slot}. Next: make connector`);
+  if (slot.value && !kept) blame(status, "red", `the source has no slot ${namesOf(env).slot}. Next: make connector`);
   if (bytes !== null && bytes > readThreshold("etl_sensors_slot_retained_bytes"))
     blame(status, "red", `the source keeps ${thousands(bytes / 1e6)} MB of WAL for the slot`);
   if (sensors.dead_letters)
     blame(status, "warn", `${thousands(sensors.dead_letters)} dead letters. Next: make dead-letters`);
-  return status;
 }
 
-type KafkaEnv = Env<(typeof kafka)[number]>;
+type SensorsEnv = Env<(typeof clickhouse)[number] | (typeof kafka)[number]>;
 
-async function readTopic(env: KafkaEnv): Promise<{ lag: number; consumers: number }> {
+async function readTopic(env: SensorsEnv): Promise<{ lag: number; consumers: number }> {
   const broker = connectKafka(env, "etl-status");
   broker.logger().setLogLevel(0); // nothing: what it waits for is told in one line
   return await withAdmin(broker, env, async (admin) => {
@@ -310,12 +273,12 @@ async function readTopic(env: KafkaEnv): Promise<{ lag: number; consumers: numbe
   });
 }
 
-async function countDeadLetters(env: Env<(typeof clickhouse)[number]>, topic: string): Promise<number> {
+async function countDeadLetters(env: SensorsEnv): Promise<number> {
   const client = connectClickHouse(env);
   const [row] = await select<{ letters: string }>(
     client,
     "SELECT count() AS letters FROM sensor_dead_letters FINAL WHERE topic = {topic: String}",
-    { topic },
+    { topic: env.SENSORS_TOPIC },
   ).finally(() => client.close());
   return Number(row?.letters);
 }

@@ -3,7 +3,6 @@
  * row. And what mends it, by primary key.
  */
 import {
-  type AsRead,
   compareCounts,
   createStaging,
   type Destination,
@@ -15,26 +14,25 @@ import {
   openDestination,
 } from "./bigquery.ts";
 import {
-  asReadCondition,
+  asRead,
   bigqueryLayout,
   bigquerySide,
   type Layout,
   postgresSide,
   type Row,
   rowsOfKeys,
-  rowVersion,
   type Side,
   type Source,
   type Span,
   type Sum,
 } from "./checksum.ts";
-import { type Env, UsageError } from "./env.ts";
+import { bigquery, type Env, UsageError } from "./env.ts";
 import { copyJsonLines } from "./postgres.ts";
 import { readPosition, wentBack } from "./restored.ts";
 import { type Run, withRetry } from "./run.ts";
 import { readContract, readSelect, sourceColumns } from "./schema.ts";
 import { type Column, castSelect } from "./types.ts";
-import { readBound, readWatermark, sameServer } from "./watermark.ts";
+import { type Identity, readBound, readWatermark, sameServer } from "./watermark.ts";
 
 /** A row as it was read at the destination. */
 export interface Version {
@@ -57,8 +55,9 @@ export interface Difference extends Version {
 }
 
 export interface Comparison {
-  /** Rows of the source that were compared. */
+  /** Rows of the source that were compared, and those that were left out. */
   rows: number;
+  leftOut: number;
   ranges: number;
   /** Ranges whose checksums differ. */
   differing: number;
@@ -79,16 +78,8 @@ const MOST_DIFFERENCES = 100_000;
  * @throws Error where more rows differ than can be told one by one.
  */
 export async function compare(layout: Layout, source: Source, destination: Side): Promise<Comparison> {
-  const result: Comparison = { rows: 0, ranges: 0, differing: 0, differences: [] };
+  const result: Comparison = { rows: 0, leftOut: 0, ranges: 0, differing: 0, differences: [] };
   const latest = await source.latest();
-  const byRow = async (bounds: string[], ranges: number[], span: Span): Promise<void> => {
-    const there = await destination.rows(bounds, span, ranges);
-    result.differences.push(...differences(layout, await source.rows(bounds, span, ranges), there, latest));
-    if (result.differences.length > MOST_DIFFERENCES)
-      throw new Error(
-        `more than ${MOST_DIFFERENCES} rows differ, up to ${result.differences.at(-1)?.name}: the table is to be loaded anew, not mended`,
-      );
-  };
   const byRange = async (span: Span): Promise<void> => {
     const bounds = await source.bounds(span, RANGE_ROWS, RANGES);
     const there = await destination.sums(bounds, span);
@@ -99,11 +90,17 @@ export async function compare(layout: Layout, source: Source, destination: Side)
       for (const { rows } of here.values()) result.rows += rows;
     }
     let batch = { ranges: [] as number[], rows: 0 };
-    const flush = async (): Promise<void> => {
+    const byRow = async (): Promise<void> => {
       const { ranges } = batch;
       batch = { ranges: [], rows: 0 };
       if (!ranges.length) return;
-      await byRow(bounds, ranges, { low: edges[Math.min(...ranges)], high: edges[Math.max(...ranges) + 1] });
+      const part = { low: edges[Math.min(...ranges)], high: edges[Math.max(...ranges) + 1] };
+      const there = await destination.rows(bounds, part, ranges);
+      result.differences.push(...differences(layout, await source.rows(bounds, part, ranges), there, latest));
+      if (result.differences.length > MOST_DIFFERENCES)
+        throw new Error(
+          `more than ${MOST_DIFFERENCES} rows differ, up to ${result.differences.at(-1)?.name}: the table is to be loaded anew, not mended`,
+        );
     };
     for (let range = 0; range <= bounds.length; range++) {
       const [a, b] = [here.get(range) ?? nothing, there.get(range) ?? nothing];
@@ -118,11 +115,11 @@ export async function compare(layout: Layout, source: Source, destination: Side)
         throw new Error(
           `the destination has ${b.rows} rows from ${edges[range] ?? "the first key"} to ${edges[range + 1] ?? "the last"}, the source ${a.rows}: the table is to be loaded anew, not mended`,
         );
-      if (batch.rows + rows > 2 * BATCH_ROWS) await flush();
+      if (batch.rows + rows > 2 * BATCH_ROWS) await byRow();
       batch.ranges.push(range);
       batch.rows += rows;
     }
-    await flush();
+    await byRow();
   };
   await byRange({});
   return result;
@@ -138,8 +135,8 @@ function differences(layout: Layout, here: Row[], there: Row[], latest: string |
   const add = (
     kind: Difference["kind"],
     row: Row,
-    other: Row | undefined,
-    known: string | null,
+    other?: Row,
+    known: string | null = null,
     columns: string[] = [],
   ) => {
     const version = other ? value(other, layout.version) : null;
@@ -160,7 +157,7 @@ function differences(layout: Layout, here: Row[], there: Row[], latest: string |
     if (row.leftOut) continue;
     const version = value(row, layout.version);
     const columns = names.filter((_, index) => row.values[index] !== other?.values[index]);
-    if (!other) add("missing", row, undefined, null);
+    if (!other) add("missing", row);
     else if (more.length) for (const one of [other, ...more]) add("twice", row, one, version);
     else if (columns.length) add("different", row, other, version, columns);
   }
@@ -168,9 +165,17 @@ function differences(layout: Layout, here: Row[], there: Row[], latest: string |
   return found;
 }
 
-type TableEnv = Env<
-  "BIGQUERY_PROJECT" | "BIGQUERY_DATASET" | "BIGQUERY_LOCATION" | "BIGQUERY_ENDPOINT" | "SOURCE_DATABASE_URL"
->;
+/** What make verify and make sweep read. */
+export const verifyVariables = [
+  "SOURCE_DATABASE_URL",
+  "ETL_DATABASE_URL",
+  ...bigquery,
+  "PUSHGATEWAY_URL",
+  "WATERMARK_LAG_SECONDS",
+  "RUN_TIMEOUT_SECONDS",
+  "LIMIT",
+] as const;
+type TableEnv = Env<(typeof verifyVariables)[number]>;
 
 /** A pipeline's table, on both sides. */
 export interface Table {
@@ -179,10 +184,12 @@ export interface Table {
   columns: Column[];
   /** What sql/NAME.sql reads. */
   select: string;
+  /** All of its rows, whatever their cursor. */
+  source: Source;
 }
 
-/** Everything, whatever its cursor: the settings that sql/NAME.sql reads. */
-export const everything = { "etl.from": "-infinity", "etl.to": "infinity" };
+/** For all rows, whatever their cursor: the settings that sql/NAME.sql reads. */
+const everything = { "etl.from": "-infinity", "etl.to": "infinity" };
 
 /**
  * The pipeline's table at the source and at the destination, both compared with the contract.
@@ -191,19 +198,19 @@ export const everything = { "etl.from": "-infinity", "etl.to": "infinity" };
 export async function openTable(run: Run, env: TableEnv): Promise<Table> {
   const { pipeline } = run;
   const contract = readContract(pipeline);
-  const source = { table: `public.${pipeline}`, cursor: "updated_at", select: readSelect(pipeline) };
+  const [cursor, select] = ["updated_at", readSelect(pipeline)];
   const [columns, to] = await Promise.all([
-    sourceColumns(run, contract, source),
-    openDestination(env, contract, source.cursor),
+    sourceColumns(run, contract, { table: `public.${pipeline}`, cursor, select }),
+    openDestination(env, contract, cursor),
   ]);
-  const layout = bigqueryLayout(contract.fields, contract.key, columns, source.cursor);
-  return { to, layout, columns, select: source.select };
+  const layout = bigqueryLayout(contract.fields, contract.key, columns, cursor);
+  return { to, layout, columns, select, source: postgresSide(run.source, layout, select, "true", everything) };
 }
 
 /** The watermark. @throws UsageError where there is none: nothing has been synced. */
-export async function needWatermark({ etl, pipeline }: Run): Promise<string> {
+async function needWatermark({ etl, pipeline }: Run): Promise<Identity & { watermark: string }> {
   const stored = await readWatermark(etl, pipeline);
-  if (stored) return stored.watermark;
+  if (stored) return stored;
   throw new UsageError(
     `${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`,
   );
@@ -212,10 +219,11 @@ export async function needWatermark({ etl, pipeline }: Run): Promise<string> {
 /**
  * Whether the source is not what the watermark was taken from, or went back: after a restore or a failover the watermark and rows
  * of the destination may be ahead of it. In words, with the next command.
+ * @throws UsageError where there is no watermark.
  */
-export async function sourceWentBack({ source, etl, pipeline }: Run): Promise<string | undefined> {
-  const [stored, bound] = await Promise.all([readWatermark(etl, pipeline), readBound(source)]);
-  if (!stored) return undefined;
+export async function sourceWentBack(run: Run): Promise<string | undefined> {
+  const { source, etl, pipeline } = run;
+  const [stored, bound] = await Promise.all([needWatermark(run), readBound(source)]);
   const next = `Next: ops/runbook.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=${pipeline} TO=…`;
   const where = `source database ${bound.database}`;
   if (!sameServer(stored, bound)) return `${where} is not the server that the watermark was taken from. ${next}`;
@@ -235,9 +243,9 @@ const TRIES = 3;
  * Compares the pipeline's table on both sides, but keys whose updated_at at the source is at or past the watermark: they are the
  * next run's. Begins again where the watermark moved meanwhile.
  */
-export async function compareTable(run: Run, { to, layout, select }: Table): Promise<Comparison & { leftOut: number }> {
+export async function compareTable(run: Run, { to, layout, select }: Table): Promise<Comparison> {
   for (let tries = 1; ; tries++) {
-    const watermark = await needWatermark(run);
+    const { watermark } = await needWatermark(run);
     const settled = `q."${to.version}" < '${watermark}'::timestamptz`;
     const source = postgresSide(run.source, layout, select, settled, everything);
     const leftOut = await source.leftOut(MOST_LEFT_OUT + 1);
@@ -246,7 +254,7 @@ export async function compareTable(run: Run, { to, layout, select }: Table): Pro
         `more than ${MOST_LEFT_OUT} rows of ${run.pipeline} changed since the watermark ${watermark}. Next: make ${run.pipeline}, then make verify PIPELINE=${run.pipeline}`,
       );
     const found = await compare(layout, source, bigquerySide(to, layout, leftOut, labels(run)));
-    const now = await needWatermark(run);
+    const { watermark: now } = await needWatermark(run);
     if (now === watermark) return { ...found, leftOut: leftOut.length };
     run.log("again", { because: "the watermark moved meanwhile", from: watermark, to: now });
     if (tries === TRIES)
@@ -258,11 +266,6 @@ export async function compareTable(run: Run, { to, layout, select }: Table): Pro
 
 /** Rows of one statement. */
 const STATEMENT_ROWS = 5000;
-
-/** Rows of the target that are still what was read. */
-function asRead(layout: Layout, rows: Version[]): AsRead {
-  return { condition: asReadCondition(layout), read: rows.map(({ version, key }) => rowVersion(version, key)) };
-}
 
 /**
  * Makes rows of the destination what the source has now, in place of what was read there: newer or not. Those that changed at the
@@ -276,7 +279,6 @@ export async function repair(
 ): Promise<{ written: number; deleted: number }> {
   const { to, layout, columns, select } = table;
   const { fields, key } = to.contract;
-  const source = postgresSide(run.source, layout, select, "true", everything);
   const done = { written: 0, deleted: 0 };
   for (let at = 0; at < found.length; at += STATEMENT_ROWS) {
     const rows = found.slice(at, at + STATEMENT_ROWS);
@@ -286,7 +288,7 @@ export async function repair(
     if (twice.length)
       done.deleted += await withRetry(run, isTransient, () => deleteRows(run, to, asRead(layout, twice)));
     const again = castSelect(run.pipeline, fields, key, rowsOfKeys(layout, select, rows), columns);
-    const window = { from: "-infinity", to: await needWatermark(run) };
+    const window = { from: "-infinity", to: (await needWatermark(run)).watermark };
     const written = await withRetry(run, isTransient, async (attempt) => {
       await using staging = await createStaging(run, to, attempt);
       await using lines = await copyJsonLines(env.SOURCE_DATABASE_URL, again, run.session, window);
@@ -296,7 +298,7 @@ export async function repair(
     });
     done.written += written.inserted + written.updated;
     run.totals.chunks += 1;
-    done.deleted += await deleteGone(run, table, source, there);
+    done.deleted += await deleteGone(run, table, there);
     run.log("repaired", { ...done });
   }
   run.totals.rows += done.written + done.deleted;
@@ -304,7 +306,7 @@ export async function repair(
 }
 
 /** Deletes those of the rows, as they were read at the destination, that the source has not now. */
-export async function deleteGone(run: Run, { to, layout }: Table, source: Source, rows: Version[]): Promise<number> {
+export async function deleteGone(run: Run, { to, layout, source }: Table, rows: Version[]): Promise<number> {
   let deleted = 0;
   for (let at = 0; at < rows.length; at += STATEMENT_ROWS) {
     const some = rows.slice(at, at + STATEMENT_ROWS);

@@ -135,7 +135,7 @@ async function verifyDay(bucket: Bucket, source: Sql, day: string): Promise<Chec
   const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
   const there = await readSource(source, day);
   let manifest: Manifest | undefined;
-  const fault = await readDay(bucket, day, async (found) => {
+  const damage = await readDay(bucket, day, async (found) => {
     manifest = found;
     let [rows, min, max]: [number, bigint | undefined, bigint | undefined] = [0, undefined, undefined];
     for (const part of found.parts) {
@@ -157,29 +157,24 @@ async function verifyDay(bucket: Bucket, source: Sql, day: string): Promise<Chec
     throw error;
   });
   const checked = { rows: manifest?.rows ?? 0, bytes: manifest ? bytesOf(manifest) : 0 };
-  if (!manifest && fault) return { ...checked, fault: `${fault}. Next: ${again}` };
+  const failed = (fault: string): Checked => ({ ...checked, fault });
   if (!manifest)
-    return { ...checked, fault: `is not archived; the source has ${there.rows} rows of it. Next: ${again}` };
-  const whole = there.rows >= manifest.rows;
-  if (fault)
-    return {
-      ...checked,
-      fault: `${fault}. ${whole ? `Next: ${again} FORCE=1` : `The source has only ${there.rows} of its ${manifest.rows} rows: bring the object back from the bucket's versions or a copy`}`,
-    };
-  const source_has = `${there.rows} rows at the source (ids ${there.min_id} to ${there.max_id}), ${manifest.rows} in the archive (ids ${manifest.min_id} to ${manifest.max_id})`;
+    return failed(`${damage ?? `is not archived; the source has ${there.rows} rows of it`}. Next: ${again}`);
+  if (damage && there.rows >= manifest.rows) return failed(`${damage}. Next: ${again} FORCE=1`);
+  if (damage)
+    return failed(
+      `${damage}. The source has only ${there.rows} of its ${manifest.rows} rows: bring the object back from the bucket's versions or a copy`,
+    );
   if (there.rows === manifest.rows && there.min_id === manifest.min_id && there.max_id === manifest.max_id)
     return checked;
   if (there.rows === 0)
     return { ...checked, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` };
+  const both = `${there.rows} rows at the source (ids ${there.min_id} to ${there.max_id}), ${manifest.rows} in the archive (ids ${manifest.min_id} to ${manifest.max_id})`;
   if (there.rows > manifest.rows)
-    return {
-      ...checked,
-      fault: `${source_has}: rows were written later with an old created_at. Next: ${again} FORCE=1`,
-    };
-  return {
-    ...checked,
-    fault: `${source_has}: rows were deleted or changed at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`,
-  };
+    return failed(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
+  return failed(
+    `${both}: rows were deleted or changed at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`,
+  );
 }
 
 /** A part that is no whole gzip file, in words. */

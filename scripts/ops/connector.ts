@@ -29,11 +29,6 @@ await main(import.meta, async () => {
   if (await createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
   await putConnector(env, config);
   await awaitRunning(env);
-  log({
-    step: "done",
-    connector: namesOf(env).connector,
-    slot: namesOf(env).slot,
-    topic: env.SENSORS_TOPIC,
-    state: "RUNNING",
-  });
+  const { connector, slot } = namesOf(env);
+  log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING" });
 });

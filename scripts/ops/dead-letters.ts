@@ -1,7 +1,7 @@
 /**
  * dead-letters: the messages of the sensors' topic that are no valid change: where they were, when, why, and how they begin.
  *
- *   make dead-letters                 the latest twenty (LIMIT=), and how many there are for each reason
+ *   make dead-letters                 the latest twenty (LIMIT=), and how many there are for each reason; JSON=1 for programs
  *   make replay-dead-letters          tries those of this epoch again, as they are and with the versions that they had, so that none
  *                                     wins over newer data; those that now are changes are dead letters no more, the rest is reported
  *

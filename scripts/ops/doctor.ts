@@ -38,10 +38,9 @@ import {
 import { connectKafka, topicState, withAdmin } from "../../shared/kafka.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
 import { checkSession, connect, quote } from "../../shared/postgres.ts";
-import type { Fields } from "../../shared/progress.ts";
 import { main, newRunId } from "../../shared/run.ts";
 import { checkBucket, connectS3, putText, removeObjects } from "../../shared/s3.ts";
-import { checkSource, pipelines, readContract, readSelect } from "../../shared/schema.ts";
+import { type Comparing, checkSource, pipelines, readContract, readSelect } from "../../shared/schema.ts";
 import { checkReadings } from "../../shared/sensors.ts";
 import { checkVisible, readBound } from "../../shared/watermark.ts";
 
@@ -66,9 +65,7 @@ await main(import.meta, async () => {
   const asked = isSet("PIPELINE") ? readEnv("PIPELINE").PIPELINE : undefined;
   if (asked !== undefined && !Object.hasOwn(own, asked))
     throw new UsageError(`PIPELINE=${asked}: there is no such pipeline; there are: ${Object.keys(own).join(", ")}`);
-  const checked = Object.keys(own).filter((name) =>
-    asked === undefined ? own[name]?.some((variable) => isSet(variable)) : name === asked,
-  );
+  const checked = Object.keys(own).filter((name) => (asked === undefined ? own[name]?.some(isSet) : name === asked));
   const has = (...names: string[]): string[] => names.filter((name) => checked.includes(name));
 
   let failures = 0;
@@ -86,19 +83,13 @@ await main(import.meta, async () => {
       lines.push(redact(`${ok ? "ok  " : "FAIL"}  ${title}: ${name}${said && `: ${said}`}`));
       return ok;
     };
-    const read = async (): Promise<void> => {
-      try {
-        await work(check, readEnv(...names));
-      } catch (error) {
-        await check("variables", () => Promise.reject(error));
-      }
-    };
-    sections.push(read().then(() => lines));
+    const done = Promise.try(() => work(check, readEnv(...names)));
+    sections.push(done.catch((error) => check("variables", () => Promise.reject(error))).then(() => lines));
   };
 
   const tables = has(...synced, "events");
   section("etl", ["ETL_DATABASE_URL"], checkMetadata);
-  if (tables.length || has("sensors").length)
+  if (has(...synced, "events", "sensors").length)
     section("source", ["SOURCE_DATABASE_URL"], (check, env) => checkSourceDatabase(check, env, tables));
   if (has(...synced).length)
     section("bigquery", bigqueryVariables, (check, env) => checkBigQuery(check, env, has(...synced)));
@@ -123,18 +114,15 @@ await main(import.meta, async () => {
 });
 
 async function outcome(work: () => Promise<unknown>): Promise<{ ok: boolean; said: string }> {
-  const late = new AbortController();
-  const deadline = delay(DEADLINE_SECONDS * 1000, undefined, { signal: late.signal }).then(() => {
+  const late = delay(DEADLINE_SECONDS * 1000).then(() => {
     throw new Error(`no answer within ${DEADLINE_SECONDS} s. Is it reachable from here?`);
   });
   try {
-    const said = await Promise.race([work(), deadline]);
+    const said = await Promise.race([work(), late]);
     return { ok: true, said: typeof said === "string" ? said : "" };
   } catch (error) {
     const { message, code, name } = error as Error & { code?: string };
     return { ok: false, said: (message || code || name).replaceAll(/\s*\n\s*/g, "; ").replaceAll(":;", ":") };
-  } finally {
-    late.abort();
   }
 }
 
@@ -159,14 +147,15 @@ async function checkMetadata(check: Check, { ETL_DATABASE_URL: url }: Env<"ETL_D
     if (missing.length) throw new Error(`not applied: ${missing.sort().join(", ")}. Run: make migrate`);
   });
   await check("role may write them", async () => {
-    const tables = await etl<{ name: string; role: string }[]>`
-      select oid::regclass::text as name, current_user as role from pg_class
+    const [row] = await etl<{ role: string; tables: string | null }[]>`
+      select current_user as role, string_agg(oid::regclass::text, ', ' order by oid::regclass::text) as tables from pg_class
       where relnamespace = to_regnamespace('etl') and relkind = 'r'
         and not (has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
-          and has_table_privilege(oid, 'update') and has_table_privilege(oid, 'delete')) order by 1`;
-    if (tables.length)
+          and has_table_privilege(oid, 'update') and has_table_privilege(oid, 'delete'))`;
+    const { role, tables } = row ?? {};
+    if (tables)
       throw new Error(
-        `${tables[0]?.role} may not write ${tables.map(({ name }) => name).join(", ")}. Run as a superuser: grant select, insert, update, delete on ${tables.map(({ name }) => name).join(", ")} to ${tables[0]?.role};`,
+        `${role} may not write ${tables}. Run as a superuser: grant select, insert, update, delete on ${tables} to ${role};`,
       );
   });
 }
@@ -176,16 +165,12 @@ async function checkMetadata(check: Check, { ETL_DATABASE_URL: url }: Env<"ETL_D
  * or one session on several. The lock of a run would then be held by nobody, or by somebody else.
  */
 async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
-  const pids = new Map<Sql, Set<number>>([
-    [one, new Set()],
-    [other, new Set()],
-  ]);
+  const [mine, theirs] = [new Set<number>(), new Set<number>()];
   for (const sql of [one, other, other, one, one, one, other]) {
     // Without a name: a prepared statement would not be there on another connection.
     const [row] = await sql.unsafe<{ pid: number }[]>("select pg_backend_pid() as pid");
-    pids.get(sql)?.add(row?.pid ?? 0);
+    (sql === one ? mine : theirs).add(row?.pid ?? 0);
   }
-  const [mine = new Set(), theirs = new Set()] = pids.values();
   if (mine.size > 1 || theirs.size > 1 || !mine.isDisjointFrom(theirs))
     throw new Error(
       "ETL_DATABASE_URL goes through a transaction pooler: two sessions met on one connection, so a run's lock would not be its own. Point it at Postgres itself, or at a pool in session mode",
@@ -212,15 +197,12 @@ async function checkSourceDatabase(
     const of = { table: `public.${pipeline}`, cursor };
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
       const from = { ...of, select: readSelect(pipeline) };
-      let unknown = "";
-      const log = (_: string, fields: Fields = {}): void => {
-        unknown = `not synced: ${fields.columns}`;
-      };
+      const run: Comparing = { pipeline, source, log: () => {} };
       if (archived) {
         const etl = connect(readEnv("ETL_DATABASE_URL").ETL_DATABASE_URL, session);
-        await checkArchivable({ pipeline, source, etl, log }, from);
-      } else await checkSource({ pipeline, source, log }, readContract(pipeline), from);
-      return unknown;
+        await checkArchivable(Object.assign(run, { etl }), from);
+      } else await checkSource(run, readContract(pipeline), from);
+      return run.unknownColumns?.length ? `not synced: ${run.unknownColumns}` : "";
     });
     await check(`${pipeline}: index on ${cursor}`, () => checkIndex(source, of));
     await check(`${pipeline}: the database sets ${cursor}`, () => checkSetByDatabase(source, of, archived));
@@ -247,12 +229,12 @@ async function checkTracked(source: Sql): Promise<void> {
 
 /** What sql/roles.sql promises of the reading role: its sessions are not waited for, which is right only while it cannot write. */
 async function checkReadOnly(source: Sql): Promise<void> {
-  const [row] = await source<{ role: string; powers: string[] }[]>`
+  const [row] = await source<{ role: string; read_only: string; powers: string[] }[]>`
     with outside as (
       select oid, relkind, oid::regclass::text as name from pg_class
       where relnamespace not in (select oid from pg_namespace where nspname ~ '^pg_' or nspname = 'information_schema')
     )
-    select current_user as role, to_json(array(
+    select current_user as role, current_setting('default_transaction_read_only') as read_only, to_json(array(
       select 'attribute ' || power from pg_roles, unnest(
         array[rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls],
         array['superuser', 'createrole', 'createdb', 'replication', 'bypassrls']) p (has, power)
@@ -273,14 +255,13 @@ async function checkReadOnly(source: Sql): Promise<void> {
       union all
       select 'create in database ' || datname from pg_database where datname = current_database() and has_database_privilege(oid, 'create')
     )) as powers`;
-  const { role = "", powers = [] } = row ?? {};
+  const { role = "", read_only, powers = [] } = row ?? {};
   const some = powers.slice(0, 10).join(", ") + (powers.length > 10 ? ` and ${powers.length - 10} more` : "");
   if (powers.length)
     throw new Error(
       `${role} has ${some}. Revoke that, or use the role of sql/roles.sql: run that file as a superuser in the source database`,
     );
-  const [setting] = await source`show default_transaction_read_only`;
-  if (setting?.default_transaction_read_only !== "on")
+  if (read_only !== "on")
     throw new Error(
       `its transactions are not read-only to begin with. Run as a superuser: alter role ${quote(role)} set default_transaction_read_only = on;`,
     );
@@ -288,15 +269,15 @@ async function checkReadOnly(source: Sql): Promise<void> {
 
 /** Without it each chunk reads the whole table. */
 async function checkIndex(source: Sql, { table, cursor }: { table: string; cursor: string }): Promise<void> {
-  const indexes = await source<{ valid: boolean; name: string }[]>`
+  const [index] = await source<{ valid: boolean; name: string }[]>`
     select indisvalid as valid, indexrelid::regclass::text as name from pg_index
     join pg_attribute on attrelid = indrelid and attnum = indkey[0]
     join pg_class i on i.oid = indexrelid join pg_am on pg_am.oid = i.relam
-    where indrelid = to_regclass(${table}) and attname = ${cursor} and indpred is null and amname = 'btree'`;
+    where indrelid = to_regclass(${table}) and attname = ${cursor} and indpred is null and amname = 'btree'
+    order by indisvalid desc limit 1`;
   const create = `create index concurrently on ${table} (${cursor});`;
-  const invalid = indexes[0] && !indexes.some(({ valid }) => valid);
-  if (invalid) throw new Error(`${indexes[0]?.name} is not valid. Run: drop index ${indexes[0]?.name}; ${create}`);
-  if (!indexes.length) throw new Error(`no index of ${table} begins with ${cursor}. Run: ${create}`);
+  if (!index) throw new Error(`no index of ${table} begins with ${cursor}. Run: ${create}`);
+  if (!index.valid) throw new Error(`${index.name} is not valid. Run: drop index ${index.name}; ${create}`);
 }
 
 /**
@@ -308,32 +289,26 @@ async function checkSetByDatabase(
   { table, cursor }: { table: string; cursor: string },
   appendOnly: boolean,
 ): Promise<void> {
-  const triggers = await source<{ name: string; type: number; enabled: boolean; some: boolean }[]>`
-    select tgname as name, tgtype as type, tgenabled in ('O', 'A') as enabled, tgattr <> ''::int2vector as some
-    from pg_trigger join pg_proc p on p.oid = tgfoid
+  // tgtype's bits, of pg_trigger.h: 1 row, 2 before, 4 insert, 16 update.
+  const [found] = await source<{ inserts: boolean; updates: boolean; disabled: string | null; dated: boolean }[]>`
+    select coalesce(bool_or(enabled and tgtype & 7 = 7), false) as inserts,
+      coalesce(bool_or(enabled and tgtype & 19 = 19 and tgattr = ''::int2vector), false) as updates,
+      min(tgname) filter (where not enabled) as disabled,
+      exists (select from pg_attrdef join pg_attribute a on a.attrelid = adrelid and attnum = adnum
+        where adrelid = to_regclass(${table}) and attname = ${cursor} and pg_get_expr(adbin, adrelid)
+          ~* '[[:<:]](now|clock_timestamp|transaction_timestamp|statement_timestamp)[(][)]|current_timestamp') as dated
+    from pg_trigger join pg_proc on pg_proc.oid = tgfoid, lateral (select tgenabled in ('O', 'A') as enabled) e
     where tgrelid = to_regclass(${table}) and not tgisinternal
       and (strpos(prosrc, ${cursor}) > 0 or strpos(encode(tgargs, 'escape'), ${cursor}) > 0)`;
-  const [ROW, BEFORE, INSERT, UPDATE] = [1, 2, 4, 16] as const; // tgtype's bits, of pg_trigger.h
-  const fires = (event: number): boolean =>
-    triggers.some(
-      ({ type, enabled, some }) =>
-        enabled && !(some && event === UPDATE) && [ROW, BEFORE, event].every((bit) => (type & bit) !== 0),
-    );
-  const [row] = await source<{ value: string | null }[]>`
-    select pg_get_expr(adbin, adrelid) as value from pg_attrdef join pg_attribute a on a.attrelid = adrelid and attnum = adnum
-    where adrelid = to_regclass(${table}) and attname = ${cursor}`;
-  const byDefault = /\b(now|clock_timestamp|transaction_timestamp|statement_timestamp)\(\)|current_timestamp/i.test(
-    row?.value ?? "",
-  );
-  if (appendOnly && !byDefault && !fires(INSERT))
+  const { inserts, updates, disabled, dated } = found ?? {};
+  if (appendOnly && !dated && !inserts)
     throw new Error(
       `${table}.${cursor} has no default of now(), and no trigger. Run as its owner: alter table ${table} alter ${cursor} set default now();`,
     );
-  if (appendOnly || (fires(UPDATE) && (fires(INSERT) || byDefault))) return;
-  const disabled = triggers.find(({ enabled }) => !enabled);
+  if (appendOnly || (updates && (inserts || dated))) return;
   throw new Error(
     disabled
-      ? `its trigger ${disabled.name} is disabled. Run as its owner: alter table ${table} enable trigger ${quote(disabled.name)};`
+      ? `its trigger ${disabled} is disabled. Run as its owner: alter table ${table} enable trigger ${quote(disabled)};`
       : `${table} has no trigger that sets ${cursor} before each insert and update of a row. Create it as in test/data/schema.sql (set_updated_at)`,
   );
 }
@@ -427,8 +402,7 @@ async function checkSlot(replication: Sql, slot: string): Promise<string> {
 async function checkKafka(check: Check, env: Env<(typeof kafka)[number]>): Promise<void> {
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const broker = connectKafka(env, "etl-doctor");
-  const connection = (): Promise<unknown> => withAdmin(broker, env, (admin) => admin.listTopics());
-  if (!(await check("connection", connection))) return;
+  if (!(await check("connection", () => withAdmin(broker, env, (admin) => admin.listTopics())))) return;
   await check(`topic ${topic} and group ${group}`, async () => {
     const asked = withAdmin(broker, env, (admin) => topicState(admin, topic, group));
     const partitions = await asked.catch((error: Error) => {
@@ -451,13 +425,11 @@ async function checkClickHouse(check: Check, env: Env<(typeof clickhouse)[number
     await answer.text();
   };
   if (!(await check("connection", connection))) return;
-  if (!(await check("tables and views are those of schemas/clickhouse", () => definitions()))) return;
+  const definitions = (): Promise<void> => checkDefinitions(client, env.CLICKHOUSE_DATABASE);
+  if (!(await check("tables and views are those of schemas/clickhouse", definitions))) return;
   await check("rows may be inserted", () =>
     insertRowBinary(client, "sensor_landing", Buffer.alloc(0), AbortSignal.timeout(30_000)),
   );
-  async function definitions(): Promise<void> {
-    await checkDefinitions(client, env.CLICKHOUSE_DATABASE);
-  }
 }
 
 async function checkPushgateway(check: Check, { PUSHGATEWAY_URL: url }: Env<"PUSHGATEWAY_URL">): Promise<void> {

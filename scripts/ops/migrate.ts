@@ -73,19 +73,17 @@ await main(import.meta, async () => {
 
   // 3. The datasets, and the tables of the raw one.
   const bigquery = connectBigQuery(env);
-  const dataset = bigquery.dataset(env.BIGQUERY_DATASET);
-  const [datasetThere] = await dataset.exists();
-  const [viewsThere] = await bigquery.dataset(env.BIGQUERY_VIEWS_DATASET).exists();
-  const create = (id: string): Promise<void> =>
-    apply(`create dataset ${id}`, () => bigquery.createDataset(id, { location: env.BIGQUERY_LOCATION }));
-  if (!datasetThere) await create(env.BIGQUERY_DATASET);
-  if (!viewsThere) await create(env.BIGQUERY_VIEWS_DATASET);
+  for (const id of [env.BIGQUERY_DATASET, env.BIGQUERY_VIEWS_DATASET]) {
+    const [there] = await bigquery.dataset(id).exists();
+    if (!there)
+      await apply(`create dataset ${id}`, () => bigquery.createDataset(id, { location: env.BIGQUERY_LOCATION }));
+  }
   const refused: string[] = [];
   for (const pipeline of pipelines()) {
     const contract = readContract(pipeline);
-    const table = dataset.table(pipeline);
+    const table = bigquery.dataset(env.BIGQUERY_DATASET).table(pipeline);
     const name = `${env.BIGQUERY_DATASET}.${pipeline}`;
-    const [there] = datasetThere ? await table.exists() : [false];
+    const [there] = await table.exists();
     if (!there) {
       await apply(`create table ${name}`, () => table.create(contract.resource));
       continue;
@@ -95,11 +93,8 @@ await main(import.meta, async () => {
     refused.push(...difference.refused);
     if (difference.refused.length || !difference.additions.length) continue;
     for (const addition of difference.additions) log({ step: env.DRY_RUN ? "would-apply" : "apply", what: addition });
-    if (!env.DRY_RUN)
-      await table.setMetadata({
-        description: contract.resource.description ?? "",
-        schema: { fields: contract.fields },
-      });
+    const { description = "" } = contract.resource;
+    if (!env.DRY_RUN) await table.setMetadata({ description, schema: { fields: contract.fields } });
   }
 
   // 4. The bucket.
@@ -147,36 +142,34 @@ async function applyFile(etl: Sql, file: string, text: string): Promise<void> {
   });
 }
 
+/** A field's type as SQL has it, without its mode: INTEGER NULLABLE → INT64 */
+function sqlType(field: string): string {
+  return field.replace(/ \w+$/, "").replace("INTEGER", "INT64").replace("FLOAT", "FLOAT64").replace("BOOLEAN", "BOOL");
+}
+
 /** What the contract has and the table has not: additions, in words, and what is refused, with the SQL a person would run. */
 function compare(contract: Contract, name: string, actual: TableMetadata): { additions: string[]; refused: string[] } {
   const additions: string[] = [];
   const refused: string[] = [];
   const there: TableField[] = actual.schema?.fields ?? [];
   for (const field of contract.fields) {
-    const now = there.find((column) => column.name === field.name);
+    const column = `${name}.${field.name}`;
+    const now = there.find((one) => one.name === field.name);
     const [is, wanted] = [describeField(now ?? {}), describeField(field)];
-    const type = wanted
-      .replace(/ \w+$/, "")
-      .replace("INTEGER", "INT64")
-      .replace("FLOAT", "FLOAT64")
-      .replace("BOOLEAN", "BOOL");
-    const alter = `ALTER TABLE ${name} ALTER COLUMN ${field.name}`;
-    if (!now && field.mode !== "REQUIRED") additions.push(`add column ${name}.${field.name} ${wanted}`);
-    else if (!now) {
+    const difference = `column ${column}: expected ${wanted} (${contract.file}), found ${is}`;
+    if (!now && field.mode !== "REQUIRED") additions.push(`add column ${column} ${wanted}`);
+    else if (!now)
       refused.push(
-        `column ${name}.${field.name} is ${wanted} in ${contract.file} and not there: rows that exist have no value for it. Add it as NULLABLE`,
+        `column ${column} is ${wanted} in ${contract.file} and not there: rows that exist have no value for it. Add it as NULLABLE`,
       );
-    } else if (is === wanted) {
-      if ((now.description ?? "") !== (field.description ?? "")) additions.push(`describe ${name}.${field.name}`);
-    } else if (is.replace("REQUIRED", "NULLABLE") === wanted)
-      additions.push(`relax ${name}.${field.name} from ${is} to ${wanted}`);
-    else if (is.replace("NULLABLE", "REQUIRED") === wanted) {
+    else if (is === wanted) {
+      if ((now.description ?? "") !== (field.description ?? "")) additions.push(`describe ${column}`);
+    } else if (is.replace("REQUIRED", "NULLABLE") === wanted) additions.push(`relax ${column} from ${is} to ${wanted}`);
+    else if (is.replace("NULLABLE", "REQUIRED") === wanted)
+      refused.push(`${difference}. BigQuery cannot make a column REQUIRED again: create the table anew`);
+    else
       refused.push(
-        `column ${name}.${field.name}: expected ${wanted} (${contract.file}), found ${is}. BigQuery cannot make a column REQUIRED again: create the table anew`,
-      );
-    } else
-      refused.push(
-        `column ${name}.${field.name}: expected ${wanted} (${contract.file}), found ${is}. SQL: ${alter} SET DATA TYPE ${type};`,
+        `${difference}. SQL: ALTER TABLE ${name} ALTER COLUMN ${field.name} SET DATA TYPE ${sqlType(wanted)};`,
       );
   }
   for (const { name: column } of there) {

@@ -41,6 +41,7 @@ await main(import.meta, async () => {
   const server = connectClickHouse(env, "default");
   const broker = connectKafka(env, "etl-resnapshot");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));
+  const readLag = async (): Promise<number> => (await where()).reduce((sum, { lag }) => sum + lag, 0);
   await withAdmin(broker, env, (admin) => checkGroupIsEmpty(admin, groupId));
 
   if (env.SWAP) {
@@ -48,7 +49,7 @@ await main(import.meta, async () => {
     if (epoch?.database !== rebuild)
       throw new UsageError(`there is no rebuild of ${topic} to swap in. Begin one: make resnapshot`);
     await awaitSnapshot(env, () => {});
-    const lag = (await where()).reduce((sum, partition) => sum + partition.lag, 0);
+    const lag = await readLag();
     if (lag > 0)
       throw new UsageError(
         `${thousands(lag)} messages are not in ${rebuild} yet. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}`,
@@ -113,12 +114,11 @@ await main(import.meta, async () => {
       progress(`the snapshot goes to Kafka: ${Math.round((performance.now() - started) / 1000)} s`),
     );
     progress("");
-    const messages = (await where()).reduce((sum, { lag }) => sum + lag, 0);
     log({
       step: "done",
       connector: namesOf(env).connector,
       epoch: epoch.number,
-      messages,
+      messages: await readLag(),
       next: `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}; then make resnapshot SWAP=1`,
     });
   }

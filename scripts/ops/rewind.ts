@@ -12,7 +12,7 @@ import { hostname } from "node:os";
 import { readEnv, UsageError } from "../../shared/env.ts";
 import { describeHolder, lockKey } from "../../shared/lock.ts";
 import { checkSession, connect } from "../../shared/postgres.ts";
-import { log } from "../../shared/progress.ts";
+import { type Fields, log } from "../../shared/progress.ts";
 import { main, newRunId } from "../../shared/run.ts";
 import { readSelect, watermarked } from "../../shared/schema.ts";
 import { readBound, readWatermark, sameServer } from "../../shared/watermark.ts";
@@ -27,6 +27,7 @@ await main(import.meta, async () => {
   if (!watermarked().includes(pipeline))
     throw new UsageError(`PIPELINE=${pipeline}: there is no such pipeline; there are: ${watermarked().join(", ")}`);
   const runId = newRunId();
+  const say = (step: string, fields: Fields): void => log({ pipeline, run: runId, step, ...fields });
   const session = { application: `etl:rewind run=${runId}`, timeoutSeconds: 300 };
   const etl = connect(env.ETL_DATABASE_URL, session);
   const source = connect(env.SOURCE_DATABASE_URL, {
@@ -66,27 +67,19 @@ await main(import.meta, async () => {
       `TO=${to} is after the watermark ${stored.watermark}: a rewind goes back only, since the rows between them would never be read.`,
     );
   }
-  if (order?.clockBack || !sameServer(bound, stored)) {
-    const warning =
-      "the destination may hold versions that the source has lost, dated later than the source's own: the upsert keeps them";
-    log({
-      pipeline,
-      run: runId,
-      step: "warning",
-      warning,
+  if (order?.clockBack || !sameServer(bound, stored))
+    say("warning", {
+      warning:
+        "the destination may hold versions that the source has lost, dated later than the source's own: the upsert keeps them",
       next: 'ops/runbook.md, "After a restore, a failover or a clock set back"',
     });
-  }
   await source`select set_config('etl.to', ${stored.watermark}, false)`;
   const counting = source.unsafe<{ rows: string }[]>(`select count(*) as rows from (${readSelect(pipeline)}) q`);
   const [again] = await counting.catch((error: { code?: string }) => {
     if (error.code === "57014") return []; // the statement's timeout: the number is only for the reader
     throw error;
   });
-  log({
-    pipeline,
-    run: runId,
-    step: env.DRY_RUN ? "would-rewind" : "rewind",
+  say(env.DRY_RUN ? "would-rewind" : "rewind", {
     from: stored.watermark,
     to,
     rows_to_read_again: again?.rows ?? "not counted: it takes too long",
@@ -105,7 +98,7 @@ await main(import.meta, async () => {
         values (${runId}, ${pipeline}, 'rewound', ${to}::text::timestamptz, ${stored.watermark}::text::timestamptz,
           ${again?.rows ?? 0}, ${hostname()}, ${process.pid}, now())`;
     });
-    log({ pipeline, run: runId, step: "done", watermark: to, next: `make ${pipeline}` });
+    say("done", { watermark: to, next: `make ${pipeline}` });
   }
   await Promise.all([etl.end(), source.end()]);
 });

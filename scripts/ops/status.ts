@@ -12,7 +12,8 @@
  *   state      red     stale by the rule of the alerts (two intervals), last run failed or abandoned, the watermark held for longer than
  *                      its alert allows or not to be trusted (the source restored, a clock set back), a part that does not answer,
  *                      sensors' lag or WAL over its alert, no connector, no slot, no consumer while there are messages
- *              warn    a shorter hold, a failed run by hand, failed days, dead letters, no consumer of a topic that is read to its end
+ *              warn    a shorter hold, a run by hand that failed or was abandoned, failed days, dead letters, no consumer of a
+ *                      topic that is read to its end
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
@@ -55,15 +56,11 @@ function print(all: Status[]): void {
     state: of.state,
   }));
   const [names = "", ...lines] = table(rows).split("\n");
-  const shown = lines.map((line, at) => colour(colours[all[at]?.state ?? "ok"], line));
+  // styleText: on a terminal only, and not where NO_COLOR is set.
+  const shown = lines.map((line, at) => styleText(colours[all[at]?.state ?? "ok"], line, { stream: process.stdout }));
   process.stdout.write(`${[names, ...shown].join("\n")}\n`);
   const below = all.flatMap((of) => details(of).map((line) => `${of.pipeline}: ${line}\n`));
   if (below.length) process.stdout.write(`\n${below.join("")}`);
-}
-
-/** On a terminal only, and not where NO_COLOR is set. */
-function colour(format: "green" | "gray" | "yellow" | "red", text: string): string {
-  return styleText(format, text, { stream: process.stdout });
 }
 
 /** Below the table: why a pipeline is not ok, its error, and what has no column. */

@@ -17,30 +17,18 @@
  * Touches: reads the source; deletes from the target; writes a row of etl.runs.
  */
 import { readKeys } from "../../shared/bigquery.ts";
-import { bigqueryVersions, postgresSide } from "../../shared/checksum.ts";
-import { bigquery, readEnv, UsageError } from "../../shared/env.ts";
+import { bigqueryVersions } from "../../shared/checksum.ts";
+import { readEnv, UsageError } from "../../shared/env.ts";
 import { takeLock } from "../../shared/lock.ts";
 import { progress, thousands } from "../../shared/progress.ts";
 import { main, runPipeline } from "../../shared/run.ts";
 import { pipelines } from "../../shared/schema.ts";
-import { deleteGone, everything, needWatermark, openTable, sourceWentBack, type Version } from "../../shared/verify.ts";
+import { deleteGone, openTable, sourceWentBack, type Version, verifyVariables } from "../../shared/verify.ts";
 
 const CHUNK_KEYS = 20_000;
 
 await main(import.meta, async () => {
-  const env = readEnv(
-    "PIPELINE",
-    "SOURCE_DATABASE_URL",
-    "ETL_DATABASE_URL",
-    ...bigquery,
-    "PUSHGATEWAY_URL",
-    "WATERMARK_LAG_SECONDS",
-    "RUN_TIMEOUT_SECONDS",
-    "DRY_RUN",
-    "CONFIRM",
-    "SWEEP_MAX_SHARE",
-    "LIMIT",
-  );
+  const env = readEnv("PIPELINE", ...verifyVariables, "DRY_RUN", "CONFIRM", "SWEEP_MAX_SHARE");
   const { PIPELINE: pipeline } = env;
   if (pipeline === "sensors" || pipeline === "events")
     throw new UsageError(
@@ -53,17 +41,15 @@ await main(import.meta, async () => {
     run.next = `the same command goes on. Next: make sweep PIPELINE=${pipeline}`;
     // 1. Lock.
     if (!env.DRY_RUN) await takeLock(run);
-    await needWatermark(run);
     const back = await sourceWentBack(run);
     if (back) throw new UsageError(`nothing was deleted: ${back}`);
 
     // 2. Find. The destination is read before the source: a row that arrives in between is in neither reading, or in the source's.
     const table = await openTable(run, env);
-    const source = postgresSide(run.source, table.layout, table.select, "true", everything);
     const gone: Version[] = [];
     let [rows, chunk] = [0, [] as Version[]];
     const look = async (): Promise<void> => {
-      const present = await source.present(chunk);
+      const present = await table.source.present(chunk);
       gone.push(...chunk.filter(({ key }) => !present.has(key)));
       rows += chunk.length;
       chunk = [];
@@ -75,15 +61,11 @@ await main(import.meta, async () => {
     }
     await look();
     progress("");
+    const keys = gone.slice(0, env.LIMIT).map(({ range }) => range);
     run.log(env.DRY_RUN ? "would-delete" : "found", {
       rows,
       gone: gone.length,
-      keys: gone.length
-        ? gone
-            .slice(0, env.LIMIT)
-            .map(({ range }) => range)
-            .join()
-        : undefined,
+      keys: keys.length ? keys.join() : undefined,
     });
 
     // 3. Refuse.
@@ -94,7 +76,7 @@ await main(import.meta, async () => {
 
     // 4. Delete.
     if (env.DRY_RUN) return;
-    const deleted = await deleteGone(run, table, source, gone);
+    const deleted = await deleteGone(run, table, gone);
     run.totals.rows = deleted;
     run.log("swept", { deleted, kept: gone.length - deleted });
   });

@@ -21,16 +21,23 @@
  * Touches: reads both sides; with REPAIR=1 writes the target and a staging table beside it, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
-import { bigquery, clickhouse, kafka, readEnv, redact, UsageError } from "../../shared/env.ts";
+import { clickhouse, kafka, readEnv, redact, UsageError } from "../../shared/env.ts";
 import { takeLock } from "../../shared/lock.ts";
 import { pushVerifyMetrics } from "../../shared/metrics.ts";
 import { log, table, thousands } from "../../shared/progress.ts";
 import { main, type Run, runPipeline } from "../../shared/run.ts";
 import { pipelines } from "../../shared/schema.ts";
-import { type Comparison, compareTable, openTable, repair, sourceWentBack } from "../../shared/verify.ts";
+import {
+  type Comparison,
+  compareTable,
+  openTable,
+  repair,
+  sourceWentBack,
+  verifyVariables,
+} from "../../shared/verify.ts";
 import { compareReadings } from "../../shared/verify-sensors.ts";
 
-type Verified = Comparison & { leftOut: number; mended?: number };
+type Verified = Comparison & { mended?: number };
 const verified = [...pipelines(), "sensors"];
 
 await main(import.meta, async () => {
@@ -42,16 +49,7 @@ await main(import.meta, async () => {
     throw new UsageError(
       `PIPELINE=${only}: there is no such pipeline to verify; there are: ${verified.join(", ")}, and make verify-events`,
     );
-  const env = readEnv(
-    "SOURCE_DATABASE_URL",
-    "ETL_DATABASE_URL",
-    ...bigquery,
-    "PUSHGATEWAY_URL",
-    "WATERMARK_LAG_SECONDS",
-    "RUN_TIMEOUT_SECONDS",
-    "REPAIR",
-    "LIMIT",
-  );
+  const env = readEnv(...verifyVariables, "REPAIR");
   if (env.REPAIR && only === "sensors")
     throw new UsageError(
       "REPAIR=1: readings are not mended by key, since a change that is on its way would lose to it, or win. Next: make resnapshot",

@@ -11,13 +11,7 @@ import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
 import { deleteStatement, duplicateKeysStatement, mergeStatement } from "../../shared/bigquery.ts";
-import {
-  asReadCondition,
-  bigqueryLayout,
-  bigqueryStatements,
-  bigqueryVersions,
-  isCompared,
-} from "../../shared/checksum.ts";
+import { asRead, bigqueryLayout, bigqueryStatements, bigqueryVersions, isCompared } from "../../shared/checksum.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { type Contract, pipelines, readContract } from "../../shared/schema.ts";
 import { readModels, tablesRead } from "../../shared/views.ts";
@@ -92,14 +86,14 @@ function verification(
   }));
   const layout = bigqueryLayout(fields, key, columns, version);
   const { sums, rows } = bigqueryStatements(layout, at(pipeline));
-  const asRead = asReadCondition(layout);
+  const { condition } = asRead(layout, []);
   return [
     // The parameter's type comes with the request; the analyser takes it for one value.
     { file, sql: sums.replace("@left_out", "['']"), generated: "checksums" },
     { file, sql: rows, generated: "rows" },
     { file, sql: `SELECT ${bigqueryVersions(layout)} FROM ${at(pipeline)}`, generated: "keys" },
-    { file, sql: mergeStatement(contract, at(pipeline), at(staging), version, asRead), generated: "repair" },
-    { file, sql: deleteStatement(at(pipeline), { condition: asRead }), generated: "DELETE" },
+    { file, sql: mergeStatement(contract, at(pipeline), at(staging), version, condition), generated: "repair" },
+    { file, sql: deleteStatement(at(pipeline), { condition }), generated: "DELETE" },
   ];
 }
 
