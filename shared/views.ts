@@ -10,7 +10,7 @@ import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
 import { connectBigQuery, ignoreAlreadyThere } from "./bigquery.ts";
 import { type Env, root, UsageError } from "./env.ts";
-import { type ModelMetrics, pushModelMetrics, readIntervals } from "./metrics.ts";
+import { type Metrics, pushMetrics, readIntervals } from "./metrics.ts";
 import { duration, type Fields, table, thousands } from "./progress.ts";
 import { newRunId, type Run } from "./run.ts";
 import { pipelines } from "./schema.ts";
@@ -611,7 +611,7 @@ export async function reportModels(build: Build, outcomes: Outcome[], pushgatewa
   build.keep = done.length < outcomes.length;
   const now = Date.now() / 1000;
   const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
-    const values: ModelMetrics = error
+    const values: Metrics = error
       ? { etl_model_last_failure_timestamp_seconds: now }
       : {
           etl_model_last_success_timestamp_seconds: now,
@@ -619,7 +619,7 @@ export async function reportModels(build: Build, outcomes: Outcome[], pushgatewa
           etl_model_bytes: bytes,
           etl_model_duration_seconds: seconds,
         };
-    return pushModelMetrics(pushgateway, run.pipeline, model.name, values);
+    return pushMetrics(pushgateway, run.pipeline, values, { model: model.name });
   });
   const lost = (await Promise.allSettled(pushed)).find((push) => push.status === "rejected");
   if (lost)
