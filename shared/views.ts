@@ -8,7 +8,7 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
-import { connectBigQuery, ignoreAlreadyThere } from "./bigquery.ts";
+import { connectBigQuery, ignoreAlreadyThere, labels } from "./bigquery.ts";
 import { type Env, root, UsageError } from "./env.ts";
 import { type Metrics, pushMetrics, readIntervals } from "./metrics.ts";
 import { duration, type Fields, table, thousands } from "./progress.ts";
@@ -256,7 +256,7 @@ export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
     labels: labels(run),
     defaultTableExpirationMs: String(BUILD_HOURS * 3_600_000),
   });
-  await created.catch(ignoreAlreadyThere); // the client asks again where an answer was lost
+  await created.catch(ignoreAlreadyThere);
   const build: Build = {
     run,
     env,
@@ -276,8 +276,6 @@ export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
   };
   return build;
 }
-
-const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
 /** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
 export async function copyRaw(build: Build, models: Model[]): Promise<void> {
@@ -319,9 +317,7 @@ async function runJob({ bigquery, run }: Build, name: string, configuration: obj
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
   const created = bigquery.createJob({ jobId, configuration: { ...configuration, labels: labels(run) } });
-  await created.catch((error: { code?: number }) => {
-    if (error.code !== 409) throw error; // the first answer got lost, and the client asked again
-  });
+  await created.catch(ignoreAlreadyThere);
   for (let pause = 50; ; pause = Math.min(2 * pause, 2000)) {
     const [metadata] = await job.getMetadata();
     const { state, errorResult } = metadata.status ?? {};
