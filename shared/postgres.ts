@@ -43,15 +43,15 @@ function sessionSettings(options: SessionOptions): Record<string, string> {
 }
 
 /**
- * One session, opened at its first statement; `await session.end()` closes it.
+ * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
  * max_lifetime is off because a session that postgres.js quietly replaces would lose its advisory lock.
  */
 export function connect(
   url: string,
   options: SessionOptions,
   extra: postgres.Options<Record<string, never>> = {},
-): Sql {
-  return postgres(url, {
+): Sql & AsyncDisposable {
+  const session = postgres(url, {
     max: 1,
     idle_timeout: 0,
     max_lifetime: null,
@@ -63,6 +63,7 @@ export function connect(
     ...checkedTls(url),
     ...extra,
   });
+  return Object.assign(session, { [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
 }
 
 /**

@@ -30,40 +30,36 @@ const plain = (type: string): string =>
  * @throws UsageError that lists each column that is gone or has another type.
  */
 export async function checkReadings(env: Env<"SOURCE_DATABASE_URL">): Promise<string[]> {
-  const source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
-  try {
-    await checkSession("SOURCE_DATABASE_URL", source);
-    const found = await source<{ name: string; type: string; full: boolean }[]>`
-      select attname as name, format_type(atttypid, null) as type, relreplident = 'f' as full
-      from pg_attribute join pg_class c on c.oid = attrelid
-      where attrelid = to_regclass(${table}) and attnum > 0 and not attisdropped order by attnum`;
-    const contract = readDefinitions().find(({ name }) => name === "sensor_readings");
-    const wanted = contract?.columns.filter(({ name }) => !name.startsWith("_")) ?? [];
-    const faults = wanted.flatMap(({ name, type }) => {
-      const is = found.find((column) => column.name === name)?.type ?? "no such column";
-      return fitting[plain(type)]?.includes(is)
-        ? []
-        : [`column ${table}.${name}: expected one for ${type} (${contract?.file}), found ${is}`];
+  await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
+  await checkSession("SOURCE_DATABASE_URL", source);
+  const found = await source<{ name: string; type: string; full: boolean }[]>`
+    select attname as name, format_type(atttypid, null) as type, relreplident = 'f' as full
+    from pg_attribute join pg_class c on c.oid = attrelid
+    where attrelid = to_regclass(${table}) and attnum > 0 and not attisdropped order by attnum`;
+  const contract = readDefinitions().find(({ name }) => name === "sensor_readings");
+  const wanted = contract?.columns.filter(({ name }) => !name.startsWith("_")) ?? [];
+  const faults = wanted.flatMap(({ name, type }) => {
+    const is = found.find((column) => column.name === name)?.type ?? "no such column";
+    return fitting[plain(type)]?.includes(is)
+      ? []
+      : [`column ${table}.${name}: expected one for ${type} (${contract?.file}), found ${is}`];
+  });
+  if (found.length && !found[0]?.full)
+    faults.push(
+      `table ${table}: its changes lack the old row. Run as its owner: alter table ${table} replica identity full;`,
+    );
+  if (faults.length)
+    throw new UsageError(
+      `the source differs from the contract, nothing was ingested:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nBring the source, ${contract?.file} and the view that reads it together; README, "When the schema changes".`,
+    );
+  const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
+  if (unknown.length)
+    log({
+      step: "warning",
+      warning: `${table} has columns that are not in ${contract?.file}; their values are kept in _unknown`,
+      columns: unknown.join(),
     });
-    if (found.length && !found[0]?.full)
-      faults.push(
-        `table ${table}: its changes lack the old row. Run as its owner: alter table ${table} replica identity full;`,
-      );
-    if (faults.length)
-      throw new UsageError(
-        `the source differs from the contract, nothing was ingested:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nBring the source, ${contract?.file} and the view that reads it together; README, "When the schema changes".`,
-      );
-    const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
-    if (unknown.length)
-      log({
-        step: "warning",
-        warning: `${table} has columns that are not in ${contract?.file}; their values are kept in _unknown`,
-        columns: unknown.join(),
-      });
-    return unknown;
-  } finally {
-    await source.end({ timeout: 5 });
-  }
+  return unknown;
 }
 
 /** Which of a batch's messages are among the dead letters: their indices. */
@@ -258,14 +254,10 @@ export async function createReport(
 
 /** Bytes of WAL that the slot keeps at the source, or undefined where there is no such slot. */
 async function slotRetains(env: Env<"SOURCE_DATABASE_URL" | "SENSORS_TOPIC">): Promise<number | undefined> {
-  const source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
-  try {
-    const [slot] = await source<{ bytes: string }[]>`
-      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
-    return slot ? Number(slot.bytes) : undefined;
-  } finally {
-    await source.end({ timeout: 1 });
-  }
+  await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
+  const [slot] = await source<{ bytes: string }[]>`
+    select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
+  return slot ? Number(slot.bytes) : undefined;
 }
 
 /** Seconds since the source committed the message's change, by the message's own source.ts_ms. */
