@@ -188,7 +188,7 @@ export async function createReport(
     if (bytes !== undefined) retained.set(bytes);
   });
   const started = performance.now();
-  const total = { rows: 0, batches: 0, parked: 0 };
+  const total = { rows: 0, batches: 0, dead_letters: 0 };
   let [lines, fetched, waitingSince] = [{ at: started, rows: 0 }, started, 0];
   const secondsSince = (at: number): number => Math.round((performance.now() - at) / 1000);
   const server = await serveMetrics(env.METRICS_PORT, registry, () => {
@@ -204,7 +204,7 @@ export async function createReport(
       const changes = messages.filter(({ value }) => value).length - parked;
       total.rows += changes;
       total.batches += 1;
-      total.parked += parked;
+      total.dead_letters += parked;
       rows.inc(changes);
       batches.inc();
       dead.inc(parked);
@@ -215,9 +215,7 @@ export async function createReport(
       const per = (total.rows - lines.rows) / ((performance.now() - lines.at) / 1000);
       log({
         step: "inserted",
-        rows: total.rows,
-        batches: total.batches,
-        dead_letters: total.parked,
+        ...total,
         rows_per_second: Math.round(per),
         event_age_seconds: event?.toFixed(1),
       });
@@ -240,9 +238,7 @@ export async function createReport(
       const seconds = (performance.now() - started) / 1000;
       log({
         step: "done",
-        rows: total.rows,
-        batches: total.batches,
-        dead_letters: total.parked,
+        ...total,
         seconds: seconds.toFixed(3),
         rows_per_second: Math.round(total.rows / seconds),
         peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
