@@ -95,19 +95,15 @@ function refused(error: unknown): unknown {
 }
 
 async function beating<T>(work: Promise<T>, beat: () => Promise<void>, signal: AbortSignal): Promise<T> {
-  let settled = false;
-  const done = work.finally(() => {
-    settled = true;
-  });
-  done.catch(() => {});
-  while (!settled) {
-    const tick = new AbortController();
-    await Promise.race([done, delay(1000, undefined, { signal: AbortSignal.any([signal, tick.signal]) })]).finally(() =>
-      tick.abort(),
-    );
-    if (!settled) await beat();
-  }
-  return await done;
+  const end = new AbortController();
+  const either = AbortSignal.any([signal, end.signal]);
+  const beats = async (): Promise<never> => {
+    for (;;) {
+      await delay(1000, undefined, { signal: either });
+      await beat();
+    }
+  };
+  return await Promise.race([work, beats()]).finally(() => end.abort());
 }
 
 /** A definition in schemas/clickhouse: one object a file, in the order of their numbers. */
