@@ -18,11 +18,9 @@ const file = "schemas/debezium/sensor_readings.json";
 export const sourceTable = "public.sensor_readings";
 
 /** What the topic's name decides: Debezium's prefix, the connector's name, the slot at the source. */
-export function namesOf({ SENSORS_TOPIC: topic }: Env<"SENSORS_TOPIC">): {
-  prefix: string;
-  connector: string;
-  slot: string;
-} {
+export function namesOf({
+  SENSORS_TOPIC: topic,
+}: Env<"SENSORS_TOPIC">): Record<"prefix" | "connector" | "slot", string> {
   if (!topic.endsWith(`.${sourceTable}`))
     throw new UsageError(
       `SENSORS_TOPIC ${topic} must end with .${sourceTable}: Debezium names a topic PREFIX.SCHEMA.TABLE`,

@@ -535,37 +535,35 @@ export async function eachModel(
   const outcomes = new Map<string, Promise<Outcome>>();
   const waiting: (() => void)[] = [];
   let free = parallel;
-  const start = async (model: Model): Promise<Outcome> => {
+  const one = async (model: Model): Promise<Outcome> => {
+    const outcome: Outcome = { model, rows: 0, bytes: 0, seconds: 0 };
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
-    const missing = needed.filter((outcome) => outcome?.error).map((outcome) => outcome?.model.name);
-    if (missing.length)
-      return { model, rows: 0, bytes: 0, seconds: 0, error: new Error(`it needs ${missing.join(", ")}`) };
-    if (free > 0) free -= 1;
-    else await new Promise<void>((resolve) => waiting.push(resolve));
-    const started = run.seconds();
-    const seconds = (): number => Math.round(1000 * (run.seconds() - started)) / 1000;
-    try {
-      run.signal.throwIfAborted();
-      const { rows, bytes } = await work(model);
-      return { model, rows, bytes, seconds: seconds() };
-    } catch (error) {
-      return { model, rows: 0, bytes: 0, seconds: seconds(), error: error as Error };
-    } finally {
+    const missing = needed.filter((need) => need?.error).map((need) => need?.model.name);
+    if (missing.length) outcome.error = new Error(`it needs ${missing.join(", ")}`);
+    else {
+      if (free > 0) free -= 1;
+      else await new Promise<void>((resolve) => waiting.push(resolve));
+      const started = run.seconds();
+      try {
+        run.signal.throwIfAborted();
+        const { rows, bytes } = await work(model);
+        Object.assign(outcome, { rows, bytes });
+      } catch (error) {
+        outcome.error = error as Error;
+      }
+      outcome.seconds = Math.round(1000 * (run.seconds() - started)) / 1000;
       const next = waiting.shift();
       if (next) next();
       else free += 1;
     }
-  };
-  const logged = async (model: Model): Promise<Outcome> => {
-    const outcome = await start(model);
-    const { rows, bytes, error } = outcome;
+    const { rows, bytes, seconds, error } = outcome;
     const fields: Fields = error
       ? { failed: error.message.split("\n")[0] }
       : { rows, bytes, checks: model.checks.length };
-    run.log("model", { model: model.name, ...fields, seconds: outcome.seconds });
+    run.log("model", { model: model.name, ...fields, seconds });
     return outcome;
   };
-  for (const model of models) outcomes.set(model.name, logged(model)); // in their order: what a model needs is there before it
+  for (const model of models) outcomes.set(model.name, one(model)); // in their order: what a model needs is there before it
   return await Promise.all(outcomes.values());
 }
 
