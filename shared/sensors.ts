@@ -122,22 +122,12 @@ export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
   return { stop, abandon: abandon.signal };
 }
 
-export interface Report extends AsyncDisposable {
-  /** A batch was inserted and counted. */
-  inserted(batch: Batch, parked: number, seconds: number): void;
-  /** ClickHouse is away, or is there again. */
-  waiting(error?: Error): void;
-  /** The broker answered. */
-  fetched(): void;
-  done(): void;
-}
-
 /** Metrics at METRICS_PORT, and a line every ten seconds. */
 export async function createReport(
   env: KafkaEnv & Env<"METRICS_PORT" | "SENSORS_TOPIC" | "SENSORS_GROUP" | "SOURCE_DATABASE_URL" | "CONNECT_URL">,
   kafka: Kafka,
   unknown: string[],
-): Promise<Report> {
+) {
   const registers = [new Registry()];
   const [registry] = registers as [Registry];
   collectDefaultMetrics({ register: registry });
@@ -200,7 +190,8 @@ export async function createReport(
   });
   log({ step: "serving", metrics: `http://127.0.0.1:${server.port}/metrics` });
   return {
-    inserted: ({ messages }, parked, seconds) => {
+    /** A batch was inserted and counted. */
+    inserted: ({ messages }: Batch, parked: number, seconds: number): void => {
       const changes = messages.filter(({ value }) => value).length - parked;
       total.rows += changes;
       total.batches += 1;
@@ -221,7 +212,8 @@ export async function createReport(
       });
       lines = { at: performance.now(), rows: total.rows };
     },
-    waiting: (error) => {
+    /** ClickHouse is away, or is there again. */
+    waiting: (error?: Error): void => {
       if (error && !waitingSince) {
         waitingSince = performance.now();
         log({ step: "waiting", for: "ClickHouse", error: error.message.slice(0, 300) });
@@ -231,10 +223,11 @@ export async function createReport(
       }
       away.set(error ? 1 : 0);
     },
-    fetched: () => {
+    /** The broker answered. */
+    fetched: (): void => {
       fetched = performance.now();
     },
-    done: () => {
+    done: (): void => {
       const seconds = (performance.now() - started) / 1000;
       log({
         step: "done",
