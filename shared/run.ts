@@ -115,7 +115,11 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   const work = (async () => {
     const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
     await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
-    if (env.SOURCE_DATABASE_URL && !run.byHand) await checkNotRestored(run);
+    if (env.SOURCE_DATABASE_URL && !run.byHand) {
+      run.sourceAt = await readPosition(run.source);
+      const back = run.sourceAt && (await wentBack(run.etl, pipeline, run.sourceAt));
+      if (back) throw new Error(back);
+    }
     await body(run);
     if (run.state === "locked") {
       await record(run, "succeeded");
@@ -123,9 +127,11 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     }
   })();
   work.catch(() => {}); // where the deadline wins the race, what is left of the work may still reject
+  const stopped = Promise.withResolvers<never>();
+  run.signal.addEventListener("abort", () => stopped.reject(run.signal.reason));
   let failure: Error | undefined;
   try {
-    await Promise.race([work, rejectOnAbort(run.signal)]);
+    await Promise.race([work, stopped.promise]);
   } catch (error) {
     failure = error as Error;
     progress("");
@@ -152,13 +158,6 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     });
   }
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
-}
-
-/** @throws Error where the source was restored from an older backup since the last run. */
-async function checkNotRestored(run: Run): Promise<void> {
-  run.sourceAt = await readPosition(run.source);
-  const back = run.sourceAt && (await wentBack(run.etl, run.pipeline, run.sourceAt));
-  if (back) throw new Error(back);
 }
 
 /** Sorts by time; lower case, digits and _ only, so that it can be a BigQuery label and part of a table's name. */
@@ -207,12 +206,6 @@ function createRun(
     totals: { chunks: 0, rows: 0, bytes: 0 },
   };
   return { run, undos, settle: () => clearTimeout(timer) };
-}
-
-function rejectOnAbort(signal: AbortSignal): Promise<never> {
-  return new Promise((_, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason));
-  });
 }
 
 /** What is done for a run that has failed must not keep it from ending. */
