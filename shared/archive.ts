@@ -443,19 +443,14 @@ async function recordDay(
   run: Run,
   day: string,
   state: "running" | "succeeded" | "failed",
-  {
-    run_id,
-    rows = 0,
-    bytes = 0,
-    error = null,
-  }: { run_id: string; rows?: number; bytes?: number; error?: string | null },
+  by: { run_id: string; rows?: number; bytes?: number; error?: string },
 ): Promise<void> {
   const [from, to] = [startOf(day).created_at, startOf(addDays(day)).created_at];
   const started = state === "running";
   await run.etl`
     insert into etl.chunks as c (pipeline, chunk_from, chunk_to, state, rows, bytes, attempts, error, run_id, finished_at)
-    values (${run.pipeline}, ${from}::text::timestamptz, ${to}::text::timestamptz, ${state}, ${rows}, ${bytes}, 1,
-      ${error}, ${run_id}, case when not ${started} then now() end)
+    values (${run.pipeline}, ${from}::text::timestamptz, ${to}::text::timestamptz, ${state}, ${by.rows ?? 0}, ${by.bytes ?? 0}, 1,
+      ${by.error ?? null}, ${by.run_id}, case when not ${started} then now() end)
     on conflict (pipeline, chunk_from) do update
       set state = excluded.state, rows = excluded.rows, bytes = excluded.bytes, error = excluded.error, run_id = excluded.run_id,
           attempts = c.attempts + ${started}::int, finished_at = excluded.finished_at,

@@ -247,8 +247,8 @@ export async function migrateClickHouse(
   database: string,
   apply: (what: string, work: () => Promise<unknown>) => Promise<void>,
 ): Promise<string[]> {
-  const server = connectClickHouse(env, "default");
-  const client = connectClickHouse(env, database);
+  await using server = connectClickHouse(env, "default");
+  await using client = connectClickHouse(env, database);
   try {
     const [there] = await select(server, "SELECT name FROM system.databases WHERE name = {database: String}", {
       database,
@@ -282,8 +282,6 @@ export async function migrateClickHouse(
     throw new Error(
       `ClickHouse at ${host} (CLICKHOUSE_URL) does not answer: ${(error as Error).message}. For the local stack: make up`,
     );
-  } finally {
-    await Promise.all([server.close(), client.close()]);
   }
 }
 
