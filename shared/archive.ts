@@ -156,15 +156,15 @@ export interface Position {
 /** Before the first row of a day: no bigint is smaller. */
 export const startOf = (day: string): Position => ({ created_at: `${day}T00:00:00+00`, id: "-9223372036854775809" });
 
-/** The parts of one attempt at a day. They are deleted again unless they are kept for a manifest that names them. */
+/** The parts of one attempt at a day. They are deleted again at its end. */
 export interface Parts extends AsyncDisposable {
   day: string;
   attempt: number;
   list: Part[];
   /** Uploads a part. @returns its last row where it is full, so that another one may follow. */
   add(rows: RowStream, pace: Pace): Promise<Position | undefined>;
-  keep(): void;
-  discard(): Promise<void>;
+  /** A manifest may name them: they stay. */
+  keep: boolean;
 }
 
 /** @param partRows rows of a full part. */
@@ -172,18 +172,18 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
   const list: Part[] = [];
   const keys: string[] = [];
   let uploading: Promise<unknown> = Promise.resolve();
-  let kept = false;
   const remove = async (): Promise<void> => {
-    if (kept || !keys.length) return;
+    if (parts.keep || !keys.length) return;
     await uploading.catch(() => {});
     await removeObjects(bucket, keys);
     keys.length = 0;
   };
   const stopped = run.onStop(remove);
-  return {
+  const parts: Parts = {
     day,
     attempt,
     list,
+    keep: false,
     add: async (rows, pace) => {
       const lines = rows.lines[Symbol.asyncIterator]();
       const first = await lines.next();
@@ -222,18 +222,12 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
       list.push({ key, rows: rows.sent.rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") });
       return rows.sent.rows < partRows ? undefined : position(last);
     },
-    keep: () => {
-      kept = true;
-    },
-    discard: async () => {
-      kept = false;
-      await remove();
-    },
     [Symbol.asyncDispose]: async () => {
       stopped[Symbol.dispose]();
       await remove().catch((error: Error) => warnOfLeft(run, day, error));
     },
   };
+  return parts;
 }
 
 /** Memory of parts that are uploaded, for the next ones. */
@@ -311,13 +305,13 @@ export async function publish(
   }
   run.signal.throwIfAborted();
   // From here on the manifest may be there, whatever becomes of the answer: its parts must be too.
-  parts.keep();
+  parts.keep = true;
   const text = `${JSON.stringify(manifest, null, 2)}\n`;
   if (!(await putText(bucket, manifestKey(bucket, day), text, before?.etag, { run: run.id }))) {
     // An answer that got lost, and the request sent again, looks like a lost race.
     const now = (await readManifest(bucket, day))?.manifest;
     if (JSON.stringify(now) !== JSON.stringify(manifest)) {
-      await parts.discard();
+      parts.keep = false;
       if (!now) throw new Error(`the manifest of ${day} was deleted while the day was archived again`);
       run.log("lost", { day, because: "another run archived it meanwhile", holder: now.run_id });
       return now;
