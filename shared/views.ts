@@ -114,14 +114,11 @@ export function readModels(only?: string): Model[] {
   const known = [...names, ...pipelines()];
   const models = files.map(({ file, sql, name }): Model => {
     const all = statement(file, sql, faults);
-    const [begin, made] = [all.slice(0, 4), all.slice(4, all[5]?.text === "." ? 7 : 5)].map((part) =>
-      part
-        .map(({ text }) => text)
-        .join(" ")
-        .replaceAll(" . ", "."),
-    );
+    const text = all.map((token) => token.text).join(" ");
+    const words = text.replaceAll(" . ", ".").split(" ");
+    const [begin, made] = [words.slice(0, 4).join(" "), words[4]];
     const select = selectOf(sql, all);
-    if (begin?.toUpperCase() !== "CREATE OR REPLACE TABLE" || !select)
+    if (begin.toUpperCase() !== "CREATE OR REPLACE TABLE" || !select)
       faults.push(`${file} begins with "${begin}": it must be CREATE OR REPLACE TABLE ${name} … AS SELECT …`);
     else if (made !== name)
       faults.push(`${file} creates the table ${made}: it must be named as its file, ${name}, without a dataset`);
