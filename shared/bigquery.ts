@@ -3,7 +3,7 @@
  */
 import { randomUUID } from "node:crypto";
 import { pipeline } from "node:stream/promises";
-import { BigQuery, type Job, type TableField } from "@google-cloud/bigquery";
+import { BigQuery, type Job } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { type Env, UsageError } from "./env.ts";
 import { type RowStream, SourceError } from "./postgres.ts";
@@ -75,19 +75,19 @@ export async function createStaging(run: Run, to: Destination, attempt: number):
   const table = to.bigquery.dataset(to.dataset).table(name);
   const created = table.create({
     description: `Rows of run ${run.id} on their way to ${to.table}. Nothing reads it; it deletes itself.`,
-    schema: { fields: to.contract.fields as TableField[] },
+    schema: { fields: to.contract.fields },
     expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
   });
   await created.catch(ignoreAlreadyThere);
-  const drop = async (): Promise<void> => {
-    try {
-      await table.delete({ ignoreNotFound: true });
-    } catch (error) {
-      const warning = `staging table ${name} was not dropped and expires in ${STAGING_HOURS} h`;
-      run.log("warning", { warning, error: (error as Error).message });
-    }
+  return {
+    name,
+    [Symbol.asyncDispose]: async () => {
+      await table.delete({ ignoreNotFound: true }).catch(({ message }: Error) => {
+        const warning = `staging table ${name} was not dropped and expires in ${STAGING_HOURS} h`;
+        run.log("warning", { warning, error: message });
+      });
+    },
   };
-  return { name, [Symbol.asyncDispose]: drop };
 }
 
 /**
@@ -103,7 +103,7 @@ export async function loadLines(run: Run, to: Destination, staging: Staging, row
     .createWriteStream({
       jobId,
       sourceFormat: "NEWLINE_DELIMITED_JSON",
-      schema: { fields: to.contract.fields as TableField[] },
+      schema: { fields: to.contract.fields },
       createDisposition: "CREATE_NEVER",
       writeDisposition: "WRITE_EMPTY",
     } as object);

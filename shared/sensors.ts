@@ -174,8 +174,10 @@ export async function createReport(
     running.set((await isRunning(env).catch(() => false)) ? 1 : 0),
   );
   asked("etl_sensors_slot_retained_bytes", "WAL that the source keeps for the connector's slot.", async (retained) => {
-    const bytes = await slotRetains(env);
-    if (bytes !== undefined) retained.set(bytes);
+    await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
+    const [slot] = await source<{ bytes: string }[]>`
+      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
+    if (slot) retained.set(Number(slot.bytes));
   });
   const started = performance.now();
   const total = { rows: 0, batches: 0, dead_letters: 0 };
@@ -239,14 +241,6 @@ export async function createReport(
     },
     [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
   };
-}
-
-/** Bytes of WAL that the slot keeps at the source, or undefined where there is no such slot. */
-async function slotRetains(env: Env<"SOURCE_DATABASE_URL" | "SENSORS_TOPIC">): Promise<number | undefined> {
-  await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
-  const [slot] = await source<{ bytes: string }[]>`
-    select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
-  return slot ? Number(slot.bytes) : undefined;
 }
 
 /** Seconds since the source committed the message's change, by the message's own source.ts_ms. */
