@@ -32,26 +32,21 @@ function variable<T>(about: string, example: string, read: Reader<T>, ...fallbac
 function url(...protocols: string[]): Reader<string> {
   return (value) => {
     if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    if (!protocols.includes(new URL(value).protocol)) throw new Error(`must start with ${protocols[0]}//`);
-    const { password, hostname } = new URL(value);
+    const { protocol, password, hostname, searchParams } = new URL(value);
+    if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
     if (password) {
       const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
       for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
     }
     if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    checkTls(new URL(value));
+    if (!protocol.startsWith("postgres")) return value;
+    // A mistyped mode must not become one that checks less, nor a file that nobody reads look like one that is.
+    if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(searchParams.get("sslmode") ?? "prefer"))
+      throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+    if (searchParams.has("sslrootcert"))
+      throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
     return value;
   };
-}
-
-/** A mistyped mode must not become one that checks less, nor a file that nobody reads look like one that is. */
-function checkTls({ protocol, searchParams }: URL): void {
-  if (!protocol.startsWith("postgres")) return;
-  const mode = searchParams.get("sslmode");
-  if (mode !== null && !/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(mode))
-    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-  if (searchParams.has("sslrootcert"))
-    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
 }
 
 const secrets = new Set<string>();
