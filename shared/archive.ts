@@ -9,7 +9,7 @@ import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
-import { redact, UsageError } from "./env.ts";
+import { type Env, redact, UsageError } from "./env.ts";
 import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
@@ -71,10 +71,7 @@ export function daysBetween(from: string, to: string): string[] {
  * FROM and TO as the days they are.
  * @throws UsageError where they are no dates, or no day lies between them.
  */
-export function readDays(
-  { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
-  command: string,
-): string[] {
+export function readDays({ FROM, TO }: Env<"FROM" | "TO">, command: string): string[] {
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
   if (!FROM || !TO)
     throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
@@ -362,7 +359,7 @@ export function createPace(run: Run, rowsPerSecond: number | undefined): () => P
 export async function eachDay(
   run: Run,
   { days, incomplete }: { days: string[]; incomplete: string[] },
-  { CONCURRENCY, FORCE, ALLOW_SHRINK }: { CONCURRENCY: number; FORCE: boolean; ALLOW_SHRINK: boolean },
+  { CONCURRENCY, FORCE, ALLOW_SHRINK }: Env<"CONCURRENCY" | "FORCE" | "ALLOW_SHRINK">,
   archive: (day: string) => Promise<{ manifest: Manifest; skipped: boolean }>,
 ): Promise<void> {
   const failed = new Map(

@@ -62,16 +62,9 @@ function explain(error: Error & { code?: string }): string {
   return error.message || String(error.code ?? error.name);
 }
 
-type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> & {
-  /** Without it the run has no source, and must not ask for it. */
-  SOURCE_DATABASE_URL?: string;
-  WATERMARK_LAG_SECONDS?: number;
-  RETENTION_DAYS?: number;
-  FROM?: string | undefined;
-  TO?: string | undefined;
-  ONLY?: string | undefined;
-  DRY_RUN?: boolean;
-};
+/** Without SOURCE_DATABASE_URL the run has no source, and must not ask for it. */
+type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> &
+  Partial<Env<"SOURCE_DATABASE_URL" | "WATERMARK_LAG_SECONDS" | "RETENTION_DAYS" | "FROM" | "ONLY" | "DRY_RUN">>;
 
 export interface Run {
   /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
@@ -168,10 +161,7 @@ export function newRunId(at?: number): string {
   return run;
 }
 
-function createRun(
-  pipeline: string,
-  env: RunEnv,
-): { run: Run; undos: Set<() => Promise<unknown>>; settle: () => void } {
+function createRun(pipeline: string, env: RunEnv) {
   const id = newRunId();
   current = { pipeline, run: id };
   const started = performance.now();

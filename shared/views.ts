@@ -9,7 +9,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
 import { connectBigQuery, ignoreAlreadyThere, labels } from "./bigquery.ts";
-import { type Env, root, UsageError } from "./env.ts";
+import { type bigQueryToBigQuery, type Env, root, UsageError } from "./env.ts";
 import { type Metrics, pushMetrics, readIntervals } from "./metrics.ts";
 import { duration, type Fields, table, thousands } from "./progress.ts";
 import { newRunId, type Run } from "./run.ts";
@@ -212,15 +212,7 @@ export async function checkFresh(run: Run, models: Model[], allowed: boolean): P
   for (const warning of stale) run.log("warning", { warning });
 }
 
-type ViewsEnv = Env<
-  | "BIGQUERY_PROJECT"
-  | "BIGQUERY_DATASET"
-  | "BIGQUERY_VIEWS_DATASET"
-  | "BIGQUERY_LOCATION"
-  | "BIGQUERY_ENDPOINT"
-  | "MAX_BYTES_BILLED"
-  | "ALLOW_SHRINK"
->;
+type ViewsEnv = Env<(typeof bigQueryToBigQuery)[number]>;
 
 /** Where the models of one run are made. */
 export interface Build extends AsyncDisposable {

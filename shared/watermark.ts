@@ -7,7 +7,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
-import { root } from "./env.ts";
+import { type Env, root } from "./env.ts";
 import { quote } from "./postgres.ts";
 import type { Run } from "./run.ts";
 
@@ -89,12 +89,8 @@ export async function readBound(source: Sql): Promise<Bound> {
  * or empty: the rows are taken by a later run, never skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the remedy.
  */
-export async function takeWindow(
-  run: Run,
-  byHand: { FROM?: string | undefined; TO?: string | undefined },
-): Promise<Window> {
-  run.window =
-    byHand.FROM && byHand.TO ? await capAtBound(run.source, byHand.FROM, byHand.TO) : await watermarkToBound(run);
+export async function takeWindow(run: Run, { FROM, TO }: Env<"FROM" | "TO">): Promise<Window> {
+  run.window = FROM && TO ? await capAtBound(run.source, FROM, TO) : await watermarkToBound(run);
   const { from, to, holder, holdSeconds } = run.window;
   if (holder) run.log("held", { by: holder, hold_seconds: Math.round(holdSeconds) });
   run.log("window", { from, to });
