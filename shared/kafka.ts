@@ -2,6 +2,7 @@
  * Kafka: a consumer group that reads one topic batch by batch and commits after the insert, and what is asked of the broker.
  * kafkajs is used here only.
  */
+import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, {
   type Admin,
@@ -189,8 +190,7 @@ export async function consume(
     failure ??= withoutTopic(error) ? noTopic(topic) : error;
     leave();
   };
-  if (signal.aborted) leave();
-  signal.addEventListener("abort", () => leave());
+  using _leave = addAbortListener(signal, () => leave());
   consumer.on("consumer.group_join", ({ payload }) => {
     joined = undefined;
     reached.clear();

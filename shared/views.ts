@@ -151,8 +151,8 @@ export function readModels(only?: string): Model[] {
     faults.push(`ONLY=${only}: there is no views/${only}.sql. There are: ${names.join(", ")}`);
   if (faults.length) throw new UsageError(`nothing was built:\n${faults.map((fault) => `  ${fault}`).join("\n")}`);
   const wanted = new Set(only ? [only] : names);
-  for (const name of wanted)
-    for (const needed of ordered.find((model) => model.name === name)?.needs ?? []) wanted.add(needed);
+  for (const { name, needs } of ordered.toReversed())
+    if (wanted.has(name)) for (const needed of needs) wanted.add(needed);
   return ordered.filter(({ name }) => wanted.has(name));
 }
 
@@ -163,12 +163,11 @@ function inOrder(models: Model[], faults: string[]): Model[] {
     const next = left.find(({ needs }) => needs.every((name) => ordered.some((done) => done.name === name)));
     if (next) ordered.push(next);
     else {
-      const path = [left[0]?.name ?? ""]; // each of these reads another of them, so this comes back to where it was
-      const before = (name = ""): string =>
-        left.find((model) => model.name === name)?.needs.find((one) => left.some((model) => model.name === one)) ?? "";
-      while (path.indexOf(path.at(-1) ?? "") === path.length - 1) path.push(before(path.at(-1)));
-      const circle = path.slice(path.indexOf(path.at(-1) ?? ""));
-      faults.push(`models read one another in a circle: ${circle.map((name) => `views/${name}.sql`).join(" reads ")}`);
+      const path: Model[] = []; // each of these reads another of them, so this comes back to where it was
+      let at = left[0] as Model;
+      for (; !path.includes(at); at = left.find(({ name }) => at.needs.includes(name)) as Model) path.push(at);
+      const circle = [...path.slice(path.indexOf(at)), at];
+      faults.push(`models read one another in a circle: ${circle.map(({ file }) => file).join(" reads ")}`);
       return models;
     }
   }
@@ -192,18 +191,19 @@ export async function checkFresh(run: Run, models: Model[], allowed: boolean): P
   const rows = await run.etl<{ pipeline: string; watermark: string | null; age: number | null }[]>`
     select t.pipeline, replace(date_trunc('second', watermark)::text, ' ', 'T') as watermark, extract(epoch from now() - watermark)::float8 as age
     from unnest(${`{${tables.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
-  const stale = rows.flatMap(({ pipeline, watermark, age }) => {
+  const stale: string[] = [];
+  for (const { pipeline, watermark, age } of rows) {
     const interval = intervals.get(pipeline);
     if (!interval)
       throw new UsageError(
         `ops/alerts.yml has no etl_expected_interval_seconds for ${pipeline}: whether it is fresh cannot be told`,
       );
-    if (age === null) return [`${pipeline} has no watermark: it never ran`];
-    if (age <= 2 * interval) return [];
-    return [
-      `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${duration(interval)}`,
-    ];
-  });
+    if (age === null) stale.push(`${pipeline} has no watermark: it never ran`);
+    else if (age > 2 * interval)
+      stale.push(
+        `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${duration(interval)}`,
+      );
+  }
   if (!stale.length) return;
   if (!allowed)
     throw new Error(
@@ -240,7 +240,6 @@ export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
   await Promise.all(old.map((dataset) => dataset.delete({ force: true })));
   const dataset = bigquery.dataset(prefix + run.id);
   const created = dataset.create({
-    location: env.BIGQUERY_LOCATION,
     description: `Where run ${run.id} of views makes its models. Its tables delete themselves.`,
     labels: labels(run),
     defaultTableExpirationMs: String(BUILD_HOURS * 3_600_000),
@@ -271,12 +270,11 @@ export async function copyRaw(build: Build, models: Model[]): Promise<void> {
   const { BIGQUERY_DATASET } = build.env;
   await Promise.all(
     rawTables(models).map(async (name) => {
-      await runJob(build, `copy_${name}`, copy(build, [BIGQUERY_DATASET, name], [build.dataset, name])).catch(
-        (error) => {
-          if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
-          throw new UsageError(`raw table ${BIGQUERY_DATASET}.${name} does not exist. Run: make migrate ${name}`);
-        },
-      );
+      const copied = runJob(build, `copy_${name}`, copy(build, [BIGQUERY_DATASET, name], [build.dataset, name]));
+      await copied.catch((error) => {
+        if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
+        throw new UsageError(`raw table ${BIGQUERY_DATASET}.${name} does not exist. Run: make migrate ${name}`);
+      });
       build.run.log("copy", { table: name, seconds: build.run.seconds() });
     }),
   );

@@ -140,12 +140,11 @@ async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window>
   const bound = await readBound(source);
   checkVisible(bound);
   const where = `source database ${bound.database}`;
-  const identity = { system_identifier: bound.system_identifier, timeline: bound.timeline };
   const from = stored?.watermark ?? "-infinity";
   const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
-  if (stored && !sameServer(stored, identity)) {
+  if (stored && !sameServer(stored, bound)) {
     throw new Error(
-      `${where} is not the server that the watermark ${from} was taken from (system identifier ${identity.system_identifier}, timeline ${identity.timeline}; expected ${stored.system_identifier}, ${stored.timeline}): a restore or a failover may have undone rows that were synced. Next: ${rewind} with a time before it.`,
+      `${where} is not the server that the watermark ${from} was taken from (system identifier ${bound.system_identifier}, timeline ${bound.timeline}; expected ${stored.system_identifier}, ${stored.timeline}): a restore or a failover may have undone rows that were synced. Next: ${rewind} with a time before it.`,
     );
   }
   const [check] = await source<{ clockBack: boolean; late: boolean }[]>`
@@ -164,7 +163,7 @@ async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window>
   // A prepared transaction's start is not known (prepared is the time of PREPARE), so nothing can be taken past the watermark.
   // A bound behind the watermark without a holder is a lag that was raised since: the clock will catch up.
   const to = bound.prepared || check?.late ? from : bound.bound;
-  return { from, to, identity, holder: bound.prepared ?? bound.holder, holdSeconds: bound.hold_seconds };
+  return { from, to, identity: bound, holder: bound.prepared ?? bound.holder, holdSeconds: bound.hold_seconds };
 }
 
 /**
