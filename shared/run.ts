@@ -119,7 +119,6 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
       await forget(run, env.RETENTION_DAYS);
     }
   })();
-  work.catch(() => {}); // where the deadline wins the race, what is left of the work may still reject
   const stopped = Promise.withResolvers<never>();
   run.signal.addEventListener("abort", () => stopped.reject(run.signal.reason));
   let failure: Error | undefined;
@@ -217,14 +216,9 @@ async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
     metrics.etl_duration_seconds = run.seconds();
     if (run.watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(run.watermark.replace(/\+00$/, "Z")) / 1000;
   }
-  try {
-    await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics);
-  } catch (error) {
-    run.log("warning", {
-      warning: "the metrics were not pushed; the run itself is not affected",
-      error: (error as Error).message,
-    });
-  }
+  await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics).catch(({ message }: Error) =>
+    run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
+  );
 }
 
 /** What a chunk without rows moved. */
@@ -257,16 +251,15 @@ async function record(run: Run, state: "succeeded" | "failed", error: string | n
 async function forget({ etl, pipeline, log }: Run, days: number | undefined): Promise<void> {
   if (days === undefined) return;
   const old = etl`now() - make_interval(days => ${days})`;
-  const forgotten = async (): Promise<unknown> => [
+  try {
     await etl`
       delete from etl.runs where pipeline = ${pipeline} and started_at < ${old} and run_id not in (
         select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
-        order by state, by_hand, started_at desc)`,
-    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`,
-  ];
-  await forgotten().catch((error: Error) =>
-    log("warning", { warning: `history older than ${days} days was not deleted`, error: error.message }),
-  );
+        order by state, by_hand, started_at desc)`;
+    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`;
+  } catch (error) {
+    log("warning", { warning: `history older than ${days} days was not deleted`, error: (error as Error).message });
+  }
 }
 
 /**
