@@ -23,7 +23,7 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
       if (error.code !== "EPIPE") throw error;
     });
   }
-  process.on("uncaughtException", fail);
+  process.on("uncaughtException", fail); // also what is thrown here: scripts await it at their top level
   process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
@@ -31,15 +31,11 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
     process.stdout.write(`${header.replaceAll(/^ \* ?/gm, "")}\n`);
     return;
   }
-  try {
-    if (argument !== undefined)
-      throw new UsageError(
-        `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
-      );
-    await body();
-  } catch (error) {
-    fail(error);
-  }
+  if (argument !== undefined)
+    throw new UsageError(
+      `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
+    );
+  await body();
 }
 
 /** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
