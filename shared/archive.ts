@@ -9,7 +9,7 @@ import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
-import { redact, UsageError } from "./env.ts";
+import { type Env, redact, UsageError } from "./env.ts";
 import type { RowStream } from "./postgres.ts";
 import { duration, progress, terminal, thousands } from "./progress.ts";
 import type { Run } from "./run.ts";
@@ -71,10 +71,7 @@ export function daysBetween(from: string, to: string): string[] {
  * FROM and TO as the days they are.
  * @throws UsageError where they are no dates, or no day lies between them.
  */
-export function readDays(
-  { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
-  command: string,
-): string[] {
+export function readDays({ FROM, TO }: Env<"FROM" | "TO">, command: string): string[] {
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
   if (!FROM || !TO)
     throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
@@ -156,15 +153,15 @@ export interface Position {
 /** Before the first row of a day: no bigint is smaller. */
 export const startOf = (day: string): Position => ({ created_at: `${day}T00:00:00+00`, id: "-9223372036854775809" });
 
-/** The parts of one attempt at a day. They are deleted again unless they are kept for a manifest that names them. */
+/** The parts of one attempt at a day. They are deleted again at its end. */
 export interface Parts extends AsyncDisposable {
   day: string;
   attempt: number;
   list: Part[];
   /** Uploads a part. @returns its last row where it is full, so that another one may follow. */
   add(rows: RowStream, pace: Pace): Promise<Position | undefined>;
-  keep(): void;
-  discard(): Promise<void>;
+  /** A manifest may name them: they stay. */
+  keep: boolean;
 }
 
 /** @param partRows rows of a full part. */
@@ -172,18 +169,18 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
   const list: Part[] = [];
   const keys: string[] = [];
   let uploading: Promise<unknown> = Promise.resolve();
-  let kept = false;
   const remove = async (): Promise<void> => {
-    if (kept || !keys.length) return;
+    if (parts.keep || !keys.length) return;
     await uploading.catch(() => {});
     await removeObjects(bucket, keys);
     keys.length = 0;
   };
   const stopped = run.onStop(remove);
-  return {
+  const parts: Parts = {
     day,
     attempt,
     list,
+    keep: false,
     add: async (rows, pace) => {
       const lines = rows.lines[Symbol.asyncIterator]();
       const first = await lines.next();
@@ -222,18 +219,12 @@ export function createParts(run: Run, bucket: Bucket, day: string, attempt: numb
       list.push({ key, rows: rows.sent.rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") });
       return rows.sent.rows < partRows ? undefined : position(last);
     },
-    keep: () => {
-      kept = true;
-    },
-    discard: async () => {
-      kept = false;
-      await remove();
-    },
     [Symbol.asyncDispose]: async () => {
       stopped[Symbol.dispose]();
       await remove().catch((error: Error) => warnOfLeft(run, day, error));
     },
   };
+  return parts;
 }
 
 /** Memory of parts that are uploaded, for the next ones. */
@@ -311,13 +302,13 @@ export async function publish(
   }
   run.signal.throwIfAborted();
   // From here on the manifest may be there, whatever becomes of the answer: its parts must be too.
-  parts.keep();
+  parts.keep = true;
   const text = `${JSON.stringify(manifest, null, 2)}\n`;
   if (!(await putText(bucket, manifestKey(bucket, day), text, before?.etag, { run: run.id }))) {
     // An answer that got lost, and the request sent again, looks like a lost race.
     const now = (await readManifest(bucket, day))?.manifest;
     if (JSON.stringify(now) !== JSON.stringify(manifest)) {
-      await parts.discard();
+      parts.keep = false;
       if (!now) throw new Error(`the manifest of ${day} was deleted while the day was archived again`);
       run.log("lost", { day, because: "another run archived it meanwhile", holder: now.run_id });
       return now;
@@ -368,7 +359,7 @@ export function createPace(run: Run, rowsPerSecond: number | undefined): () => P
 export async function eachDay(
   run: Run,
   { days, incomplete }: { days: string[]; incomplete: string[] },
-  { CONCURRENCY, FORCE, ALLOW_SHRINK }: { CONCURRENCY: number; FORCE: boolean; ALLOW_SHRINK: boolean },
+  { CONCURRENCY, FORCE, ALLOW_SHRINK }: Env<"CONCURRENCY" | "FORCE" | "ALLOW_SHRINK">,
   archive: (day: string) => Promise<{ manifest: Manifest; skipped: boolean }>,
 ): Promise<void> {
   const failed = new Map(
@@ -443,19 +434,14 @@ async function recordDay(
   run: Run,
   day: string,
   state: "running" | "succeeded" | "failed",
-  {
-    run_id,
-    rows = 0,
-    bytes = 0,
-    error = null,
-  }: { run_id: string; rows?: number; bytes?: number; error?: string | null },
+  by: { run_id: string; rows?: number; bytes?: number; error?: string },
 ): Promise<void> {
   const [from, to] = [startOf(day).created_at, startOf(addDays(day)).created_at];
   const started = state === "running";
   await run.etl`
     insert into etl.chunks as c (pipeline, chunk_from, chunk_to, state, rows, bytes, attempts, error, run_id, finished_at)
-    values (${run.pipeline}, ${from}::text::timestamptz, ${to}::text::timestamptz, ${state}, ${rows}, ${bytes}, 1,
-      ${error}, ${run_id}, case when not ${started} then now() end)
+    values (${run.pipeline}, ${from}::text::timestamptz, ${to}::text::timestamptz, ${state}, ${by.rows ?? 0}, ${by.bytes ?? 0}, 1,
+      ${by.error ?? null}, ${by.run_id}, case when not ${started} then now() end)
     on conflict (pipeline, chunk_from) do update
       set state = excluded.state, rows = excluded.rows, bytes = excluded.bytes, error = excluded.error, run_id = excluded.run_id,
           attempts = c.attempts + ${started}::int, finished_at = excluded.finished_at,

@@ -3,7 +3,7 @@
  */
 import { randomUUID } from "node:crypto";
 import { pipeline } from "node:stream/promises";
-import { BigQuery, type Job, type TableField } from "@google-cloud/bigquery";
+import { BigQuery, type Job } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { type Env, UsageError } from "./env.ts";
 import { type RowStream, SourceError } from "./postgres.ts";
@@ -75,19 +75,19 @@ export async function createStaging(run: Run, to: Destination, attempt: number):
   const table = to.bigquery.dataset(to.dataset).table(name);
   const created = table.create({
     description: `Rows of run ${run.id} on their way to ${to.table}. Nothing reads it; it deletes itself.`,
-    schema: { fields: to.contract.fields as TableField[] },
+    schema: { fields: to.contract.fields },
     expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
   });
   await created.catch(ignoreAlreadyThere);
-  const drop = async (): Promise<void> => {
-    try {
-      await table.delete({ ignoreNotFound: true });
-    } catch (error) {
-      const warning = `staging table ${name} was not dropped and expires in ${STAGING_HOURS} h`;
-      run.log("warning", { warning, error: (error as Error).message });
-    }
+  return {
+    name,
+    [Symbol.asyncDispose]: async () => {
+      await table.delete({ ignoreNotFound: true }).catch(({ message }: Error) => {
+        const warning = `staging table ${name} was not dropped and expires in ${STAGING_HOURS} h`;
+        run.log("warning", { warning, error: message });
+      });
+    },
   };
-  return { name, [Symbol.asyncDispose]: drop };
 }
 
 /**
@@ -103,11 +103,9 @@ export async function loadLines(run: Run, to: Destination, staging: Staging, row
     .createWriteStream({
       jobId,
       sourceFormat: "NEWLINE_DELIMITED_JSON",
-      schema: { fields: to.contract.fields as TableField[] },
+      schema: { fields: to.contract.fields },
       createDisposition: "CREATE_NEVER",
       writeDisposition: "WRITE_EMPTY",
-      maxBadRecords: 0,
-      ignoreUnknownValues: false,
     } as object);
   const completed = new Promise<Job>((resolve) => upload.once("complete", resolve));
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
@@ -148,8 +146,7 @@ export function duplicateKeysStatement(contract: Contract, staging: string): str
 
 /** @throws UsageError where the SELECT returned a key twice: the source has no primary key on it, or a join repeats rows. */
 export async function checkKeys(run: Run, to: Destination, staging: Staging): Promise<void> {
-  const query = `/* etl:${run.pipeline} run=${run.id} */\n${duplicateKeysStatement(to.contract, address(to, staging.name))}`;
-  const [[twice]] = await to.bigquery.query({ query, labels: labels(run) });
+  const [[twice]] = await to.bigquery.query(named(run, duplicateKeysStatement(to.contract, address(to, staging.name))));
   if (!twice) return;
   throw new UsageError(
     `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
@@ -199,25 +196,16 @@ export async function mergeStaging(
   staging: Staging,
   asRead?: AsRead,
 ): Promise<{ inserted: number; updated: number }> {
-  const query = `/* etl:${run.pipeline} run=${run.id} */\n${mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version, asRead?.condition)}`;
-  const jobId = `etl_${staging.name}_merge`;
-  using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
-  const created = to.bigquery.createQueryJob({
-    query,
-    jobId,
-    useLegacySql: false,
-    labels: labels(run),
-    ...read(asRead),
-  });
-  await created.catch(ignoreAlreadyThere);
-  const { insertedRowCount, updatedRowCount } = await dmlStats(to, jobId);
+  const [target, from] = [address(to, to.table), address(to, staging.name)];
+  const merge = mergeStatement(to.contract, target, from, to.version, asRead?.condition);
+  const { insertedRowCount, updatedRowCount } = await change(run, to, `etl_${staging.name}_merge`, merge, asRead);
   return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
 }
 
 /** Every row of the target as one query saw it, page by page. @param columns SQL, each a text. */
 export function readKeys<T>(run: Run, to: Destination, columns: string): AsyncIterable<T> {
-  const query = `/* etl:${run.pipeline} run=${run.id} */\nSELECT ${columns} FROM ${address(to, to.table)}`;
-  return to.bigquery.createQueryStream({ query, labels: labels(run) }) as AsyncIterable<T>;
+  const query = named(run, `SELECT ${columns} FROM ${address(to, to.table)}`);
+  return to.bigquery.createQueryStream(query) as AsyncIterable<T>;
 }
 
 /** Deletes the rows of the target that `asRead` holds for. */
@@ -227,26 +215,23 @@ export function deleteStatement(target: string, { condition }: Pick<AsRead, "con
 
 /** Runs it. @returns rows deleted. */
 export async function deleteRows(run: Run, to: Destination, asRead: AsRead): Promise<number> {
-  const query = `/* etl:${run.pipeline} run=${run.id} */\n${deleteStatement(address(to, to.table), asRead)}`;
-  const jobId = `etl_${to.table}_${run.id}_delete_${randomUUID()}`;
-  using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
-  const created = to.bigquery.createQueryJob({
-    query,
-    jobId,
-    useLegacySql: false,
-    labels: labels(run),
-    ...read(asRead),
-  });
-  await created.catch(ignoreAlreadyThere);
-  return Number((await dmlStats(to, jobId)).deletedRowCount ?? 0);
+  const sql = deleteStatement(address(to, to.table), asRead);
+  const { deletedRowCount } = await change(run, to, `etl_${to.table}_${run.id}_delete_${randomUUID()}`, sql, asRead);
+  return Number(deletedRowCount ?? 0);
 }
 
-const read = (asRead?: AsRead): object =>
-  asRead ? { params: { read: asRead.read }, types: { read: ["STRING"] } } : {};
-
-/** What a statement's job changed, once it has ended. */
-async function dmlStats(to: Destination, jobId: string): Promise<Record<string, string | undefined>> {
-  const job = to.bigquery.job(jobId);
+/** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns what it changed. */
+async function change(
+  run: Run,
+  { bigquery }: Destination,
+  jobId: string,
+  sql: string,
+  asRead: AsRead | undefined,
+): Promise<Record<string, string | undefined>> {
+  const job = bigquery.job(jobId);
+  using _cancel = run.onStop(() => job.cancel());
+  const parameters = asRead && { params: { read: asRead.read }, types: { read: ["STRING"] } };
+  await bigquery.createQueryJob({ ...named(run, sql), jobId, ...parameters }).catch(ignoreAlreadyThere);
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [metadata] = await job.getMetadata();
   if (metadata.status?.state !== "DONE" || metadata.status.errorResult) {
@@ -262,6 +247,12 @@ export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 
+/** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */
+const named = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
+  query: `/* etl:${run.pipeline} run=${run.id} */\n${sql}`,
+  labels: labels(run),
+});
+
 export function labels(run: Run): Record<string, string> {
   return { etl_pipeline: run.pipeline, etl_run: run.id };
 }
@@ -274,16 +265,9 @@ export function isTransient(error: unknown): boolean {
     errors?: { reason?: string }[];
     message?: string;
   };
-  if ([408, 429, 500, 502, 503, 504].includes(Number(code))) return true;
-  if (
-    errors?.some(({ reason }) =>
-      /^(backendError|internalError|jobBackendError|jobInternalError|rateLimitExceeded|jobRateLimitExceeded)$/.test(
-        reason ?? "",
-      ),
-    )
-  )
-    return true;
   return (
+    [408, 429, 500, 502, 503, 504].includes(Number(code)) ||
+    errors?.some(({ reason = "" }) => /^(job)?(backendError|internalError|rateLimitExceeded)$/i.test(reason)) ||
     message?.startsWith(SHORT_LOAD) ||
     /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|could not serialize access|premature close|other side closed/i.test(
       `${code} ${message}`,

@@ -95,19 +95,15 @@ function refused(error: unknown): unknown {
 }
 
 async function beating<T>(work: Promise<T>, beat: () => Promise<void>, signal: AbortSignal): Promise<T> {
-  let settled = false;
-  const done = work.finally(() => {
-    settled = true;
-  });
-  done.catch(() => {});
-  while (!settled) {
-    const tick = new AbortController();
-    await Promise.race([done, delay(1000, undefined, { signal: AbortSignal.any([signal, tick.signal]) })]).finally(() =>
-      tick.abort(),
-    );
-    if (!settled) await beat();
-  }
-  return await done;
+  const end = new AbortController();
+  const either = AbortSignal.any([signal, end.signal]);
+  const beats = async (): Promise<never> => {
+    for (;;) {
+      await delay(1000, undefined, { signal: either });
+      await beat();
+    }
+  };
+  return await Promise.race([work, beats()]).finally(() => end.abort());
 }
 
 /** A definition in schemas/clickhouse: one object a file, in the order of their numbers. */
@@ -154,21 +150,20 @@ export function readDefinitions(): Definition[] {
 
 const ttlOf = (statement: string): string => /\bTTL (.+?)(?=\n|$| SETTINGS )/.exec(statement)?.[1] ?? "";
 
-/** What the database has and the definitions say otherwise. */
-interface Differences {
-  missing: Definition[];
-  /** Columns that the table has not, or, in one that stores nothing, of another type. */
-  added: { definition: Definition; name: string; type: string; found?: string | undefined }[];
-  /** Views whose SELECT is another. */
-  changed: Definition[];
-  /** Tables whose rows go at another time, or never. It is no difference to a consumer. */
-  kept: Definition[];
-  /** In words: column, expected, found. Nothing that a command may decide. */
-  refused: string[];
+/** Where the database is not what the definitions say. */
+interface Difference {
+  /** In words: expected, found. Undefined where it is no difference to a consumer. */
+  fault: string | undefined;
+  /** What brings it there and loses nothing, in words and as a statement. Undefined where that is a person's to decide. */
+  remedy: string | undefined;
+  query: string;
 }
 
-async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Differences> {
-  const differences: Differences = { missing: [], added: [], changed: [], kept: [], refused: [] };
+/** In the order of the definitions' numbers: what a view reads and writes comes before it. */
+async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Difference[]> {
+  const differences: Difference[] = [];
+  const differ = (fault: string | undefined, remedy?: string, query = ""): void =>
+    void differences.push({ fault, remedy, query });
   const tables = await select<{ name: string; as_select: string; engine_full: string }>(
     client,
     "SELECT name, as_select, engine_full FROM system.tables WHERE database = {database: String}",
@@ -179,30 +174,35 @@ async function compareDefinitions(client: ClickHouseClient, database: string): P
     "SELECT table, name, type FROM system.columns WHERE database = {database: String}",
     { database },
   );
-  for (const definition of readDefinitions()) {
-    const { name: table, file, kind } = definition;
+  for (const { name: table, file, kind, statement, stores, columns: wanted, select: query, ttl } of readDefinitions()) {
+    const at = `${database}.${table}`;
     const there = tables.find(({ name }) => name === table);
-    if (!there) {
-      differences.missing.push(definition);
-      continue;
+    if (!there) differ(`${at} is not there (${file})`, `create ${kind} ${at}`, statement);
+    else if (kind === "view") {
+      if ((await canonical(client, query)) !== (await canonical(client, there.as_select, database)))
+        differ(
+          `view ${at}: its SELECT is not that of ${file}`,
+          `replace the SELECT of view ${at}`,
+          `ALTER TABLE ${table} MODIFY QUERY\n${query}`,
+        );
+    } else {
+      if (ttl && ttlOf(there.engine_full) !== ttl)
+        differ(undefined, `keep rows of ${at} until ${ttl}`, `ALTER TABLE ${table} MODIFY TTL ${ttl}`);
+      const actual = columns.filter((column) => column.table === table);
+      for (const { name, type } of wanted) {
+        const found = actual.find((column) => column.name === name)?.type;
+        const fault = `column ${at}.${name}: expected ${type} (${file}), found ${found ?? "no such column"}`;
+        // New columns come last: tables and views bind them by name.
+        if (found === undefined)
+          differ(fault, `add column ${at}.${name} ${type}`, `ALTER TABLE ${table} ADD COLUMN ${name} ${type}`);
+        else if (found !== type && !stores)
+          differ(fault, `change column ${at}.${name} ${type}`, `ALTER TABLE ${table} MODIFY COLUMN ${name} ${type}`);
+        else if (found !== type) differ(fault);
+      }
+      for (const { name } of actual)
+        if (!wanted.some((column) => column.name === name))
+          differ(`column ${at}.${name}: is there, but ${file} has no such column`);
     }
-    if (kind === "view") {
-      if ((await canonical(client, definition.select)) !== (await canonical(client, there.as_select, database)))
-        differences.changed.push(definition);
-      continue;
-    }
-    if (definition.ttl && ttlOf(there.engine_full) !== definition.ttl) differences.kept.push(definition);
-    const actual = columns.filter((column) => column.table === table);
-    for (const { name, type } of definition.columns) {
-      const found = actual.find((column) => column.name === name)?.type;
-      if (found === undefined || (found !== type && !definition.stores))
-        differences.added.push({ definition, name, type, found });
-      else if (found !== type)
-        differences.refused.push(`column ${database}.${table}.${name}: expected ${type} (${file}), found ${found}`);
-    }
-    for (const { name } of actual)
-      if (!definition.columns.some((column) => column.name === name))
-        differences.refused.push(`column ${database}.${table}.${name}: is there, but ${file} has no such column`);
   }
   return differences;
 }
@@ -222,19 +222,11 @@ async function canonical(client: ClickHouseClient, query: string, database?: str
  * @throws UsageError that lists every difference between the database and schemas/clickhouse.
  */
 export async function checkDefinitions(client: ClickHouseClient, database: string): Promise<void> {
-  const { missing, added, changed, refused } = await compareDefinitions(client, database).catch((error: Error) => {
+  const differences = await compareDefinitions(client, database).catch((error: Error) => {
     if ((error as ClickHouseError).code !== "81") throw error;
     throw new UsageError(`ClickHouse has no database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`);
   });
-  const faults = [
-    ...missing.map(({ file, name }) => `${database}.${name} is not there (${file})`),
-    ...added.map(
-      ({ definition, name, type, found }) =>
-        `column ${database}.${definition.name}.${name}: expected ${type} (${definition.file}), found ${found ?? "no such column"}`,
-    ),
-    ...changed.map(({ file, name }) => `view ${database}.${name}: its SELECT is not that of ${file}`),
-    ...refused,
-  ];
+  const faults = differences.flatMap(({ fault }) => fault ?? []);
   if (!faults.length) return;
   throw new UsageError(
     `ClickHouse differs from schemas/clickhouse, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun: make migrate. What it refuses is yours to decide; README, "When the schema changes".`,
@@ -251,43 +243,23 @@ export async function migrateClickHouse(
   database: string,
   apply: (what: string, work: () => Promise<unknown>) => Promise<void>,
 ): Promise<string[]> {
-  const server = connectClickHouse(env, "default");
-  const client = connectClickHouse(env, database);
+  await using server = connectClickHouse(env, "default");
+  await using client = connectClickHouse(env, database);
   try {
     const [there] = await select(server, "SELECT name FROM system.databases WHERE name = {database: String}", {
       database,
     });
-    if (!there)
-      await apply(`create database ${database}`, () =>
-        server.command({ query: `CREATE DATABASE IF NOT EXISTS ${database}` }),
-      );
-    const { missing, added, changed, kept, refused } = await compareDefinitions(server, database);
-    for (const { definition, name, type, found } of added) {
-      // New columns come last: tables and views bind them by name.
-      const query = `ALTER TABLE ${definition.name} ${found ? "MODIFY" : "ADD"} COLUMN ${name} ${type}`;
-      await apply(`${found ? "change" : "add"} column ${database}.${definition.name}.${name} ${type}`, () =>
-        client.command({ query }),
-      );
-    }
-    for (const { name, ttl } of kept)
-      await apply(`keep rows of ${database}.${name} until ${ttl}`, () =>
-        client.command({ query: `ALTER TABLE ${name} MODIFY TTL ${ttl}` }),
-      );
-    for (const { kind, name, statement } of missing)
-      await apply(`create ${kind} ${database}.${name}`, () => client.command({ query: statement }));
-    for (const { name, select } of changed)
-      await apply(`replace the SELECT of view ${database}.${name}`, () =>
-        client.command({ query: `ALTER TABLE ${name} MODIFY QUERY\n${select}` }),
-      );
-    return refused;
+    const create = { query: `CREATE DATABASE IF NOT EXISTS ${database}` };
+    if (!there) await apply(`create database ${database}`, () => server.command(create));
+    const differences = await compareDefinitions(server, database);
+    for (const { remedy, query } of differences) if (remedy) await apply(remedy, () => client.command({ query }));
+    return differences.flatMap(({ fault, remedy }) => (remedy ? [] : (fault ?? [])));
   } catch (error) {
     if (error instanceof ClickHouseError || error instanceof UsageError) throw error;
     const { host } = new URL(env.CLICKHOUSE_URL);
     throw new Error(
       `ClickHouse at ${host} (CLICKHOUSE_URL) does not answer: ${(error as Error).message}. For the local stack: make up`,
     );
-  } finally {
-    await Promise.all([server.close(), client.close()]);
   }
 }
 

@@ -18,11 +18,9 @@ const file = "schemas/debezium/sensor_readings.json";
 export const sourceTable = "public.sensor_readings";
 
 /** What the topic's name decides: Debezium's prefix, the connector's name, the slot at the source. */
-export function namesOf({ SENSORS_TOPIC: topic }: Env<"SENSORS_TOPIC">): {
-  prefix: string;
-  connector: string;
-  slot: string;
-} {
+export function namesOf({
+  SENSORS_TOPIC: topic,
+}: Env<"SENSORS_TOPIC">): Record<"prefix" | "connector" | "slot", string> {
   if (!topic.endsWith(`.${sourceTable}`))
     throw new UsageError(
       `SENSORS_TOPIC ${topic} must end with .${sourceTable}: Debezium names a topic PREFIX.SCHEMA.TABLE`,
@@ -58,27 +56,23 @@ export function connectorConfig(env: ConnectEnv): Record<string, string> {
  * @throws UsageError that lists what is missing, with the SQL.
  */
 export async function checkReplication(env: ConnectEnv): Promise<void> {
-  const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
-  try {
-    await checkSession("REPLICATION_DATABASE_URL", source);
-    const [found] = await source<{ level: string; replicates: boolean; full: boolean | null; tables: string[] }[]>`
-      select current_setting('wal_level') as level, (select rolreplication or rolsuper from pg_roles where rolname = current_user) as replicates,
-        (select relreplident = 'f' from pg_class where oid = to_regclass(${sourceTable})) as full,
-        array(select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors') as tables`;
-    const faults = [];
-    if (found?.level !== "logical")
-      faults.push(`wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server`);
-    if (!found?.replicates) faults.push("the role may not replicate");
-    if (found?.full !== true) faults.push(`table ${sourceTable} is not there, or not REPLICA IDENTITY FULL`);
-    for (const needed of [sourceTable, "public.etl_heartbeat"])
-      if (!found?.tables.includes(needed)) faults.push(`publication etl_sensors is not there, or lacks ${needed}`);
-    if (faults.length)
-      throw new UsageError(
-        `the source is not ready for Debezium:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun sql/replication.sql in that database as a superuser, then: make connector`,
-      );
-  } finally {
-    await source.end({ timeout: 5 });
-  }
+  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
+  await checkSession("REPLICATION_DATABASE_URL", source);
+  const [found] = await source<{ level: string; replicates: boolean; full: boolean | null; tables: string[] }[]>`
+    select current_setting('wal_level') as level, (select rolreplication or rolsuper from pg_roles where rolname = current_user) as replicates,
+      (select relreplident = 'f' from pg_class where oid = to_regclass(${sourceTable})) as full,
+      array(select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors') as tables`;
+  const faults = [];
+  if (found?.level !== "logical")
+    faults.push(`wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server`);
+  if (!found?.replicates) faults.push("the role may not replicate");
+  if (found?.full !== true) faults.push(`table ${sourceTable} is not there, or not REPLICA IDENTITY FULL`);
+  for (const needed of [sourceTable, "public.etl_heartbeat"])
+    if (!found?.tables.includes(needed)) faults.push(`publication etl_sensors is not there, or lacks ${needed}`);
+  if (faults.length)
+    throw new UsageError(
+      `the source is not ready for Debezium:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun sql/replication.sql in that database as a superuser, then: make connector`,
+    );
 }
 
 /** Creates the topic as the file's topic.creation.default… say. @returns whether it was missing. */
@@ -217,20 +211,16 @@ export async function awaitSnapshot(env: ConnectEnv, progress: () => void): Prom
  */
 export async function dropSlot(env: ConnectEnv): Promise<void> {
   const { slot } = namesOf(env);
-  const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
-  try {
-    await checkSession("REPLICATION_DATABASE_URL", source);
-    for (const deadline = performance.now() + 60_000; ; await delay(200)) {
-      try {
-        await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
-        await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
-        return;
-      } catch (error) {
-        const held = (error as { code?: string }).code === "55006"; // object_in_use
-        if (!held || performance.now() > deadline) throw error;
-      }
+  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
+  await checkSession("REPLICATION_DATABASE_URL", source);
+  for (const deadline = performance.now() + 60_000; ; await delay(200)) {
+    try {
+      await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
+      await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
+      return;
+    } catch (error) {
+      const held = (error as { code?: string }).code === "55006"; // object_in_use
+      if (!held || performance.now() > deadline) throw error;
     }
-  } finally {
-    await source.end({ timeout: 5 });
   }
 }

@@ -32,26 +32,21 @@ function variable<T>(about: string, example: string, read: Reader<T>, ...fallbac
 function url(...protocols: string[]): Reader<string> {
   return (value) => {
     if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    if (!protocols.includes(new URL(value).protocol)) throw new Error(`must start with ${protocols[0]}//`);
-    const { password, hostname } = new URL(value);
+    const { protocol, password, hostname, searchParams } = new URL(value);
+    if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
     if (password) {
       const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
       for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
     }
     if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    checkTls(new URL(value));
+    if (!protocol.startsWith("postgres")) return value;
+    // A mistyped mode must not become one that checks less, nor a file that nobody reads look like one that is.
+    if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(searchParams.get("sslmode") ?? "prefer"))
+      throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+    if (searchParams.has("sslrootcert"))
+      throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
     return value;
   };
-}
-
-/** A mistyped mode must not become one that checks less, nor a file that nobody reads look like one that is. */
-function checkTls({ protocol, searchParams }: URL): void {
-  if (!protocol.startsWith("postgres")) return;
-  const mode = searchParams.get("sslmode");
-  if (mode !== null && !/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(mode))
-    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-  if (searchParams.has("sslrootcert"))
-    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
 }
 
 const secrets = new Set<string>();
@@ -81,47 +76,27 @@ function secret(value: string): string {
   return value;
 }
 
-function bucket(value: string): string {
-  if (!/^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/.test(value))
-    throw new Error("may hold 3 to 63 lower-case letters, digits, . and - only");
-  return value;
+/** A text of that form. */
+function like(form: RegExp, otherwise: string): Reader<string> {
+  return (value) => {
+    if (!form.test(value)) throw new Error(otherwise);
+    return value;
+  };
 }
+
+const name = like(/^[A-Za-z0-9_-]+$/, "may hold letters, digits, _ and - only");
+const word = like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only");
+const bucket = like(/^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/, "may hold 3 to 63 lower-case letters, digits, . and - only");
+const topic = like(/^[\w-]+(\.[\w-]+)+$/, "must look like PREFIX.SCHEMA.TABLE");
+const sasl = like(/^(plain|scram-sha-(256|512))$/, "must be plain, scram-sha-256 or scram-sha-512");
+const http = url("http:", "https:");
+const postgres = url("postgres:", "postgresql:");
 
 function brokers(value: string): string[] {
   const list = value.split(",").map((broker) => broker.trim());
   if (!list.every((broker) => /^([\w.-]+|\[[\da-fA-F:]+\]):\d+$/.test(broker)))
     throw new Error("must be host:port, with commas between several");
   return list;
-}
-
-function topic(value: string): string {
-  if (!/^[\w-]+(\.[\w-]+)+$/.test(value)) throw new Error("must look like PREFIX.SCHEMA.TABLE");
-  return value;
-}
-
-function saslMechanism(value: string): string {
-  if (!/^(plain|scram-sha-(256|512))$/.test(value)) throw new Error("must be plain, scram-sha-256 or scram-sha-512");
-  return value;
-}
-
-function name(value: string): string {
-  if (!/^[A-Za-z0-9_-]+$/.test(value)) throw new Error("may hold letters, digits, _ and - only");
-  return value;
-}
-
-function word(value: string): string {
-  if (!/^[A-Za-z_]\w*$/.test(value)) throw new Error("may hold letters, digits and _ only");
-  return value;
-}
-
-function caughtUp(value: string): string {
-  if (value !== "caught-up") throw new Error("can only be caught-up");
-  return value;
-}
-
-function lineFormat(value: string): string {
-  if (!/^(text|json)$/.test(value)) throw new Error("must be text or json");
-  return value;
 }
 
 const flag: Reader<boolean> = (value) => value !== "0";
@@ -132,59 +107,50 @@ const flag: Reader<boolean> = (value) => value !== "0";
  * A JS Date would do for neither: it holds milliseconds and turns 30 February into 2 March.
  */
 export function readTimestamp(value: string): string {
-  const form = /^(\d{4})-(\d\d)-(\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?(Z|[+-]\d\d(?::?\d\d)?)?)?$/;
+  const form = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d):(\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?(?:Z|([+-])(\d\d)(?::?(\d\d))?)?)?$/;
   const match = form.exec(value.trim());
   if (!match) throw new Error("must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z");
-  const [year, month, day, hour, minute, second] = match.slice(1, 7).map((part) => Number(part ?? 0)) as number[];
-  const utc = new Date(0); // Date.UTC() would take the years 0 to 99 for 1900 to 1999
-  utc.setUTCFullYear(year ?? 0, (month ?? 0) - 1, day);
-  utc.setUTCHours(hour ?? 0, minute, second);
-  if (utc.getUTCDate() !== day || utc.getUTCMonth() + 1 !== month) throw new Error("is not a date of the calendar");
-  if ((hour ?? 0) > 23 || (minute ?? 0) > 59 || (second ?? 0) > 59) throw new Error("is not a time of the day");
-  const zone = /^([+-])(\d\d):?(\d\d)?$/.exec(match[8] ?? "Z");
-  if (zone) {
-    if (Number(zone[2]) > 15 || Number(zone[3] ?? 0) > 59) throw new Error("is not a time zone's offset");
-    const minutes = Number(zone[2]) * 60 + Number(zone[3] ?? 0);
-    utc.setUTCMinutes(utc.getUTCMinutes() - (zone[1] === "-" ? -minutes : minutes));
-  }
+  const [, day, hour = "00", minute = "00", second = "00", micros = "", sign = "+", ahead = "00", more = "00"] = match;
+  const utc = new Date(`${day}T00:00:00Z`);
+  if (Number.isNaN(utc.getTime()) || utc.toISOString().slice(0, 10) !== day)
+    throw new Error("is not a date of the calendar");
+  if (hour > "23" || minute > "59" || second > "59") throw new Error("is not a time of the day");
+  if (ahead > "15" || more > "59") throw new Error("is not a time zone's offset");
+  utc.setUTCHours(Number(hour) - Number(sign + ahead), Number(minute) - Number(sign + more), Number(second));
   if (utc.getUTCFullYear() < 1 || utc.getUTCFullYear() > 9999) throw new Error("is not in the years 0001 to 9999");
-  return `${utc.toISOString().slice(0, 19)}.${(match[7] ?? "").padEnd(6, "0")}+00`;
+  return `${utc.toISOString().slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
 }
 
 const variables = {
   SOURCE_DATABASE_URL: variable(
     "the Postgres to read from, as the read-only role of sql/roles.sql",
     "postgres://etl_reader:…@db.example.com:5432/shop",
-    url("postgres:", "postgresql:"),
+    postgres,
   ),
   ETL_DATABASE_URL: variable(
     "the Postgres that holds schema etl, as the metadata role of sql/roles.sql, not through a transaction pooler",
     "postgres://etl_metadata:…@db.example.com:5432/shop",
-    url("postgres:", "postgresql:"),
+    postgres,
   ),
   BIGQUERY_PROJECT: variable("the Google Cloud project", "my-shop", name),
   BIGQUERY_DATASET: variable("the dataset of the raw tables", "raw", name),
   BIGQUERY_VIEWS_DATASET: variable("the dataset of the models", "warehouse", name),
   BIGQUERY_LOCATION: variable("where the datasets are", "US", name),
-  BIGQUERY_ENDPOINT: variable<string | undefined>(
+  BIGQUERY_ENDPOINT: variable(
     "a local BigQuery server; leave it out for Google's",
     "http://127.0.0.1:19050",
-    url("http:", "https:"),
+    http,
     undefined,
   ),
-  CLICKHOUSE_URL: variable(
-    "the ClickHouse to insert into",
-    "https://clickhouse.example.com:8443",
-    url("http:", "https:"),
-  ),
+  CLICKHOUSE_URL: variable("the ClickHouse to insert into", "https://clickhouse.example.com:8443", http),
   CLICKHOUSE_DATABASE: variable("its database", "shop", word),
   CLICKHOUSE_USER: variable("its user", "etl", name),
   CLICKHOUSE_PASSWORD: variable("the user's password; may be empty", "…", secret, ""),
   KAFKA_BROKERS: variable("the brokers to ask first", "kafka-1.example.com:9092,kafka-2.example.com:9092", brokers),
   KAFKA_TLS: variable("speak TLS to the brokers", "1", flag, false),
-  KAFKA_SASL_MECHANISM: variable<string | undefined>("how to log in", "scram-sha-512", saslMechanism, undefined),
-  KAFKA_USERNAME: variable<string | undefined>("the brokers' user", "etl", (value) => value, undefined),
-  KAFKA_PASSWORD: variable<string | undefined>("the user's password", "…", secret, undefined),
+  KAFKA_SASL_MECHANISM: variable("how to log in", "scram-sha-512", sasl, undefined),
+  KAFKA_USERNAME: variable("the brokers' user", "etl", (value) => value, undefined),
+  KAFKA_PASSWORD: variable("the user's password", "…", secret, undefined),
   SENSORS_TOPIC: variable("Debezium's topic of the table", "shop.public.sensor_readings", topic),
   SENSORS_GROUP: variable("the consumers' group", "etl-sensors", name),
   SENSORS_POISON_SHARE: variable(
@@ -197,7 +163,7 @@ const variables = {
   REPLICATION_DATABASE_URL: variable(
     "the source as Kafka Connect reaches it, as the role of sql/replication.sql",
     "postgres://etl_replicator:…@db.example.com:5432/shop",
-    url("postgres:", "postgresql:"),
+    postgres,
   ),
   METRICS_PORT: variable(
     "where the consumer serves /metrics and /healthz; 0 is any free one",
@@ -205,16 +171,16 @@ const variables = {
     number(0, 65_535),
     9464,
   ),
-  UNTIL: variable<string | undefined>("caught-up: end once the lag is zero", "caught-up", caughtUp, undefined),
+  UNTIL: variable(
+    "caught-up: end once the lag is zero",
+    "caught-up",
+    like(/^caught-up$/, "can only be caught-up"),
+    undefined,
+  ),
   REPLAY: variable("set by make replay-dead-letters", "1", flag, false),
   SWAP: variable("resnapshot: let readers see the rebuilt table", "1", flag, false),
   LIMIT: variable("rows to print", "20", number(1, 100_000), 20),
-  S3_ENDPOINT: variable<string | undefined>(
-    "a local S3 server; leave it out for Amazon's",
-    "http://127.0.0.1:17070",
-    url("http:", "https:"),
-    undefined,
-  ),
+  S3_ENDPOINT: variable("a local S3 server; leave it out for Amazon's", "http://127.0.0.1:17070", http, undefined),
   S3_BUCKET: variable("the bucket of the archive", "my-shop-archive", bucket),
   S3_PREFIX: variable(
     "stands before every key",
@@ -223,18 +189,18 @@ const variables = {
     "",
   ),
   AWS_REGION: variable("the bucket's region", "eu-central-1", name),
-  AWS_ACCESS_KEY_ID: variable<string | undefined>(
+  AWS_ACCESS_KEY_ID: variable(
     "the SDK's own; leave both out where the machine has a role",
     "AKIA…",
     (value) => value,
     undefined,
   ),
-  AWS_SECRET_ACCESS_KEY: variable<string | undefined>("the key's secret", "…", secret, undefined),
-  AWS_SESSION_TOKEN: variable<string | undefined>("the token of a key that expires", "…", secret, undefined),
+  AWS_SECRET_ACCESS_KEY: variable("the key's secret", "…", secret, undefined),
+  AWS_SESSION_TOKEN: variable("the token of a key that expires", "…", secret, undefined),
   PUSHGATEWAY_URL: variable(
     "where the metrics go: without them nobody is told of a failure",
     "http://pushgateway.example.com:9091",
-    url("http:", "https:"),
+    http,
   ),
   WATERMARK_LAG_SECONDS: variable("rows younger than this are left for the next run", "5", number(0, 86_400, false), 5),
   CHUNK_ROWS: variable("rows a chunk", "250000", number(1, 100_000_000), 250_000),
@@ -245,9 +211,14 @@ const variables = {
     number(1, 36_500),
     400,
   ),
-  LOG_FORMAT: variable("how log lines are written: text (key=value) or json", "json", lineFormat, "text"),
-  FROM: variable<string | undefined>("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
-  TO: variable<string | undefined>("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
+  LOG_FORMAT: variable(
+    "how log lines are written: text (key=value) or json",
+    "json",
+    like(/^(text|json)$/, "must be text or json"),
+    "text",
+  ),
+  FROM: variable("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
+  TO: variable("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
   PIPELINE: variable("the pipeline's name", "orders", name),
   REPAIR: variable("verify: mend what differs", "1", flag, false),
   CONFIRM: variable("sweep: remove more than SWEEP_MAX_SHARE of the rows", "1", flag, false),
@@ -262,7 +233,7 @@ const variables = {
   FORCE: variable("archive days again that are done", "1", flag, false),
   ALLOW_SHRINK: variable("let a day, or a model, have far fewer rows than before", "1", flag, false),
   ALLOW_STALE: variable("let models be built of rows that are older than they should be", "1", flag, false),
-  ONLY: variable<string | undefined>("a model of views/, with what it reads", "weekly_revenue", word, undefined),
+  ONLY: variable("a model of views/, with what it reads", "weekly_revenue", word, undefined),
   MAX_PARALLEL: variable("models at a time", "4", number(1, 32), 4),
   MAX_BYTES_BILLED: variable(
     "the most that one statement of views/ may be billed, in bytes",
@@ -275,7 +246,7 @@ const variables = {
   BACKFILL: variable("set by make backfill-events: FROM and TO are needed", "1", flag, false),
   RESTORE: variable("set by make restore-events", "1", flag, false),
   CONCURRENCY: variable("days at a time in a backfill", "2", number(1, 32), 1),
-  MAX_ROWS_PER_SECOND: variable<number | undefined>(
+  MAX_ROWS_PER_SECOND: variable(
     "spares the source: at most so many rows are read a second",
     "20000",
     number(1, 1_000_000_000),

@@ -28,15 +28,11 @@ export async function takeEpoch(
   database: string,
   partitions: PartitionState[],
 ): Promise<Epoch> {
+  const begun = partitions.map(({ partition }) => ({ partition, next: 0n }));
   await etl.begin(async (sql) => {
     const [created] = await sql`
       insert into etl.topics (topic, epoch, database) values (${topic}, 1, ${database}) on conflict do nothing returning epoch`;
-    if (created)
-      await writeOffsets(
-        sql,
-        topic,
-        partitions.map(({ partition }) => ({ partition, next: 0n })),
-      );
+    if (created) await writeOffsets(sql, topic, begun);
   });
   const epoch = await readEpoch(etl, topic);
   const known = await etl<{ partition: number; next: string }[]>`
@@ -70,17 +66,14 @@ export async function beginEpoch(
   database: string,
   partitions: PartitionState[],
 ): Promise<Epoch> {
+  const ends = partitions.map(({ partition, end }) => ({ partition, next: end }));
   return await etl.begin(async (sql) => {
     const [epoch] = await sql<Epoch[]>`
       insert into etl.topics as t (topic, epoch, database) values (${topic}, 1, ${database})
       on conflict (topic) do update set epoch = t.epoch + 1, database = excluded.database, started_at = now()
       returning epoch as number, database`;
     await sql`delete from etl.topic_offsets where topic = ${topic}`;
-    await writeOffsets(
-      sql,
-      topic,
-      partitions.map(({ partition, end }) => ({ partition, next: end })),
-    );
+    await writeOffsets(sql, topic, ends);
     return epoch as Epoch;
   });
 }

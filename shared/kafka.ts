@@ -2,6 +2,7 @@
  * Kafka: a consumer group that reads one topic batch by batch and commits after the insert, and what is asked of the broker.
  * kafkajs is used here only.
  */
+import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, {
   type Admin,
@@ -135,19 +136,18 @@ export async function createTopic(admin: Admin, config: ITopicConfig): Promise<b
 
 /** @throws UsageError while the group has members, which a change of its offsets would not reach. */
 export async function checkGroupIsEmpty(admin: Admin, groupId: string): Promise<void> {
-  const described = async (): Promise<{ clientId: string; clientHost: string }[]> =>
-    (await admin.describeGroups([groupId])).groups[0]?.members ?? [];
-  let members = await described();
-  // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
-  for (let tries = 0; tries < 80 && members.some(({ clientId }) => clientId === "etl-resnapshot"); tries++) {
+  for (let tries = 0; ; tries++) {
+    const { groups } = await admin.describeGroups([groupId]);
+    const members = groups[0]?.members ?? [];
+    if (!members.length) return;
+    const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
+    // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
+    if (tries === 80 || !members.some(({ clientId }) => clientId === "etl-resnapshot"))
+      throw new UsageError(
+        `the group ${groupId} has ${members.length} consumers (${who}). Stop them first (systemctl stop etl-sensors)`,
+      );
     await delay(500);
-    members = await described();
   }
-  if (!members.length) return;
-  const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
-  throw new UsageError(
-    `the group ${groupId} has ${members.length} consumers (${who}). Stop them first (systemctl stop etl-sensors)`,
-  );
 }
 
 /**
@@ -190,8 +190,7 @@ export async function consume(
     failure ??= withoutTopic(error) ? noTopic(topic) : error;
     leave();
   };
-  if (signal.aborted) leave();
-  signal.addEventListener("abort", () => leave());
+  using _leave = addAbortListener(signal, () => leave());
   consumer.on("consumer.group_join", ({ payload }) => {
     joined = undefined;
     reached.clear();
@@ -226,8 +225,7 @@ export async function consume(
       partitionsConsumedConcurrently: 3, // while one batch is inserted, another is made ready
       eachBatchAutoResolve: false,
       eachBatch: async ({ batch, heartbeat, isRunning, isStale, resolveOffset, commitOffsetsIfNecessary }) => {
-        const usable = (): boolean => !signal.aborted && !failure && isRunning() && !isStale();
-        if (!usable()) return;
+        if (signal.aborted || failure || !isRunning() || isStale()) return;
         try {
           const behind = BigInt(batch.firstOffset() ?? 0) < (reached.get(batch.partition) ?? 0n);
           if (behind || (await forgotten(batch.partition))) joined = undefined;

@@ -20,72 +20,36 @@ const help = {
   etl_watermark_timestamp_seconds: "The watermark: every row that changed before it is at the destination.",
   etl_watermark_hold_seconds: "For how long an open transaction has kept the watermark from advancing; 0 if none does.",
   etl_unknown_source_columns: "Columns of the source table that the contract does not know.",
-};
-
-/** Of one model of views/. Names of their own: the alerts compare those above by pipeline, of which each has one. */
-const modelHelp = {
+  // Of one model of views/. Names of their own: the alerts compare those above by pipeline, of which each has one.
   etl_model_last_success_timestamp_seconds: "When the model was last published.",
   etl_model_last_failure_timestamp_seconds: "When the model last failed, or what it needs did.",
   etl_model_rows: "Rows of the model when it was last published.",
   etl_model_bytes: "Bytes that the model and its checks read then.",
   etl_model_duration_seconds: "How long the model and its checks took then.",
+  // Of a pipeline's verification.
+  etl_verify_differences: "Rows that differed between source and destination when they were last compared.",
+  etl_verify_last_success_timestamp_seconds: "When source and destination were last proven to agree.",
 };
-
-export type ModelMetrics = { [name in keyof typeof modelHelp]?: number };
 
 export type Metrics = { [name in keyof typeof help]?: number };
 
 /**
  * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time,
  * because prom-client starts every gauge of a registry at 0, and pushing that would erase the last success.
+ * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
-export async function pushMetrics(url: string, pipeline: string, values: Metrics): Promise<void> {
-  await push(url, { pipeline }, help, values);
-}
-
-/** The same for a model's group, job="etl", pipeline="views", model="NAME": a push replaces only what is in its own group. */
-export async function pushModelMetrics(
+export async function pushMetrics(
   url: string,
   pipeline: string,
-  model: string,
-  values: ModelMetrics,
-): Promise<void> {
-  await push(url, { pipeline, model }, modelHelp, values);
-}
-
-/** Of a pipeline's verification. */
-const verifyHelp = {
-  etl_verify_differences: "Rows that differed between source and destination when they were last compared.",
-  etl_verify_last_success_timestamp_seconds: "When source and destination were last proven to agree.",
-};
-
-/** The same for a pipeline's verification, in a group of its own: job="etl", pipeline="NAME", command="verify". */
-export async function pushVerifyMetrics(
-  url: string,
-  pipeline: string,
-  values: { [name in keyof typeof verifyHelp]?: number },
-): Promise<void> {
-  await push(url, { pipeline, command: "verify" }, verifyHelp, values);
-}
-
-async function push(
-  url: string,
-  groupings: Record<string, string>,
-  about: Record<string, string>,
-  values: Record<string, number>,
+  values: Metrics,
+  within: Record<string, string> = {},
 ): Promise<void> {
   const registry = new Registry();
-  for (const [name, value] of Object.entries(values)) {
-    new Gauge({ name, help: about[name] ?? name, registers: [registry] }).set(value);
-  }
+  for (const [name, value] of Object.entries(values))
+    new Gauge({ name, help: help[name as keyof Metrics], registers: [registry] }).set(value);
   const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
-  await gateway.pushAdd({ jobName: "etl", groupings });
-}
-
-/** The value of a timestamp in UTC as text, in seconds since 1970. */
-export function epochSeconds(timestamp: string): number {
-  return Date.parse(timestamp.replace(/(\.\d{3})\d*/, "$1").replace(/\+00$/, "Z")) / 1000;
+  await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
 }
 
 /**

@@ -19,39 +19,15 @@ export interface SessionOptions {
 }
 
 /**
- * What every session sets, whatever the role, the database or the server default to: text output that does not depend
- * on them, no row silently filtered, and nothing that hangs for ever.
- */
-function sessionSettings(options: SessionOptions): Record<string, string> {
-  return {
-    application_name: options.application,
-    TimeZone: "UTC",
-    DateStyle: "ISO",
-    IntervalStyle: "iso_8601",
-    extra_float_digits: "1",
-    bytea_output: "hex",
-    row_security: "off",
-    statement_timeout: `${Math.ceil(options.timeoutSeconds * 1000)}`,
-    lock_timeout: "30000",
-    idle_in_transaction_session_timeout: "60000",
-    tcp_keepalives_idle: "30",
-    tcp_keepalives_interval: "10",
-    tcp_keepalives_count: "3",
-    client_connection_check_interval: "5000",
-    ...options.settings,
-  };
-}
-
-/**
- * One session, opened at its first statement; `await session.end()` closes it.
+ * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
  * max_lifetime is off because a session that postgres.js quietly replaces would lose its advisory lock.
  */
 export function connect(
   url: string,
   options: SessionOptions,
   extra: postgres.Options<Record<string, never>> = {},
-): Sql {
-  return postgres(url, {
+): Sql & AsyncDisposable {
+  const session = postgres(url, {
     max: 1,
     idle_timeout: 0,
     max_lifetime: null,
@@ -59,10 +35,29 @@ export function connect(
     keep_alive: 30,
     fetch_types: false,
     onnotice: () => {},
-    connection: sessionSettings(options),
+    // Whatever the role, the database or the server default to: text output that does not depend on them, no row silently
+    // filtered, and nothing that hangs for ever.
+    connection: {
+      application_name: options.application,
+      TimeZone: "UTC",
+      DateStyle: "ISO",
+      IntervalStyle: "iso_8601",
+      extra_float_digits: "1",
+      bytea_output: "hex",
+      row_security: "off",
+      statement_timeout: Math.ceil(options.timeoutSeconds * 1000),
+      lock_timeout: 30_000,
+      idle_in_transaction_session_timeout: 60_000,
+      tcp_keepalives_idle: "30",
+      tcp_keepalives_interval: "10",
+      tcp_keepalives_count: "3",
+      client_connection_check_interval: "5000",
+      ...options.settings,
+    },
     ...checkedTls(url),
     ...extra,
   });
+  return Object.assign(session, { [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
 }
 
 /**

@@ -6,7 +6,7 @@ import { readFileSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { type Env, logFormat, redact, UsageError } from "./env.ts";
-import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
+import { type Metrics, pushMetrics } from "./metrics.ts";
 import { checkSession, connect, type SessionOptions } from "./postgres.ts";
 import { type Fields, log, logError, progress } from "./progress.ts";
 import { type Position, readPosition, wentBack } from "./restored.ts";
@@ -23,7 +23,7 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
       if (error.code !== "EPIPE") throw error;
     });
   }
-  process.on("uncaughtException", fail);
+  process.on("uncaughtException", fail); // also what is thrown here: scripts await it at their top level
   process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
@@ -31,15 +31,11 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
     process.stdout.write(`${header.replaceAll(/^ \* ?/gm, "")}\n`);
     return;
   }
-  try {
-    if (argument !== undefined)
-      throw new UsageError(
-        `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
-      );
-    await body();
-  } catch (error) {
-    fail(error);
-  }
+  if (argument !== undefined)
+    throw new UsageError(
+      `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
+    );
+  await body();
 }
 
 /** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
@@ -62,16 +58,9 @@ function explain(error: Error & { code?: string }): string {
   return error.message || String(error.code ?? error.name);
 }
 
-type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> & {
-  /** Without it the run has no source, and must not ask for it. */
-  SOURCE_DATABASE_URL?: string;
-  WATERMARK_LAG_SECONDS?: number;
-  RETENTION_DAYS?: number;
-  FROM?: string | undefined;
-  TO?: string | undefined;
-  ONLY?: string | undefined;
-  DRY_RUN?: boolean;
-};
+/** Without SOURCE_DATABASE_URL the run has no source, and must not ask for it. */
+type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> &
+  Partial<Env<"SOURCE_DATABASE_URL" | "WATERMARK_LAG_SECONDS" | "RETENTION_DAYS" | "FROM" | "ONLY" | "DRY_RUN">>;
 
 export interface Run {
   /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
@@ -115,17 +104,22 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   const work = (async () => {
     const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
     await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
-    if (env.SOURCE_DATABASE_URL && !run.byHand) await checkNotRestored(run);
+    if (env.SOURCE_DATABASE_URL && !run.byHand) {
+      run.sourceAt = await readPosition(run.source);
+      const back = run.sourceAt && (await wentBack(run.etl, pipeline, run.sourceAt));
+      if (back) throw new Error(back);
+    }
     await body(run);
     if (run.state === "locked") {
       await record(run, "succeeded");
       await forget(run, env.RETENTION_DAYS);
     }
   })();
-  work.catch(() => {}); // where the deadline wins the race, what is left of the work may still reject
+  const stopped = Promise.withResolvers<never>();
+  run.signal.addEventListener("abort", () => stopped.reject(run.signal.reason));
   let failure: Error | undefined;
   try {
-    await Promise.race([work, rejectOnAbort(run.signal)]);
+    await Promise.race([work, stopped.promise]);
   } catch (error) {
     failure = error as Error;
     progress("");
@@ -154,13 +148,6 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
-/** @throws Error where the source was restored from an older backup since the last run. */
-async function checkNotRestored(run: Run): Promise<void> {
-  run.sourceAt = await readPosition(run.source);
-  const back = run.sourceAt && (await wentBack(run.etl, run.pipeline, run.sourceAt));
-  if (back) throw new Error(back);
-}
-
 /** Sorts by time; lower case, digits and _ only, so that it can be a BigQuery label and part of a table's name. */
 export function newRunId(at?: number): string {
   const time = new Date(at ?? Date.now()).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
@@ -169,10 +156,7 @@ export function newRunId(at?: number): string {
   return run;
 }
 
-function createRun(
-  pipeline: string,
-  env: RunEnv,
-): { run: Run; undos: Set<() => Promise<unknown>>; settle: () => void } {
+function createRun(pipeline: string, env: RunEnv) {
   const id = newRunId();
   current = { pipeline, run: id };
   const started = performance.now();
@@ -209,12 +193,6 @@ function createRun(
   return { run, undos, settle: () => clearTimeout(timer) };
 }
 
-function rejectOnAbort(signal: AbortSignal): Promise<never> {
-  return new Promise((_, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason));
-  });
-}
-
 /** What is done for a run that has failed must not keep it from ending. */
 async function within5s(promise: Promise<unknown>): Promise<void> {
   const quiet = promise.catch((error: Error) => log({ step: "warning", error: error.message }));
@@ -232,16 +210,11 @@ async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
     metrics.etl_rows = run.totals.rows;
     metrics.etl_bytes = run.totals.bytes;
     metrics.etl_duration_seconds = run.seconds();
-    if (run.watermark) metrics.etl_watermark_timestamp_seconds = epochSeconds(run.watermark);
+    if (run.watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(run.watermark.replace(/\+00$/, "Z")) / 1000;
   }
-  try {
-    await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics);
-  } catch (error) {
-    run.log("warning", {
-      warning: "the metrics were not pushed; the run itself is not affected",
-      error: (error as Error).message,
-    });
-  }
+  await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics).catch(({ message }: Error) =>
+    run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
+  );
 }
 
 /** What a chunk without rows moved. */
@@ -274,16 +247,15 @@ async function record(run: Run, state: "succeeded" | "failed", error: string | n
 async function forget({ etl, pipeline, log }: Run, days: number | undefined): Promise<void> {
   if (days === undefined) return;
   const old = etl`now() - make_interval(days => ${days})`;
-  const forgotten = async (): Promise<unknown> => [
+  try {
     await etl`
       delete from etl.runs where pipeline = ${pipeline} and started_at < ${old} and run_id not in (
         select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
-        order by state, by_hand, started_at desc)`,
-    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`,
-  ];
-  await forgotten().catch((error: Error) =>
-    log("warning", { warning: `history older than ${days} days was not deleted`, error: error.message }),
-  );
+        order by state, by_hand, started_at desc)`;
+    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`;
+  } catch (error) {
+    log("warning", { warning: `history older than ${days} days was not deleted`, error: (error as Error).message });
+  }
 }
 
 /**

@@ -1,6 +1,7 @@
 /**
  * S3: objects and conditional writes. Every error names the bucket and the object.
  */
+import { addAbortListener } from "node:events";
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import {
@@ -177,9 +178,8 @@ export async function putStream(
     partSize: UPLOAD_PIECE_BYTES,
     queueSize: 2,
   });
-  const abort = (): Promise<void> => upload.abort();
   signal.throwIfAborted();
-  signal.addEventListener("abort", abort);
+  using _abort = addAbortListener(signal, () => void upload.abort());
   try {
     await upload.done();
   } catch (error) {
@@ -191,8 +191,6 @@ export async function putStream(
         .send(new AbortMultipartUploadCommand({ Bucket: bucket.name, Key: key, UploadId }))
         .catch(() => {});
     throw named(error, bucket, key);
-  } finally {
-    signal.removeEventListener("abort", abort);
   }
 }
 

@@ -219,14 +219,9 @@ export function checkDestination(contract: Contract, table: string, actual: Tabl
   const faults: string[] = [];
   for (const field of contract.fields) {
     const there = actual.find(({ name }) => name === field.name);
-    const expected = describeField(field);
-    if (!there)
-      faults.push(`column ${table}.${field.name}: expected ${expected} (${contract.file}), found no such column`);
-    else if (describeField(there) !== expected) {
-      faults.push(
-        `column ${table}.${field.name}: expected ${expected} (${contract.file}), found ${describeField(there)}`,
-      );
-    }
+    const [expected, found] = [describeField(field), there ? describeField(there) : "no such column"];
+    if (found !== expected)
+      faults.push(`column ${table}.${field.name}: expected ${expected} (${contract.file}), found ${found}`);
   }
   for (const { name } of actual) {
     if (!contract.fields.some((field) => field.name === name))

@@ -30,40 +30,36 @@ const plain = (type: string): string =>
  * @throws UsageError that lists each column that is gone or has another type.
  */
 export async function checkReadings(env: Env<"SOURCE_DATABASE_URL">): Promise<string[]> {
-  const source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
-  try {
-    await checkSession("SOURCE_DATABASE_URL", source);
-    const found = await source<{ name: string; type: string; full: boolean }[]>`
-      select attname as name, format_type(atttypid, null) as type, relreplident = 'f' as full
-      from pg_attribute join pg_class c on c.oid = attrelid
-      where attrelid = to_regclass(${table}) and attnum > 0 and not attisdropped order by attnum`;
-    const contract = readDefinitions().find(({ name }) => name === "sensor_readings");
-    const wanted = contract?.columns.filter(({ name }) => !name.startsWith("_")) ?? [];
-    const faults = wanted.flatMap(({ name, type }) => {
-      const is = found.find((column) => column.name === name)?.type ?? "no such column";
-      return fitting[plain(type)]?.includes(is)
-        ? []
-        : [`column ${table}.${name}: expected one for ${type} (${contract?.file}), found ${is}`];
+  await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
+  await checkSession("SOURCE_DATABASE_URL", source);
+  const found = await source<{ name: string; type: string; full: boolean }[]>`
+    select attname as name, format_type(atttypid, null) as type, relreplident = 'f' as full
+    from pg_attribute join pg_class c on c.oid = attrelid
+    where attrelid = to_regclass(${table}) and attnum > 0 and not attisdropped order by attnum`;
+  const contract = readDefinitions().find(({ name }) => name === "sensor_readings");
+  const wanted = contract?.columns.filter(({ name }) => !name.startsWith("_")) ?? [];
+  const faults = wanted.flatMap(({ name, type }) => {
+    const is = found.find((column) => column.name === name)?.type ?? "no such column";
+    return fitting[plain(type)]?.includes(is)
+      ? []
+      : [`column ${table}.${name}: expected one for ${type} (${contract?.file}), found ${is}`];
+  });
+  if (found.length && !found[0]?.full)
+    faults.push(
+      `table ${table}: its changes lack the old row. Run as its owner: alter table ${table} replica identity full;`,
+    );
+  if (faults.length)
+    throw new UsageError(
+      `the source differs from the contract, nothing was ingested:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nBring the source, ${contract?.file} and the view that reads it together; README, "When the schema changes".`,
+    );
+  const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
+  if (unknown.length)
+    log({
+      step: "warning",
+      warning: `${table} has columns that are not in ${contract?.file}; their values are kept in _unknown`,
+      columns: unknown.join(),
     });
-    if (found.length && !found[0]?.full)
-      faults.push(
-        `table ${table}: its changes lack the old row. Run as its owner: alter table ${table} replica identity full;`,
-      );
-    if (faults.length)
-      throw new UsageError(
-        `the source differs from the contract, nothing was ingested:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nBring the source, ${contract?.file} and the view that reads it together; README, "When the schema changes".`,
-      );
-    const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
-    if (unknown.length)
-      log({
-        step: "warning",
-        warning: `${table} has columns that are not in ${contract?.file}; their values are kept in _unknown`,
-        columns: unknown.join(),
-      });
-    return unknown;
-  } finally {
-    await source.end({ timeout: 5 });
-  }
+  return unknown;
 }
 
 /** Which of a batch's messages are among the dead letters: their indices. */
@@ -126,22 +122,12 @@ export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
   return { stop, abandon: abandon.signal };
 }
 
-export interface Report extends AsyncDisposable {
-  /** A batch was inserted and counted. */
-  inserted(batch: Batch, parked: number, seconds: number): void;
-  /** ClickHouse is away, or is there again. */
-  waiting(error?: Error): void;
-  /** The broker answered. */
-  fetched(): void;
-  done(): void;
-}
-
 /** Metrics at METRICS_PORT, and a line every ten seconds. */
 export async function createReport(
   env: KafkaEnv & Env<"METRICS_PORT" | "SENSORS_TOPIC" | "SENSORS_GROUP" | "SOURCE_DATABASE_URL" | "CONNECT_URL">,
   kafka: Kafka,
   unknown: string[],
-): Promise<Report> {
+) {
   const registers = [new Registry()];
   const [registry] = registers as [Registry];
   collectDefaultMetrics({ register: registry });
@@ -188,11 +174,13 @@ export async function createReport(
     running.set((await isRunning(env).catch(() => false)) ? 1 : 0),
   );
   asked("etl_sensors_slot_retained_bytes", "WAL that the source keeps for the connector's slot.", async (retained) => {
-    const bytes = await slotRetains(env);
-    if (bytes !== undefined) retained.set(bytes);
+    await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
+    const [slot] = await source<{ bytes: string }[]>`
+      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
+    if (slot) retained.set(Number(slot.bytes));
   });
   const started = performance.now();
-  const total = { rows: 0, batches: 0, parked: 0 };
+  const total = { rows: 0, batches: 0, dead_letters: 0 };
   let [lines, fetched, waitingSince] = [{ at: started, rows: 0 }, started, 0];
   const secondsSince = (at: number): number => Math.round((performance.now() - at) / 1000);
   const server = await serveMetrics(env.METRICS_PORT, registry, () => {
@@ -204,11 +192,12 @@ export async function createReport(
   });
   log({ step: "serving", metrics: `http://127.0.0.1:${server.port}/metrics` });
   return {
-    inserted: ({ messages }, parked, seconds) => {
+    /** A batch was inserted and counted. */
+    inserted: ({ messages }: Batch, parked: number, seconds: number): void => {
       const changes = messages.filter(({ value }) => value).length - parked;
       total.rows += changes;
       total.batches += 1;
-      total.parked += parked;
+      total.dead_letters += parked;
       rows.inc(changes);
       batches.inc();
       dead.inc(parked);
@@ -219,15 +208,14 @@ export async function createReport(
       const per = (total.rows - lines.rows) / ((performance.now() - lines.at) / 1000);
       log({
         step: "inserted",
-        rows: total.rows,
-        batches: total.batches,
-        dead_letters: total.parked,
+        ...total,
         rows_per_second: Math.round(per),
         event_age_seconds: event?.toFixed(1),
       });
       lines = { at: performance.now(), rows: total.rows };
     },
-    waiting: (error) => {
+    /** ClickHouse is away, or is there again. */
+    waiting: (error?: Error): void => {
       if (error && !waitingSince) {
         waitingSince = performance.now();
         log({ step: "waiting", for: "ClickHouse", error: error.message.slice(0, 300) });
@@ -237,16 +225,15 @@ export async function createReport(
       }
       away.set(error ? 1 : 0);
     },
-    fetched: () => {
+    /** The broker answered. */
+    fetched: (): void => {
       fetched = performance.now();
     },
-    done: () => {
+    done: (): void => {
       const seconds = (performance.now() - started) / 1000;
       log({
         step: "done",
-        rows: total.rows,
-        batches: total.batches,
-        dead_letters: total.parked,
+        ...total,
         seconds: seconds.toFixed(3),
         rows_per_second: Math.round(total.rows / seconds),
         peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
@@ -254,18 +241,6 @@ export async function createReport(
     },
     [Symbol.asyncDispose]: () => server[Symbol.asyncDispose](),
   };
-}
-
-/** Bytes of WAL that the slot keeps at the source, or undefined where there is no such slot. */
-async function slotRetains(env: Env<"SOURCE_DATABASE_URL" | "SENSORS_TOPIC">): Promise<number | undefined> {
-  const source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
-  try {
-    const [slot] = await source<{ bytes: string }[]>`
-      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
-    return slot ? Number(slot.bytes) : undefined;
-  } finally {
-    await source.end({ timeout: 1 });
-  }
 }
 
 /** Seconds since the source committed the message's change, by the message's own source.ts_ms. */

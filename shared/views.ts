@@ -8,9 +8,9 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
-import { connectBigQuery, ignoreAlreadyThere } from "./bigquery.ts";
-import { type Env, root, UsageError } from "./env.ts";
-import { type ModelMetrics, pushModelMetrics, readIntervals } from "./metrics.ts";
+import { connectBigQuery, ignoreAlreadyThere, labels } from "./bigquery.ts";
+import { type bigQueryToBigQuery, type Env, root, UsageError } from "./env.ts";
+import { type Metrics, pushMetrics, readIntervals } from "./metrics.ts";
 import { duration, type Fields, table, thousands } from "./progress.ts";
 import { newRunId, type Run } from "./run.ts";
 import { pipelines } from "./schema.ts";
@@ -114,14 +114,11 @@ export function readModels(only?: string): Model[] {
   const known = [...names, ...pipelines()];
   const models = files.map(({ file, sql, name }): Model => {
     const all = statement(file, sql, faults);
-    const [begin, made] = [all.slice(0, 4), all.slice(4, all[5]?.text === "." ? 7 : 5)].map((part) =>
-      part
-        .map(({ text }) => text)
-        .join(" ")
-        .replaceAll(" . ", "."),
-    );
+    const text = all.map((token) => token.text).join(" ");
+    const words = text.replaceAll(" . ", ".").split(" ");
+    const [begin, made] = [words.slice(0, 4).join(" "), words[4]];
     const select = selectOf(sql, all);
-    if (begin?.toUpperCase() !== "CREATE OR REPLACE TABLE" || !select)
+    if (begin.toUpperCase() !== "CREATE OR REPLACE TABLE" || !select)
       faults.push(`${file} begins with "${begin}": it must be CREATE OR REPLACE TABLE ${name} … AS SELECT …`);
     else if (made !== name)
       faults.push(`${file} creates the table ${made}: it must be named as its file, ${name}, without a dataset`);
@@ -154,8 +151,8 @@ export function readModels(only?: string): Model[] {
     faults.push(`ONLY=${only}: there is no views/${only}.sql. There are: ${names.join(", ")}`);
   if (faults.length) throw new UsageError(`nothing was built:\n${faults.map((fault) => `  ${fault}`).join("\n")}`);
   const wanted = new Set(only ? [only] : names);
-  for (const name of wanted)
-    for (const needed of ordered.find((model) => model.name === name)?.needs ?? []) wanted.add(needed);
+  for (const { name, needs } of ordered.toReversed())
+    if (wanted.has(name)) for (const needed of needs) wanted.add(needed);
   return ordered.filter(({ name }) => wanted.has(name));
 }
 
@@ -166,12 +163,11 @@ function inOrder(models: Model[], faults: string[]): Model[] {
     const next = left.find(({ needs }) => needs.every((name) => ordered.some((done) => done.name === name)));
     if (next) ordered.push(next);
     else {
-      const path = [left[0]?.name ?? ""]; // each of these reads another of them, so this comes back to where it was
-      const before = (name = ""): string =>
-        left.find((model) => model.name === name)?.needs.find((one) => left.some((model) => model.name === one)) ?? "";
-      while (path.indexOf(path.at(-1) ?? "") === path.length - 1) path.push(before(path.at(-1)));
-      const circle = path.slice(path.indexOf(path.at(-1) ?? ""));
-      faults.push(`models read one another in a circle: ${circle.map((name) => `views/${name}.sql`).join(" reads ")}`);
+      const path: Model[] = []; // each of these reads another of them, so this comes back to where it was
+      let at = left[0] as Model;
+      for (; !path.includes(at); at = left.find(({ name }) => at.needs.includes(name)) as Model) path.push(at);
+      const circle = [...path.slice(path.indexOf(at)), at];
+      faults.push(`models read one another in a circle: ${circle.map(({ file }) => file).join(" reads ")}`);
       return models;
     }
   }
@@ -195,18 +191,19 @@ export async function checkFresh(run: Run, models: Model[], allowed: boolean): P
   const rows = await run.etl<{ pipeline: string; watermark: string | null; age: number | null }[]>`
     select t.pipeline, replace(date_trunc('second', watermark)::text, ' ', 'T') as watermark, extract(epoch from now() - watermark)::float8 as age
     from unnest(${`{${tables.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
-  const stale = rows.flatMap(({ pipeline, watermark, age }) => {
+  const stale: string[] = [];
+  for (const { pipeline, watermark, age } of rows) {
     const interval = intervals.get(pipeline);
     if (!interval)
       throw new UsageError(
         `ops/alerts.yml has no etl_expected_interval_seconds for ${pipeline}: whether it is fresh cannot be told`,
       );
-    if (age === null) return [`${pipeline} has no watermark: it never ran`];
-    if (age <= 2 * interval) return [];
-    return [
-      `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${duration(interval)}`,
-    ];
-  });
+    if (age === null) stale.push(`${pipeline} has no watermark: it never ran`);
+    else if (age > 2 * interval)
+      stale.push(
+        `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${duration(interval)}`,
+      );
+  }
   if (!stale.length) return;
   if (!allowed)
     throw new Error(
@@ -215,15 +212,7 @@ export async function checkFresh(run: Run, models: Model[], allowed: boolean): P
   for (const warning of stale) run.log("warning", { warning });
 }
 
-type ViewsEnv = Env<
-  | "BIGQUERY_PROJECT"
-  | "BIGQUERY_DATASET"
-  | "BIGQUERY_VIEWS_DATASET"
-  | "BIGQUERY_LOCATION"
-  | "BIGQUERY_ENDPOINT"
-  | "MAX_BYTES_BILLED"
-  | "ALLOW_SHRINK"
->;
+type ViewsEnv = Env<(typeof bigQueryToBigQuery)[number]>;
 
 /** Where the models of one run are made. */
 export interface Build extends AsyncDisposable {
@@ -251,12 +240,11 @@ export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
   await Promise.all(old.map((dataset) => dataset.delete({ force: true })));
   const dataset = bigquery.dataset(prefix + run.id);
   const created = dataset.create({
-    location: env.BIGQUERY_LOCATION,
     description: `Where run ${run.id} of views makes its models. Its tables delete themselves.`,
     labels: labels(run),
     defaultTableExpirationMs: String(BUILD_HOURS * 3_600_000),
   });
-  await created.catch(ignoreAlreadyThere); // the client asks again where an answer was lost
+  await created.catch(ignoreAlreadyThere);
   const build: Build = {
     run,
     env,
@@ -277,19 +265,16 @@ export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
   return build;
 }
 
-const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
-
 /** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
 export async function copyRaw(build: Build, models: Model[]): Promise<void> {
   const { BIGQUERY_DATASET } = build.env;
   await Promise.all(
     rawTables(models).map(async (name) => {
-      await runJob(build, `copy_${name}`, copy(build, [BIGQUERY_DATASET, name], [build.dataset, name])).catch(
-        (error) => {
-          if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
-          throw new UsageError(`raw table ${BIGQUERY_DATASET}.${name} does not exist. Run: make migrate ${name}`);
-        },
-      );
+      const copied = runJob(build, `copy_${name}`, copy(build, [BIGQUERY_DATASET, name], [build.dataset, name]));
+      await copied.catch((error) => {
+        if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
+        throw new UsageError(`raw table ${BIGQUERY_DATASET}.${name} does not exist. Run: make migrate ${name}`);
+      });
       build.run.log("copy", { table: name, seconds: build.run.seconds() });
     }),
   );
@@ -319,9 +304,7 @@ async function runJob({ bigquery, run }: Build, name: string, configuration: obj
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
   const created = bigquery.createJob({ jobId, configuration: { ...configuration, labels: labels(run) } });
-  await created.catch((error: { code?: number }) => {
-    if (error.code !== 409) throw error; // the first answer got lost, and the client asked again
-  });
+  await created.catch(ignoreAlreadyThere);
   for (let pause = 50; ; pause = Math.min(2 * pause, 2000)) {
     const [metadata] = await job.getMetadata();
     const { state, errorResult } = metadata.status ?? {};
@@ -539,37 +522,35 @@ export async function eachModel(
   const outcomes = new Map<string, Promise<Outcome>>();
   const waiting: (() => void)[] = [];
   let free = parallel;
-  const start = async (model: Model): Promise<Outcome> => {
+  const one = async (model: Model): Promise<Outcome> => {
+    const outcome: Outcome = { model, rows: 0, bytes: 0, seconds: 0 };
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
-    const missing = needed.filter((outcome) => outcome?.error).map((outcome) => outcome?.model.name);
-    if (missing.length)
-      return { model, rows: 0, bytes: 0, seconds: 0, error: new Error(`it needs ${missing.join(", ")}`) };
-    if (free > 0) free -= 1;
-    else await new Promise<void>((resolve) => waiting.push(resolve));
-    const started = run.seconds();
-    const seconds = (): number => Math.round(1000 * (run.seconds() - started)) / 1000;
-    try {
-      run.signal.throwIfAborted();
-      const { rows, bytes } = await work(model);
-      return { model, rows, bytes, seconds: seconds() };
-    } catch (error) {
-      return { model, rows: 0, bytes: 0, seconds: seconds(), error: error as Error };
-    } finally {
+    const missing = needed.filter((need) => need?.error).map((need) => need?.model.name);
+    if (missing.length) outcome.error = new Error(`it needs ${missing.join(", ")}`);
+    else {
+      if (free > 0) free -= 1;
+      else await new Promise<void>((resolve) => waiting.push(resolve));
+      const started = run.seconds();
+      try {
+        run.signal.throwIfAborted();
+        const { rows, bytes } = await work(model);
+        Object.assign(outcome, { rows, bytes });
+      } catch (error) {
+        outcome.error = error as Error;
+      }
+      outcome.seconds = Math.round(1000 * (run.seconds() - started)) / 1000;
       const next = waiting.shift();
       if (next) next();
       else free += 1;
     }
-  };
-  const logged = async (model: Model): Promise<Outcome> => {
-    const outcome = await start(model);
-    const { rows, bytes, error } = outcome;
+    const { rows, bytes, seconds, error } = outcome;
     const fields: Fields = error
       ? { failed: error.message.split("\n")[0] }
       : { rows, bytes, checks: model.checks.length };
-    run.log("model", { model: model.name, ...fields, seconds: outcome.seconds });
+    run.log("model", { model: model.name, ...fields, seconds });
     return outcome;
   };
-  for (const model of models) outcomes.set(model.name, logged(model)); // in their order: what a model needs is there before it
+  for (const model of models) outcomes.set(model.name, one(model)); // in their order: what a model needs is there before it
   return await Promise.all(outcomes.values());
 }
 
@@ -611,7 +592,7 @@ export async function reportModels(build: Build, outcomes: Outcome[], pushgatewa
   build.keep = done.length < outcomes.length;
   const now = Date.now() / 1000;
   const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
-    const values: ModelMetrics = error
+    const values: Metrics = error
       ? { etl_model_last_failure_timestamp_seconds: now }
       : {
           etl_model_last_success_timestamp_seconds: now,
@@ -619,7 +600,7 @@ export async function reportModels(build: Build, outcomes: Outcome[], pushgatewa
           etl_model_bytes: bytes,
           etl_model_duration_seconds: seconds,
         };
-    return pushModelMetrics(pushgateway, run.pipeline, model.name, values);
+    return pushMetrics(pushgateway, run.pipeline, values, { model: model.name });
   });
   const lost = (await Promise.allSettled(pushed)).find((push) => push.status === "rejected");
   if (lost)

@@ -7,7 +7,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
-import { root } from "./env.ts";
+import { type Env, root } from "./env.ts";
 import { quote } from "./postgres.ts";
 import type { Run } from "./run.ts";
 
@@ -89,12 +89,8 @@ export async function readBound(source: Sql): Promise<Bound> {
  * or empty: the rows are taken by a later run, never skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the remedy.
  */
-export async function takeWindow(
-  run: Run,
-  byHand: { FROM?: string | undefined; TO?: string | undefined },
-): Promise<Window> {
-  run.window =
-    byHand.FROM && byHand.TO ? await capAtBound(run.source, byHand.FROM, byHand.TO) : await watermarkToBound(run);
+export async function takeWindow(run: Run, { FROM, TO }: Env<"FROM" | "TO">): Promise<Window> {
+  run.window = FROM && TO ? await capAtBound(run.source, FROM, TO) : await watermarkToBound(run);
   const { from, to, holder, holdSeconds } = run.window;
   if (holder) run.log("held", { by: holder, hold_seconds: Math.round(holdSeconds) });
   run.log("window", { from, to });
@@ -144,12 +140,11 @@ async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window>
   const bound = await readBound(source);
   checkVisible(bound);
   const where = `source database ${bound.database}`;
-  const identity = { system_identifier: bound.system_identifier, timeline: bound.timeline };
   const from = stored?.watermark ?? "-infinity";
   const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
-  if (stored && !sameServer(stored, identity)) {
+  if (stored && !sameServer(stored, bound)) {
     throw new Error(
-      `${where} is not the server that the watermark ${from} was taken from (system identifier ${identity.system_identifier}, timeline ${identity.timeline}; expected ${stored.system_identifier}, ${stored.timeline}): a restore or a failover may have undone rows that were synced. Next: ${rewind} with a time before it.`,
+      `${where} is not the server that the watermark ${from} was taken from (system identifier ${bound.system_identifier}, timeline ${bound.timeline}; expected ${stored.system_identifier}, ${stored.timeline}): a restore or a failover may have undone rows that were synced. Next: ${rewind} with a time before it.`,
     );
   }
   const [check] = await source<{ clockBack: boolean; late: boolean }[]>`
@@ -168,7 +163,7 @@ async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window>
   // A prepared transaction's start is not known (prepared is the time of PREPARE), so nothing can be taken past the watermark.
   // A bound behind the watermark without a holder is a lag that was raised since: the clock will catch up.
   const to = bound.prepared || check?.late ? from : bound.bound;
-  return { from, to, identity, holder: bound.prepared ?? bound.holder, holdSeconds: bound.hold_seconds };
+  return { from, to, identity: bound, holder: bound.prepared ?? bound.holder, holdSeconds: bound.hold_seconds };
 }
 
 /**

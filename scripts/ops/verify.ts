@@ -23,7 +23,7 @@
  */
 import { clickhouse, kafka, readEnv, redact, UsageError } from "../../shared/env.ts";
 import { takeLock } from "../../shared/lock.ts";
-import { pushVerifyMetrics } from "../../shared/metrics.ts";
+import { pushMetrics } from "../../shared/metrics.ts";
 import { log, table, thousands } from "../../shared/progress.ts";
 import { main, type Run, runPipeline } from "../../shared/run.ts";
 import { pipelines } from "../../shared/schema.ts";
@@ -128,9 +128,9 @@ await main(import.meta, async () => {
   async function push(pipeline: string, differences: number): Promise<void> {
     const now = Date.now() / 1000;
     const success = differences ? {} : { etl_verify_last_success_timestamp_seconds: now };
-    await pushVerifyMetrics(env.PUSHGATEWAY_URL, pipeline, { etl_verify_differences: differences, ...success }).catch(
-      (error: Error) =>
-        log({ pipeline, step: "warning", warning: "the metrics were not pushed", error: redact(error.message) }),
+    const values = { etl_verify_differences: differences, ...success };
+    await pushMetrics(env.PUSHGATEWAY_URL, pipeline, values, { command: "verify" }).catch((error: Error) =>
+      log({ pipeline, step: "warning", warning: "the metrics were not pushed", error: redact(error.message) }),
     );
   }
 
