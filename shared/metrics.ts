@@ -52,6 +52,9 @@ export async function pushMetrics(
   await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
 }
 
+/** A timestamp in UTC as Postgres writes it, in seconds since 1970. */
+export const epochSeconds = (timestamp: string): number => Date.parse(timestamp.replace(/\+00$/, "Z")) / 1000;
+
 /**
  * Serves /metrics of the registry, and /healthz: 200, or 503 with what is wrong.
  * @param port 0 is any free one.

@@ -6,7 +6,7 @@ import { readFileSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { type Env, logFormat, redact, UsageError } from "./env.ts";
-import { type Metrics, pushMetrics } from "./metrics.ts";
+import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
 import { checkSession, connect, type SessionOptions } from "./postgres.ts";
 import { type Fields, log, logError, progress } from "./progress.ts";
 import { type Position, readPosition, wentBack } from "./restored.ts";
@@ -210,7 +210,7 @@ async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
     metrics.etl_rows = run.totals.rows;
     metrics.etl_bytes = run.totals.bytes;
     metrics.etl_duration_seconds = run.seconds();
-    if (run.watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(run.watermark.replace(/\+00$/, "Z")) / 1000;
+    if (run.watermark) metrics.etl_watermark_timestamp_seconds = epochSeconds(run.watermark);
   }
   await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics).catch(({ message }: Error) =>
     run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
