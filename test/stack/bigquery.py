@@ -1,16 +1,43 @@
 """
-local-bigquery, whose query results expire after three minutes. Google's do after a day; here they are never deleted, each is a table, and
-each query looks through all tables: after a thousand queries that is half of its time.
+local-bigquery, with two things of it made fast; what it does is the same.
+- Query results expire after three minutes. Google's do after a day; here they are never deleted, each is a table, and each query looks
+  through all tables: after a thousand queries that is half of its time.
+- It looks for a table in duckdb_tables(), which asks for the size of every table there is: with fifty tables that is half of the rest.
 """
 
 import threading
 import time
 
+import duckdb
 from local_bigquery.catalog import tables
 from local_bigquery.cli import main
 from local_bigquery.engine import database
 
 SECONDS = 180
+
+
+def objects(project, dataset, table=None):
+    if project == "emulator":
+        try:
+            database.execute(f"SELECT 1 FROM {database.quote(project, dataset, table)} LIMIT 0")
+            return [(table, "TABLE", 0)]
+        except duckdb.CatalogException:
+            return []
+    catalog = database.quote(f"__ducklake_metadata_{project}")
+    return database.fetch(
+        f"""
+        SELECT table_name, 'TABLE', coalesce(record_count, 0) FROM {catalog}.ducklake_table t
+        JOIN {catalog}.ducklake_schema s USING (schema_id) LEFT JOIN {catalog}.ducklake_table_stats USING (table_id)
+        WHERE schema_name = $1 AND table_name = coalesce($2, table_name) AND t.end_snapshot IS NULL AND s.end_snapshot IS NULL
+        UNION ALL
+        SELECT view_name, 'VIEW', 0 FROM {catalog}.ducklake_view v JOIN {catalog}.ducklake_schema s USING (schema_id)
+        WHERE schema_name = $1 AND view_name = coalesce($2, view_name) AND v.end_snapshot IS NULL AND s.end_snapshot IS NULL
+        ORDER BY 1""",
+        [dataset, table],
+    )
+
+
+database.objects = objects
 
 
 def expire_results():
