@@ -1,4 +1,4 @@
-// BigQuery: local-bigquery, which speaks its REST API over DuckDB. What it does less strictly than Google's: DESIGN, README.
+// BigQuery: local-bigquery, which speaks its REST API over DuckDB. What it does less strictly than Google's: CONTRIBUTING.md.
 import { mkdirSync } from "node:fs";
 import { join } from "node:path";
 import { endpoint } from "./env.ts";

@@ -1,8 +1,7 @@
 /**
  * ClickHouse's HTTP interface over the engine of the npm package chdb, as far as @clickhouse/client needs it.
  *   node clickhouse-server.ts HOST PORT FOLDER     with CLICKHOUSE_USER and CLICKHOUSE_PASSWORD
- * Source of what it answers: ClickHouse's documentation of the HTTP interface, and its src/Server/HTTP. What it does less
- * strictly than the server: README.
+ * Source of what it answers: ClickHouse's documentation of the HTTP interface, and its src/Server/HTTP.
  */
 import { randomUUID } from "node:crypto";
 import { createWriteStream, mkdirSync, rmSync } from "node:fs";

@@ -1,4 +1,4 @@
-// S3: versitygw, a real S3 server over a folder. What it does less strictly than Amazon's: DESIGN.
+// S3: versitygw, a real S3 server over a folder.
 import { mkdirSync } from "node:fs";
 import { endpoint } from "./env.ts";
 import { goProgram } from "./go.ts";
