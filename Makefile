@@ -96,7 +96,7 @@ replay-dead-letters: setup ## Try the dead letters again
 	@REPLAY=1 node scripts/ops/dead-letters.ts
 
 .PHONY: resnapshot
-resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, then SWAP=1 (--help of the script has the steps)
+resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, then SWAP=1 (README, "Rebuilding the table")
 	@node scripts/ops/resnapshot.ts
 
 .PHONY: migrate

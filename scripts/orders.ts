@@ -39,7 +39,8 @@ await main(import.meta, async () => {
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;
 
-    // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves.
+    // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves. From here on `select`
+    // is sql/orders.sql with each row as a line of JSON.
     const contract = readContract(pipeline);
     const [select, destination] = await Promise.all([
       checkSource(run, contract, source),
