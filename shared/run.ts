@@ -164,13 +164,10 @@ function createRun(pipeline: string, env: RunEnv) {
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const undos = new Set<() => Promise<unknown>>();
   const stop = new AbortController();
-  const abort = (reason: string): void => {
-    if (stop.signal.aborted) process.exit(1); // a second Ctrl-C does not wait
-    stop.abort(new Error(`${reason}: nothing is half done, ${run.next}`));
-  };
+  const abort = (reason: string): void => stop.abort(new Error(`${reason}: nothing is half done, ${run.next}`));
   const deadline = `the run's deadline of ${env.RUN_TIMEOUT_SECONDS} s (RUN_TIMEOUT_SECONDS) has passed`;
   const timer = setTimeout(abort, env.RUN_TIMEOUT_SECONDS * 1000, deadline);
-  for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, () => abort(`stopped by ${signal}`));
+  onSignal((signal) => abort(`stopped by ${signal}`));
   const run: Run = {
     id,
     pipeline,
@@ -191,6 +188,21 @@ function createRun(pipeline: string, env: RunEnv) {
     totals: { chunks: 0, rows: 0, bytes: 0 },
   };
   return { run, undos, settle: () => clearTimeout(timer) };
+}
+
+/**
+ * Calls `stop` at the first SIGINT or SIGTERM; a later one does not wait. Not one within a second: where timeout ends make, each of the
+ * two sends SIGTERM, and the run shall still record its end.
+ */
+export function onSignal(stop: (signal: string) => void): void {
+  let first: number | undefined;
+  for (const signal of ["SIGINT", "SIGTERM"])
+    process.on(signal, () => {
+      if (first === undefined) {
+        first = performance.now();
+        stop(signal);
+      } else if (performance.now() - first > 1000) process.exit(1);
+    });
 }
 
 /** What is done for a run that has failed must not keep it from ending. */

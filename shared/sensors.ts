@@ -12,6 +12,7 @@ import { type Batch, type Kafka, type KafkaEnv, topicState, withAdmin } from "./
 import { serveMetrics } from "./metrics.ts";
 import { checkSession, connect } from "./postgres.ts";
 import { log, thousands } from "./progress.ts";
+import { onSignal } from "./run.ts";
 
 /** Postgres's types that a column of ClickHouse holds every value of, as Debezium writes them. */
 const fitting: Record<string, string[]> = {
@@ -108,17 +109,15 @@ export function createPoisonLimit(share: number): (messages: number, parked: num
 
 /**
  * `stop` aborts at the first SIGTERM or Ctrl-C, `abandon` 8 s later, so that whoever waits for a server that is away ends too.
- * A second signal ends the process at once.
+ * A second one ends the process.
  */
 export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
   const [stop, abandon] = [new AbortController(), new AbortController()];
-  for (const name of ["SIGTERM", "SIGINT"])
-    process.on(name, () => {
-      if (stop.signal.aborted) process.exit(1);
-      log({ step: "stopping", signal: name, next: "the batch under way is finished and committed" });
-      stop.abort(new Error(`stopped by ${name}`));
-      setTimeout(() => abandon.abort(new Error(`stopped by ${name}`)), 8000).unref();
-    });
+  onSignal((signal) => {
+    log({ step: "stopping", signal, next: "the batch under way is finished and committed" });
+    stop.abort(new Error(`stopped by ${signal}`));
+    setTimeout(() => abandon.abort(new Error(`stopped by ${signal}`)), 8000).unref();
+  });
   return { stop, abandon: abandon.signal };
 }
 

@@ -1,4 +1,5 @@
 import assert from "node:assert/strict";
+import { setTimeout as delay } from "node:timers/promises";
 import {
   assertEqualRows,
   assertExpiring,
@@ -257,12 +258,26 @@ stepsOfPipeline((pipeline) => {
     });
   }
 
+  test("one signal that two send, as timeout and make do, is one: the run records its end", async ({
+    shop,
+    startHeld,
+  }) => {
+    const run = await startHeld(steps.merge, hold());
+    for (const signal of ["SIGTERM", "SIGINT"] as const) run.child.kill(signal); // two of one kind might arrive as one
+    const { code, stderr } = await ending(run);
+    assert.equal(code, 1);
+    assert.match(stderr, /error: stopped by SIG(TERM|INT): nothing is half done/);
+    assert.equal((await lastRun(shop)).state, "failed");
+    await assertHeals(shop, changed);
+  });
+
   test("a second Ctrl-C does not wait for anything", async ({ shop, proxy, startHeld }) => {
     const cancel = hold();
     proxy.fault(steps.cancel, cancel);
     const run = await startHeld(steps.merge, hold());
     run.child.kill("SIGINT");
     await reach(run, cancel.reached);
+    await delay(1100); // within a second it would be the same one
     const started = performance.now();
     run.child.kill("SIGINT");
     assert.equal((await ending(run)).code, 1);

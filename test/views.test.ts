@@ -462,10 +462,13 @@ await test("two runs at once: the second says who holds the lock, exits 0; ONLY 
 await test("an answer that gets lost is asked for again: nothing is built or published twice over, or not at all", async () => {
   models({ lost: "SELECT COUNT(*) AS v FROM users", "checks/lost": "SELECT v FROM lost WHERE v = 0" });
   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+  const dataset = /^POST .+\/datasets$/;
+  proxy.fault(dataset, loseAnswer, 1);
   proxy.fault(/_publish_\d$/, loseAnswer, 1);
   proxy.fault(jobPost, loseAnswer, 1);
   await shop.succeed(script, { BIGQUERY_ENDPOINT: proxy.url });
   assert.deepEqual(await rowsOf("lost"), [{ v: "20" }]);
+  assert.equal(proxy.requests.filter((line) => dataset.test(line)).length, 2); // the second is told that it is there
 });
 
 await test("killed with SIGKILL at random points, every published table is whole, the old or the new one; a re-run completes; what is left expires", async () => {
