@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { after, afterEach, before, test } from "node:test";
+import { type Name, readEnv } from "../shared/env.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createSensors, type Sensors } from "./lib/sensors.ts";
 import type { Result, Shop } from "./lib/shop.ts";
@@ -62,7 +63,7 @@ const control = String.fromCharCode(27);
 const assertNotForged = ({ stdout, stderr }: Result): void =>
   assert.ok(!/^(y=1|error: forged)/m.test(stderr + stdout) && !(stderr + stdout).includes(control), stderr + stdout);
 
-const names: Record<string, string[]> = {
+const names: Record<string, Name[]> = {
   "scripts/orders.ts": ["BIGQUERY_PROJECT", "BIGQUERY_DATASET", "BIGQUERY_LOCATION", "FROM", "TO"],
   "scripts/events.ts": ["FROM", "TO", "S3_BUCKET", "AWS_REGION"],
   "scripts/views.ts": ["ONLY", "BIGQUERY_VIEWS_DATASET", "BIGQUERY_DATASET"],
@@ -76,9 +77,25 @@ const names: Record<string, string[]> = {
   "scripts/ops/verify.ts": ["PIPELINE"],
   "scripts/ops/sweep.ts": ["PIPELINE"],
 };
-for (const [script, variables] of Object.entries(names)) {
-  test(`${script}: hostile names in ${variables.join(", ")} are refused with exit code 2`, async () => {
+
+test("each hostile name is refused where it is read, as a value of each variable that names something", () => {
+  for (const variable of new Set(Object.values(names).flat()))
     for (const value of hostile) {
+      const before = process.env[variable];
+      process.env[variable] = value;
+      try {
+        assert.throws(() => readEnv(variable), new RegExp(`^UsageError: .*\n  ${variable} `), `${variable}=${value}`);
+      } finally {
+        if (before === undefined) delete process.env[variable];
+        else process.env[variable] = before;
+      }
+    }
+});
+
+for (const [index, [script, variables]] of Object.entries(names).entries()) {
+  test(`${script}: hostile names in ${variables.join(", ")} are refused with exit code 2`, async () => {
+    // Each goes through readEnv (above), before anything else: three of them, others for each script, and the one with lines of its own.
+    for (const value of hostile.filter((one, at) => at % 6 === index % 6 || one.includes("forged"))) {
       // Alone those that a name of this kind can hold; the others at once, since each is refused by its own line.
       const given = Object.fromEntries(variables.map((name) => [name, value]));
       const result = await shop.run(script, { PIPELINE: "orders", FROM: undefined, TO: undefined, ...given });
