@@ -44,17 +44,16 @@ suite("all orders of the real data set", () => {
   after(() => shop?.[Symbol.asyncDispose]());
 
   test("one changed cent among 155,848 orders is found, named, and mended", async (t) => {
-    const agreed = await finds(shop, []);
-    const { rows, ranges, differing } = counts(agreed, "orders");
-    assert.deepEqual({ rows, ranges, differing }, { rows: "155,848", ranges: "156", differing: "0" });
     const [victim] = await shop.admin<{ id: string }[]>`select id::text from orders order by md5(id::text) limit 1`;
     await shop.query(`UPDATE orders SET total = total + 0.01 WHERE id = ${victim?.id}`);
     const found = await finds(shop, [`different id=${victim?.id}: total`]);
-    assert.deepEqual(counts(found, "orders").differing, "1");
+    const { rows, ranges, differing } = counts(found, "orders");
+    assert.deepEqual({ rows, ranges, differing }, { rows: "155,848", ranges: "156", differing: "1" });
     assert.match(found.stderr, /^Next: make verify PIPELINE=orders REPAIR=1$/m);
-    t.diagnostic(`${agreed.seconds} s where all agrees, ${found.seconds} s to find it (target: 15 s)`);
+    t.diagnostic(`${found.seconds} s to find it (target: 15 s)`);
     assert.equal(counts(await finds(shop, [], repair), "orders").mended, "1");
-    await finds(shop, []);
+    const agreed = counts(await finds(shop, []), "orders");
+    assert.deepEqual([agreed.rows, agreed.differing], ["155,848", "0"]);
   });
 });
 
