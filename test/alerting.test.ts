@@ -10,6 +10,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { json } from "node:stream/consumers";
 import { after, before, describe, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
 import { type Prometheus, ready, type Sample, scaleDurations, startPrometheus, stop } from "./lib/prometheus.ts";
 import { type Consumer, createSensors, type Sensors } from "./lib/sensors.ts";
 import { createShop, freePort, type Shop, until } from "./lib/shop.ts";
@@ -253,12 +254,15 @@ test("the alerts reach who is meant: a page the pager, a ticket the tickets, wit
     // Again and again, as cron does: a success is stale after twelve seconds here, which may pass before anybody is told.
     const resolved = Promise.all([told("/tickets", "resolved", "EtlFailed"), told("/pager", "resolved", "EtlStale")]);
     let waiting = true;
-    resolved
+    const over = resolved
       .catch(() => {})
       .finally(() => {
         waiting = false;
       });
-    while (waiting) await shop.succeed(shop.script);
+    while (waiting) {
+      await shop.succeed(shop.script);
+      await Promise.race([over, delay(2000)]);
+    }
     await resolved;
     const beats = () => received.filter((one) => one.at === "/heartbeat").length;
     const before = beats();
