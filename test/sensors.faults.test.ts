@@ -558,7 +558,7 @@ suite("faults", { concurrency: true }, () => {
               `step=${step} what=${JSON.stringify(named(mends))}`,
             ]);
           }
-        } else
+        } else {
           for (const { code, stderr } of [dry, real]) {
             assert.equal(code, 2, stderr);
             assert.ok(
@@ -567,8 +567,9 @@ suite("faults", { concurrency: true }, () => {
             );
             assert.ok(stderr.includes(named(says)), stderr);
             assert.doesNotMatch(stderr, /apply what=/);
-            await stops(refusal);
           }
+          await stops(refusal);
+        }
         if (undo) await shop.clickhouse.command({ query: undo });
       });
 
