@@ -4,6 +4,7 @@ import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { buffer, json } from "node:stream/consumers";
 import { afterEach, test } from "node:test";
+import { pipelines } from "../shared/schema.ts";
 import { tablesRead } from "../shared/views.ts";
 import {
   assertNoSessions,
@@ -239,7 +240,9 @@ await test("a syntax error, a missing table, a name with a dataset and a check t
   });
   await fails(1, [
     /syntax: views\/syntax\.sql: .*syntax/i,
-    /missing: views\/missing\.sql: .*nowhere.*A model reads models of views\/ and orders, users, by these names/,
+    new RegExp(
+      `missing: views/missing\\.sql: .*nowhere.*A model reads models of views/ and ${pipelines().join(", ")}, by these names`,
+    ),
     `qualified: views/qualified.sql: it reads ${shop.dataset}.orders: give names without a dataset`,
     /unchecked: views\/checks\/unchecked\.sql: .*nope/,
   ]);
