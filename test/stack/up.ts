@@ -29,7 +29,12 @@ async function start(part: Part, env: Env): Promise<void> {
     await part.prepare?.(env);
     await startProcess(part.name, part.command(env), part.installs);
   }
-  await awaitReady(part.name, () => part.ready(env));
+  try {
+    await awaitReady(part.name, () => part.ready(env));
+  } catch (error) {
+    if (fresh || running(part.name)) throw error;
+    return await start(part, env); // it was killed before, and took a moment to be gone
+  }
   const { host, port } = endpoint(env[part.variable] ?? "");
   say(
     `${part.name}: ${fresh ? `started in ${((Date.now() - since) / 1000).toFixed(1)} s` : "runs"} at ${host}:${port}`,
