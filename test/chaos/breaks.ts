@@ -29,18 +29,20 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
   manifest: {
     about: "manifest-last: the manifest is put before its parts",
     edit: ({ edit }) => {
-      edit("shared/archive.ts", (code) =>
-        code
-          .replace(
-            /uploading = (putStream\(bucket, key, )body(, .+\));\n\s+await uploading;/,
-            "const copy = Buffer.from(body as Buffer); late.push(() => $1copy$2);",
-          )
-          .replace(
-            "  const replaced = before?",
-            "  for (const put of late.splice(0)) await put();\n  const replaced = before?",
-          )
-          .concat("const late: (() => Promise<unknown>)[] = [];\n"),
+      const archive = (change: (code: string) => string) => edit("shared/archive.ts", change); // each of them must find its place
+      archive((code) =>
+        code.replace(
+          /uploading = (putStream\(bucket, key, )body(, .+\));\n\s+await uploading;/,
+          "const copy = Buffer.from(body as Buffer); late.push(() => $1copy$2);",
+        ),
       );
+      archive((code) =>
+        code.replace(
+          "  const replaced = before?",
+          "  for (const put of late.splice(0)) await put();\n  const replaced = before?",
+        ),
+      );
+      archive((code) => `${code}const late: (() => Promise<unknown>)[] = [];\n`);
     },
   },
 };
