@@ -62,7 +62,7 @@ await main(import.meta, async () => {
     {
       // 2. After each rebalance: the epoch, whose partitions and offsets the topic must still have.
       join: async () => {
-        const now = await takeEpoch(etl, topic, database, await where());
+        const now = await takeEpoch(etl, topic, database, where);
         if (now.database !== database)
           throw new UsageError(
             `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make resnapshot SWAP=1`,

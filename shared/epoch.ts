@@ -20,23 +20,28 @@ export async function readEpoch(etl: Sql, topic: string): Promise<Epoch | undefi
 
 /**
  * The topic's epoch; its first one where there is none yet.
+ * @param where asks Kafka for the partitions' ends and the group's offsets.
  * @throws UsageError where the topic is not what the epoch began with: other partitions, or offsets that went back.
  */
 export async function takeEpoch(
   etl: Sql,
   topic: string,
   database: string,
-  partitions: PartitionState[],
+  where: () => Promise<PartitionState[]>,
 ): Promise<Epoch> {
-  const begun = partitions.map(({ partition }) => ({ partition, next: 0n }));
-  await etl.begin(async (sql) => {
-    const [created] = await sql`
-      insert into etl.topics (topic, epoch, database) values (${topic}, 1, ${database}) on conflict do nothing returning epoch`;
-    if (created) await writeOffsets(sql, topic, begun);
-  });
+  if (!(await readEpoch(etl, topic))) {
+    const begun = (await where()).map(({ partition }) => ({ partition, next: 0n }));
+    await etl.begin(async (sql) => {
+      const [created] = await sql`
+        insert into etl.topics (topic, epoch, database) values (${topic}, 1, ${database}) on conflict do nothing returning epoch`;
+      if (created) await writeOffsets(sql, topic, begun);
+    });
+  }
   const epoch = await readEpoch(etl, topic);
   const known = await etl<{ partition: number; next: string }[]>`
     select partition, next_offset as next from etl.topic_offsets where topic = ${topic} order by partition`;
+  // Kafka is asked after that: another consumer, of another partition, commits there first. Asked before, it could be behind.
+  const partitions = await where();
   const remedy = `Its offsets no longer order the changes, and rows could lose to older ones. Nothing was inserted. Stop all consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the table")`;
   if (known.length !== partitions.length)
     throw new UsageError(

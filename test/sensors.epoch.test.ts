@@ -4,6 +4,8 @@ import assert from "node:assert/strict";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import postgres from "postgres";
+import { takeEpoch } from "../shared/epoch.ts";
+import { type PartitionState, topicState } from "../shared/kafka.ts";
 import { ending } from "./lib/faults.ts";
 import { type Consumer, createSensors, random, type Sensors } from "./lib/sensors.ts";
 import { type Shop, until } from "./lib/shop.ts";
@@ -161,6 +163,27 @@ suite("sensors", { concurrency: true }, () => {
       assert.equal(ended.code, 2, ended.stderr);
       if (what === "is made anew") assert.deepEqual(await sensors.readings(), before);
     });
+
+  test("a consumer that joins while another commits a partition for the first time does not take its offset for a lost one", async () => {
+    await using sensors = await createSensors({ connector: false });
+    const { shop, topic, admin } = sensors;
+    const { SENSORS_GROUP: group = "", CLICKHOUSE_DATABASE: database = "" } = shop.env;
+    const where = () => topicState(admin, topic, group);
+    await takeEpoch(shop.admin, topic, database, where);
+    await sensors.produce([
+      { key: "{}", value: JSON.stringify({ before: null, after: { id: 1, sensor_id: "S" }, op: "c" }), partition: 0 },
+    ]);
+    const joining = async (): Promise<PartitionState[]> => {
+      const state = await where();
+      if (state.every(({ committed }) => committed < 0n)) await sensors.catchUp();
+      return state;
+    };
+    assert.equal((await takeEpoch(shop.admin, topic, database, joining)).number, 1);
+    assert.deepEqual(
+      (await where()).map(({ committed }) => committed),
+      [1n, -1n, -1n],
+    );
+  });
 
   test("a rebuild: readers see a whole table at every instant, others are refused meanwhile, a swap done twice is done once", async () => {
     await using sensors = await createSensors();

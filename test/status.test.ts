@@ -182,9 +182,11 @@ suite("with one pipeline", () => {
     const program = `import pty, os, sys
 status = pty.spawn(sys.argv[1:])
 sys.exit(os.waitstatus_to_exitcode(status))`;
+    // Node takes the terminal of a CI for one without colours.
+    const { CI, NO_COLOR, NODE_DISABLE_COLORS, FORCE_COLOR, ...env } = shop.env;
     const onTerminal = (variables: Env = {}) =>
       promisify(execFile)(python, ["-c", program, process.execPath, join(root, script)], {
-        env: { ...shop.env, TERM: "xterm", ...variables } as NodeJS.ProcessEnv,
+        env: { ...env, TERM: "xterm", ...variables } as NodeJS.ProcessEnv,
       });
     const coloured = String.fromCharCode(27);
     assert.ok((await onTerminal()).stdout.includes(`${coloured}[32morders`));
