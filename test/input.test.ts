@@ -8,7 +8,7 @@ import { after, afterEach, before, test } from "node:test";
 import postgres from "postgres";
 import { readTimestamp } from "../shared/env.ts";
 import { scratchCopy } from "./lib/scratch.ts";
-import { createShop, eachPipeline, type Process, pipelines, type Result, type Shop } from "./lib/shop.ts";
+import { createShop, type Process, pipelines, type Result, type Shop, stepsOfPipeline } from "./lib/shop.ts";
 import { type Env, localEnv } from "./stack/env.ts";
 
 // A copy, because it has no .env: what is not in the environment is missing.
@@ -64,7 +64,7 @@ async function command(name: string, args: string[], variables: Env, cwd = scrat
   return { code, stdout, stderr, signal: null, seconds: 0 };
 }
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   const script = `scripts/${pipeline}.ts`;
   let shop: Shop;
   let watermark: string | undefined;

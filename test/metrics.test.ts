@@ -12,7 +12,7 @@ import {
   steps,
   trickle,
 } from "./lib/faults.ts";
-import { eachPipeline, freePort, type Shop, until } from "./lib/shop.ts";
+import { freePort, type Shop, stepsOfPipeline, until } from "./lib/shop.ts";
 
 const always = ["etl_last_run_timestamp_seconds", "etl_unknown_source_columns", "etl_watermark_hold_seconds"];
 const ofSuccess = [
@@ -61,7 +61,7 @@ async function failRun(shop: Shop, variables: Record<string, string> = {}): Prom
   return stderr;
 }
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline, pushgateway: true });
 
   test("a Pushgateway that is down costs a warning, never the run", async ({ shop }) => {

@@ -4,12 +4,12 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { scratchCopy } from "./lib/scratch.ts";
-import { createShop, eachPipeline, type Shop, until } from "./lib/shop.ts";
+import { createShop, type Shop, stepsOfPipeline, until } from "./lib/shop.ts";
 
 const scratch = scratchCopy();
 after(() => scratch[Symbol.dispose]());
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   const script = `scripts/${pipeline}.ts`;
   let shop: Shop;
   before(async () => {

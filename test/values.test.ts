@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { after, suite, test } from "node:test";
 import fc from "fast-check";
 import { type Scratch, scratchCopy } from "./lib/scratch.ts";
-import { createShop, type Pipeline, pipelines, type Shop } from "./lib/shop.ts";
+import { createShop, ofSteps, type Pipeline, pipelines, type Shop } from "./lib/shop.ts";
 
 /** Columns that the test's tables have beyond the project's: name → type in Postgres, type in BigQuery. */
 const columns: Record<string, [postgres: string, bigquery: string]> = {
@@ -295,7 +295,7 @@ const withoutMapping = [
 
 using scratch = scratchCopy();
 widen(scratch);
-for (const pipeline of pipelines) {
+for (const pipeline of ofSteps) {
   await suite(pipeline, async () => {
     const shop = await createWideShop(scratch.folder, pipeline);
     after(() => shop[Symbol.asyncDispose]());

@@ -35,11 +35,13 @@ export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 
 }
 
 /**
- * Tests of what the script's steps hold, whatever the table's columns are: of orders, and with SOAK=1 of each pipeline. The scripts are
- * the same, step for step (recipes.test.ts).
+ * Whose tests are run of what the script's steps hold, whatever the table's columns are: those of orders, and with SOAK=1 of each pipeline.
+ * The scripts are the same, step for step (recipes.test.ts).
  */
+export const ofSteps: Pipeline[] = process.env.SOAK === "1" ? pipelines : ["orders"];
+
 export function stepsOfPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
-  eachPipeline(tests, concurrency, process.env.SOAK === "1" ? pipelines : ["orders"]);
+  eachPipeline(tests, concurrency, ofSteps);
 }
 
 export interface Result {
