@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { readContract } from "../shared/schema.ts";
 import { scratchCopy } from "./lib/scratch.ts";
-import { createShop, eachPipeline, type Pipeline, type Shop, textColumns } from "./lib/shop.ts";
+import { createShop, type Pipeline, type Shop, stepsOfPipeline, textColumns } from "./lib/shop.ts";
 
 const scratch = scratchCopy();
 after(() => scratch[Symbol.dispose]());
@@ -21,7 +21,7 @@ interface Drift {
   says: string[];
 }
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   const table = `public.${pipeline}`;
   const script = `scripts/${pipeline}.ts`;
   const text = textColumns[pipeline];
