@@ -401,14 +401,19 @@ function sorted(value: unknown): unknown {
   );
 }
 
-/** Waits until `condition` returns something true, looking every 20 ms; fails after `seconds` with `what`. */
+/**
+ * Waits until `condition` returns something true; fails after `seconds` with `what`. It looks every 20 ms; where a look takes long, less
+ * often, down to twice a second: it may be work for the very server that is waited for.
+ */
 export async function until<T>(what: string, condition: () => Promise<T> | T, seconds = 60): Promise<NonNullable<T>> {
   const deadline = performance.now() + seconds * 1000;
   for (;;) {
+    const from = performance.now();
     const value = await condition();
     if (value) return value;
-    if (performance.now() > deadline) throw new Error(`not within ${seconds} s: ${what}`);
-    await new Promise((resolve) => setTimeout(resolve, 20));
+    const now = performance.now();
+    if (now > deadline) throw new Error(`not within ${seconds} s: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, Math.min(500, Math.max(20, 4 * (now - from)))));
   }
 }
 
