@@ -338,14 +338,7 @@ suite("faults", { concurrency: true }, () => {
       assert.equal(await countRows(sensors), 20);
     });
 
-  test("UNTIL=caught-up ends at once on an empty topic", async () => {
-    await using sensors = await createSensors({ connector: false });
-    const { code, stderr } = await sensors.shop.run(consumerScript, { UNTIL: "caught-up" });
-    assert.equal(code, 0, stderr);
-    assert.match(stderr, /step=done rows=0 batches=0 dead_letters=0 /);
-  });
-
-  test("what is not there is named, with what makes it: the topic, the tables, the metadata; a port that is taken", async () => {
+  test("UNTIL=caught-up ends at once on an empty topic; what is not there is named, with what makes it: the topic, the tables, the metadata; a port that is taken", async () => {
     await using sensors = await createSensors({ connector: false });
     const { shop, topic } = sensors;
     const says = async (code: number, text: string | RegExp, variables = {}): Promise<void> => {
@@ -355,6 +348,7 @@ suite("faults", { concurrency: true }, () => {
       assert.equal(run.code, code, run.stderr);
       assert.doesNotMatch(run.stderr, /^\s+at /m);
     };
+    await says(0, /step=done rows=0 batches=0 dead_letters=0 /);
     await says(2, `Kafka has no topic ${topic}x. Run: make connector`, { SENSORS_TOPIC: `${topic}x` });
     const consumer = await sensors.consumer();
     const { port } = new URL(await consumer.url);
@@ -380,9 +374,14 @@ suite("faults", { concurrency: true }, () => {
     assert.equal(await committed(sensors), 0);
   });
 
-  suite("Kafka", { concurrency: true }, () => {
+  suite("Kafka", { concurrency: 1 }, () => {
+    let servers: Awaited<ReturnType<typeof createServers>>;
+    before(async () => {
+      servers = await createServers(["kafka"]);
+    });
+    after(() => servers?.[Symbol.asyncDispose]());
+
     test("Kafka hangs, is killed and comes back, and is not there at the start: nothing is parked or lost, it goes on by itself", async () => {
-      await using servers = await createServers(["kafka"]);
       await using sensors = await createSensors({ connector: false, servers: servers.env });
       const consumer = await sensors.consumer();
       await sensors.produce(created(1, 1000));
@@ -423,7 +422,6 @@ suite("faults", { concurrency: true }, () => {
     });
 
     test("SIGTERM while Kafka is away exits 0 within 10 s", async () => {
-      await using servers = await createServers(["kafka"]);
       await using sensors = await createSensors({ connector: false, servers: servers.env });
       const consumers = [await sensors.consumer(), await sensors.consumer()];
       await sensors.produce(created(1, 100));
