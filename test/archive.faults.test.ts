@@ -31,13 +31,14 @@ import {
   hold,
   lastRun,
   loseAnswer,
+  pass,
   reach,
   reset,
   sessions,
   trickle,
   withhold,
 } from "./lib/faults.ts";
-import { createS3Proxy, ofDay, pass, refuse, s3Steps } from "./lib/s3.ts";
+import { createS3Proxy, ofDay, refuse, s3Steps } from "./lib/s3.ts";
 import { connectBucket, createShop, freePort, type Process, type Result, type Shop, until } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 import { stackPath } from "./stack/stack.ts";

@@ -7,14 +7,13 @@ import { utimesSync } from "node:fs";
 import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { addDays, daysBetween, readManifest } from "../shared/archive.ts";
-import { assertNoSessions, ending, type Fault, type Gate, hold, lastRun, reach, withhold } from "./lib/faults.ts";
+import { assertNoSessions, ending, type Fault, type Gate, hold, lastRun, pass, reach, withhold } from "./lib/faults.ts";
 import {
   assertArchived,
   assertArchivedClean,
   createS3Proxy,
   objectKeys,
   ofDay,
-  pass,
   readArchived,
   s3Steps,
   sourceEvents,

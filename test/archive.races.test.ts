@@ -6,14 +6,23 @@ import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import { addDays, daysBetween, manifestKey, readManifest } from "../shared/archive.ts";
 import { removeObjects } from "../shared/s3.ts";
-import { assertNoSessions, createProxy, ending, hold, lastRun, loseAnswer, reach, withhold } from "./lib/faults.ts";
+import {
+  assertNoSessions,
+  createProxy,
+  ending,
+  hold,
+  lastRun,
+  loseAnswer,
+  pass,
+  reach,
+  withhold,
+} from "./lib/faults.ts";
 import {
   assertArchived,
   assertArchivedClean,
   createS3Proxy,
   objectKeys,
   ofDay,
-  pass,
   readArchived,
   refuse,
   s3Steps,

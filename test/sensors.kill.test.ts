@@ -7,7 +7,17 @@ import { buffer } from "node:stream/consumers";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { topicState } from "../shared/kafka.ts";
-import { createProxy, ending, type Fault, type Gate, type HttpProxy, hold, reach, withhold } from "./lib/faults.ts";
+import {
+  createProxy,
+  ending,
+  type Fault,
+  type Gate,
+  type HttpProxy,
+  hold,
+  pass,
+  reach,
+  withhold,
+} from "./lib/faults.ts";
 import { assertSame, createSensors, random, type Sensors, startWriters } from "./lib/sensors.ts";
 import { createServers, type SensorsServer } from "./lib/servers.ts";
 import { type Process, until } from "./lib/shop.ts";
@@ -34,7 +44,6 @@ async function stop(run: Process): Promise<string> {
 /** ClickHouse behind a proxy. `next` is what happens to the next inserts of messages, so many of them; all else passes. */
 async function createInsertProxy(sensors: Sensors): Promise<HttpProxy & { next(fault: Fault, times?: number): void }> {
   const proxy = await createProxy(sensors.shop.env.CLICKHOUSE_URL);
-  const pass: Fault = async ({ send, reply }) => reply(await send());
   let [next, left] = [pass, 0];
   proxy.fault(/^POST/, async (exchange) => {
     const { searchParams } = new URL(exchange.request.url ?? "", proxy.url);

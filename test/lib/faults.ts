@@ -53,6 +53,9 @@ export interface Gate extends Fault {
   release(): void;
 }
 
+/** Lets a request pass: for the first ones of a step, before the fault of a later one. */
+export const pass: Fault = async ({ send, reply }) => reply(await send());
+
 /** The server refuses, in BigQuery's form. `early`: while rows are on their way, of which the rest is not read. */
 export function answer(status: number, { early = false, reason = "backendError" } = {}): Fault {
   return async ({ request, response }) => {
@@ -155,23 +158,31 @@ export interface HttpProxy extends AsyncDisposable {
   fault(step: RegExp, fault: Fault, times?: number): void;
 }
 
-/** An HTTP server in front of `target` that passes everything on until told otherwise. */
-export async function createProxy(target = ""): Promise<HttpProxy> {
+/**
+ * An HTTP server in front of `target` that passes everything on until told otherwise.
+ * @param signed S3's: the Host header, which the signature covers, is passed on as it came, and the patterns see the query string, decoded,
+ *   which there says what a request does.
+ */
+export async function createProxy(target = "", { signed = false } = {}): Promise<HttpProxy> {
   const rules: { step: RegExp; fault: Fault; left: number }[] = [];
   const requests: string[] = [];
   const agent = new Agent();
+  let closed = false;
   const server = createServer(async (request, response) => {
-    const line = `${request.method} ${request.url?.split("?")[0]}`;
+    const path = signed ? decodeURIComponent(request.url ?? "") : request.url?.split("?")[0];
+    const line = `${request.method} ${path}`;
     requests.push(line);
     const rule = rules.find(({ step, left }) => left > 0 && step.test(line));
     if (rule) rule.left -= 1;
     const send = async (body?: Buffer): Promise<IncomingMessage> => {
-      const { "transfer-encoding": _, "content-length": length, ...headers } = request.headers;
+      if (closed) throw new Error("the proxy is closed"); // for a gate that is released too late
+      const { "transfer-encoding": _, "content-length": length, expect: __, ...headers } = request.headers;
+      if (!signed) headers.host = new URL(target).host;
       const size = body?.length ?? length;
       const onward = open(new URL(request.url ?? "", target), {
         agent,
         method: request.method,
-        headers: { ...headers, host: new URL(target).host, ...(size !== undefined && { "content-length": size }) },
+        headers: { ...headers, ...(size !== undefined && { "content-length": size }) },
       });
       onward.on("error", () => {}); // also after its answer began; who waits for it is told by what follows
       const sent = body ? onward.end(body) : pipeline(request, onward);
@@ -182,7 +193,6 @@ export async function createProxy(target = ""): Promise<HttpProxy> {
       response.writeHead(answer.statusCode ?? 502, answer.headers);
       await pipeline(answer, response);
     };
-    const pass: Fault = async () => reply(await send());
     // Where the client or the server goes away in mid-request, the other side's connection goes too.
     await (rule?.fault ?? pass)({ request, response, send, reply }).catch(() => request.socket.destroy());
   });
@@ -193,6 +203,7 @@ export async function createProxy(target = ""): Promise<HttpProxy> {
     requests,
     fault: (step, fault, times = Number.POSITIVE_INFINITY) => rules.push({ step, fault, left: times }),
     [Symbol.asyncDispose]: async () => {
+      closed = true;
       server.closeAllConnections();
       agent.destroy();
       server.close();

@@ -1,6 +1,5 @@
 /**
- * Faults between a run and S3: createProxy of faults.ts for requests that are signed. It passes on the Host header, which the
- * signature covers, and its patterns see the query string, which in S3 says what a request does.
+ * Faults between a run and S3: createProxy of faults.ts for requests that are signed.
  *
  *   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
  *   const gate = hold();
@@ -10,15 +9,11 @@
  */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { once } from "node:events";
-import { Agent, createServer, type IncomingMessage, request as open } from "node:http";
-import type { AddressInfo } from "node:net";
 import { buffer } from "node:stream/consumers";
-import { pipeline } from "node:stream/promises";
 import { gunzipSync } from "node:zlib";
 import { addDays, type Manifest, readManifest } from "../../shared/archive.ts";
 import { getStream, listObjects, listUploads } from "../../shared/s3.ts";
-import type { Fault, HttpProxy } from "./faults.ts";
+import { createProxy, type Fault, type HttpProxy } from "./faults.ts";
 import type { Shop } from "./shop.ts";
 
 /** The requests of a run, as `METHOD path?query`, decoded. A part of up to 5 MB is one putPart. */
@@ -49,56 +44,8 @@ export function refuse(status: number, code: string): Fault {
   };
 }
 
-/** Lets a request pass: for the first ones of a step, before the fault of a later one. */
-export const pass: Fault = async ({ send, reply }) => reply(await send());
-
 /** An HTTP server in front of the S3 server at `target` that passes everything on until told otherwise. */
-export async function createS3Proxy(target = ""): Promise<HttpProxy> {
-  const rules: { step: RegExp; fault: Fault; left: number }[] = [];
-  const requests: string[] = [];
-  const agent = new Agent();
-  let closed = false;
-  const server = createServer(async (request, response) => {
-    const line = `${request.method} ${decodeURIComponent(request.url ?? "")}`;
-    requests.push(line);
-    const rule = rules.find(({ step, left }) => left > 0 && step.test(line));
-    if (rule) rule.left -= 1;
-    const send = async (body?: Buffer): Promise<IncomingMessage> => {
-      if (closed) throw new Error("the proxy is closed"); // for a gate that is released too late
-      const { "transfer-encoding": _, "content-length": length, expect: __, ...headers } = request.headers;
-      const size = body?.length ?? length;
-      const onward = open(new URL(request.url ?? "", target), {
-        agent,
-        method: request.method,
-        headers: { ...headers, ...(size !== undefined && { "content-length": size }) },
-      });
-      onward.on("error", () => {}); // also after its answer began; who waits for it is told by what follows
-      const sent = body ? onward.end(body) : pipeline(request, onward);
-      const [[answered]] = await Promise.all([once(onward, "response") as Promise<[IncomingMessage]>, sent]);
-      return answered;
-    };
-    const reply = async (answer: IncomingMessage): Promise<void> => {
-      response.writeHead(answer.statusCode ?? 502, answer.headers);
-      await pipeline(answer, response);
-    };
-    // Where the client or the server goes away in mid-request, the other side's connection goes too.
-    await (rule?.fault ?? pass)({ request, response, send, reply }).catch(() => request.socket.destroy());
-  });
-  server.listen(0, "127.0.0.1");
-  await once(server, "listening");
-  return {
-    url: `http://127.0.0.1:${(server.address() as AddressInfo).port}`,
-    requests,
-    fault: (step, fault, times = Number.POSITIVE_INFINITY) => rules.push({ step, fault, left: times }),
-    [Symbol.asyncDispose]: async () => {
-      closed = true;
-      server.closeAllConnections();
-      agent.destroy();
-      server.close();
-      await once(server, "close");
-    },
-  };
-}
+export const createS3Proxy = (target?: string): Promise<HttpProxy> => createProxy(target, { signed: true });
 
 export interface ArchivedDay {
   manifest: Manifest;
