@@ -19,7 +19,7 @@ import {
   sourceEvents,
   strays,
 } from "./lib/s3.ts";
-import { createShop, type Process, type Shop, until } from "./lib/shop.ts";
+import { createShop, type Process, random, type Shop, until } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 import { stackPath } from "./stack/stack.ts";
 
@@ -33,15 +33,6 @@ const backfill = (from: string, to: string, more: Env = {}): Env => ({
   CHUNK_ROWS: "60",
   ...more,
 });
-
-/** Numbers of [0, below), the same for the same seed. */
-function random(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return Math.floor((state / 2 ** 32) * below);
-  };
-}
 
 async function kill(shop: Shop, run: Process): Promise<void> {
   run.child.kill("SIGKILL");

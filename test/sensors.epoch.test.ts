@@ -7,8 +7,8 @@ import postgres from "postgres";
 import { takeEpoch } from "../shared/epoch.ts";
 import { type PartitionState, topicState } from "../shared/kafka.ts";
 import { ending } from "./lib/faults.ts";
-import { type Consumer, createSensors, random, type Sensors } from "./lib/sensors.ts";
-import { type Shop, until } from "./lib/shop.ts";
+import { type Consumer, createSensors, type Sensors } from "./lib/sensors.ts";
+import { random, type Shop, until } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 
 const soak = process.env.SOAK === "1";

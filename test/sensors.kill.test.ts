@@ -18,9 +18,9 @@ import {
   reach,
   withhold,
 } from "./lib/faults.ts";
-import { assertSame, createSensors, random, type Sensors, startWriters } from "./lib/sensors.ts";
+import { assertExact, assertSame, createSensors, type Sensors, startWriters } from "./lib/sensors.ts";
 import { createServers, type SensorsServer } from "./lib/servers.ts";
-import { type Process, until } from "./lib/shop.ts";
+import { type Process, random, until } from "./lib/shop.ts";
 
 const soak = process.env.SOAK === "1";
 
@@ -71,13 +71,6 @@ function lateInsert(): Gate & { done: Promise<void> } {
   return Object.assign(fault, { reached: reached.promise, release: released.resolve, done: done.promise });
 }
 type Step = PromiseWithResolvers<void>;
-
-/** Nothing is still to come, nothing was parked, and both sides are the same. */
-async function assertExact(sensors: Sensors, seconds?: number): Promise<void> {
-  await sensors.drained(seconds);
-  assert.deepEqual(await sensors.deadLetters(), []);
-  assertSame(await sensors.readings(), await sensors.source());
-}
 
 suite("sensors killed", { concurrency: true }, () => {
   test("at random points, as are Kafka, Connect and ClickHouse, while applications write: exact, and the consumers that live wait it out", async (t) => {

@@ -5,17 +5,10 @@
 import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import type { Sql, TransactionSql } from "postgres";
-import { assertSame, createSensors, type Reading, type Sensors, startWriters } from "./lib/sensors.ts";
+import { assertExact, assertSame, createSensors, type Reading, type Sensors, startWriters } from "./lib/sensors.ts";
 import { until } from "./lib/shop.ts";
 
 const soak = process.env.SOAK === "1";
-
-/** All that was committed has arrived, nothing was parked, and both sides are the same now: not only sooner or later. */
-async function assertExact(sensors: Sensors, seconds?: number): Promise<void> {
-  await sensors.drained(seconds);
-  assert.deepEqual(await sensors.deadLetters(), []);
-  assertSame(await sensors.readings(), await sensors.source());
-}
 
 suite("sensors", { concurrency: true }, () => {
   suite("FINAL is the source, row by row", { concurrency: 1 }, () => {

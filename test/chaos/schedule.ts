@@ -1,7 +1,7 @@
 /**
  * Which fault hits what, and when: all of it follows from the seed, so that a failing seed replays the same schedule.
  */
-import { random } from "../lib/sensors.ts";
+import { random } from "../lib/shop.ts";
 import { type LinkName, linkNames, type ServerName, servers } from "./stack.ts";
 
 const jobs = ["orders", "users", "events", "sensors", "views"] as const;

@@ -4,7 +4,7 @@
  */
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql, TransactionSql } from "postgres";
-import { random } from "../lib/sensors.ts";
+import { random } from "../lib/shop.ts";
 
 export interface Writers {
   count: { committed: number; "rolled back": number; "cut off": number };

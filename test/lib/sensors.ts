@@ -8,7 +8,7 @@ import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
 import { connectKafka, createTopic, topicState } from "../../shared/kafka.ts";
 import type { Env } from "../stack/env.ts";
-import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import { connectClickHouse, createShop, type Process, random, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
@@ -61,6 +61,13 @@ export function assertSame(actual: Reading[], expected: Reading[]): void {
     { rows: actual.length, extra: extra.slice(0, 20), missing: missing.slice(0, 20) },
     { rows: expected.length, extra: [], missing: [] },
   );
+}
+
+/** All that was committed has arrived, nothing was parked, and both sides are the same now: not only sooner or later. */
+export async function assertExact(sensors: Sensors, seconds?: number): Promise<void> {
+  await sensors.drained(seconds);
+  assert.deepEqual(await sensors.deadLetters(), []);
+  assertSame(await sensors.readings(), await sensors.source());
 }
 
 export interface SensorsOptions extends ShopOptions {
@@ -214,15 +221,6 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
       await within(admin.deleteGroups([group]));
       await within(admin.disconnect());
     },
-  };
-}
-
-/** Numbers of [0, below), the same for the same seed. */
-export function random(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return Math.floor((state / 2 ** 32) * below);
   };
 }
 

@@ -417,6 +417,15 @@ export async function until<T>(what: string, condition: () => Promise<T> | T, se
   }
 }
 
+/** Numbers of [0, below), the same for the same seed. */
+export function random(seed: number): (below: number) => number {
+  let state = seed;
+  return (below) => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return Math.floor((state / 2 ** 32) * below);
+  };
+}
+
 /** How make runs what moves rows: the flags of node in the Makefile. */
 export function rowsFlags(): string {
   return (
