@@ -53,6 +53,15 @@ const usedBy: Record<ServerName, Job> = {
   pushgateway: "views",
 };
 
+/** Where a job's rows go. */
+const destination: Record<Job, LinkName> = {
+  orders: "BIGQUERY_ENDPOINT",
+  users: "BIGQUERY_ENDPOINT",
+  events: "S3_ENDPOINT",
+  sensors: "CLICKHOUSE_URL",
+  views: "BIGQUERY_ENDPOINT",
+};
+
 /** Of a short campaign. */
 const fewModels = /^(weekly_revenue|lifetime_value|income_band_revenue)(__|\.)/;
 
@@ -303,10 +312,24 @@ function createFaults(
     await wait(after);
     return [...(running.get(job) ?? [])][0];
   };
-  return async ({ kind, target, seconds, after, latency, both }) => {
+  /** Kills it in the middle of what it sends: that arrives later, by itself. */
+  const killSending = async (job: Job, { after, pieces, seconds }: Fault): Promise<boolean> => {
+    const sending = await victim(job, after);
+    const link = links[destination[job]];
+    const killed = Promise.withResolvers<boolean>();
+    link.after(pieces, () => {
+      if (sending?.child.exitCode !== null || sending.child.signalCode) return killed.resolve(false);
+      link.stall(wait(seconds));
+      killed.resolve(sending.child.kill("SIGKILL"));
+    });
+    return await Promise.race([killed.promise, wait(15).then(() => false)]);
+  };
+  return async (fault) => {
+    const { kind, target, seconds, after, latency, both } = fault;
     const [server, link] = [target as ServerName, links[target as LinkName]];
     switch (kind) {
       case "kill script":
+        if (both) return await killSending(target as Job, fault);
         return (await victim(target, after))?.child.kill("SIGKILL") ?? false;
       case "freeze script": {
         const frozen = await victim(target, after);

@@ -55,6 +55,19 @@ await test("migrate creates what is missing, a second time nothing, and with DRY
   assert.deepEqual(await created(), before);
 });
 
+await test("a shop without an archive and without sensors leaves their variables out, and migrate says what it leaves out", async () => {
+  await unmigrate();
+  const without = { S3_BUCKET: "", CLICKHOUSE_URL: "" };
+  const { stderr } = await shop.succeed(migrate, without);
+  assert.match(stderr, /step=left-out what="the bucket of events" because="S3_BUCKET is not set"/);
+  assert.match(stderr, /step=left-out what="ClickHouse's tables of sensors" because="CLICKHOUSE_URL is not set"/);
+  await shop.succeed(orders, without);
+  // The other parts' variables are all asked for where one of them is set.
+  const { code, stderr: refusal } = await shop.run(migrate, { AWS_REGION: "", CLICKHOUSE_DATABASE: "" });
+  assert.match(refusal, /AWS_REGION is missing.*CLICKHOUSE_DATABASE is missing/s);
+  assert.equal(code, 2);
+});
+
 await test("two migrates at once are safe: both succeed, and each thing is done once", async () => {
   const before = await created();
   await unmigrate();

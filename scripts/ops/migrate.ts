@@ -7,9 +7,9 @@
  *                    column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL
  *                    that a person would run
  *   the models' dataset  BIGQUERY_VIEWS_DATASET: created where it is missing; make views fills it
- *   the bucket       S3_BUCKET: created where it is missing
+ *   the bucket       S3_BUCKET: created where it is missing; left out where the variable is not set
  *   ClickHouse       schemas/clickhouse/*.sql in CLICKHOUSE_DATABASE: created, or changed by what loses nothing (a new column, another
- *                    SELECT of a view); any other difference is refused
+ *                    SELECT of a view); any other difference is refused. Left out where CLICKHOUSE_URL is not set
  *   safe to re-run   yes: what is there already is left as it is; a second migrate waits for the first
  *
  *   make migrate             do it
@@ -27,6 +27,7 @@ import {
   bigquery as bigqueryVariables,
   bucketOfArchive,
   clickhouse,
+  isSet,
   readEnv,
   root,
   UsageError,
@@ -42,10 +43,12 @@ await main(import.meta, async () => {
     "ETL_DATABASE_URL",
     ...bigqueryVariables,
     "BIGQUERY_VIEWS_DATASET",
-    ...bucketOfArchive,
-    ...clickhouse,
+    ...(isSet("S3_BUCKET") ? bucketOfArchive : []),
+    ...(isSet("CLICKHOUSE_URL") ? clickhouse : []),
     "DRY_RUN",
   );
+  const leaveOut = (what: string, variable: string): void =>
+    log({ step: "left-out", what, because: `${variable} is not set` });
   /** Says what is to be done, and does it unless this is a dry run. */
   const apply = async (what: string, work: () => Promise<unknown>): Promise<void> => {
     log({ step: env.DRY_RUN ? "would-apply" : "apply", what });
@@ -98,12 +101,15 @@ await main(import.meta, async () => {
   }
 
   // 4. The bucket.
-  const bucket = connectS3(env);
-  if (!(await bucketExists(bucket)))
-    await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
+  if (isSet("S3_BUCKET")) {
+    const bucket = connectS3(env);
+    if (!(await bucketExists(bucket)))
+      await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
+  } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.
-  refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
+  if (isSet("CLICKHOUSE_URL")) refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
+  else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
   await etl.end();
   if (refused.length) {
     throw new UsageError(

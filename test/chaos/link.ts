@@ -13,11 +13,21 @@ export interface Link {
   latency: number;
   /** What is under way stands still until the promise resolves, then arrives, also where its sender is gone by then. New connections pass. */
   stall(until: Promise<unknown>): void;
+  /** Calls `then` as the so-manieth piece from now on comes from a client, before it is passed on. */
+  after(pieces: number, then: () => void): void;
 }
 
 /** Listens at a port of its own in front of the server at `target`. Both are of 127.0.0.1. */
 export async function createLink(port: number, target: number): Promise<Link> {
   const pairs = new Set<{ sockets: Socket[]; held: Promise<unknown> }>();
+  const waiting = new Set<{ left: number; then: () => void }>();
+  const count = (): void => {
+    for (const one of waiting) {
+      if (--one.left > 0) continue;
+      waiting.delete(one);
+      one.then();
+    }
+  };
   const link: Link = {
     down: false,
     latency: 0,
@@ -27,6 +37,7 @@ export async function createLink(port: number, target: number): Promise<Link> {
     stall: (until) => {
       for (const pair of pairs) pair.held = until;
     },
+    after: (left, then) => void waiting.add({ left, then }),
   };
   const server = createServer({ allowHalfOpen: true, noDelay: true }, (client) => {
     if (link.down) return void client.resetAndDestroy();
@@ -35,6 +46,7 @@ export async function createLink(port: number, target: number): Promise<Link> {
     pairs.add(pair);
     const pump = async (from: Socket, to: Socket): Promise<void> => {
       for await (const data of from.iterator({ destroyOnReturn: false })) {
+        if (from === client) count();
         if (link.latency) await delay(link.latency);
         await pair.held;
         if (!to.write(data) && !to.destroyed) await Promise.race([once(to, "drain"), once(to, "close")]);

@@ -34,7 +34,12 @@ export interface Fault {
   after: number;
   /** Milliseconds a piece. */
   latency: number;
-  /** It takes something with it: of a frozen script its session with the metadata database, and so its lock; of a server a script that uses it. */
+  /** Of a script that is killed: at the so-manieth piece that goes to its destination. */
+  pieces: number;
+  /**
+   * It takes something with it: of a frozen script its session with the metadata database, and so its lock; of a server a script that uses
+   * it; of a killed script what it had sent, which arrives `seconds` later, after what others send meanwhile.
+   */
   both: boolean;
 }
 
@@ -53,6 +58,7 @@ export function createSchedule(seed: number, seconds: number): Fault[] {
       seconds: (kind === "pushgateway outage" ? 5 : kind === "freeze script" ? 3 : 0.5) + below(5000) / 1000,
       after: below(1500) / 1000,
       latency: 10 + below(200),
+      pieces: 1 + below(12),
       both: below(2) === 0,
     });
   }

@@ -1,12 +1,17 @@
 """
-local-bigquery, with two things of it made fast; what it does is the same.
+local-bigquery, with three things of it made fast; what it does is the same.
 - Query results expire after three minutes. Google's do after a day; here they are never deleted, each is a table, and each query looks
   through all tables: after a thousand queries that is half of its time.
-- It looks for a table in duckdb_tables(), which asks for the size of every table there is: with fifty tables that is half of the rest.
+- It looks for a table in duckdb_tables(), and for a column in duckdb_columns(), which ask for all there are: with fifty tables that is half
+  of the rest.
+- DuckDB looks for pandas on every folder of Python's path, for each statement anew.
 """
 
+import sys
 import threading
 import time
+
+sys.modules["pandas"] = None
 
 import duckdb
 from local_bigquery.catalog import tables
@@ -38,6 +43,24 @@ def objects(project, dataset, table=None):
 
 
 database.objects = objects
+
+fetch = database.fetch
+
+
+def fetch_columns(sql, params=None):
+    if "FROM duckdb_columns()" not in sql or params[0] == "emulator":
+        return fetch(sql, params)
+    project = params[0]
+    catalog = database.quote(f"__ducklake_metadata_{project}")
+    columns = f"""
+        SELECT '{project}' AS database_name, schema_name, table_name, column_name, nulls_allowed AS is_nullable
+        FROM {catalog}.ducklake_column c
+        JOIN {catalog}.ducklake_table t USING (table_id) JOIN {catalog}.ducklake_schema s USING (schema_id)
+        WHERE parent_column IS NULL AND c.end_snapshot IS NULL AND t.end_snapshot IS NULL AND s.end_snapshot IS NULL"""
+    return fetch(sql.replace("duckdb_columns()", f"({columns})"), params)
+
+
+database.fetch = fetch_columns
 
 
 def expire_results():
