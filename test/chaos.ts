@@ -313,13 +313,14 @@ function createFaults(
     return [...(running.get(job) ?? [])][0];
   };
   /** Kills it in the middle of what it sends: that arrives later, by itself. */
-  const killSending = async (job: Job, { after, pieces, seconds }: Fault): Promise<boolean> => {
+  const killSending = async (job: Job, { after, writes, seconds }: Fault): Promise<boolean> => {
     const sending = await victim(job, after);
     const link = links[destination[job]];
     const killed = Promise.withResolvers<boolean>();
-    link.after(pieces, () => {
+    link.after(writes, () => {
       if (sending?.child.exitCode !== null || sending.child.signalCode) return killed.resolve(false);
-      link.stall(wait(seconds));
+      link.stall(wait(5 + seconds)); // until another run has been there
+      tell(`killed ${job} in mid-request`);
       killed.resolve(sending.child.kill("SIGKILL"));
     });
     return await Promise.race([killed.promise, wait(15).then(() => false)]);

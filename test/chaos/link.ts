@@ -13,8 +13,8 @@ export interface Link {
   latency: number;
   /** What is under way stands still until the promise resolves, then arrives, also where its sender is gone by then. New connections pass. */
   stall(until: Promise<unknown>): void;
-  /** Calls `then` as the so-manieth piece from now on comes from a client, before it is passed on. */
-  after(pieces: number, then: () => void): void;
+  /** Calls `then` as the so-manieth HTTP request from now on that may change something comes, before it is passed on. */
+  after(writes: number, then: () => void): void;
 }
 
 /** Listens at a port of its own in front of the server at `target`. Both are of 127.0.0.1. */
@@ -46,7 +46,7 @@ export async function createLink(port: number, target: number): Promise<Link> {
     pairs.add(pair);
     const pump = async (from: Socket, to: Socket): Promise<void> => {
       for await (const data of from.iterator({ destroyOnReturn: false })) {
-        if (from === client) count();
+        if (from === client && /^(POST|PUT|DELETE) /.test(data.toString("latin1", 0, 7))) count();
         if (link.latency) await delay(link.latency);
         await pair.held;
         if (!to.write(data) && !to.destroyed) await Promise.race([once(to, "drain"), once(to, "close")]);

@@ -34,11 +34,11 @@ export interface Fault {
   after: number;
   /** Milliseconds a piece. */
   latency: number;
-  /** Of a script that is killed: at the so-manieth piece that goes to its destination. */
-  pieces: number;
+  /** Of a script that is killed: at the so-manieth write that its destination is asked for. */
+  writes: number;
   /**
    * It takes something with it: of a frozen script its session with the metadata database, and so its lock; of a server a script that uses
-   * it; of a killed script what it had sent, which arrives `seconds` later, after what others send meanwhile.
+   * it; of a killed script what it had sent, which arrives later, after what others send meanwhile.
    */
   both: boolean;
 }
@@ -58,7 +58,7 @@ export function createSchedule(seed: number, seconds: number): Fault[] {
       seconds: (kind === "pushgateway outage" ? 5 : kind === "freeze script" ? 3 : 0.5) + below(5000) / 1000,
       after: below(1500) / 1000,
       latency: 10 + below(200),
-      pieces: 1 + below(12),
+      writes: 1 + below(4),
       both: below(2) === 0,
     });
   }
