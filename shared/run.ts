@@ -72,7 +72,7 @@ export interface Run {
   session: SessionOptions;
   source: Sql;
   etl: Sql;
-  /** Aborts at the deadline and at SIGINT or SIGTERM. */
+  /** Aborts at the deadline, at SIGINT or SIGTERM, and when the run has failed. */
   signal: AbortSignal;
   /** Lets the deadline begin anew: for work that has one for each of its pieces. */
   restartDeadline(): void;
@@ -100,7 +100,7 @@ export interface Run {
  * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
  */
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
-  const { run, undos, settle } = createRun(pipeline, env);
+  const { run, undos, stop, settle } = createRun(pipeline, env);
   const work = (async () => {
     const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
     await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
@@ -122,6 +122,7 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     await Promise.race([work, stopped.promise]);
   } catch (error) {
     failure = error as Error;
+    stop(failure); // what goes on beside it, of another day or model, must not publish what is undone here
     progress("");
     await within5s(Promise.allSettled([...undos].map((undo) => undo())));
     if (run.state === "locked") await within5s(record(run, "failed", redact(explain(failure))));
@@ -187,7 +188,7 @@ function createRun(pipeline: string, env: RunEnv) {
     state: "new",
     totals: { chunks: 0, rows: 0, bytes: 0 },
   };
-  return { run, undos, settle: () => clearTimeout(timer) };
+  return { run, undos, stop: (failure: Error) => stop.abort(failure), settle: () => clearTimeout(timer) };
 }
 
 /**

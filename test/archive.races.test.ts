@@ -244,6 +244,34 @@ suite("races", { concurrency: true }, () => {
       assert.equal((await assertArchivedClean(shop, day)).manifest.run_id, winner);
     });
 
+    test("where a run fails while another of its days is under way, that day is published with its parts or not at all", async () => {
+      const shop = shopOf();
+      const day = await nextDay();
+      const beside = addDays(day);
+      await shop.insertEvents(beside, 150);
+      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+      const [manifest, part, published] = [hold(), hold(), hold()];
+      proxy.fault(ofDay(day, s3Steps.putManifest), manifest);
+      proxy.fault(ofDay(beside, s3Steps.putPart), part, 1);
+      proxy.fault(ofDay(beside, s3Steps.putManifest), published);
+      published.release();
+      const run = shop.start(script, backfill(day, addDays(day, 2), { CONCURRENCY: "2", S3_ENDPOINT: proxy.url }));
+      // Its parts are removed at the worst moment: once a manifest names them.
+      proxy.fault(s3Steps.deleteObjects, async (exchange) => {
+        await Promise.race([published.reached, run.ended]);
+        await pass(exchange);
+      });
+      await reach(run, Promise.all([manifest.reached, part.reached]));
+      await shop.admin`alter table etl.chunks rename to away`; // the run cannot record its days
+      manifest.release();
+      await run.line(/ step=day .*failed=/);
+      part.release();
+      assert.equal((await ending(run)).code, 2);
+      await shop.admin`alter table etl.away rename to chunks`;
+      await shop.succeed(script, backfill(day, addDays(day, 2)));
+      for (const each of [day, beside]) await assertArchived(shop, each);
+    });
+
     test("a manifest that is deleted while the day is archived again: the run does not take the day for done", async () => {
       const shop = shopOf();
       const day = await nextDay();
