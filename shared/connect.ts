@@ -132,10 +132,18 @@ async function request<T>(env: RequestEnv, method: string, path: string, body?: 
   }
 }
 
+/** Creates or changes the connector and lets it run. What has failed is started again: a configuration that is the same does not do that. */
 export async function putConnector(env: ConnectEnv, config: Record<string, string>): Promise<void> {
   await request(env, "PUT", "/config", config);
   await request(env, "PUT", "/resume");
+  await request(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
+  // Connect says so a moment later. Where it still says FAILED after that, it has failed again.
+  for (const deadline = performance.now() + 5000; performance.now() < deadline; await delay(100))
+    if (!failedOf(await request<Status>(env, "GET", "/status"))) return;
 }
+
+const failedOf = (status?: Status) =>
+  status && [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
 
 const allRunning = ({ connector, tasks }: Status): boolean =>
   tasks.length > 0 && [connector, ...tasks].every(({ state }) => state === "RUNNING");
@@ -153,7 +161,7 @@ export async function isRunning(env: RequestEnv): Promise<boolean> {
 export async function awaitRunning(env: ConnectEnv): Promise<void> {
   const { connector } = namesOf(env);
   await awaitStatus(env, "RUNNING", (status) => {
-    const failed = [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
+    const failed = failedOf(status);
     if (failed) {
       const words =
         failed.trace

@@ -351,6 +351,21 @@ suite("sensors", { concurrency: true }, () => {
     await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`;
     await shop.admin`alter table sensor_readings replica identity full`;
 
+    // A task that has failed, whose fault was mended since.
+    await shop.admin`drop publication etl_sensors`;
+    await shop.admin`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${`etl_${prefix}`}`;
+    await until(
+      "the task has failed",
+      async () => {
+        const status = await fetch(new URL(`/connectors/${name}/status`, shop.env.CONNECT_URL));
+        return ((await status.json()) as { tasks: { state: string }[] }).tasks[0]?.state === "FAILED";
+      },
+      60,
+    );
+    await shop.admin`create publication etl_sensors for table public.sensor_readings, public.etl_heartbeat`;
+    await shop.succeed(connector);
+    await assertEqual(sensors);
+
     // A task that fails: the slot is held by another.
     await fetch(new URL(`/connectors/${name}`, shop.env.CONNECT_URL), { method: "DELETE" });
     await until("the slot is free", async () => {
