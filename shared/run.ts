@@ -98,6 +98,7 @@ export interface Run {
 /**
  * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held
  * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
+ * @throws what `body` throws, or an Error named Stopped after a signal or at the deadline.
  */
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
   const { run, undos, stop, settle } = createRun(pipeline, env);
@@ -165,7 +166,8 @@ function createRun(pipeline: string, env: RunEnv) {
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const undos = new Set<() => Promise<unknown>>();
   const stop = new AbortController();
-  const abort = (reason: string): void => stop.abort(new Error(`${reason}: nothing is half done, ${run.next}`));
+  const abort = (reason: string): void =>
+    stop.abort(Object.assign(new Error(`${reason}: nothing is half done, ${run.next}`), { name: "Stopped" }));
   const deadline = `the run's deadline of ${env.RUN_TIMEOUT_SECONDS} s (RUN_TIMEOUT_SECONDS) has passed`;
   const timer = setTimeout(abort, env.RUN_TIMEOUT_SECONDS * 1000, deadline);
   onSignal((signal) => abort(`stopped by ${signal}`));

@@ -74,8 +74,9 @@ await main(import.meta, async () => {
             : await verifyTable(run);
       });
     } catch (error) {
-      if (only || ended?.signal.aborted) throw error;
-      failures.push(`${pipeline} was not verified: ${(error as Error).message}`);
+      const { name, message } = error as Error;
+      if (only || name === "Stopped") throw error;
+      failures.push(`${pipeline} was not verified: ${message}`);
       continue;
     }
     if (!found) continue;
