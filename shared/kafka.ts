@@ -4,14 +4,7 @@
  */
 import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
-import kafkajs, {
-  type Admin,
-  type Batch,
-  type Consumer,
-  type ITopicConfig,
-  type Kafka,
-  type SASLOptions,
-} from "kafkajs";
+import kafkajs, { type Admin, type Batch, type ITopicConfig, type Kafka, type SASLOptions } from "kafkajs";
 import { type Env, UsageError } from "./env.ts";
 import { log } from "./progress.ts";
 import { explainCertificate } from "./tls.ts";
@@ -200,9 +193,11 @@ export async function consume(
   consumer.on("consumer.fetch", () => {
     on.fetch().catch((error: Error) => isConnectionError(error) || fail(error));
   });
-  // With restart: kafkajs goes on by itself, after a pause. Without: an error that no retry mends.
+  // With restart: kafkajs goes on by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
   consumer.on("consumer.crash", ({ payload: { error, restart } }) => {
-    if (!restart) fail(failure ?? error);
+    if (restart) return;
+    if (failure || !isConnectionError(error)) fail(failure ?? error);
+    else delay(1000).then(read).catch(fail);
   });
 
   // Kafka deletes a group's offsets together with their topic: one that has none any more reads a topic that was made anew, which
@@ -214,12 +209,19 @@ export async function consume(
     return offset.startsWith("-"); // -1: none; -2: kafkajs's "from the beginning", where the old offset was out of range
   };
 
-  await connectConsumer(consumer, signal);
-  if (!signal.aborted) {
-    await admin.connect();
-    await consumer.subscribe({ topics: [topic], fromBeginning: true }).catch((error: Error) => {
-      throw withoutTopic(error) ? noTopic(topic) : error;
-    });
+  /** Joins the group and begins to read; a broker that is away is waited for. */
+  const read = async (): Promise<void> => {
+    for (; !signal.aborted; await delay(1000, undefined, { signal }).catch(() => {}))
+      try {
+        await Promise.all([consumer.connect(), admin.connect()]);
+        await consumer.subscribe({ topics: [topic], fromBeginning: true });
+        break;
+      } catch (error) {
+        if (withoutTopic(error)) throw noTopic(topic);
+        if (!isConnectionError(error)) throw refusedByBroker(error);
+        log({ step: "waiting", for: "Kafka", error: (error as Error).message });
+      }
+    if (signal.aborted) return;
     await consumer.run({
       autoCommit: false,
       partitionsConsumedConcurrently: 3, // while one batch is inserted, another is made ready
@@ -248,7 +250,8 @@ export async function consume(
         await on.commit(batch.partition, next);
       },
     });
-  }
+  };
+  await read();
   await over;
   // Waits for the batch that is under way, but not for a broker that is away: the group then finds out by itself.
   const left = consumer.disconnect().then(() => admin.disconnect());
@@ -256,24 +259,14 @@ export async function consume(
   if (failure) throw failure;
 }
 
-/** Waits for a broker that is away. */
-async function connectConsumer(consumer: Consumer, signal: AbortSignal): Promise<void> {
-  while (!signal.aborted) {
-    try {
-      return await consumer.connect();
-    } catch (error) {
-      if (!isConnectionError(error)) throw refusedByBroker(error);
-      log({ step: "waiting", for: "Kafka", error: (error as Error).message });
-      await delay(1000, undefined, { signal }).catch(() => {});
-    }
-  }
+/** kafkajs wraps errors in others. */
+function isConnectionError(error: unknown): boolean {
+  const { name, cause } = error as Error;
+  const lost =
+    /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSGroupCoordinatorNotFound|KafkaJSRequestTimeout/;
+  if (explainCertificate(error)) return false;
+  return lost.test(name) || (cause instanceof Error && isConnectionError(cause));
 }
-
-const isConnectionError = (error: unknown): boolean =>
-  !explainCertificate(error) &&
-  /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSGroupCoordinatorNotFound|KafkaJSRequestTimeout/.test(
-    (error as Error).name,
-  );
 
 const isGroupError = (error: unknown): boolean =>
   /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|NOT_COORDINATOR|COORDINATOR_/.test(

@@ -137,6 +137,73 @@ async function createLine(target = ""): Promise<Line> {
   return line;
 }
 
+/** A broker behind a proxy, which says that it is at the proxy, and does not say who coordinates a group until it is told to. */
+interface KafkaLine extends AsyncDisposable {
+  address: string;
+  answers(yes: boolean): void;
+  /** How often it was asked for a coordinator and did not answer. */
+  refused(): number;
+}
+
+async function createKafkaLine(broker = ""): Promise<KafkaLine> {
+  const [host = "", port] = broker.split(":");
+  const sockets = new Set<Socket>();
+  let [answering, refused] = [false, 0];
+  const at = (port: number): Buffer => {
+    const bytes = Buffer.alloc(host.length + 4, host);
+    bytes.writeInt32BE(port, host.length);
+    return bytes;
+  };
+  const server = createServer((client) => {
+    const upstream = connect(Number(port), host);
+    let pending = Buffer.alloc(0);
+    client.on("data", (data) => {
+      pending = Buffer.concat([pending, data]);
+      while (pending.length >= 6) {
+        const size = 4 + pending.readInt32BE(0);
+        if (pending.length < size) return;
+        if (pending.readInt16BE(4) === 10 && !answering) {
+          refused++;
+          client.resetAndDestroy();
+          return;
+        }
+        upstream.write(pending.subarray(0, size));
+        pending = pending.subarray(size);
+      }
+    });
+    upstream.on("data", (data) => {
+      for (let found = 0; found >= 0; found = data.indexOf(at(Number(port)))) if (found) at(own).copy(data, found);
+      client.write(data);
+    });
+    for (const [socket, other] of [
+      [client, upstream],
+      [upstream, client],
+    ] as const) {
+      sockets.add(socket);
+      socket.on("error", () => {}).on("close", () => other.destroy());
+    }
+  });
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const own = (server.address() as AddressInfo).port;
+  const cut = (): void => {
+    for (const socket of sockets) socket.destroy();
+    sockets.clear();
+  };
+  return {
+    address: `${host}:${own}`,
+    refused: () => refused,
+    answers: (yes) => {
+      answering = yes;
+      if (!yes) cut();
+    },
+    [Symbol.asyncDispose]: async () => {
+      cut();
+      await once(server.close(), "close");
+    },
+  };
+}
+
 /** An outage of some seconds: how it begins, and how it ends. */
 interface Outage {
   seconds: number;
@@ -372,6 +439,28 @@ suite("faults", { concurrency: true }, () => {
     await sensors.produce(created(1, 1));
     await says(2, /^error: .*etl\.topics.*: the metadata tables are not there\. Run: make migrate$/m);
     assert.equal(await committed(sensors), 0);
+  });
+
+  test("a coordinator that does not answer, at the start and later, is waited out", async () => {
+    await using sensors = await createSensors({ connector: false });
+    await using kafka = await createKafkaLine(sensors.shop.env.KAFKA_BROKERS);
+    const starting = sensors.consumer({ KAFKA_BROKERS: kafka.address });
+    const asked = async (before: number) =>
+      void (await until("a coordinator is asked for", () => kafka.refused() > before));
+    await asked(0);
+    kafka.answers(true);
+    const consumer = await starting;
+    await sensors.produce(created(1, 100));
+    await arrived(sensors, 100, consumer);
+    const refused = kafka.refused();
+    kafka.answers(false); // and all that is connected is cut
+    await sensors.produce(created(101, 100));
+    await asked(refused);
+    kafka.answers(true);
+    await arrived(sensors, 200, consumer);
+    const { stderr } = await stop(consumer);
+    const crashes = stderr.match(/step=kafka message="Crash: KafkaJS\w+: Failed to find group coordinator"/g) ?? [];
+    assert.ok(crashes.length >= 2, stderr);
   });
 
   suite("Kafka", { concurrency: 1 }, () => {

@@ -26,7 +26,8 @@ const soak = process.env.SOAK === "1";
 
 async function kill(run: Process): Promise<void> {
   run.child.kill("SIGKILL");
-  assert.equal((await ending(run)).signal, "SIGKILL");
+  const { code, signal, stderr } = await ending(run);
+  assert.equal(signal, "SIGKILL", `it had ended by itself, exit ${code}:\n${stderr}`);
 }
 
 /** A consumer that is told to stop does so by itself, within its ten seconds. */
