@@ -149,19 +149,19 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 	@echo "check: alert rules" >&2 && node --test test/alerts.test.ts
 
 .PHONY: bench
-bench: setup ## Speed, as ratios measured side by side
+bench: up ## Speed, as ratios measured side by side
 	@for job in orders archive views sensors; do node $(rows) test/bench/$$job.ts; done
 
 .PHONY: bench-peers
-bench-peers: setup ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
+bench-peers: up ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
 	@for job in orders archive; do PEERS=1 node $(rows) test/bench/$$job.ts; done
 
 .PHONY: bench-page
-bench-page: setup ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)
+bench-page: up ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)
 	@node test/bench/page.ts
 
 .PHONY: bench-lossless
-bench-lossless: setup ## Late commits, read by this project and its peers: writes README.md's table
+bench-lossless: up ## Late commits, read by this project and its peers: writes README.md's table
 	@node test/bench/lossless.ts
 
 # The compiler knows what a file imports.

@@ -29,15 +29,16 @@ export async function takeEpoch(
   database: string,
   where: () => Promise<PartitionState[]>,
 ): Promise<Epoch> {
-  if (!(await readEpoch(etl, topic))) {
+  let epoch = await readEpoch(etl, topic);
+  if (!epoch) {
     const begun = (await where()).map(({ partition }) => ({ partition, next: 0n }));
     await etl.begin(async (sql) => {
       const [created] = await sql`
         insert into etl.topics (topic, epoch, database) values (${topic}, 1, ${database}) on conflict do nothing returning epoch`;
       if (created) await writeOffsets(sql, topic, begun);
     });
+    epoch = await readEpoch(etl, topic);
   }
-  const epoch = await readEpoch(etl, topic);
   const known = await etl<{ partition: number; next: string }[]>`
     select partition, next_offset as next from etl.topic_offsets where topic = ${topic} order by partition`;
   // Kafka is asked after that: another consumer, of another partition, commits there first. Asked before, it could be behind.

@@ -88,7 +88,7 @@ export async function checkSession(variable: string, session: Sql): Promise<void
       "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
       "3D000": "Check the database's name in it.",
       ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
-      ECONNRESET: "Does it speak TLS, where sslmode asks for it?",
+      ECONNRESET: "Does it speak TLS, where sslmode asks for it? If it does, the connection was cut: run again.",
       ENOTFOUND: "Check the host's name in it.",
       CONNECT_TIMEOUT: "Is the host reachable from here?",
     };

@@ -53,9 +53,12 @@ const withoutMetadata = ({ code, message }: Error & { code?: string }): boolean 
   ((code === "42P01" || code === "3F000") && /etl/.test(message)) ||
   (code === "42703" && /\b(by_hand|source_wal|source_server|source_database)\b/.test(message));
 
-function explain(error: Error & { code?: string }): string {
+function explain(error: Error & { code?: string; query?: string }): string {
   if (withoutMetadata(error)) return `${error.message}: the metadata tables are not there. Run: make migrate`;
-  return error.message || String(error.code ?? error.name);
+  const message = error.message || String(error.code ?? error.name);
+  // postgres.js says in which statement; which of the databases it was is seen there.
+  if (!/^(read|write) [A-Z_]+/.test(message) || !error.query) return message;
+  return `${message}: the connection to Postgres was lost in: ${error.query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
 }
 
 /** Without SOURCE_DATABASE_URL the run has no source, and must not ask for it. */

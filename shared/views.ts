@@ -3,7 +3,7 @@
  * (paste it into the console); views/checks/*.sql return the rows that are wrong. Write, audit, publish: the raw tables are
  * copied into a build dataset of the run, where each model is made and checked, and only then copied over the published table.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { globSync, readFileSync } from "node:fs";
 import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
@@ -96,10 +96,8 @@ function statement(file: string, sql: string, faults: string[]): Token[] {
 }
 
 function readFiles(folder: string): { file: string; sql: string }[] {
-  const names = readdirSync(join(root, folder)).filter((name) => name.endsWith(".sql"));
-  return names
-    .sort()
-    .map((name) => ({ file: `${folder}/${name}`, sql: readFileSync(join(root, folder, name), "utf8") }));
+  const files = globSync(`${folder}/*.sql`, { cwd: root });
+  return files.sort().map((file) => ({ file, sql: readFileSync(join(root, file), "utf8") }));
 }
 
 /**

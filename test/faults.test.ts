@@ -170,6 +170,14 @@ stepsOfPipeline((pipeline) => {
           assertBackOff(result, 0); // what the source breaks is not retried
         });
       }
+
+      test("the metadata's connection reset between two statements: the error says in which it was noticed", async (change) => {
+        await using metadata = await createPostgresProxy(change.shop.env.ETL_DATABASE_URL, "reset", 1500);
+        const run = change.start({ ETL_DATABASE_URL: metadata.url });
+        const { code, stderr } = await ending(run);
+        assert.equal(code, 1, stderr);
+        assert.match(stderr, /error: read ECONNRESET: the connection to Postgres was lost in: (select|insert|update) .* …$/m);
+      });
     });
   });
 

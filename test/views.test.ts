@@ -35,7 +35,6 @@ afterEach(freshen);
 /** The models and checks that there are: { a: "SELECT …", "checks/a__key": "SELECT …" }; a model may leave its CREATE out. */
 function models(files: Record<string, string>): void {
   rmSync(join(scratch.folder, "views"), { recursive: true, force: true });
-  mkdirSync(join(scratch.folder, "views/checks"), { recursive: true });
   for (const [name, sql] of Object.entries(files)) {
     const file = join(scratch.folder, "views", `${name}.sql`);
     mkdirSync(dirname(file), { recursive: true });
