@@ -176,7 +176,10 @@ stepsOfPipeline((pipeline) => {
         const run = change.start({ ETL_DATABASE_URL: metadata.url });
         const { code, stderr } = await ending(run);
         assert.equal(code, 1, stderr);
-        assert.match(stderr, /error: read ECONNRESET: the connection to Postgres was lost in: (select|insert|update) .* …$/m);
+        assert.match(
+          stderr,
+          /error: read ECONNRESET: the connection to Postgres was lost in: (select|insert|update) .* …$/m,
+        );
       });
     });
   });
