@@ -172,7 +172,8 @@ async function createKafkaLine(broker = ""): Promise<KafkaLine> {
       }
     });
     upstream.on("data", (data) => {
-      for (let found = 0; found >= 0; found = data.indexOf(at(Number(port)))) if (found) at(own).copy(data, found);
+      const theirs = at(Number(port));
+      for (let found = data.indexOf(theirs); found >= 0; found = data.indexOf(theirs)) at(own).copy(data, found);
       client.write(data);
     });
     for (const [socket, other] of [
