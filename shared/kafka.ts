@@ -39,9 +39,10 @@ export function connectKafka(env: KafkaEnv, application: string): Kafka {
   });
 }
 
-/** Rebalances are the group's daily life: kafkajs calls them errors. */
+/** Rebalances are the group's daily life, and a topic's leaders take a moment: kafkajs calls both errors. */
 function logKafka({ log: { message, error } }: { log: { message: string; error?: string } }): void {
-  if (/rebalanc/i.test(`${message} ${error}`) || /KafkaJSPartialMessage/.test(message)) return;
+  if (/rebalanc|ListOffsets.* not the leader/i.test(`${message} ${error}`) || /KafkaJSPartialMessage/.test(message))
+    return;
   log({ step: "kafka", message, error });
 }
 
@@ -108,8 +109,8 @@ const withoutTopic = (error: unknown): boolean => (error as { type?: string }).t
 const noTopic = (topic: string): UsageError => new UsageError(`Kafka has no topic ${topic}. Run: make connector`);
 
 /**
- * Creates a topic, and waits until the broker that is asked knows its leaders. It learns of them a moment after the controller has made
- * it; kafkajs's own waitForLeaders takes that moment for an error.
+ * Creates a topic, and waits until the broker that is asked knows its leaders, and they know it. They learn of it a moment after the
+ * controller has made it; kafkajs's own waitForLeaders takes that moment for an error, and its producer sends what some leaders took again.
  * @returns false where it is there already.
  * @throws Error where nobody leads it after 30 s.
  */
@@ -119,9 +120,13 @@ export async function createTopic(admin: Admin, config: ITopicConfig): Promise<b
   for (const deadline = performance.now() + 30_000; ; await delay(100)) {
     try {
       const [found] = (await admin.fetchTopicMetadata({ topics: [topic] })).topics;
-      if (found?.partitions.length && found.partitions.every(({ leader }) => leader >= 0)) return created;
+      if (found?.partitions.length && found.partitions.every(({ leader }) => leader >= 0)) {
+        await admin.fetchTopicOffsets(topic); // a leader that does not know yet that it is one refuses this
+        return created;
+      }
     } catch (error) {
-      if (!withoutTopic(error) && (error as { type?: string }).type !== "LEADER_NOT_AVAILABLE") throw error;
+      const { type = "" } = error as { type?: string };
+      if (!/^(UNKNOWN_TOPIC_OR_PARTITION|LEADER_NOT_AVAILABLE|NOT_LEADER_FOR_PARTITION)$/.test(type)) throw error;
     }
     if (performance.now() > deadline) throw new Error(`no broker leads the partitions of topic ${topic} after 30 s`);
   }
