@@ -7,7 +7,7 @@ import { readFileSync } from "node:fs";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { join } from "node:path";
-import { Gauge, Pushgateway, Registry } from "prom-client";
+import type { Registry } from "prom-client";
 import { root } from "./env.ts";
 
 const help = {
@@ -45,6 +45,7 @@ export async function pushMetrics(
   values: Metrics,
   within: Record<string, string> = {},
 ): Promise<void> {
+  const { Gauge, Pushgateway, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
   const registry = new Registry();
   for (const [name, value] of Object.entries(values))
     new Gauge({ name, help: help[name as keyof Metrics], registers: [registry] }).set(value);

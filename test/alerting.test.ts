@@ -202,14 +202,18 @@ test("the alerts reach who is meant: a page the pager, a ticket the tickets, wit
     .unref();
   await once(hooks, "listening");
   const { port } = hooks.address() as AddressInfo;
-  const told = (at: string, status: string, alertname: string): Promise<Message["alerts"][0]> =>
+  /** The end of an alert is told only to whom its beginning was: the same pipeline's. */
+  const told = (at: string, status: string, alertname: string, pipeline = "orders"): Promise<Message["alerts"][0]> =>
     until(
-      `${at} is told that ${alertname} is ${status}`,
+      `${at} is told that ${alertname} of ${pipeline} is ${status}`,
       () =>
         received
           .filter((one) => one.at === at)
           .flatMap(({ message }) => message.alerts)
-          .find((alert) => alert.status === status && alert.labels.alertname === alertname),
+          .find(
+            (alert) =>
+              alert.status === status && alert.labels.alertname === alertname && alert.labels.pipeline === pipeline,
+          ),
       60,
     );
 
@@ -247,7 +251,7 @@ test("the alerts reach who is meant: a page the pager, a ticket the tickets, wit
 
     const page = await told("/pager", "firing", "EtlStale");
     assert.equal(page.annotations.runbook, "ops/runbook.md#etlstale");
-    await told("/pager", "firing", "EtlNeverRan");
+    await told("/pager", "firing", "EtlNeverRan", "events");
     const ticket = await told("/tickets", "firing", "EtlFailed");
     assert.match(ticket.annotations.summary ?? "", /^the last run of orders failed$/);
     await shop.admin`alter table orders rename other to status`;

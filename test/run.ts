@@ -27,7 +27,7 @@ async function node(args: string[], stdio: "inherit" | "ignore" = "inherit"): Pr
 /** Runs them in this order, which `node --test` would not: it sorts them. @returns whether all passed. */
 async function test(files: string[]): Promise<boolean> {
   let passed = true;
-  const tests = run({ files, cwd: root, env, concurrency: 2, timeout: 900_000 });
+  const tests = run({ files, cwd: root, env, concurrency: 3, timeout: 900_000 });
   tests.on("test:fail", () => {
     passed = false;
   });
@@ -55,7 +55,7 @@ let code = await node([join("test", "stack", "up.ts"), "--without=real-data"]);
 if (code === 0) {
   const named = process.argv.slice(2);
   const files = named.length ? named : spread(globSync("test/**/*.test.ts", { cwd: root }).sort());
-  say(`test: ${files.length} files, two at a time`);
+  say(`test: ${files.length} files, three at a time`);
   code = (await test(files)) ? 0 : 1;
 }
 // Quietly: the last lines are the test runner's.
