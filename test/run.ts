@@ -27,7 +27,7 @@ async function node(args: string[], stdio: "inherit" | "ignore" = "inherit"): Pr
 /** Runs them in this order, which `node --test` would not: it sorts them. @returns whether all passed. */
 async function test(files: string[]): Promise<boolean> {
   let passed = true;
-  const tests = run({ files, cwd: root, env, concurrency: 4, timeout: 900_000 });
+  const tests = run({ files, cwd: root, env, concurrency: 3, timeout: 900_000 });
   tests.on("test:fail", () => {
     passed = false;
   });
@@ -37,9 +37,12 @@ async function test(files: string[]): Promise<boolean> {
   return passed;
 }
 
-/** Those that keep both cores busy with servers of their own or many consumers: far from one another, so that hardly two of them run at once. */
+/**
+ * Those that keep both cores busy with servers of their own or many consumers, and that of the alerts, for which time passes fast: far
+ * from one another, so that no two of them begin together.
+ */
 function spread(files: string[]): string[] {
-  const heavy = files.filter((file) => /\/(sensors|chaos|stack)\./.test(file));
+  const heavy = files.filter((file) => /\/(alerting|chaos|sensors|stack)\./.test(file));
   const others = files.filter((file) => !heavy.includes(file));
   return heavy.flatMap((file, at) => {
     const [from, to] = [at, at + 1].map((n) => Math.round((n * others.length) / heavy.length));
@@ -55,7 +58,7 @@ let code = await node([join("test", "stack", "up.ts"), "--without=real-data"]);
 if (code === 0) {
   const named = process.argv.slice(2);
   const files = named.length ? named : spread(globSync("test/**/*.test.ts", { cwd: root }).sort());
-  say(`test: ${files.length} files, four at a time`);
+  say(`test: ${files.length} files, three at a time`);
   code = (await test(files)) ? 0 : 1;
 }
 // Quietly: the last lines are the test runner's.

@@ -43,13 +43,16 @@ export function scaleDurations(text: string, speed: number): string {
     .replaceAll(/(?<=_seconds(?:\{[^}]*\})? [<>] )\d+/g, (seconds) => String(Number(seconds) / speed));
 }
 
-/** Scrapes and evaluates four times a second. `speed`: 600 makes an hour six seconds; 1 leaves the rules as they are. */
+/**
+ * Scrapes and evaluates four times a second; a consumer twice, since its answer, for which it asks Kafka, Connect and Postgres, has to come
+ * before the next is due. `speed`: 600 makes an hour six seconds; 1 leaves the rules as they are.
+ */
 export async function startPrometheus(targets: Targets, speed: number): Promise<Prometheus> {
   await ensureInstalled(prometheusInstall);
   const folder = mkdtempSync(join(tmpdir(), "etl-prometheus-"));
   const [rules, config] = [join(folder, "alerts.yml"), join(folder, "prometheus.yml")];
   writeFileSync(rules, scaleDurations(readFileSync(join(root, "ops/alerts.yml"), "utf8"), speed));
-  writeFileSync(config, scaleDurations(prometheusConfig(targets, rules), 60));
+  writeFileSync(config, scaleDurations(prometheusConfig(targets, rules), targets.sensors ? 30 : 60));
   const url = `http://127.0.0.1:${await freePort()}`;
   const { command, args } = prometheusCommand(config, join(folder, "data"), endpoint(url));
   // A minute otherwise; what was sent before it knew its Alertmanager is sent again only then.
