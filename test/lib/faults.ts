@@ -194,7 +194,8 @@ export async function createProxy(target = "", { signed = false } = {}): Promise
       await pipeline(answer, response);
     };
     // Where the client or the server goes away in mid-request, the other side's connection goes too.
-    await (rule?.fault ?? pass)({ request, response, send, reply }).catch(() => request.socket.destroy());
+    // A client that has left has no socket any more.
+    await (rule?.fault ?? pass)({ request, response, send, reply }).catch(() => request.socket?.destroy());
   });
   server.listen(0, "127.0.0.1");
   await once(server, "listening");
