@@ -125,8 +125,9 @@ async function request<T>(env: RequestEnv, method: string, path: string, body?: 
     const text = await answer.text();
     if (answer.status === 404) return undefined;
     if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
-    // 409: the workers are sharing out the work anew.
-    if (answer.status !== 409 || attempt === 60)
+    // The workers are sharing out the work anew: 409, or, of what is only read, 500 (Kafka 4, HerderRequestHandler.completeRequest).
+    const rebalancing = answer.status === 409 || text.includes("a rebalance is expected");
+    if (!rebalancing || attempt === 60)
       throw new Error(`Kafka Connect refused ${method} ${url.pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
     await delay(500);
   }

@@ -6,7 +6,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import postgres from "postgres";
 import { takeEpoch } from "../shared/epoch.ts";
 import { type PartitionState, topicState } from "../shared/kafka.ts";
-import { ending } from "./lib/faults.ts";
+import { createProxy, ending, type Fault } from "./lib/faults.ts";
 import { type Consumer, createSensors, type Sensors } from "./lib/sensors.ts";
 import { random, type Shop, until } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
@@ -314,6 +314,24 @@ suite("sensors", { concurrency: true }, () => {
     const sum = (of: unknown): number =>
       (of as { offset: string }[]).reduce((total, { offset }) => total + Number(offset), 0);
     assert.equal(sum(await ends()), sum(before) + 1);
+
+    // What Connect says while its workers share out the work anew.
+    await using proxy = await createProxy(shop.env.CONNECT_URL);
+    const saying =
+      (status: number, message: string): Fault =>
+      async ({ request, response }) => {
+        await Array.fromAsync(request);
+        response.writeHead(status).end(JSON.stringify({ error_code: status, message }));
+      };
+    let answered = 0;
+    for (const fault of [
+      saying(409, "Cannot complete request momentarily due to stale configuration"),
+      saying(500, "Request cannot be completed because a rebalance is expected"),
+    ])
+      for (const kind of [/^PUT .*\/config$/, /^GET .*\/status$/])
+        proxy.fault(kind, async (exchange) => fault(exchange).finally(() => answered++), 1);
+    await shop.succeed(connector, { CONNECT_URL: proxy.url });
+    assert.equal(answered, 4);
 
     const nowhere = "http://127.0.0.1:1";
     await fails(
