@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { assertEqualRows, sharedShop } from "./lib/faults.ts";
-import { eachPipeline } from "./lib/shop.ts";
+import { stepsOfPipeline } from "./lib/shop.ts";
 
 const seed = Number(process.env.SEED ?? Date.now() % 1_000_000);
 const wantedRuns = process.env.SOAK ? 60 : 6;
@@ -16,7 +16,7 @@ function random(start: number): () => number {
   };
 }
 
-eachPipeline((pipeline) => {
+stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline });
 
   test("a row whose transaction commits after a later update was synced is picked up by the next run", async ({

@@ -6,7 +6,7 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { globSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { finished } from "node:stream/promises";
 import { run } from "node:test";
 import { spec } from "node:test/reporters";
@@ -38,14 +38,20 @@ async function test(files: string[]): Promise<boolean> {
 }
 
 /**
- * Those that keep both cores busy with servers of their own or many consumers, and that of the alerts, for which time passes fast: far
- * from one another, so that no two of them begin together.
+ * The long ones, in this order and far from one another: those that keep both cores busy with servers of their own do not begin together,
+ * those that mostly wait are not left alone at the end, and that of the alerts, for which time passes fast, is the first.
  */
+const long =
+  "alerting verify sensors.faults secrets sensors.epoch faults chaos readme stack tls sensors.kill sensors.values".split(
+    " ",
+  );
+
 function spread(files: string[]): string[] {
-  const heavy = files.filter((file) => /\/(alerting|chaos|sensors|stack)\./.test(file));
-  const others = files.filter((file) => !heavy.includes(file));
-  return heavy.flatMap((file, at) => {
-    const [from, to] = [at, at + 1].map((n) => Math.round((n * others.length) / heavy.length));
+  const place = (file: string): number => long.indexOf(basename(file, ".test.ts"));
+  const named = files.filter((file) => place(file) >= 0).sort((one, other) => place(one) - place(other));
+  const others = files.filter((file) => place(file) < 0);
+  return named.flatMap((file, at) => {
+    const [from, to] = [at, at + 1].map((n) => Math.round((n * others.length) / named.length));
     return [file, ...others.slice(from, to)];
   });
 }

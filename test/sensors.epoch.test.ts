@@ -205,15 +205,16 @@ suite("sensors", { concurrency: true }, () => {
       SWAP: "1",
     });
 
-    // Readers, all the while.
+    // Readers, all the while, and close upon one another while the tables are swapped.
     const counts = new Set<number>();
     let reading = true;
+    let pause = 50;
     const readers = (async () => {
       while (reading) {
         const query = "SELECT count() AS count FROM sensor_readings FINAL";
         const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
         counts.add(Number((await answer.json<{ count: string }>())[0]?.count));
-        await delay(5);
+        await delay(pause);
       }
     })();
     await using _ended = {
@@ -238,6 +239,7 @@ suite("sensors", { concurrency: true }, () => {
     await insert(sensors, 3001, 3010);
     await sensors.catchUp({ CLICKHOUSE_DATABASE: rebuildOf(sensors) });
     assert.equal((await sensors.readings()).length, 2000);
+    pause = 1;
     const swap = await shop.succeed(resnapshot, { SWAP: "1" });
     assert.match(
       swap.stderr,
