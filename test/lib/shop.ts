@@ -25,23 +25,19 @@ export type Pipeline = keyof typeof textColumns;
 export const pipelines = Object.keys(textColumns) as Pipeline[];
 
 /**
- * The same tests for each pipeline. Both pipelines' go on at the same time, so that one's waiting is the other's work;
- * within a pipeline `concurrency` of them do.
- */
-export function eachPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1, which = pipelines): void {
-  suite("each pipeline", { concurrency: true }, () => {
-    for (const pipeline of which) suite(pipeline, { concurrency }, () => tests(pipeline));
-  });
-}
-
-/**
  * Whose tests are run of what the script's steps hold, whatever the table's columns are: those of orders, and with SOAK=1 of each pipeline.
  * The scripts are the same, step for step (recipes.test.ts).
  */
 export const ofSteps: Pipeline[] = process.env.SOAK === "1" ? pipelines : ["orders"];
 
+/**
+ * The same tests for each of these. The pipelines' go on at the same time, so that one's waiting is the other's work; within a pipeline
+ * `concurrency` of them do.
+ */
 export function stepsOfPipeline(tests: (pipeline: Pipeline) => void, concurrency = 1): void {
-  eachPipeline(tests, concurrency, ofSteps);
+  suite("each pipeline", { concurrency: true }, () => {
+    for (const pipeline of ofSteps) suite(pipeline, { concurrency }, () => tests(pipeline));
+  });
 }
 
 export interface Result {
