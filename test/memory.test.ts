@@ -4,7 +4,7 @@ import { test } from "node:test";
 import { createShop, lowestPeaks, stepsOfPipeline } from "./lib/shop.ts";
 
 /** Rows of the two loads. */
-const sizes = process.env.SOAK ? ([1_000_000, 5_000_000] as const) : ([200_000, 1_000_000] as const);
+const sizes = process.env.SOAK ? ([1_000_000, 5_000_000] as const) : ([100_000, 600_000] as const);
 
 stepsOfPipeline((pipeline) => {
   test("peak memory of a first load grows by at most 10 MB per further million rows, and stays under 250 MB", async () => {

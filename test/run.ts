@@ -17,6 +17,7 @@ import { say } from "./stack/stack.ts";
 
 const env = localEnv();
 const ours = parts.some((part) => running(part.name));
+const stopping = new AbortController();
 
 async function node(args: string[], stdio: "inherit" | "ignore" = "inherit"): Promise<number> {
   const child = spawn(process.execPath, args, { cwd: root, env, stdio });
@@ -27,7 +28,7 @@ async function node(args: string[], stdio: "inherit" | "ignore" = "inherit"): Pr
 /** Runs them in this order, which `node --test` would not: it sorts them. @returns whether all passed. */
 async function test(files: string[]): Promise<boolean> {
   let passed = true;
-  const tests = run({ files, cwd: root, env, concurrency: 3, timeout: 900_000 });
+  const tests = run({ files, cwd: root, env, concurrency: 3, timeout: 900_000, signal: stopping.signal });
   tests.on("test:fail", () => {
     passed = false;
   });
@@ -56,8 +57,12 @@ function spread(files: string[]): string[] {
   });
 }
 
-// Ctrl-C reaches the children as well; what is left to do here is to stop the stack.
-for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, () => say(`make test: ${signal}, stopping`));
+// Ctrl-C reaches the children as well; what is left to do here is to begin no further file, and to stop the stack.
+for (const signal of ["SIGINT", "SIGTERM"])
+  process.on(signal, () => {
+    say(`make test: ${signal}, stopping`);
+    stopping.abort();
+  });
 
 say("test: starting the local stack (make up)");
 let code = await node([join("test", "stack", "up.ts"), "--without=real-data"]);
@@ -65,7 +70,7 @@ if (code === 0) {
   const named = process.argv.slice(2);
   const files = named.length ? named : spread(globSync("test/**/*.test.ts", { cwd: root }).sort());
   say(`test: ${files.length} files, three at a time`);
-  code = (await test(files)) ? 0 : 1;
+  code = (await test(files)) && !stopping.signal.aborted ? 0 : 1;
 }
 // Quietly: the last lines are the test runner's.
 if (!ours) await node([join("test", "stack", "down.ts")], "ignore");

