@@ -88,14 +88,14 @@ export interface PartitionState {
  */
 export async function topicState(admin: Admin, topic: string, groupId: string): Promise<PartitionState[]> {
   try {
-    const [ends, [group]] = await Promise.all([
+    const [ends, offsets] = await Promise.all([
       admin.fetchTopicOffsets(topic),
-      admin.fetchOffsets({ groupId, topics: [topic] }),
+      committedOffsets(admin, topic, groupId),
     ]);
     return ends
       .map(({ partition, high, low }) => {
         const end = BigInt(high);
-        const committed = BigInt(group?.partitions.find((one) => one.partition === partition)?.offset ?? -1);
+        const committed = offsets.get(partition) ?? -1n;
         const from = committed > BigInt(low) ? committed : BigInt(low);
         return { partition, end, committed, lag: end > from ? Number(end - from) : 0 };
       })
@@ -105,7 +105,27 @@ export async function topicState(admin: Admin, topic: string, groupId: string): 
   }
 }
 
-const withoutTopic = (error: unknown): boolean => (error as { type?: string }).type === "UNKNOWN_TOPIC_OR_PARTITION";
+/**
+ * By partition; negative where the group has none. A coordinator that is changing or still loads the group is asked again for 20 s: kafkajs
+ * does not (its pull request 1779).
+ */
+async function committedOffsets(admin: Admin, topic: string, groupId: string): Promise<Map<number, bigint>> {
+  for (let tries = 0; ; tries++) {
+    try {
+      const [group] = await admin.fetchOffsets({ groupId, topics: [topic] });
+      return new Map(group?.partitions.map(({ partition, offset }) => [partition, BigInt(offset)]));
+    } catch (error) {
+      if (tries === 40 || !lacksCoordinator(error)) throw error;
+      await delay(500);
+    }
+  }
+}
+
+const typeOf = (error: unknown): string => (error as { type?: string }).type ?? "";
+/** The group has no coordinator for the moment: it is found, changes, or loads what it has to know. */
+const lacksCoordinator = (error: unknown): boolean => /COORDINATOR|GROUP_LOAD_IN_PROGRESS/.test(typeOf(error));
+
+const withoutTopic = (error: unknown): boolean => typeOf(error) === "UNKNOWN_TOPIC_OR_PARTITION";
 const noTopic = (topic: string): UsageError => new UsageError(`Kafka has no topic ${topic}. Run: make connector`);
 
 /**
@@ -125,8 +145,8 @@ export async function createTopic(admin: Admin, config: ITopicConfig): Promise<b
         return created;
       }
     } catch (error) {
-      const { type = "" } = error as { type?: string };
-      if (!/^(UNKNOWN_TOPIC_OR_PARTITION|LEADER_NOT_AVAILABLE|NOT_LEADER_FOR_PARTITION)$/.test(type)) throw error;
+      if (!/^(UNKNOWN_TOPIC_OR_PARTITION|LEADER_NOT_AVAILABLE|NOT_LEADER_FOR_PARTITION)$/.test(typeOf(error)))
+        throw error;
     }
     if (performance.now() > deadline) throw new Error(`no broker leads the partitions of topic ${topic} after 30 s`);
   }
@@ -209,9 +229,8 @@ export async function consume(
   // may already be as long as the old one was.
   const admin = kafka.admin();
   const forgotten = async (partition: number): Promise<boolean> => {
-    const [group] = await admin.fetchOffsets({ groupId, topics: [topic] });
-    const offset = group?.partitions.find((one) => one.partition === partition)?.offset ?? "-1";
-    return offset.startsWith("-"); // -1: none; -2: kafkajs's "from the beginning", where the old offset was out of range
+    const offset = (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
+    return offset < 0n; // -1: none; -2: kafkajs's "from the beginning", where the old offset was out of range
   };
 
   /** Joins the group and begins to read; a broker that is away is waited for. */
@@ -274,6 +293,6 @@ function isConnectionError(error: unknown): boolean {
 }
 
 const isGroupError = (error: unknown): boolean =>
-  /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|NOT_COORDINATOR|COORDINATOR_/.test(
-    (error as { type?: string }).type ?? "",
-  ) || isConnectionError(error);
+  /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION/.test(typeOf(error)) ||
+  lacksCoordinator(error) ||
+  isConnectionError(error);

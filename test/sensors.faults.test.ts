@@ -8,7 +8,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { Message } from "kafkajs";
 import { topicState } from "../shared/kafka.ts";
 import { createProxy, ending, type Fault, loseAnswer, reset, withhold } from "./lib/faults.ts";
-import { type Consumer, createSensors, type Sensors } from "./lib/sensors.ts";
+import { type Consumer, createSensors, kafkaAt, type Sensors } from "./lib/sensors.ts";
 import { createServers } from "./lib/servers.ts";
 import { type Result, until } from "./lib/shop.ts";
 
@@ -137,18 +137,33 @@ async function createLine(target = ""): Promise<Line> {
   return line;
 }
 
-/** A broker behind a proxy, which says that it is at the proxy, and does not say who coordinates a group until it is told to. */
+/**
+ * A broker behind a proxy, which says that it is at the proxy. It does not say who coordinates a group until it is told to; and as the
+ * coordinator it can be loading its groups, which it says to whoever joins one or asks for its offsets.
+ */
 interface KafkaLine extends AsyncDisposable {
   address: string;
   answers(yes: boolean): void;
-  /** How often it was asked for a coordinator and did not answer. */
-  refused(): number;
+  loads(yes: boolean): void;
+  /** How often it was asked so and did not answer, or said that it is loading: since the last of the two calls above. */
+  refused(request: keyof typeof kafkaRequests): number;
 }
+
+/** Their keys, and what follows the correlation id in the answer that says COORDINATOR_LOAD_IN_PROGRESS (14). https://kafka.apache.org/protocol */
+const kafkaRequests = {
+  findCoordinator: { key: 10, loading: [] },
+  offsetFetch: { key: 9, loading: [0, 0, 0, 0, /* topics */ 0, 0, 0, 0, /* error */ 0, 14] }, // versions 3 to 5
+  joinGroup: {
+    key: 11,
+    loading: [0, 0, 0, 0, /* error */ 0, 14, /* generation, three names, members */ ...Array(14).fill(0)],
+  }, // 2 to 5
+};
 
 async function createKafkaLine(broker = ""): Promise<KafkaLine> {
   const [host = "", port] = broker.split(":");
   const sockets = new Set<Socket>();
-  let [answering, refused] = [false, 0];
+  let [answering, loading] = [false, false];
+  const refused: number[] = [];
   const at = (port: number): Buffer => {
     const bytes = Buffer.alloc(host.length + 4, host);
     bytes.writeInt32BE(port, host.length);
@@ -162,13 +177,19 @@ async function createKafkaLine(broker = ""): Promise<KafkaLine> {
       while (pending.length >= 6) {
         const size = 4 + pending.readInt32BE(0);
         if (pending.length < size) return;
-        if (pending.readInt16BE(4) === 10 && !answering) {
-          refused++;
-          client.resetAndDestroy();
-          return;
-        }
-        upstream.write(pending.subarray(0, size));
+        const request = pending.subarray(0, size);
         pending = pending.subarray(size);
+        const key = request.readInt16BE(4);
+        const known = Object.values(kafkaRequests).find((one) => one.key === key);
+        const refuses = known && (known.loading.length ? loading : !answering);
+        if (!refuses) {
+          upstream.write(request);
+          continue;
+        }
+        refused.push(key);
+        if (!loading) return void client.resetAndDestroy();
+        const answer = Buffer.from([0, 0, 0, 4 + known.loading.length, ...request.subarray(8, 12), ...known.loading]);
+        client.write(answer);
       }
     });
     upstream.on("data", (data) => {
@@ -193,10 +214,15 @@ async function createKafkaLine(broker = ""): Promise<KafkaLine> {
   };
   return {
     address: `${host}:${own}`,
-    refused: () => refused,
+    refused: (request) => refused.filter((key) => key === kafkaRequests[request].key).length,
     answers: (yes) => {
       answering = yes;
+      refused.length = 0;
       if (!yes) cut();
+    },
+    loads: (yes) => {
+      loading = yes;
+      refused.length = 0;
     },
     [Symbol.asyncDispose]: async () => {
       cut();
@@ -446,23 +472,39 @@ suite("faults", { concurrency: true }, () => {
     assert.equal(await committed(sensors), 0);
   });
 
-  test("a coordinator that does not answer, at the start and later, is waited out", async () => {
+  test("a coordinator that does not answer, at the start and later, or that still loads its groups, is waited out", async () => {
     await using sensors = await createSensors({ connector: false });
-    await using kafka = await createKafkaLine(sensors.shop.env.KAFKA_BROKERS);
-    const starting = sensors.consumer({ KAFKA_BROKERS: kafka.address });
-    const asked = async (before: number) =>
-      void (await until("a coordinator is asked for", () => kafka.refused() > before));
-    await asked(0);
+    const { shop, topic } = sensors;
+    await using kafka = await createKafkaLine(shop.env.KAFKA_BROKERS);
+    const env = { KAFKA_BROKERS: kafka.address };
+    const refuses = (request: keyof typeof kafkaRequests) =>
+      until(`${request} is refused twice`, () => kafka.refused(request) > 1);
+    const starting = sensors.consumer(env);
+    await refuses("findCoordinator");
     kafka.answers(true);
     const consumer = await starting;
     await sensors.produce(created(1, 100));
     await arrived(sensors, 100, consumer);
-    const refused = kafka.refused();
     kafka.answers(false); // and all that is connected is cut
     await sensors.produce(created(101, 100));
-    await asked(refused);
+    await refuses("findCoordinator");
     kafka.answers(true);
     await arrived(sensors, 200, consumer);
+
+    kafka.loads(true);
+    await sensors.produce(created(201, 100));
+    await refuses("offsetFetch"); // by the consumer: it has a batch
+    const second = shop.start(consumerScript, env);
+    await refuses("joinGroup");
+    const admin = kafkaAt(kafka.address).admin();
+    await admin.connect();
+    const state = topicState(admin, topic, shop.env.SENSORS_GROUP ?? "").finally(() => admin.disconnect());
+    kafka.loads(false);
+    assert.equal((await state).length, 3);
+    await arrived(sensors, 300, consumer);
+    await second.line(/step=assigned/);
+    second.child.kill("SIGTERM");
+    assert.equal((await ending(second)).code, 0);
     const { stderr } = await stop(consumer);
     const crashes = stderr.match(/step=kafka message="Crash: KafkaJS\w+: Failed to find group coordinator"/g) ?? [];
     assert.ok(crashes.length >= 2, stderr);

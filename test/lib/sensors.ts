@@ -6,9 +6,22 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
-import { connectKafka, createTopic, topicState } from "../../shared/kafka.ts";
+import { connectKafka, createTopic, type Kafka, topicState } from "../../shared/kafka.ts";
 import type { Env } from "../stack/env.ts";
 import { connectClickHouse, createShop, type Process, random, type Shop, type ShopOptions, until } from "./shop.ts";
+
+/** The broker at host:port, without TLS and login. */
+export const kafkaAt = (broker: string): Kafka =>
+  connectKafka(
+    {
+      KAFKA_BROKERS: [broker],
+      KAFKA_TLS: false,
+      KAFKA_SASL_MECHANISM: undefined,
+      KAFKA_USERNAME: undefined,
+      KAFKA_PASSWORD: undefined,
+    },
+    "test",
+  );
 
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
@@ -86,16 +99,7 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
   if (servers) await shop.succeed("scripts/ops/migrate.ts");
   const { SENSORS_TOPIC: topic = "", SENSORS_GROUP: group = "", CONNECT_URL = "", KAFKA_BROKERS = "" } = shop.env;
   const database = shop.env.CLICKHOUSE_DATABASE ?? "";
-  const kafka = connectKafka(
-    {
-      KAFKA_BROKERS: [KAFKA_BROKERS],
-      KAFKA_TLS: false,
-      KAFKA_SASL_MECHANISM: undefined,
-      KAFKA_USERNAME: undefined,
-      KAFKA_PASSWORD: undefined,
-    },
-    "test",
-  );
+  const kafka = kafkaAt(KAFKA_BROKERS);
   const admin = kafka.admin();
   await admin.connect();
   let producer: Producer | undefined;
