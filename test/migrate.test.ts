@@ -11,7 +11,7 @@ const migrate = "scripts/ops/migrate.ts";
 const orders = "scripts/orders.ts";
 
 using scratch = scratchCopy();
-await using shop = await createShop({ folder: scratch.folder });
+await using shop = await createShop({ folder: scratch.folder, clickhouse: true });
 const table = `${shop.dataset}.orders`;
 const contract = join(scratch.folder, "schemas/bigquery/orders.json");
 const committed = readFileSync(contract, "utf8");

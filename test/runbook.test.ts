@@ -94,7 +94,7 @@ test("each what-if names the tests that walk through it, and they are there, or 
 suite("its commands", () => {
   let shop: Shop;
   before(async () => {
-    shop = await createShop();
+    shop = await createShop({ clickhouse: true });
   });
   after(() => shop?.[Symbol.asyncDispose]());
 
@@ -157,7 +157,7 @@ suite("its commands", () => {
 suite("walks", () => {
   let shop: Shop;
   before(async () => {
-    shop = await createShop();
+    shop = await createShop({ clickhouse: true });
     await shop.insertRows(1, 200);
     await shop.insertRows(1, 100, "users");
     for (const pipeline of ["orders", "users"]) await shop.succeed(`scripts/${pipeline}.ts`);

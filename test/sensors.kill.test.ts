@@ -84,8 +84,7 @@ suite("sensors killed", { concurrency: true }, () => {
     const writers = startWriters(sensors, seed);
 
     const kinds = ["consumer", "clickhouse", "kafka", "connect"] as const;
-    const victims = Array.from({ length: soak ? 48 : 4 }, (_, n) => kinds[n % 4] ?? "consumer");
-    victims.push("consumer", "clickhouse");
+    const victims = Array.from({ length: soak ? 50 : 4 }, (_, n) => kinds[n % 4] ?? "consumer");
     for (let n = victims.length - 1; n > 0; n--) {
       const other = below(n + 1);
       [victims[n], victims[other]] = [victims[other] ?? "consumer", victims[n] ?? "consumer"];

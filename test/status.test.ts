@@ -59,7 +59,7 @@ test("the intervals and limits that status judges by are those of ops/alerts.yml
 suite("with one pipeline", () => {
   let shop: Shop;
   before(async () => {
-    shop = await createShop();
+    shop = await createShop({ clickhouse: true });
     await shop.insertRows(1, 3);
     await shop.succeed(shop.script);
   });
@@ -226,7 +226,7 @@ sys.exit(os.waitstatus_to_exitcode(status))`;
 });
 
 test("dead letters go after 400 days, also in a table that was made before", async () => {
-  await using shop = await createShop();
+  await using shop = await createShop({ clickhouse: true });
   const { clickhouse } = shop;
   await clickhouse.command({ query: "ALTER TABLE sensor_dead_letters REMOVE TTL" });
   const migrated = await shop.succeed("scripts/ops/migrate.ts");
@@ -342,7 +342,7 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
   }
 
   test("as a database made anew from it: the run stops, status is red, and the runbook's steps make both equal", async () => {
-    await using shop = await createShop();
+    await using shop = await createShop({ clickhouse: true });
     const server = shop.connect("dba");
     const [source, backup] = [`${shop.dataset}_source`, `${shop.dataset}_backup`];
     const to = (name: string, url = shop.env.SOURCE_DATABASE_URL) =>
@@ -386,7 +386,7 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
   });
 
   test("as a copy of its files, with the same system identifier and timeline: the same", async () => {
-    await using shop = await createShop();
+    await using shop = await createShop({ clickhouse: true });
     const name = `test-restored-${randomBytes(4).toString("hex")}`;
     const folder = stackPath("clusters", name);
     mkdirSync(folder, { recursive: true });

@@ -19,7 +19,7 @@ const theirs = createAuthority();
 const folder = mkdtempSync(join(tmpdir(), "etl-tls-test-"));
 let shop: Shop;
 before(async () => {
-  shop = await createShop();
+  shop = await createShop({ clickhouse: true });
 });
 after(async () => {
   await shop?.[Symbol.asyncDispose]();

@@ -22,7 +22,6 @@ import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
 import { connectBigQuery } from "../../shared/bigquery.ts";
-import { migrateClickHouse } from "../../shared/clickhouse.ts";
 import {
   bigquery as bigqueryVariables,
   bucketOfArchive,
@@ -35,7 +34,6 @@ import {
 import { checkSession, connect } from "../../shared/postgres.ts";
 import { log } from "../../shared/progress.ts";
 import { main } from "../../shared/run.ts";
-import { bucketExists, connectS3, createBucket } from "../../shared/s3.ts";
 import { type Contract, describeField, pipelines, readContract } from "../../shared/schema.ts";
 
 await main(import.meta, async () => {
@@ -102,14 +100,17 @@ await main(import.meta, async () => {
 
   // 4. The bucket.
   if (isSet("S3_BUCKET")) {
+    const { bucketExists, connectS3, createBucket } = await import("../../shared/s3.ts"); // each library where it is wanted: they load slowly
     const bucket = connectS3(env);
     if (!(await bucketExists(bucket)))
       await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
   } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.
-  if (isSet("CLICKHOUSE_URL")) refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
-  else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
+  if (isSet("CLICKHOUSE_URL")) {
+    const { migrateClickHouse } = await import("../../shared/clickhouse.ts");
+    refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
+  } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
   await etl.end();
   if (refused.length) {
     throw new UsageError(

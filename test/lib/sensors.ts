@@ -93,7 +93,7 @@ export interface SensorsOptions extends ShopOptions {
 
 export async function createSensors(options: SensorsOptions = {}): Promise<Sensors> {
   const { connector = true, partitions = 3, servers } = options;
-  const created = await createShop(options);
+  const created = await createShop({ ...options, clickhouse: !options.servers });
   // What the shop starts gets this same object.
   const shop = servers ? { ...created, clickhouse: connectClickHouse(Object.assign(created.env, servers)) } : created;
   if (servers) await shop.succeed("scripts/ops/migrate.ts");

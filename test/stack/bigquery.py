@@ -17,16 +17,17 @@ import time
 sys.modules["pandas"] = None
 
 import duckdb
-from local_bigquery.catalog import tables
+from local_bigquery.catalog import metadata, tables
 from local_bigquery.cli import main
 from local_bigquery.engine import database
 from local_bigquery.errors import BigQueryError
-from local_bigquery.jobs import query
+from local_bigquery.jobs import query, store
 
 SECONDS = 180
 
 
 def attach(con, project):
+    con.execute(f"ATTACH IF NOT EXISTS ':memory:' AS results; CREATE SCHEMA IF NOT EXISTS results.{tables.RESULTS}")
     con.execute(f"ATTACH IF NOT EXISTS '{database.settings.data_dir / project}.duckdb' AS {database.quote(project)}")
     database._attached.add(project)
 
@@ -34,7 +35,7 @@ def attach(con, project):
 database._attach = attach
 database.projects = lambda: sorted(database._attached)
 
-objects = database.objects
+fetch, objects = database.fetch, database.objects
 
 
 def objects_named(project, dataset, table=None):
@@ -52,8 +53,41 @@ def objects_named(project, dataset, table=None):
 
 database.objects = objects_named
 
+written = metadata.save, metadata.delete
+resources = {}
+
+
+def kept(model):
+    """What metadata has of a kind, by key."""
+    if model not in resources:
+        kind = metadata.KINDS[model]
+        rows = fetch(f"SELECT {', '.join(database.RESOURCES[kind])}, resource FROM emulator.{kind}")
+        resources.setdefault(model, {tuple(keys): model.model_validate_json(resource) for *keys, resource in rows})
+    return resources[model]
+
+
+def list_resources(model, *keys):
+    if len(keys) == len(database.RESOURCES[metadata.KINDS[model]]):
+        return [kept(model)[keys]] if keys in kept(model) else []
+    return [resource for of, resource in list(kept(model).items()) if of[: len(keys)] == keys]
+
+
+def save_resource(resource, *keys):
+    saved = kept(type(resource))[keys] = written[0](resource, *keys)
+    return saved
+
+
+def delete_resources(model, *keys):
+    gone = [of for of in list(kept(model)) if of[: len(keys)] == keys]
+    if gone:
+        written[1](model, *keys)
+    for of in gone:
+        kept(model).pop(of, None)
+
+
+metadata.list_, metadata.save, metadata.delete = list_resources, save_resource, delete_resources
+
 COLUMNS = "duckdb_columns() WHERE database_name = ? AND schema_name = ? AND table_name = ?"
-fetch = database.fetch
 
 
 def fetch_described(sql, params=None):
@@ -68,6 +102,46 @@ def fetch_described(sql, params=None):
 
 database.fetch = fetch_described
 
+
+physical = tables.physical
+
+
+def physical_result(project, dataset, table):
+    if dataset == tables.RESULTS:
+        return "results", dataset, f"{project}:{table}"
+    return physical(project, dataset, table)
+
+
+tables.physical = physical_result
+
+
+jobs = {}
+
+
+def save(job):
+    jobs[job.jobReference.projectId, job.jobReference.jobId] = job
+    return job
+
+
+def list_jobs(project, states=None, parent=None, least=None, most=None):
+    def is_asked_for(job):
+        created = int(job.statistics.creationTime)
+        return (
+            job.jobReference.projectId == project
+            and job.statistics.parentJobId == parent
+            and (states is None or job.status.state in states)
+            and (least is None or created >= least)
+            and (most is None or created <= most)
+        )
+
+    newest_first = sorted(list(jobs.values()), key=lambda job: (-int(job.statistics.creationTime), job.jobReference.jobId))
+    return [job for job in newest_first if is_asked_for(job)]
+
+
+store.save = save
+store.load = lambda project, job: jobs.get((project, job))
+store.list_ = list_jobs
+store.delete = lambda project, job: jobs.pop((project, job), None)
 
 execute = query.execute
 
@@ -96,14 +170,11 @@ query.execute = execute_query
 def expire_jobs():
     while True:
         time.sleep(5)
-        old = ["DONE", int((time.time() - SECONDS) * 1000)]
-        try:
-            for project, job in fetch("SELECT project_id, job_id FROM emulator.jobs WHERE state = ? AND creation_time < ?", old):
+        for (project, job), resource in list(jobs.items()):
+            if resource.status.state == "DONE" and int(resource.statistics.creationTime) < (time.time() - SECONDS) * 1000:
                 with contextlib.suppress(BigQueryError):  # it has no result
                     tables.delete(project, tables.RESULTS, job)
-            database.execute("DELETE FROM emulator.jobs WHERE state = ? AND creation_time < ?", old)
-        except Exception as error:  # it goes on without
-            print(f"old jobs are not deleted: {error}", flush=True)
+                del jobs[project, job]
 
 
 threading.Thread(target=expire_jobs, daemon=True).start()
