@@ -178,7 +178,7 @@ suite("every type", () => {
 suite("a shop's orders", () => {
   let shop: Shop;
   before(async () => {
-    shop = await createShop({ pushgateway: true });
+    shop = await createShop({ clickhouse: true, pushgateway: true });
     await shop.insertRows(1, 2500);
     await shop.succeed("scripts/orders.ts");
   });
