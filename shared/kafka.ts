@@ -89,7 +89,7 @@ export interface PartitionState {
 export async function topicState(admin: Admin, topic: string, groupId: string): Promise<PartitionState[]> {
   try {
     const [ends, offsets] = await Promise.all([
-      admin.fetchTopicOffsets(topic),
+      settled(() => admin.fetchTopicOffsets(topic)),
       committedOffsets(admin, topic, groupId),
     ]);
     return ends
@@ -105,17 +105,22 @@ export async function topicState(admin: Admin, topic: string, groupId: string): 
   }
 }
 
-/**
- * By partition; negative where the group has none. A coordinator that is changing or still loads the group is asked again for 20 s: kafkajs
- * does not (its pull request 1779).
- */
+/** By partition; negative where the group has none. */
 async function committedOffsets(admin: Admin, topic: string, groupId: string): Promise<Map<number, bigint>> {
+  const [group] = await settled(() => admin.fetchOffsets({ groupId, topics: [topic] }));
+  return new Map(group?.partitions.map(({ partition, offset }) => [partition, BigInt(offset)]));
+}
+
+/**
+ * Asks again, for 20 s, while a broker that has just come back does not know that it leads a partition, or still loads the group it
+ * coordinates. kafkajs does not (its pull request 1779).
+ */
+async function settled<T>(ask: () => Promise<T>): Promise<T> {
   for (let tries = 0; ; tries++) {
     try {
-      const [group] = await admin.fetchOffsets({ groupId, topics: [topic] });
-      return new Map(group?.partitions.map(({ partition, offset }) => [partition, BigInt(offset)]));
+      return await ask();
     } catch (error) {
-      if (tries === 40 || !lacksCoordinator(error)) throw error;
+      if (tries === 40 || !(lacksCoordinator(error) || lacksLeader(error))) throw error;
       await delay(500);
     }
   }
@@ -124,6 +129,7 @@ async function committedOffsets(admin: Admin, topic: string, groupId: string): P
 const typeOf = (error: unknown): string => (error as { type?: string }).type ?? "";
 /** The group has no coordinator for the moment: it is found, changes, or loads what it has to know. */
 const lacksCoordinator = (error: unknown): boolean => /COORDINATOR|GROUP_LOAD_IN_PROGRESS/.test(typeOf(error));
+const lacksLeader = (error: unknown): boolean => /LEADER/.test(typeOf(error));
 
 const withoutTopic = (error: unknown): boolean => typeOf(error) === "UNKNOWN_TOPIC_OR_PARTITION";
 const noTopic = (topic: string): UsageError => new UsageError(`Kafka has no topic ${topic}. Run: make connector`);
@@ -145,8 +151,7 @@ export async function createTopic(admin: Admin, config: ITopicConfig): Promise<b
         return created;
       }
     } catch (error) {
-      if (!/^(UNKNOWN_TOPIC_OR_PARTITION|LEADER_NOT_AVAILABLE|NOT_LEADER_FOR_PARTITION)$/.test(typeOf(error)))
-        throw error;
+      if (!withoutTopic(error) && !lacksLeader(error)) throw error;
     }
     if (performance.now() > deadline) throw new Error(`no broker leads the partitions of topic ${topic} after 30 s`);
   }

@@ -138,8 +138,8 @@ async function createLine(target = ""): Promise<Line> {
 }
 
 /**
- * A broker behind a proxy, which says that it is at the proxy. It does not say who coordinates a group until it is told to; and as the
- * coordinator it can be loading its groups, which it says to whoever joins one or asks for its offsets.
+ * A broker behind a proxy, which says that it is at the proxy. It does not say who coordinates a group until it is told to; and as one
+ * that has just come back it can be loading its groups, and not know what it leads, which it says to whoever asks.
  */
 interface KafkaLine extends AsyncDisposable {
   address: string;
@@ -149,14 +149,17 @@ interface KafkaLine extends AsyncDisposable {
   refused(request: keyof typeof kafkaRequests): number;
 }
 
-/** Their keys, and what follows the correlation id in the answer that says COORDINATOR_LOAD_IN_PROGRESS (14). https://kafka.apache.org/protocol */
+const zeros = (count: number): number[] => Array(count).fill(0);
+/**
+ * Their keys, and what follows the correlation id in the answer of a broker that has just come back: NOT_LEADER_OR_FOLLOWER (6) or
+ * COORDINATOR_LOAD_IN_PROGRESS (14). https://kafka.apache.org/protocol
+ */
 const kafkaRequests = {
   findCoordinator: { key: 10, loading: [] },
-  offsetFetch: { key: 9, loading: [0, 0, 0, 0, /* topics */ 0, 0, 0, 0, /* error */ 0, 14] }, // versions 3 to 5
-  joinGroup: {
-    key: 11,
-    loading: [0, 0, 0, 0, /* error */ 0, 14, /* generation, three names, members */ ...Array(14).fill(0)],
-  }, // 2 to 5
+  // Versions 2 and 3, of one topic's one partition: its name is a letter.
+  listOffsets: { key: 2, loading: [...zeros(4), 0, 0, 0, 1, 0, 1, 116, 0, 0, 0, 1, ...zeros(4), 0, 6, ...zeros(16)] },
+  offsetFetch: { key: 9, loading: [...zeros(4), /* topics */ ...zeros(4), 0, 14] }, // versions 3 to 5
+  joinGroup: { key: 11, loading: [...zeros(4), 0, 14, /* generation, three names, members */ ...zeros(14)] }, // 2 to 5
 };
 
 async function createKafkaLine(broker = ""): Promise<KafkaLine> {
@@ -506,6 +509,7 @@ suite("faults", { concurrency: true }, () => {
     const admin = kafkaAt(kafka.address).admin();
     await admin.connect();
     const state = topicState(admin, topic, shop.env.SENSORS_GROUP ?? "").finally(() => admin.disconnect());
+    await refuses("listOffsets");
     kafka.loads(false);
     assert.equal((await state).length, 3);
     await arrived(sensors, 300, consumer);
