@@ -242,15 +242,16 @@ export async function consume(
   const read = async (): Promise<void> => {
     for (; !signal.aborted; await delay(1000, undefined, { signal }).catch(() => {}))
       try {
-        await Promise.all([consumer.connect(), admin.connect()]);
-        await consumer.subscribe({ topics: [topic], fromBeginning: true });
+        const ready = Promise.all([consumer.connect(), admin.connect()]);
+        const subscribed = ready.then(() => consumer.subscribe({ topics: [topic], fromBeginning: true }));
+        await Promise.race([subscribed, over]); // kafkajs tries for longer than whoever stops this waits
         break;
       } catch (error) {
         if (withoutTopic(error)) throw noTopic(topic);
         if (!isConnectionError(error)) throw refusedByBroker(error);
         log({ step: "waiting", for: "Kafka", error: (error as Error).message });
       }
-    if (signal.aborted) return;
+    if (signal.aborted || failure) return;
     await consumer.run({
       autoCommit: false,
       partitionsConsumedConcurrently: 3, // while one batch is inserted, another is made ready

@@ -550,7 +550,7 @@ suite("faults", { concurrency: true }, () => {
       assert.ok((await rss()) - before < 40 * 2 ** 20);
       // One that comes while Kafka is away waits as well; and another can be stopped.
       const [late, polite] = [1, 2].map(() => sensors.shop.start(consumerScript));
-      await Promise.all([late, polite].map((one) => one?.line(/step=serving/)));
+      await Promise.all([late, polite].map((one) => one?.line(/step=kafka message="Failed to connect/)));
       polite?.child.kill("SIGTERM");
       assert.ok(late && polite);
       const from = performance.now();
