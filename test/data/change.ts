@@ -2,7 +2,7 @@
  * Changes some of the source's rows, as a shop would, so that the next run of a pipeline has something to do.
  * Plain SQL: the triggers set updated_at, and nothing marks a changed row otherwise.
  */
-import { openSource } from "./load.ts";
+import { dataSet, openSource } from "./load.ts";
 
 export interface Changes {
   /** Orders to change: status, and a part of the total that becomes discount. */
@@ -84,8 +84,9 @@ export async function changeReadings(adminUrl: string, seed = 1): Promise<number
           insert into public.sensor_readings (sensor_id, metric, value)
           select sensor_id, metric, value from public.sensor_readings where ${dice} = ${transaction}`,
         await tx`update public.sensor_readings set value = value + 1 where ${dice} = ${10 + transaction}`,
-        // Its time is part of the destination's sorting key.
-        await tx`update public.sensor_readings set recorded_at = recorded_at + interval '1 minute' where ${dice} = ${20 + transaction}`,
+        // Its time is part of the destination's sorting key. Not of the first and the last: by theirs `make data` knows the data set.
+        await tx`update public.sensor_readings set recorded_at = recorded_at + interval '1 minute'
+          where ${dice} = ${20 + transaction} and id <> all(${dataSet.sensor_readings.ids})`,
         // Of those that were inserted before: the data set itself stays whole, so that it can be completed by `make data`.
         await tx`delete from public.sensor_readings where recorded_at > '2020-01-01' and ${dice} % 4 = 0`,
       ]);

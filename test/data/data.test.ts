@@ -4,7 +4,7 @@ import { spawn } from "node:child_process";
 import { after, before, test } from "node:test";
 import postgres from "postgres";
 import { localEnv } from "../stack/env.ts";
-import { changeSource } from "./change.ts";
+import { changeReadings, changeSource } from "./change.ts";
 import { loadData, openSource, tables } from "./load.ts";
 
 const admin = localEnv().STACK_ADMIN_DATABASE_URL ?? "";
@@ -161,6 +161,20 @@ test("changeSource changes and inserts by seed, the triggers set updated_at, and
   const again = await changeSource(scratchUrl, { orders: 40, users: 7, newOrders: 0, seed: 42 });
   assert.deepEqual([again.orders.length, again.users], [40, changed.users]);
   assert.equal(await loadData(scratchUrl), false);
+});
+
+test("changeReadings moves readings, and the data still counts as loaded, also where the seed hits its first or last reading", async () => {
+  for (const [seed, id] of [
+    [513, 1],
+    [132, 211_061],
+  ] as const) {
+    const hit = await one(`select abs(hashtextextended('${id}', ${seed}) % 1000) between 20 and 24 as it`);
+    assert.ok(hit.it, "the seed does not hit that reading: it shows nothing");
+    await changeReadings(scratchUrl, seed);
+    assert.equal(await loadData(scratchUrl), false);
+  }
+  const { n } = await one("select count(*)::int as n from sensor_readings where extract(minute from recorded_at) = 1");
+  assert.ok(n > 1000, `${n} of the data set's readings were moved`);
 });
 
 test("a second load does nothing, in under a second", async () => {

@@ -45,7 +45,7 @@ import { python } from "../stack/python.ts";
 const variable = "STACK_ADMIN_DATABASE_URL";
 
 /** What the data set is known by. `first` and `last`: id and time of the first and the last row in the order of loading. */
-const dataSet = {
+export const dataSet = {
   users: {
     columns:
       "id, age_band, income_band, home_ownership, marital_status, household_size, kids_count, created_at, updated_at",
