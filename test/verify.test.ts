@@ -4,7 +4,7 @@ import { after, before, suite, test } from "node:test";
 import fc from "fast-check";
 import { pipelines } from "../shared/schema.ts";
 import { loadData } from "./data/load.ts";
-import { createProxy, type Gate, type HttpProxy, hold, reach, steps } from "./lib/faults.ts";
+import { createProxy, ending, type Gate, type HttpProxy, hold, reach, steps } from "./lib/faults.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createSensors, type Sensors } from "./lib/sensors.ts";
 import { createShop, type Process, type Result, type Shop, until } from "./lib/shop.ts";
@@ -390,6 +390,23 @@ suite("a shop's orders", () => {
       assert.match(stderr, says);
       assert.equal(code, 2);
     }
+  });
+
+  test("stopped, it says what it had found, and does not begin the next pipeline", async () => {
+    await silently("update orders set total = total + 1 where id = 1");
+    await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
+    const stopped = shop.start(verify, { PUSHGATEWAY_URL: gateway.url });
+    // Between two pipelines: the run of the first has ended, and hears of nothing any more.
+    gateway.fault(steps.push, async (exchange) => {
+      stopped.child.kill("SIGTERM");
+      await hold()(exchange);
+    });
+    const result = await ending(stopped);
+    await silently("update orders set total = total - 1 where id = 1");
+    assertFound(result, ["different id=1: total"]);
+    assert.equal(counts(result, "orders").different, "1");
+    assert.match(result.stderr, /^stopped by SIGTERM: users was not begun\. Next: make verify$/m);
+    assert.doesNotMatch(result.stderr, /pipeline=users/);
   });
 
   test("a destination that does not answer is no agreement", async () => {

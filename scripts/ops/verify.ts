@@ -25,7 +25,7 @@ import { clickhouse, kafka, readEnv, redact, UsageError } from "../../shared/env
 import { takeLock } from "../../shared/lock.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
 import { log, table, thousands } from "../../shared/progress.ts";
-import { main, type Run, runPipeline } from "../../shared/run.ts";
+import { main, onSignal, type Run, runPipeline } from "../../shared/run.ts";
 import { pipelines } from "../../shared/schema.ts";
 import {
   type Comparison,
@@ -59,7 +59,15 @@ await main(import.meta, async () => {
 
   const results: Record<string, string | number>[] = [];
   const failures: string[] = [];
+  let stoppedBy: string | undefined; // a run hears of a signal until it has ended; its push comes after
+  onSignal((signal) => {
+    stoppedBy = signal;
+  });
   for (const pipeline of wanted) {
+    if (stoppedBy) {
+      failures.push(`stopped by ${stoppedBy}: ${pipeline} was not begun. Next: make verify`);
+      break;
+    }
     const started = performance.now();
     let found: Verified | undefined;
     let ended: Run | undefined;
@@ -74,9 +82,8 @@ await main(import.meta, async () => {
             : await verifyTable(run);
       });
     } catch (error) {
-      const { name, message } = error as Error;
-      if (only || name === "Stopped") throw error;
-      failures.push(`${pipeline} was not verified: ${message}`);
+      if (only) throw error;
+      failures.push(`${pipeline} was not verified: ${(error as Error).message}`);
       continue;
     }
     if (!found) continue;
