@@ -18,6 +18,9 @@
  *
  * Touches: reads the source as a read-only role; writes objects below events/ in the bucket, schema etl, and the Pushgateway.
  */
+
+import { copyJsonLines } from "../shared/copy.ts";
+import { postgresToS3, readEnv } from "../shared/env.ts";
 import {
   addDays,
   checkArchivable,
@@ -32,13 +35,11 @@ import {
   startDay,
   startOf,
   windowDays,
-} from "../shared/archive.ts";
-import { postgresToS3, readEnv } from "../shared/env.ts";
-import { takeLock } from "../shared/lock.ts";
-import { copyJsonLines } from "../shared/postgres.ts";
-import { main, runPipeline, withRetry } from "../shared/run.ts";
-import { checkBucket, connectS3, isTransientS3 } from "../shared/s3.ts";
-import { readSelect } from "../shared/schema.ts";
+} from "../shared/events/archive.ts";
+import { checkBucket, connectS3, isTransientS3 } from "../shared/events/s3.ts";
+import { main } from "../shared/main.ts";
+import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { readSelect } from "../shared/source.ts";
 import { takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "events";

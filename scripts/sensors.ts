@@ -14,14 +14,27 @@
  * Touches: reads the source's catalog as a read-only role, and the topic; writes ClickHouse, the group's offsets and schema etl.
  * Serves /metrics and /healthz at METRICS_PORT.
  */
-import { checkDefinitions, connectClickHouse, insertRowBinary, landingRows, waitOut } from "../shared/clickhouse.ts";
+
 import { clickhouse, kafka, readEnv, UsageError } from "../shared/env.ts";
-import { takeEpoch, writeOffsets } from "../shared/epoch.ts";
-import { connectKafka, consume, topicState, withAdmin } from "../shared/kafka.ts";
-import { checkSession, connect } from "../shared/postgres.ts";
-import { log } from "../shared/progress.ts";
-import { main } from "../shared/run.ts";
-import { checkReadings, createPoisonLimit, createReport, findDeadLetters, stopSignals } from "../shared/sensors.ts";
+import { log } from "../shared/log.ts";
+import { main } from "../shared/main.ts";
+import {
+  checkDefinitions,
+  connectClickHouse,
+  insertRowBinary,
+  landingRows,
+  waitOut,
+} from "../shared/sensors/clickhouse.ts";
+import {
+  checkReadings,
+  createPoisonLimit,
+  createReport,
+  findDeadLetters,
+  stopSignals,
+} from "../shared/sensors/consumer.ts";
+import { takeEpoch, writeOffsets } from "../shared/sensors/epoch.ts";
+import { connectKafka, consume, topicState, withAdmin } from "../shared/sensors/kafka.ts";
+import { checkSession, connect } from "../shared/session.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(

@@ -14,20 +14,21 @@
  *
  * Touches: reads the source as a read-only role; writes the target, a staging table beside it, schema etl, and the Pushgateway.
  */
+import { isTransient } from "../shared/bigquery/client.ts";
+import { checkSource, readContract } from "../shared/bigquery/contract.ts";
 import {
   checkKeys,
   compareCounts,
   createStaging,
-  isTransient,
   loadLines,
   mergeStaging,
   openDestination,
-} from "../shared/bigquery.ts";
+} from "../shared/bigquery/load.ts";
+import { copyJsonLines } from "../shared/copy.ts";
 import { postgresToBigQuery, readEnv } from "../shared/env.ts";
-import { takeLock } from "../shared/lock.ts";
-import { copyJsonLines } from "../shared/postgres.ts";
-import { main, noRows, reportChunk, runPipeline, withRetry } from "../shared/run.ts";
-import { checkSource, readContract, readSelect } from "../shared/schema.ts";
+import { main } from "../shared/main.ts";
+import { noRows, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { readSelect } from "../shared/source.ts";
 import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "users";

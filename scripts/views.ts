@@ -20,10 +20,10 @@
  * Touches: reads the raw tables; writes the targets, a build dataset BIGQUERY_VIEWS_DATASET_build_RUN that expires, schema etl,
  * and the Pushgateway.
  */
-import { isTransient } from "../shared/bigquery.ts";
+import { isTransient } from "../shared/bigquery/client.ts";
 import { bigQueryToBigQuery, readEnv } from "../shared/env.ts";
-import { takeLock } from "../shared/lock.ts";
-import { main, runPipeline, withRetry } from "../shared/run.ts";
+import { main } from "../shared/main.ts";
+import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
 import {
   buildModel,
   checkFresh,
@@ -38,7 +38,7 @@ import {
   reportModels,
   runChecks,
   viewRaw,
-} from "../shared/views.ts";
+} from "../shared/views/build.ts";
 
 const pipeline = "views";
 

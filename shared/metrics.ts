@@ -2,12 +2,6 @@
  * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. And what the
  * rules over them expect.
  */
-import { once } from "node:events";
-import { readFileSync } from "node:fs";
-import type { AddressInfo } from "node:net";
-import { join } from "node:path";
-import type { Registry } from "prom-client";
-import { root } from "./env.ts";
 
 const help = {
   etl_last_success_timestamp_seconds: "When the pipeline last succeeded.",
@@ -54,48 +48,3 @@ export async function pushMetrics(
 
 /** A timestamp in UTC as Postgres writes it, in seconds since 1970. */
 export const epochSeconds = (timestamp: string): number => Date.parse(timestamp.replace(/\+00$/, "Z")) / 1000;
-
-/**
- * Serves /metrics of the registry, and /healthz: 200, or 503 with what is wrong.
- * @param port 0 is any free one.
- * @throws Error where the port is taken.
- */
-export async function serveMetrics(
-  port: number,
-  registry: Registry,
-  fault: () => string | undefined,
-): Promise<{ port: number } & AsyncDisposable> {
-  const { createServer } = await import("node:http"); // as an ES module it loads all of fetch: 15 ms of each command's start
-  const server = createServer(async (request, response) => {
-    const path = request.url?.split("?")[0];
-    if (path === "/metrics") response.setHeader("content-type", registry.contentType).end(await registry.metrics());
-    else if (path === "/healthz") response.writeHead(fault() ? 503 : 200).end(`${fault() ?? "ok"}\n`);
-    else response.writeHead(404).end("/metrics and /healthz are here\n");
-  });
-  server.listen(port);
-  await once(server, "listening").catch((error: Error) => {
-    throw new Error(`METRICS_PORT ${port}: ${error.message}. Is another consumer running here? Choose another port`);
-  });
-  return {
-    port: (server.address() as AddressInfo).port,
-    [Symbol.asyncDispose]: async () => {
-      server.closeAllConnections();
-      server.close();
-    },
-  };
-}
-
-const rules = (): string => readFileSync(join(root, "ops/alerts.yml"), "utf8");
-
-/** How often each pipeline is meant to succeed, in seconds, as ops/alerts.yml says. */
-export function readIntervals(): Map<string, number> {
-  const intervals = rules().matchAll(/labels: \{ pipeline: (\w+) \}\s+expr: vector\((\d+)\)/g);
-  return new Map([...intervals].map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
-}
-
-/** From where on ops/alerts.yml calls a metric an alert. */
-export function readThreshold(metric: string): number {
-  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
-  if (limit === undefined) throw new Error(`ops/alerts.yml has no alert of the form ${metric} > NUMBER`);
-  return Number(limit);
-}

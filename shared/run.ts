@@ -2,64 +2,16 @@
  * The life of a run: its id, its lock, its deadline, its record in etl.runs, its metrics and its exit code.
  */
 import { randomBytes } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, logFormat, redact, UsageError } from "./env.ts";
+import { type Env, redact } from "./env.ts";
+import { type Fields, log, progress } from "./log.ts";
+import { current, explain, onSignal } from "./main.ts";
 import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
-import { checkSession, connect, type SessionOptions } from "./postgres.ts";
-import { type Fields, log, logError, progress } from "./progress.ts";
 import { type Position, readPosition, wentBack } from "./restored.ts";
+import { checkSession, connect, type SessionOptions } from "./session.ts";
 import type { Chunk, Window } from "./watermark.ts";
-
-/**
- * Runs a script: --help prints its header comment, errors are printed in one place and become the exit code:
- * 0 done, 1 failed, 2 wrong arguments, environment or schema.
- */
-export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
-  // Whoever reads the output may leave (make status | head); the run goes on.
-  for (const stream of [process.stdout, process.stderr]) {
-    stream.on("error", (error: NodeJS.ErrnoException) => {
-      if (error.code !== "EPIPE") throw error;
-    });
-  }
-  process.on("uncaughtException", fail); // also what is thrown here: scripts await it at their top level
-  process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
-  const [argument] = process.argv.slice(2);
-  if (argument === "--help" || argument === "-h") {
-    const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";
-    process.stdout.write(`${header.replaceAll(/^ \* ?/gm, "")}\n`);
-    return;
-  }
-  if (argument !== undefined)
-    throw new UsageError(
-      `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
-    );
-  await body();
-}
-
-/** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
-let current: Fields = {};
-
-function fail(error: unknown): never {
-  const programming = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
-  const stack = logFormat() === "json" ? String(error) : (error as Error)?.stack;
-  logError(programming ? (stack ?? String(error)) : explain(error), current);
-  process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
-}
-
-/** undefined_table or invalid_schema_name in schema etl, or a column that a newer file of sql/etl adds. */
-const withoutMetadata = ({ code, message }: Error & { code?: string }): boolean =>
-  ((code === "42P01" || code === "3F000") && /etl/.test(message)) ||
-  (code === "42703" && /\b(by_hand|source_wal|source_server|source_database)\b/.test(message));
-
-function explain(error: Error & { code?: string; query?: string }): string {
-  if (withoutMetadata(error)) return `${error.message}: the metadata tables are not there. Run: make migrate`;
-  const message = error.message || String(error.code ?? error.name);
-  // postgres.js says in which statement; which of the databases it was is seen there.
-  if (!/^(read|write) [A-Z_]+/.test(message) || !error.query) return message;
-  return `${message}: the connection to Postgres was lost in: ${error.query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
-}
 
 /** Without SOURCE_DATABASE_URL the run has no source, and must not ask for it. */
 type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> &
@@ -157,13 +109,13 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
 export function newRunId(at?: number): string {
   const time = new Date(at ?? Date.now()).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
   const run = `${time}_${randomBytes(3).toString("hex")}`;
-  if (at === undefined) current = { run };
+  if (at === undefined) Object.assign(current, { run });
   return run;
 }
 
 function createRun(pipeline: string, env: RunEnv) {
   const id = newRunId();
-  current = { pipeline, run: id };
+  Object.assign(current, { pipeline });
   const started = performance.now();
   const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
@@ -194,21 +146,6 @@ function createRun(pipeline: string, env: RunEnv) {
     totals: { chunks: 0, rows: 0, bytes: 0 },
   };
   return { run, undos, stop: (failure: Error) => stop.abort(failure), settle: () => clearTimeout(timer) };
-}
-
-/**
- * Calls `stop` at the first SIGINT or SIGTERM; a later one does not wait. Not one within a second: where timeout ends make, each of the
- * two sends SIGTERM, and the run shall still record its end.
- */
-export function onSignal(stop: (signal: string) => void): void {
-  let first: number | undefined;
-  for (const signal of ["SIGINT", "SIGTERM"])
-    process.on(signal, () => {
-      if (first === undefined) {
-        first = performance.now();
-        stop(signal);
-      } else if (performance.now() - first > 1000) process.exit(1);
-    });
 }
 
 /** What is done for a run that has failed must not keep it from ending. */
@@ -295,4 +232,43 @@ export async function withRetry<T>(
       await delay(seconds * 1000, undefined, { signal: run.signal });
     }
   }
+}
+
+/** Names the pipeline's advisory lock. */
+export const lockKey = (pipeline: string): string => `etl:${pipeline}`;
+
+/** Takes the pipeline's lock; false where another run holds it. A re-run by hand waits for it, to its deadline. */
+export async function takeLock(run: Run): Promise<boolean> {
+  const { etl, pipeline } = run;
+  const key = lockKey(pipeline);
+  const [lock] = await etl<{ taken: boolean }[]>`select pg_try_advisory_lock(hashtextextended(${key}, 0)) as taken`;
+  if (!lock?.taken) {
+    run.log(run.byHand ? "waiting" : "skipped", {
+      because: "another run holds the lock",
+      ...(await describeHolder(etl, pipeline)),
+    });
+    if (!run.byHand) {
+      run.state = "skipped";
+      return false;
+    }
+    await etl`select set_config('lock_timeout', '0', false)`;
+    await etl`select pg_advisory_lock(hashtextextended(${key}, 0))`;
+  }
+  await etl`insert into etl.runs (run_id, pipeline, state, host, pid) values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
+  run.state = "locked";
+  return true;
+}
+
+/** Who holds the pipeline's lock, since when, and on which host. */
+export async function describeHolder(etl: Sql, pipeline: string): Promise<Fields> {
+  const [holder] = await etl<Fields[]>`
+    select coalesce(r.run_id, a.application_name) as holder, r.host, r.pid, a.pid as postgres_pid,
+      replace(date_trunc('second', a.backend_start)::text, ' ', 'T') as since
+    from pg_locks l
+    join pg_stat_activity a on a.pid = l.pid
+    left join etl.runs r on a.application_name = ${`etl:${pipeline} run=`} || r.run_id
+    where l.locktype = 'advisory' and l.granted and l.objsubid = 1
+      and l.database = (select oid from pg_database where datname = current_database())
+      and (l.classid::bigint << 32) | l.objid::bigint = hashtextextended(${lockKey(pipeline)}, 0)`;
+  return { ...holder };
 }

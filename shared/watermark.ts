@@ -8,18 +8,9 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
 import { type Env, root } from "./env.ts";
-import { quote } from "./postgres.ts";
 import type { Run } from "./run.ts";
-
-/** What a pipeline reads: a table, the column that says when a row last changed, and the SELECT of sql/NAME.sql. */
-export interface Source {
-  /** Schema-qualified, for example public.orders. */
-  table: string;
-  /** timestamptz, NOT NULL, indexed, set by the database to now() or clock_timestamp(). */
-  cursor: string;
-  /** Bounds the cursor by the settings etl.from (inclusive) and etl.to (exclusive). */
-  select: string;
-}
+import { quote } from "./session.ts";
+import type { Source } from "./source.ts";
 
 /** Which server a watermark was taken from: after a restore or a failover it may mean nothing. */
 export interface Identity {

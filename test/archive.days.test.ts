@@ -6,8 +6,8 @@ import { buffer } from "node:stream/consumers";
 import { after, suite, test } from "node:test";
 import { gunzipSync } from "node:zlib";
 import { DeleteBucketCommand, HeadObjectCommand } from "@aws-sdk/client-s3";
-import { addDays } from "../shared/archive.ts";
-import { type Bucket, createBucket, getStream, listObjects, listUploads, removeObjects } from "../shared/s3.ts";
+import { addDays } from "../shared/events/archive.ts";
+import { type Bucket, createBucket, getStream, listObjects, listUploads, removeObjects } from "../shared/events/s3.ts";
 import { connectBucket, createShop, lowestPeaks, type Result, rowsFlags } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 

@@ -11,7 +11,7 @@ import { join } from "node:path";
 import { buffer } from "node:stream/consumers";
 import { after, before, suite, test } from "node:test";
 import { gunzipSync } from "node:zlib";
-import { addDays, type Manifest } from "../shared/archive.ts";
+import { addDays, type Manifest } from "../shared/events/archive.ts";
 import {
   type Bucket,
   createBucket,
@@ -20,7 +20,7 @@ import {
   listObjects,
   listUploads,
   removeObjects,
-} from "../shared/s3.ts";
+} from "../shared/events/s3.ts";
 import {
   assertNoSessions,
   copyBlocked,

@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { utimesSync } from "node:fs";
 import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
-import { addDays, daysBetween, readManifest } from "../shared/archive.ts";
+import { addDays, daysBetween, readManifest } from "../shared/events/archive.ts";
 import { assertNoSessions, ending, type Fault, type Gate, hold, lastRun, pass, reach, withhold } from "./lib/faults.ts";
 import {
   assertArchived,

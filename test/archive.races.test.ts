@@ -4,8 +4,8 @@
  */
 import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
-import { addDays, daysBetween, manifestKey, readManifest } from "../shared/archive.ts";
-import { removeObjects } from "../shared/s3.ts";
+import { addDays, daysBetween, manifestKey, readManifest } from "../shared/events/archive.ts";
+import { removeObjects } from "../shared/events/s3.ts";
 import {
   assertNoSessions,
   createProxy,

@@ -21,10 +21,10 @@ import { appendFileSync, globSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { addDays } from "../shared/archive.ts";
 import { UsageError } from "../shared/env.ts";
-import { table, thousands } from "../shared/progress.ts";
-import { main } from "../shared/run.ts";
+import { addDays } from "../shared/events/archive.ts";
+import { table, thousands } from "../shared/log.ts";
+import { main } from "../shared/main.ts";
 import { breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
 import {

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import postgres from "postgres";
-import { listObjects } from "../shared/s3.ts";
+import { listObjects } from "../shared/events/s3.ts";
 import { createCluster } from "./lib/cluster.ts";
 import { answer, createProxy, type HttpProxy } from "./lib/faults.ts";
 import { startPgbouncer } from "./lib/pgbouncer.ts";

@@ -1,7 +1,7 @@
 // Schema drift: what differs from the contract stops the run before a row moves. Needs the local stack (make up).
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
-import { readContract } from "../shared/schema.ts";
+import { readContract } from "../shared/bigquery/contract.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createShop, type Pipeline, type Shop, stepsOfPipeline, textColumns } from "./lib/shop.ts";
 

@@ -80,7 +80,7 @@ test("an error is one object with the run's id, of several lines where it has th
   assert.equal(error?.error, message);
 
   // A mistake in the code, thrown where nobody awaits it.
-  using _ = scratch.edit("shared/lock.ts", (code) =>
+  using _ = scratch.edit("shared/run.ts", (code) =>
     code.replace(
       "  const key =",
       '  setTimeout(() => (undefined as unknown as { x: string }).x, 1);\n  process.emitWarning("careful");\n  await new Promise((resolve) => setTimeout(resolve, 1000));\n  const key =',

@@ -69,7 +69,7 @@ test("every make target that the README, the runbook and the scripts name is the
   for (const file of [
     "README.md",
     ".env.example",
-    ...globSync(["ops/*", "scripts/**/*.ts", "shared/*.ts"], { cwd: root }),
+    ...globSync(["ops/*", "scripts/**/*.ts", "shared/**/*.ts"], { cwd: root }),
   ]) {
     for (const [, name] of readFileSync(join(root, file), "utf8").matchAll(
       /(?:`|: |, |^)make ([a-z]+(?:-[a-z]+)*)\b(?=[ `;:.,)]|$)/gm,

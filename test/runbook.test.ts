@@ -7,7 +7,7 @@ import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
 import { gunzipSync } from "node:zlib";
 import { GetObjectCommand } from "@aws-sdk/client-s3";
-import { listObjects } from "../shared/s3.ts";
+import { listObjects } from "../shared/events/s3.ts";
 import { createShop, type Shop } from "./lib/shop.ts";
 import { root } from "./stack/env.ts";
 

@@ -6,7 +6,7 @@ import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Message } from "kafkajs";
-import { topicState } from "../shared/kafka.ts";
+import { topicState } from "../shared/sensors/kafka.ts";
 import { createProxy, ending, type Fault, loseAnswer, reset, withhold } from "./lib/faults.ts";
 import { type Consumer, createSensors, kafkaAt, type Sensors } from "./lib/sensors.ts";
 import { createServers } from "./lib/servers.ts";

@@ -6,7 +6,7 @@ import { chmodSync, copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSy
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { connectKafka, createTopic, type KafkaEnv } from "../shared/kafka.ts";
+import { connectKafka, createTopic, type KafkaEnv } from "../shared/sensors/kafka.ts";
 import { trustAuthorities } from "../shared/tls.ts";
 import { createCluster, type TestCluster } from "./lib/cluster.ts";
 import { createShop, freePort, type Result, type Shop, until } from "./lib/shop.ts";

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import type { Duplex } from "node:stream";
 import { after, before, test } from "node:test";
 import postgres, { type Sql } from "postgres";
-import { copyJsonLines } from "../shared/postgres.ts";
+import { copyJsonLines } from "../shared/copy.ts";
 import { createShop, type Result, type Shop, stepsOfPipeline, until } from "./lib/shop.ts";
 import { type Env, root } from "./stack/env.ts";
 

@@ -14,6 +14,7 @@ import { Readable } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { createGunzip } from "node:zlib";
 import type { Sql } from "postgres";
+import { postgresToS3, readEnv } from "../../shared/env.ts";
 import {
   addDays,
   bytesOf,
@@ -24,11 +25,7 @@ import {
   readDays,
   readManifest,
   readSource,
-} from "../../shared/archive.ts";
-import { postgresToS3, readEnv } from "../../shared/env.ts";
-import { checkSession, connect } from "../../shared/postgres.ts";
-import { duration, log, progress, thousands } from "../../shared/progress.ts";
-import { main, newRunId } from "../../shared/run.ts";
+} from "../../shared/events/archive.ts";
 import {
   type Bucket,
   checkBucket,
@@ -37,7 +34,11 @@ import {
   listObjects,
   listUploads,
   removeObjects,
-} from "../../shared/s3.ts";
+} from "../../shared/events/s3.ts";
+import { duration, log, progress, thousands } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { newRunId } from "../../shared/run.ts";
+import { checkSession, connect } from "../../shared/session.ts";
 
 const A_DAY = 86_400_000;
 

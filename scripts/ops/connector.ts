@@ -9,6 +9,10 @@
  *
  *   make connector
  */
+
+import { kafka, readEnv } from "../../shared/env.ts";
+import { log } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
 import {
   awaitRunning,
   checkReplication,
@@ -17,10 +21,7 @@ import {
   createReadingsTopic,
   namesOf,
   putConnector,
-} from "../../shared/connect.ts";
-import { kafka, readEnv } from "../../shared/env.ts";
-import { log } from "../../shared/progress.ts";
-import { main } from "../../shared/run.ts";
+} from "../../shared/sensors/kafka-connect.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(...connectorVariables, ...kafka);

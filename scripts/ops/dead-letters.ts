@@ -7,12 +7,13 @@
  *
  *   safe to re-run   yes: a message that is replayed twice writes the same row
  */
-import { connectClickHouse, select } from "../../shared/clickhouse.ts";
+
 import { clickhouse, readEnv } from "../../shared/env.ts";
-import { readEpoch } from "../../shared/epoch.ts";
-import { connect } from "../../shared/postgres.ts";
-import { log, table } from "../../shared/progress.ts";
-import { main } from "../../shared/run.ts";
+import { log, table } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { readEpoch } from "../../shared/sensors/epoch.ts";
+import { connect } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
   const env = readEnv("ETL_DATABASE_URL", ...clickhouse, "SENSORS_TOPIC", "REPLAY", "LIMIT", "JSON");

@@ -18,10 +18,9 @@ import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { checkArchivable } from "../../shared/archive.ts";
-import { connectBigQuery, mergeStatement, openDestination } from "../../shared/bigquery.ts";
-import { checkDefinitions, connectClickHouse, insertRowBinary } from "../../shared/clickhouse.ts";
-import { checkReplication, isRunning, namesOf, sourceTable } from "../../shared/connect.ts";
+import { connectBigQuery } from "../../shared/bigquery/client.ts";
+import { checkSource, pipelines, readContract } from "../../shared/bigquery/contract.ts";
+import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import {
   bigquery as bigqueryVariables,
   bucketOfArchive,
@@ -35,13 +34,17 @@ import {
   root,
   UsageError,
 } from "../../shared/env.ts";
-import { connectKafka, topicState, withAdmin } from "../../shared/kafka.ts";
+import { checkArchivable } from "../../shared/events/archive.ts";
+import { checkBucket, connectS3, putText, removeObjects } from "../../shared/events/s3.ts";
+import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
-import { checkSession, connect, quote } from "../../shared/postgres.ts";
-import { main, newRunId } from "../../shared/run.ts";
-import { checkBucket, connectS3, putText, removeObjects } from "../../shared/s3.ts";
-import { type Comparing, checkSource, pipelines, readContract, readSelect } from "../../shared/schema.ts";
-import { checkReadings } from "../../shared/sensors.ts";
+import { newRunId } from "../../shared/run.ts";
+import { checkDefinitions, connectClickHouse, insertRowBinary } from "../../shared/sensors/clickhouse.ts";
+import { checkReadings } from "../../shared/sensors/consumer.ts";
+import { connectKafka, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
+import { checkReplication, isRunning, namesOf, sourceTable } from "../../shared/sensors/kafka-connect.ts";
+import { checkSession, connect, quote } from "../../shared/session.ts";
+import { type Comparing, readSelect } from "../../shared/source.ts";
 import { checkVisible, readBound } from "../../shared/watermark.ts";
 
 /** Prints the check's line. @returns whether it is ok. `work` returns what else is worth knowing, or throws what to do. */

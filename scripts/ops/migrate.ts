@@ -21,7 +21,8 @@ import { join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
-import { connectBigQuery } from "../../shared/bigquery.ts";
+import { connectBigQuery } from "../../shared/bigquery/client.ts";
+import { type Contract, describeField, pipelines, readContract } from "../../shared/bigquery/contract.ts";
 import {
   bigquery as bigqueryVariables,
   bucketOfArchive,
@@ -31,10 +32,9 @@ import {
   root,
   UsageError,
 } from "../../shared/env.ts";
-import { checkSession, connect } from "../../shared/postgres.ts";
-import { log } from "../../shared/progress.ts";
-import { main } from "../../shared/run.ts";
-import { type Contract, describeField, pipelines, readContract } from "../../shared/schema.ts";
+import { log } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { checkSession, connect } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(
@@ -100,7 +100,7 @@ await main(import.meta, async () => {
 
   // 4. The bucket.
   if (isSet("S3_BUCKET")) {
-    const { bucketExists, connectS3, createBucket } = await import("../../shared/s3.ts"); // each library where it is wanted: they load slowly
+    const { bucketExists, connectS3, createBucket } = await import("../../shared/events/s3.ts"); // each library where it is wanted: they load slowly
     const bucket = connectS3(env);
     if (!(await bucketExists(bucket)))
       await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
@@ -108,7 +108,7 @@ await main(import.meta, async () => {
 
   // 5. ClickHouse.
   if (isSet("CLICKHOUSE_URL")) {
-    const { migrateClickHouse } = await import("../../shared/clickhouse.ts");
+    const { migrateClickHouse } = await import("../../shared/sensors/clickhouse.ts");
     refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
   await etl.end();

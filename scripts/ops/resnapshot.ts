@@ -10,7 +10,13 @@
  *
  *   safe to re-run   yes: step 2 begins the rebuild anew; until step 4 readers see the old table, as it was
  */
-import { connectClickHouse, migrateClickHouse, select } from "../../shared/clickhouse.ts";
+
+import { clickhouse, kafka, readEnv, UsageError } from "../../shared/env.ts";
+import { log, progress, thousands } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { connectClickHouse, migrateClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { beginEpoch, readEpoch, settleEpoch } from "../../shared/sensors/epoch.ts";
+import { checkGroupIsEmpty, connectKafka, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
 import {
   awaitSnapshot,
   checkReplication,
@@ -22,13 +28,8 @@ import {
   namesOf,
   putConnector,
   stopConnector,
-} from "../../shared/connect.ts";
-import { clickhouse, kafka, readEnv, UsageError } from "../../shared/env.ts";
-import { beginEpoch, readEpoch, settleEpoch } from "../../shared/epoch.ts";
-import { checkGroupIsEmpty, connectKafka, topicState, withAdmin } from "../../shared/kafka.ts";
-import { checkSession, connect } from "../../shared/postgres.ts";
-import { log, progress, thousands } from "../../shared/progress.ts";
-import { main } from "../../shared/run.ts";
+} from "../../shared/sensors/kafka-connect.ts";
+import { checkSession, connect } from "../../shared/session.ts";
 
 const tables = ["sensor_readings", "sensor_dead_letters"];
 

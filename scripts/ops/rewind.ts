@@ -9,12 +9,13 @@
  *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    say what would be read again
  */
 import { hostname } from "node:os";
+import { watermarked } from "../../shared/bigquery/contract.ts";
 import { readEnv, UsageError } from "../../shared/env.ts";
-import { describeHolder, lockKey } from "../../shared/lock.ts";
-import { checkSession, connect } from "../../shared/postgres.ts";
-import { type Fields, log } from "../../shared/progress.ts";
-import { main, newRunId } from "../../shared/run.ts";
-import { readSelect, watermarked } from "../../shared/schema.ts";
+import { type Fields, log } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { describeHolder, lockKey, newRunId } from "../../shared/run.ts";
+import { checkSession, connect } from "../../shared/session.ts";
+import { readSelect } from "../../shared/source.ts";
 import { readBound, readWatermark, sameServer } from "../../shared/watermark.ts";
 
 await main(import.meta, async () => {

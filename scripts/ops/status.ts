@@ -4,7 +4,7 @@
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
  *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of Status in
- *                        shared/status.ts: pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
+ *                        scripts/ops/lib/status.ts: pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
  *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
  *                        null where a pipeline has no such thing
@@ -19,10 +19,10 @@
  */
 import { styleText } from "node:util";
 import { readEnv } from "../../shared/env.ts";
-import { checkSession, connect } from "../../shared/postgres.ts";
-import { duration, table, thousands } from "../../shared/progress.ts";
-import { main } from "../../shared/run.ts";
-import { readStatus, type Status } from "../../shared/status.ts";
+import { duration, table, thousands } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { checkSession, connect } from "../../shared/session.ts";
+import { readStatus, type Status } from "./lib/status.ts";
 
 await main(import.meta, async () => {
   const env = readEnv("SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "WATERMARK_LAG_SECONDS", "JSON");

@@ -16,14 +16,15 @@
  *
  * Touches: reads the source; deletes from the target; writes a row of etl.runs.
  */
-import { readKeys } from "../../shared/bigquery.ts";
-import { bigqueryVersions } from "../../shared/checksum.ts";
+
+import { pipelines } from "../../shared/bigquery/contract.ts";
+import { readKeys } from "../../shared/bigquery/load.ts";
 import { readEnv, UsageError } from "../../shared/env.ts";
-import { takeLock } from "../../shared/lock.ts";
-import { progress, thousands } from "../../shared/progress.ts";
-import { main, runPipeline } from "../../shared/run.ts";
-import { pipelines } from "../../shared/schema.ts";
-import { deleteGone, openTable, sourceWentBack, type Version, verifyVariables } from "../../shared/verify.ts";
+import { progress, thousands } from "../../shared/log.ts";
+import { main } from "../../shared/main.ts";
+import { runPipeline, takeLock } from "../../shared/run.ts";
+import { bigqueryVersions } from "./lib/checksum.ts";
+import { deleteGone, openTable, sourceWentBack, type Version, verifyVariables } from "./lib/verify.ts";
 
 const CHUNK_KEYS = 20_000;
 

@@ -21,21 +21,15 @@
  * Touches: reads both sides; with REPAIR=1 writes the target and a staging table beside it, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
+
+import { pipelines } from "../../shared/bigquery/contract.ts";
 import { clickhouse, kafka, readEnv, redact, UsageError } from "../../shared/env.ts";
-import { takeLock } from "../../shared/lock.ts";
+import { log, table, thousands } from "../../shared/log.ts";
+import { main, onSignal } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
-import { log, table, thousands } from "../../shared/progress.ts";
-import { main, onSignal, type Run, runPipeline } from "../../shared/run.ts";
-import { pipelines } from "../../shared/schema.ts";
-import {
-  type Comparison,
-  compareTable,
-  openTable,
-  repair,
-  sourceWentBack,
-  verifyVariables,
-} from "../../shared/verify.ts";
-import { compareReadings } from "../../shared/verify-sensors.ts";
+import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
+import { type Comparison, compareTable, openTable, repair, sourceWentBack, verifyVariables } from "./lib/verify.ts";
+import { compareReadings } from "./lib/verify-sensors.ts";
 
 type Verified = Comparison & { mended?: number };
 const verified = [...pipelines(), "sensors"];

@@ -14,6 +14,7 @@ import { join } from "node:path";
 import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import postgres from "postgres";
+import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import {
   checkKeys,
   compareCounts,
@@ -22,11 +23,11 @@ import {
   mergeStaging,
   mergeStatement,
   openDestination,
-} from "../../shared/bigquery.ts";
-import { copyJsonLines } from "../../shared/postgres.ts";
-import { table, thousands } from "../../shared/progress.ts";
+} from "../../shared/bigquery/load.ts";
+import { copyJsonLines } from "../../shared/copy.ts";
+import { table, thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
-import { checkSource, readContract, readSelect } from "../../shared/schema.ts";
+import { readSelect } from "../../shared/source.ts";
 import { createShop, rowsFlags } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";

@@ -13,6 +13,8 @@ import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
+import { table, thousands } from "../../shared/log.ts";
+import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import {
   awaitRunning,
   checkReplication,
@@ -20,9 +22,7 @@ import {
   createReadingsTopic,
   namesOf,
   putConnector,
-} from "../../shared/connect.ts";
-import { connectKafka, withAdmin } from "../../shared/kafka.ts";
-import { table, thousands } from "../../shared/progress.ts";
+} from "../../shared/sensors/kafka-connect.ts";
 import { createSource } from "../data/source.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";

@@ -4,7 +4,7 @@
  * interleaved. Absolute times are this machine's.
  */
 import { join } from "node:path";
-import { readModels } from "../../shared/views.ts";
+import { readModels } from "../../shared/views/build.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";

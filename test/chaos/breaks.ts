@@ -15,7 +15,7 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
   guard: {
     about: "the MERGE's version guard: a row is replaced, whichever version is there",
     edit: ({ edit }) => {
-      edit("shared/bigquery.ts", (code) => code.replace(/replaced: string = .+,/, 'replaced: string = "TRUE",'));
+      edit("shared/bigquery/load.ts", (code) => code.replace(/replaced: string = .+,/, 'replaced: string = "TRUE",'));
     },
   },
   commit: {
@@ -23,13 +23,13 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
     edit: ({ edit }) => {
       const commit =
         "await commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition: batch.partition, offset: String(BigInt(batch.lastOffset()) + 1n) }] }] });";
-      edit("shared/kafka.ts", (code) => code.replace("await on.batch(", `${commit} await on.batch(`));
+      edit("shared/sensors/kafka.ts", (code) => code.replace("await on.batch(", `${commit} await on.batch(`));
     },
   },
   manifest: {
     about: "manifest-last: the manifest is put before its parts",
     edit: ({ edit }) => {
-      const archive = (change: (code: string) => string) => edit("shared/archive.ts", change); // each of them must find its place
+      const archive = (change: (code: string) => string) => edit("shared/events/archive.ts", change); // each of them must find its place
       archive((code) =>
         code.replace(
           /uploading = (putStream\(bucket, key, )body(, .+\));\n\s+await uploading;/,

@@ -90,7 +90,7 @@ await test("the MERGE quotes a reserved word; without the quotes, with another c
   assert.deepEqual(await check("googlesql", fields), []);
   const unquoted = await check("googlesql", (scratch) => {
     fields(scratch);
-    scratch.edit("shared/bigquery.ts", (code) =>
+    scratch.edit("shared/bigquery/load.ts", (code) =>
       code.replace(/INSERT \(\$\{columns/, "$&.map((column) => column.slice(1, -1))"),
     );
   });
@@ -169,7 +169,7 @@ await test("Postgres: a contract that its source does not fulfil, and a fault in
     /^schemas\/bigquery\/users\.json:1: the source differs from the contract.*\n +column public\.users\.age_band: expected INTEGER REQUIRED \S+, found text, which it cannot hold\n/,
   );
   const cast = await check("postgres", (scratch) => {
-    scratch.edit("shared/types.ts", (code) =>
+    scratch.edit("shared/bigquery/types.ts", (code) =>
       code.replace("numeric: { NUMERIC: asText", "numeric: { NUMERIC: asBase64"),
     );
   });

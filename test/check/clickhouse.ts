@@ -6,7 +6,7 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Session } from "chdb";
-import { readDefinitions } from "../../shared/clickhouse.ts";
+import { readDefinitions } from "../../shared/sensors/clickhouse.ts";
 import { say } from "../stack/stack.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "etl-check-clickhouse-"));

@@ -10,11 +10,17 @@ import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
-import { deleteStatement, duplicateKeysStatement, mergeStatement } from "../../shared/bigquery.ts";
-import { asRead, bigqueryLayout, bigqueryStatements, bigqueryVersions, isCompared } from "../../shared/checksum.ts";
+import {
+  asRead,
+  bigqueryLayout,
+  bigqueryStatements,
+  bigqueryVersions,
+  isCompared,
+} from "../../scripts/ops/lib/checksum.ts";
+import { type Contract, pipelines, readContract } from "../../shared/bigquery/contract.ts";
+import { deleteStatement, duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
 import { root, UsageError } from "../../shared/env.ts";
-import { type Contract, pipelines, readContract } from "../../shared/schema.ts";
-import { readModels, tablesRead } from "../../shared/views.ts";
+import { readModels, tablesRead } from "../../shared/views/build.ts";
 import { freePort } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";
 

@@ -11,8 +11,8 @@ import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { buffer } from "node:stream/consumers";
 import { gunzipSync } from "node:zlib";
-import { addDays, type Manifest, readManifest } from "../../shared/archive.ts";
-import { getStream, listObjects, listUploads } from "../../shared/s3.ts";
+import { addDays, type Manifest, readManifest } from "../../shared/events/archive.ts";
+import { getStream, listObjects, listUploads } from "../../shared/events/s3.ts";
 import { createProxy, type Fault, type HttpProxy } from "./faults.ts";
 import type { Shop } from "./shop.ts";
 

@@ -6,7 +6,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
-import { connectKafka, createTopic, type Kafka, topicState } from "../../shared/kafka.ts";
+import { connectKafka, createTopic, type Kafka, topicState } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
 import { connectClickHouse, createShop, type Process, random, type Shop, type ShopOptions, until } from "./shop.ts";
 

@@ -8,10 +8,11 @@
  */
 import type { ClickHouseClient } from "@clickhouse/client";
 import type { Sql } from "postgres";
-import { type AsRead, address, type Destination } from "./bigquery.ts";
-import { select } from "./clickhouse.ts";
-import { quote } from "./postgres.ts";
-import { apiType, type Column, type Field } from "./types.ts";
+import { type AsRead, address, type Destination } from "../../../shared/bigquery/load.ts";
+import { apiType, type Field } from "../../../shared/bigquery/types.ts";
+import { select } from "../../../shared/sensors/clickhouse.ts";
+import { quote } from "../../../shared/session.ts";
+import type { Column } from "../../../shared/source.ts";
 
 /** A column, and its value as canonical text in each engine, in SQL. */
 interface Compared {

@@ -3,7 +3,7 @@
  * the topic and its partitions stay what they were; a new epoch makes what comes then win over all that came before.
  */
 import type { Sql, TransactionSql } from "postgres";
-import { UsageError } from "./env.ts";
+import { UsageError } from "../env.ts";
 import type { PartitionState } from "./kafka.ts";
 
 export interface Epoch {

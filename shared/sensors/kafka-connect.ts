@@ -5,9 +5,9 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, redact, root, UsageError } from "./env.ts";
+import { type Env, redact, root, UsageError } from "../env.ts";
+import { checkSession, connect } from "../session.ts";
 import { connectKafka, createTopic, type KafkaEnv, withAdmin } from "./kafka.ts";
-import { checkSession, connect } from "./postgres.ts";
 
 export const connectorVariables = ["CONNECT_URL", "REPLICATION_DATABASE_URL"] as const;
 type RequestEnv = Env<"CONNECT_URL" | "SENSORS_TOPIC">;

@@ -2,17 +2,25 @@
  * Where source and destination differ: ranges of the primary key first, by their checksums; then, in those that differ, row by
  * row. And what mends it, by primary key.
  */
+import { isTransient } from "../../../shared/bigquery/client.ts";
+import { readContract, sourceColumns } from "../../../shared/bigquery/contract.ts";
 import {
   compareCounts,
   createStaging,
   type Destination,
   deleteRows,
-  isTransient,
   labels,
   loadLines,
   mergeStaging,
   openDestination,
-} from "./bigquery.ts";
+} from "../../../shared/bigquery/load.ts";
+import { castSelect } from "../../../shared/bigquery/types.ts";
+import { copyJsonLines } from "../../../shared/copy.ts";
+import { bigquery, type Env, UsageError } from "../../../shared/env.ts";
+import { readPosition, wentBack } from "../../../shared/restored.ts";
+import { type Run, withRetry } from "../../../shared/run.ts";
+import { type Column, readSelect } from "../../../shared/source.ts";
+import { type Identity, readBound, readWatermark, sameServer } from "../../../shared/watermark.ts";
 import {
   asRead,
   bigqueryLayout,
@@ -26,13 +34,6 @@ import {
   type Span,
   type Sum,
 } from "./checksum.ts";
-import { bigquery, type Env, UsageError } from "./env.ts";
-import { copyJsonLines } from "./postgres.ts";
-import { readPosition, wentBack } from "./restored.ts";
-import { type Run, withRetry } from "./run.ts";
-import { readContract, readSelect, sourceColumns } from "./schema.ts";
-import { type Column, castSelect } from "./types.ts";
-import { type Identity, readBound, readWatermark, sameServer } from "./watermark.ts";
 
 /** A row as it was read at the destination. */
 export interface Version {

@@ -2,13 +2,13 @@
  * Where the readings of the source and of ClickHouse differ.
  */
 import { setTimeout as delay } from "node:timers/promises";
+import type { clickhouse, Env, kafka } from "../../../shared/env.ts";
+import { thousands } from "../../../shared/log.ts";
+import type { Run } from "../../../shared/run.ts";
+import { checkDefinitions, connectClickHouse, readDefinitions } from "../../../shared/sensors/clickhouse.ts";
+import { connectKafka, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
+import { namesOf, sourceTable } from "../../../shared/sensors/kafka-connect.ts";
 import { clickhouseLayout, clickhouseSide, postgresSide } from "./checksum.ts";
-import { checkDefinitions, connectClickHouse, readDefinitions } from "./clickhouse.ts";
-import { namesOf, sourceTable } from "./connect.ts";
-import type { clickhouse, Env, kafka } from "./env.ts";
-import { connectKafka, topicState, withAdmin } from "./kafka.ts";
-import { thousands } from "./progress.ts";
-import type { Run } from "./run.ts";
 import { type Comparison, compare } from "./verify.ts";
 
 type SensorsEnv = Env<(typeof clickhouse)[number] | (typeof kafka)[number]>;

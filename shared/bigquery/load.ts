@@ -3,30 +3,16 @@
  */
 import { randomUUID } from "node:crypto";
 import { pipeline } from "node:stream/promises";
-import { BigQuery, type Job } from "@google-cloud/bigquery";
-import { OAuth2Client } from "google-auth-library";
-import { type Env, UsageError } from "./env.ts";
-import { type RowStream, SourceError } from "./postgres.ts";
-import { progress, thousands } from "./progress.ts";
-import type { Run } from "./run.ts";
-import { type Contract, checkDestination } from "./schema.ts";
-
-type BigQueryEnv = Env<"BIGQUERY_PROJECT" | "BIGQUERY_DATASET" | "BIGQUERY_LOCATION" | "BIGQUERY_ENDPOINT">;
+import type { BigQuery, Job } from "@google-cloud/bigquery";
+import type { RowStream } from "../copy.ts";
+import { UsageError } from "../env.ts";
+import { progress, thousands } from "../log.ts";
+import type { Run } from "../run.ts";
+import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, SHORT_LOAD } from "./client.ts";
+import { type Contract, checkDestination } from "./contract.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
-
-/** The client, with the credentials of the environment; for a local server (BIGQUERY_ENDPOINT), without. */
-export function connectBigQuery(env: BigQueryEnv): BigQuery {
-  const options = { projectId: env.BIGQUERY_PROJECT, location: env.BIGQUERY_LOCATION };
-  if (!env.BIGQUERY_ENDPOINT) return new BigQuery(options);
-  // Without a token the client sends no headers at all to a custom endpoint, and its upload then crashes; and it would
-  // look for a metadata server for 15 s first.
-  process.env.METADATA_SERVER_DETECTION = "none";
-  const authClient = new OAuth2Client();
-  authClient.setCredentials({ access_token: "local", expiry_date: Number.MAX_SAFE_INTEGER });
-  return new BigQuery({ ...options, apiEndpoint: env.BIGQUERY_ENDPOINT, authClient });
-}
 
 /** A destination table, with what is needed to address it. */
 export interface Destination {
@@ -136,8 +122,6 @@ export function compareCounts(sent: number, loaded: number): void {
     );
 }
 
-const SHORT_LOAD = "the counts differ";
-
 /** Rows of the staging table that share a key; the MERGE would insert each of them. */
 export function duplicateKeysStatement(contract: Contract, staging: string): string {
   const key = contract.key.map((name) => `\`${name}\``).join(", ");
@@ -242,11 +226,6 @@ async function change(
   return metadata.statistics.query.dmlStats;
 }
 
-/** For what has a name of its own: it is there because the client asked again when the first answer got lost. */
-export function ignoreAlreadyThere(error: { code?: number }): void {
-  if (error.code !== 409) throw error;
-}
-
 /** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */
 const named = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
   query: `/* etl:${run.pipeline} run=${run.id} */\n${sql}`,
@@ -255,22 +234,4 @@ const named = (run: Run, sql: string): { query: string; labels: Record<string, s
 
 export function labels(run: Run): Record<string, string> {
   return { etl_pipeline: run.pipeline, etl_run: run.id };
-}
-
-/** Whether trying again may help: the service was overloaded, or the connection to it broke. */
-export function isTransient(error: unknown): boolean {
-  if (error instanceof SourceError) return false;
-  const { code, errors, message } = error as {
-    code?: number | string;
-    errors?: { reason?: string }[];
-    message?: string;
-  };
-  return (
-    [408, 429, 500, 502, 503, 504].includes(Number(code)) ||
-    errors?.some(({ reason = "" }) => /^(job)?(backendError|internalError|rateLimitExceeded)$/i.test(reason)) ||
-    message?.startsWith(SHORT_LOAD) ||
-    /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|could not serialize access|premature close|other side closed/i.test(
-      `${code} ${message}`,
-    )
-  );
 }

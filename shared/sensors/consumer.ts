@@ -5,14 +5,14 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
+import { type Env, UsageError } from "../env.ts";
+import { log, thousands } from "../log.ts";
+import { onSignal } from "../main.ts";
+import { checkSession, connect } from "../session.ts";
 import { readDefinitions, select } from "./clickhouse.ts";
-import { isRunning, namesOf, sourceTable as table } from "./connect.ts";
-import { type Env, UsageError } from "./env.ts";
 import { type Batch, type Kafka, type KafkaEnv, topicState, withAdmin } from "./kafka.ts";
-import { serveMetrics } from "./metrics.ts";
-import { checkSession, connect } from "./postgres.ts";
-import { log, thousands } from "./progress.ts";
-import { onSignal } from "./run.ts";
+import { isRunning, namesOf, sourceTable as table } from "./kafka-connect.ts";
+import { serveMetrics } from "./metrics-server.ts";
 
 /** Postgres's types that a column of ClickHouse holds every value of, as Debezium writes them. */
 const fitting: Record<string, string[]> = {

@@ -5,9 +5,9 @@
 import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type ITopicConfig, type Kafka, type SASLOptions } from "kafkajs";
-import { type Env, UsageError } from "./env.ts";
-import { log } from "./progress.ts";
-import { explainCertificate } from "./tls.ts";
+import { type Env, UsageError } from "../env.ts";
+import { log } from "../log.ts";
+import { explainCertificate } from "../tls.ts";
 
 export type { Batch, Kafka };
 

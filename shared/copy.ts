@@ -1,102 +1,10 @@
 /**
- * Postgres: sessions with fixed settings, and COPY as a stream of JSON lines.
- *
- * Timestamps travel as text, with microseconds: postgres.js would turn a timestamptz into a JS Date, which holds
- * milliseconds. Select `::text`, pass `::text::timestamptz`.
+ * Postgres: COPY as a stream of JSON lines.
  */
 import { connect as connectSocket, type Socket } from "node:net";
 import type { Readable } from "node:stream";
-import postgres, { type Sql } from "postgres";
-import { explainCertificate } from "./tls.ts";
-
-export interface SessionOptions {
-  /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
-  application: string;
-  /** Deadline of each statement, in seconds. */
-  timeoutSeconds: number;
-  /** Further settings of the session, for example etl.from and etl.to. */
-  settings?: Record<string, string>;
-}
-
-/**
- * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
- * max_lifetime is off because a session that postgres.js quietly replaces would lose its advisory lock.
- */
-export function connect(
-  url: string,
-  options: SessionOptions,
-  extra: postgres.Options<Record<string, never>> = {},
-): Sql & AsyncDisposable {
-  const session = postgres(url, {
-    max: 1,
-    idle_timeout: 0,
-    max_lifetime: null,
-    connect_timeout: 10,
-    keep_alive: 30,
-    fetch_types: false,
-    onnotice: () => {},
-    // Whatever the role, the database or the server default to: text output that does not depend on them, no row silently
-    // filtered, and nothing that hangs for ever.
-    connection: {
-      application_name: options.application,
-      TimeZone: "UTC",
-      DateStyle: "ISO",
-      IntervalStyle: "iso_8601",
-      extra_float_digits: "1",
-      bytea_output: "hex",
-      row_security: "off",
-      statement_timeout: Math.ceil(options.timeoutSeconds * 1000),
-      lock_timeout: 30_000,
-      idle_in_transaction_session_timeout: 60_000,
-      tcp_keepalives_idle: "30",
-      tcp_keepalives_interval: "10",
-      tcp_keepalives_count: "3",
-      client_connection_check_interval: "5000",
-      ...options.settings,
-    },
-    ...checkedTls(url),
-    ...extra,
-  });
-  return Object.assign(session, { [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
-}
-
-/**
- * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it
- * is the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
- */
-function checkedTls(url: string): { ssl?: object } {
-  if (!URL.canParse(url)) return {};
-  const { hostname, searchParams } = new URL(url);
-  if (!searchParams.get("sslmode")?.startsWith("verify-")) return {};
-  return { ssl: { host: hostname.replaceAll(/[[\]]/g, "") } };
-}
-
-/**
- * Opens the session, so that a wrong URL, password or database is named by its variable and not met in mid-run.
- * @throws Error with the variable, the server's words and what to do.
- */
-export async function checkSession(variable: string, session: Sql): Promise<void> {
-  const { host, port, database, user } = session.options;
-  const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-  try {
-    await session`select 1`;
-  } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    const remedy: Record<string, string> = {
-      "28P01": "Check the password in it; a special character must be percent-encoded.",
-      "28000": "Check the role in it, sslmode, and pg_hba.conf on the server.",
-      "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
-      "3D000": "Check the database's name in it.",
-      ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
-      ECONNRESET: "Does it speak TLS, where sslmode asks for it? If it does, the connection was cut: run again.",
-      ENOTFOUND: "Check the host's name in it.",
-      CONNECT_TIMEOUT: "Is the host reachable from here?",
-    };
-    const certificate = explainCertificate(error);
-    if (certificate) throw new Error(`cannot connect to ${where}: ${certificate} (${message}).`);
-    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy[code ?? ""] ?? "Check it."}`);
-  }
-}
+import type { Sql } from "postgres";
+import { connect, type SessionOptions } from "./session.ts";
 
 /** The source failed, not the destination: the run ends, and the next one goes on from the watermark. */
 export class SourceError extends Error {
@@ -235,9 +143,4 @@ export function raise(message: string, type: string): string {
 function explainRefused({ message }: Error): string {
   const value = /etl refuses (.*)"$/s.exec(message)?.[1];
   return value === undefined ? message : `${value}, which its field cannot hold. Correct the row at the source.`;
-}
-
-/** An identifier as SQL writes it. */
-export function quote(name: string): string {
-  return `"${name.replaceAll('"', '""')}"`;
 }

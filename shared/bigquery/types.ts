@@ -3,38 +3,15 @@
  * place there. An array's elements go as its type does, into a REPEATED field.
  */
 import type { TableField } from "@google-cloud/bigquery";
-import { quote, raise } from "./postgres.ts";
+import { raise } from "../copy.ts";
+import { quote } from "../session.ts";
+import type { Column } from "../source.ts";
 
 /** A field of a contract. */
 export interface Field extends TableField {
   name: string;
   type: string;
   mode: string;
-}
-
-export interface ColumnType {
-  /** Postgres's name of the type, or of an array's elements, without modifiers; enum for any enum. */
-  type: string;
-  array: boolean;
-  /** The type as SQL writes it, for example integer[]. */
-  sql: string;
-}
-
-/** A column of the source table. */
-export interface TableColumn extends ColumnType {
-  relation: number;
-  number: number;
-  name: string;
-  notnull: boolean;
-  /** As declared, for example numeric(12,2). */
-  declared: string;
-}
-
-/** A column that a SELECT returns. */
-export interface Column extends ColumnType {
-  name: string;
-  /** The table's column that it is, unless it is an expression. */
-  of: TableColumn | undefined;
 }
 
 /** SQL about one value, a column or an array's element. */
@@ -148,20 +125,6 @@ export function castSelect(
     return `${column.array ? elements : write(value)} as ${name}`;
   });
   return `select row_to_json(line) from (select ${written.join(", ")} from (${select}) source) line`;
-}
-
-/**
- * The SELECT around `select` of JSON lines that Postgres reads back as they were: a column that is NULL is left out, so that
- * JSON's null stays apart from it.
- */
-export function jsonLines(select: string, columns: Column[]): string {
-  // What is JSON as it stands needs no to_json, which costs a fifth of the whole query here.
-  const json = /^(int[248]|jsonb)$/;
-  const pairs = columns.map(({ name, type, array }) => {
-    const value = json.test(type) && !array ? `${quote(name)}::text` : `to_json(${quote(name)})`;
-    return `'${JSON.stringify(name).replaceAll("'", "''")}:' || ${value}`;
-  });
-  return `select '{' || concat_ws(',', ${pairs.join(", ")}) || '}' from (${select}) source`;
 }
 
 /** The condition under which a row is refused because of the column, if there is one. */

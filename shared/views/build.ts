@@ -8,12 +8,14 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
-import { connectBigQuery, ignoreAlreadyThere, labels } from "./bigquery.ts";
-import { type bigQueryToBigQuery, type Env, root, UsageError } from "./env.ts";
-import { type Metrics, pushMetrics, readIntervals } from "./metrics.ts";
-import { duration, type Fields, table, thousands } from "./progress.ts";
-import { newRunId, type Run } from "./run.ts";
-import { pipelines } from "./schema.ts";
+import { readIntervals } from "../../scripts/ops/lib/status.ts";
+import { connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
+import { pipelines } from "../bigquery/contract.ts";
+import { labels } from "../bigquery/load.ts";
+import { type bigQueryToBigQuery, type Env, root, UsageError } from "../env.ts";
+import { duration, type Fields, table, thousands } from "../log.ts";
+import { type Metrics, pushMetrics } from "../metrics.ts";
+import { newRunId, type Run } from "../run.ts";
 
 /** What a run left in its build dataset (it was killed, or a model failed and somebody may want to look) is deleted by BigQuery after this time. */
 const BUILD_HOURS = 24;

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
-import { type Env, root, UsageError } from "./env.ts";
+import { type Env, root, UsageError } from "../env.ts";
 
 type ClickHouseEnv = Env<"CLICKHOUSE_URL" | "CLICKHOUSE_DATABASE" | "CLICKHOUSE_USER" | "CLICKHOUSE_PASSWORD">;
 

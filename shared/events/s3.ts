@@ -18,7 +18,7 @@ import {
   S3Client,
 } from "@aws-sdk/client-s3";
 import { Upload } from "@aws-sdk/lib-storage";
-import { type Env, UsageError } from "./env.ts";
+import { type Env, UsageError } from "../env.ts";
 
 type S3Env = Env<
   "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION" | "AWS_ACCESS_KEY_ID" | "AWS_SECRET_ACCESS_KEY"

@@ -2,20 +2,22 @@
  * The state of each pipeline, as schema etl, the source, Kafka, Kafka Connect and ClickHouse tell it within some seconds, and what of it
  * is a reason to get up. Nothing is changed.
  */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { connectClickHouse, select } from "./clickhouse.ts";
-import { isRunning, namesOf } from "./connect.ts";
-import { clickhouse, type Env, isSet, kafka, readEnv } from "./env.ts";
-import { readEpoch } from "./epoch.ts";
-import { connectKafka, topicState, withAdmin } from "./kafka.ts";
-import { describeHolder } from "./lock.ts";
-import { epochSeconds, readIntervals, readThreshold } from "./metrics.ts";
-import { checkSession } from "./postgres.ts";
-import { duration, thousands } from "./progress.ts";
-import { readPosition, wentBack } from "./restored.ts";
-import { watermarked } from "./schema.ts";
-import { type Bound, checkVisible, type Identity, readBound, sameServer } from "./watermark.ts";
+import { watermarked } from "../../../shared/bigquery/contract.ts";
+import { clickhouse, type Env, isSet, kafka, readEnv, root } from "../../../shared/env.ts";
+import { duration, thousands } from "../../../shared/log.ts";
+import { epochSeconds } from "../../../shared/metrics.ts";
+import { readPosition, wentBack } from "../../../shared/restored.ts";
+import { describeHolder } from "../../../shared/run.ts";
+import { connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
+import { readEpoch } from "../../../shared/sensors/epoch.ts";
+import { connectKafka, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
+import { isRunning, namesOf } from "../../../shared/sensors/kafka-connect.ts";
+import { checkSession } from "../../../shared/session.ts";
+import { type Bound, checkVisible, type Identity, readBound, sameServer } from "../../../shared/watermark.ts";
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
@@ -281,4 +283,19 @@ async function countDeadLetters(env: SensorsEnv): Promise<number> {
     { topic: env.SENSORS_TOPIC },
   ).finally(() => client.close());
   return Number(row?.letters);
+}
+
+const rules = (): string => readFileSync(join(root, "ops/alerts.yml"), "utf8");
+
+/** How often each pipeline is meant to succeed, in seconds, as ops/alerts.yml says. */
+export function readIntervals(): Map<string, number> {
+  const intervals = rules().matchAll(/labels: \{ pipeline: (\w+) \}\s+expr: vector\((\d+)\)/g);
+  return new Map([...intervals].map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
+}
+
+/** From where on ops/alerts.yml calls a metric an alert. */
+export function readThreshold(metric: string): number {
+  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
+  if (limit === undefined) throw new Error(`ops/alerts.yml has no alert of the form ${metric} > NUMBER`);
+  return Number(limit);
 }
