@@ -20,9 +20,10 @@
  */
 
 import { copyJsonLines } from "../shared/copy.ts";
-import { postgresToS3, readEnv } from "../shared/env.ts";
+import { readEnv } from "../shared/env.ts";
 import {
   addDays,
+  archiveVariables,
   checkArchivable,
   createPace,
   createParts,
@@ -36,20 +37,20 @@ import {
   startOf,
   windowDays,
 } from "../shared/events/archive.ts";
-import { checkBucket, connectS3, isTransientS3 } from "../shared/events/s3.ts";
+import { bucketVariables, checkBucket, connectS3, isTransientS3 } from "../shared/events/s3.ts";
 import { main } from "../shared/main.ts";
-import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { pipelineVariables, runPipeline, takeLock, withRetry } from "../shared/run.ts";
 import { readSelect } from "../shared/source.ts";
 import { takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "events";
 
 await main(import.meta, async () => {
-  const env = readEnv(...postgresToS3);
+  const env = readEnv({ ...pipelineVariables, ...bucketVariables, ...archiveVariables });
   const source = { table: "public.events", cursor: "created_at", select: readSelect(pipeline) };
   const asked = env.BACKFILL || env.FROM ? readDays(env, "backfill-events") : undefined;
   await runPipeline(pipeline, env, async (run) => {
-    if (asked) run.next = "and the days that are done stay so. To go on: the same command again";
+    if (asked) run.next = "and days that are done stay so. To resume: the same command again";
 
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;
@@ -59,11 +60,12 @@ await main(import.meta, async () => {
     const [lines] = await Promise.all([checkArchivable(run, source), checkBucket(bucket)]);
 
     // 3. Take the window: the days since the watermark, or of [FROM, TO), that end before the safe upper bound.
-    const window = await windowDays(run, asked, await takeWindow(run, env), source);
+    const window = await takeWindow(run, env);
+    const days = await windowDays(run, asked, window, source);
 
     // 4. For each day: skip it if it is done; else extract and upload its parts, count, put the manifest. The watermark follows.
     const pace = createPace(run, env.MAX_ROWS_PER_SECOND);
-    await eachDay(run, window, env, async (day) => {
+    await eachDay(run, days, window, env, async (day) => {
       return await withRetry(run, isTransientS3, async (attempt) => {
         const before = await readManifest(bucket, day);
         if (before && !env.FORCE) return { manifest: before.manifest, skipped: before.manifest.run_id !== run.id };
@@ -73,7 +75,7 @@ await main(import.meta, async () => {
         for (let after: Position | undefined = startOf(day); after; ) {
           const settings = { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) };
           const part = { ...run.session, settings };
-          await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, lines, part, { from: after.created_at, to });
+          await using rows = copyJsonLines(env.SOURCE_DATABASE_URL, lines, part, { from: after.created_at, to });
           after = await parts.add(rows, pace());
         }
         const counted = await describeDay(run, parts);

@@ -14,39 +14,31 @@
  *
  * Touches: reads the source as a read-only role; writes the target, a staging table beside it, schema etl, and the Pushgateway.
  */
-import { isTransient } from "../shared/bigquery/client.ts";
+import { bigqueryVariables, isTransient } from "../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../shared/bigquery/contract.ts";
-import {
-  checkKeys,
-  compareCounts,
-  createStaging,
-  loadLines,
-  mergeStaging,
-  openDestination,
-} from "../shared/bigquery/load.ts";
-import { copyJsonLines } from "../shared/copy.ts";
-import { postgresToBigQuery, readEnv } from "../shared/env.ts";
+import { checkKeys, createStaging, loadChunk, mergeStaging, noRows, openDestination } from "../shared/bigquery/load.ts";
+import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
-import { noRows, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
 import { readSelect } from "../shared/source.ts";
 import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "orders";
 
 await main(import.meta, async () => {
-  const env = readEnv(...postgresToBigQuery);
+  const env = readEnv({ ...pipelineVariables, ...bigqueryVariables });
   const source = { table: "public.orders", cursor: "updated_at", select: readSelect(pipeline) };
   await runPipeline(pipeline, env, async (run) => {
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;
 
-    // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves. From here on `select`
-    // is sql/orders.sql with each row as a line of JSON.
+    // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves.
     const contract = readContract(pipeline);
-    const [select, destination] = await Promise.all([
+    const [lines, destination] = await Promise.all([
       checkSource(run, contract, source),
       openDestination(env, contract, source.cursor),
     ]);
+    const rows = { url: env.SOURCE_DATABASE_URL, select: source.select, lines };
 
     // 3. Take the window: [watermark, safe upper bound), or [FROM, TO) of a re-run by hand.
     const window = await takeWindow(run, env);
@@ -58,14 +50,12 @@ await main(import.meta, async () => {
       const done = await withRetry(run, isTransient, async (attempt) => {
         if (chunk.rows === 0) return noRows;
         await using staging = await createStaging(run, destination, attempt);
-        await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, chunk);
-        const loaded = await loadLines(run, destination, staging, rows);
-        compareCounts(rows.sent.rows, loaded);
+        const sent = await loadChunk(run, rows, destination, staging, chunk); // extract, load, count
         await checkKeys(run, destination, staging);
         const merged = await mergeStaging(run, destination, staging);
-        return { ...rows.sent, ...merged };
+        return { ...sent, ...merged };
       });
-      await advance(run, chunk);
+      await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);
       from = chunk.to;
     }

@@ -15,11 +15,12 @@
  * Serves /metrics and /healthz at METRICS_PORT.
  */
 
-import { clickhouse, kafka, readEnv, UsageError } from "../shared/env.ts";
+import { readEnv, UsageError } from "../shared/env.ts";
 import { log } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
 import {
   checkDefinitions,
+  clickhouseVariables,
   connectClickHouse,
   insertRowBinary,
   landingRows,
@@ -27,26 +28,24 @@ import {
 } from "../shared/sensors/clickhouse.ts";
 import {
   checkReadings,
+  consumerVariables,
   createPoisonLimit,
   createReport,
   findDeadLetters,
   stopSignals,
 } from "../shared/sensors/consumer.ts";
 import { takeEpoch, writeOffsets } from "../shared/sensors/epoch.ts";
-import { connectKafka, consume, topicState, withAdmin } from "../shared/sensors/kafka.ts";
+import { connectKafka, consume, kafkaVariables, topicState, withAdmin } from "../shared/sensors/kafka.ts";
+import { connectorVariables } from "../shared/sensors/kafka-connect.ts";
 import { checkSession, connect } from "../shared/session.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv(
-    "SOURCE_DATABASE_URL",
-    "ETL_DATABASE_URL",
-    ...clickhouse,
-    ...kafka,
-    "CONNECT_URL",
-    "SENSORS_POISON_SHARE",
-    "METRICS_PORT",
-    "UNTIL",
-  );
+  const env = readEnv({
+    ...consumerVariables,
+    ...clickhouseVariables,
+    ...kafkaVariables,
+    CONNECT_URL: connectorVariables.CONNECT_URL,
+  });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
   const { stop, abandon } = stopSignals();
   const etl = connect(env.ETL_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });

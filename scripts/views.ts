@@ -21,7 +21,7 @@
  * and the Pushgateway.
  */
 import { isTransient } from "../shared/bigquery/client.ts";
-import { bigQueryToBigQuery, readEnv } from "../shared/env.ts";
+import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
 import {
@@ -38,12 +38,13 @@ import {
   reportModels,
   runChecks,
   viewRaw,
+  viewsVariables,
 } from "../shared/views/build.ts";
 
 const pipeline = "views";
 
 await main(import.meta, async () => {
-  const env = readEnv(...bigQueryToBigQuery);
+  const env = readEnv(viewsVariables);
   await runPipeline(pipeline, env, async (run) => {
     run.next = "each published table is whole, the old one or the new one. To go on: make views";
 

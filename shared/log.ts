@@ -1,14 +1,15 @@
 /**
- * What a person sees of a run: one line a step in key=value form on stderr, and on a terminal a line below them that
- * shows how far a long step is. With LOG_FORMAT=json each line is a JSON object with the same fields, for programs.
+ * One line a step in key=value form on stderr, and on a terminal a line below them that shows how far a long step is. With
+ * LOG_FORMAT=json each line is a JSON object with the same fields, for programs.
  */
-import { logFormat, redact } from "./env.ts";
+import { redact } from "./env.ts";
 
 export type Fields = Record<string, string | number | boolean | null | undefined>;
 
-const json = logFormat() === "json";
+/** A wrong value is readEnv's to refuse. */
+export const json = (): boolean => process.env.LOG_FORMAT === "json";
 /** Whether a person sees stderr as it comes. */
-export const terminal = !json && process.stderr.isTTY === true;
+export const terminal = (): boolean => !json() && process.stderr.isTTY === true;
 let shown = "";
 let drawn = 0;
 
@@ -23,7 +24,7 @@ export function log(fields: Fields): void {
     // Before JSON escapes it: a secret would look different then.
     .map(([key, value]) => [key, typeof value === "string" ? redact(value) : value] as const);
   const text = (value: unknown): unknown => (/[\s"=\p{Cc}]|^$/u.test(String(value)) ? JSON.stringify(value) : value);
-  const line = json
+  const line = json()
     ? JSON.stringify(Object.fromEntries(pairs.map(([key, value]) => [key, typed(key, value)])))
     : pairs.map(([key, value]) => `${key}=${text(value)}`).join(" ");
   clear();
@@ -37,16 +38,16 @@ function typed(key: string, value: Fields[string]): Fields[string] {
   return counted ? Number(value) : value;
 }
 
-/** The error that ends a script: a sentence with what to do, of several lines where it lists things. `whose`: pipeline and run, if known. */
-export function logError(error: string, whose: Fields): void {
+/** The error that ends a script: a sentence with what to do, of several lines where it lists things. `run`: pipeline and run, if known. */
+export function logError(error: string, run: Fields): void {
   progress("");
-  if (json) log({ ...whose, step: "error", error });
+  if (json()) log({ ...run, step: "error", error });
   else process.stderr.write(redact(`error: ${error}\n`));
 }
 
 /** On a terminal, draws `text` as the last line, at most ten times a second; elsewhere does nothing. `""` removes it. */
 export function progress(text: string): void {
-  if (!terminal || (text && performance.now() - drawn < 100)) return;
+  if (!terminal() || (text && performance.now() - drawn < 100)) return;
   clear();
   shown = text.slice(0, (process.stderr.columns ?? 80) - 1);
   process.stderr.write(shown);

@@ -1,22 +1,23 @@
 /**
- * The frame of every script: --help, signals, and errors that become exit codes.
+ * The frame of every script: --help, signals, and errors that become exit codes: 0 done, 1 failed, 2 wrong arguments, environment or schema.
  */
 import { readFileSync } from "node:fs";
-import { logFormat, UsageError } from "./env.ts";
-import { type Fields, log, logError } from "./log.ts";
+import { UsageError } from "./env.ts";
+import { type Fields, json, log, logError } from "./log.ts";
 
-/**
- * Runs a script: --help prints its header comment, errors are printed in one place and become the exit code:
- * 0 done, 1 failed, 2 wrong arguments, environment or schema.
- */
+/** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
+export const current: Fields = {};
+
+/** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
-  // Whoever reads the output may leave (make status | head); the run goes on.
+  // Ignore EPIPE: `make status | head` must not end the run.
   for (const stream of [process.stdout, process.stderr]) {
     stream.on("error", (error: NodeJS.ErrnoException) => {
       if (error.code !== "EPIPE") throw error;
     });
   }
-  process.on("uncaughtException", fail); // also what is thrown here: scripts await it at their top level
+  // Also what is thrown here: scripts await it at their top level.
+  process.on("uncaughtException", (error) => setImmediate(() => !elsewhere.has(error) && fail(error)));
   process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
@@ -31,23 +32,26 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
   await body();
 }
 
-/** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
-export const current: Fields = {};
+const elsewhere = new WeakSet<object>();
+/** An error that was thrown before anybody could listen, and is handled where it is read. */
+export const handled = (error: object | null | undefined): void => void (error && elsewhere.add(error));
 
 function fail(error: unknown): never {
-  const programming = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
-  const stack = logFormat() === "json" ? String(error) : (error as Error)?.stack;
-  logError(programming ? (stack ?? String(error)) : explain(error), current);
+  const bug = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
+  const stack = json() ? String(error) : (error as Error)?.stack;
+  logError(bug ? (stack ?? String(error)) : explain(error), current);
   process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
 }
 
-/** undefined_table or invalid_schema_name in schema etl, or a column that a newer file of sql/etl adds. */
-const withoutMetadata = ({ code, message }: Error & { code?: string }): boolean =>
-  ((code === "42P01" || code === "3F000") && /etl/.test(message)) ||
-  (code === "42703" && /\b(by_hand|source_wal|source_server|source_database)\b/.test(message));
+/** undefined_table, invalid_schema_name or undefined_column in schema etl: a file of sql/etl was not applied. */
+const withoutMetadata = ({ code = "", message, query = "" }: Error & { code?: string; query?: string }): boolean =>
+  ["42P01", "3F000", "42703"].includes(code) &&
+  /\betl\.(watermarks|runs|chunks|topic|migrations|events_)/.test(message + query);
 
+/** An error's text for people, with the next command where its code says one. */
 export function explain(error: Error & { code?: string; query?: string }): string {
-  if (withoutMetadata(error)) return `${error.message}: the metadata tables are not there. Run: make migrate`;
+  if (withoutMetadata(error))
+    return `${error.message}: the metadata tables are older than this version. Run: make migrate`;
   const message = error.message || String(error.code ?? error.name);
   // postgres.js says in which statement; which of the databases it was is seen there.
   if (!/^(read|write) [A-Z_]+/.test(message) || !error.query) return message;
@@ -55,16 +59,15 @@ export function explain(error: Error & { code?: string; query?: string }): strin
 }
 
 /**
- * Calls `stop` at the first SIGINT or SIGTERM; a later one does not wait. Not one within a second: where timeout ends make, each of the
- * two sends SIGTERM, and the run shall still record its end.
+ * Calls `stop` at the first SIGINT or SIGTERM. A second signal exits at once, unless it comes within a second: `timeout` and `make` both
+ * forward SIGTERM, which counts as one.
  */
 export function onSignal(stop: (signal: string) => void): void {
   let first: number | undefined;
   for (const signal of ["SIGINT", "SIGTERM"])
     process.on(signal, () => {
-      if (first === undefined) {
-        first = performance.now();
-        stop(signal);
-      } else if (performance.now() - first > 1000) process.exit(1);
+      if (first === undefined) stop(signal);
+      else if (performance.now() - first > 1000) process.exit(1);
+      first ??= performance.now();
     });
 }

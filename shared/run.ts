@@ -1,21 +1,37 @@
 /**
- * The life of a run: its id, its lock, its deadline, its record in etl.runs, its metrics and its exit code.
+ * The life of a run: its id, its lock, its deadline, its record in etl.runs and its metrics.
  */
 import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, redact } from "./env.ts";
+import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
 import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
-import { type Position, readPosition, wentBack } from "./restored.ts";
 import { checkSession, connect, type SessionOptions } from "./session.ts";
-import type { Chunk, Window } from "./watermark.ts";
 
-/** Without SOURCE_DATABASE_URL the run has no source, and must not ask for it. */
-type RunEnv = Env<"ETL_DATABASE_URL" | "PUSHGATEWAY_URL" | "RUN_TIMEOUT_SECONDS"> &
-  Partial<Env<"SOURCE_DATABASE_URL" | "WATERMARK_LAG_SECONDS" | "RETENTION_DAYS" | "FROM" | "ONLY" | "DRY_RUN">>;
+/** What every run reads. */
+export const runVariables = {
+  ETL_DATABASE_URL: required(postgresUrl),
+  PUSHGATEWAY_URL: required(httpUrl),
+  RUN_TIMEOUT_SECONDS: optional(number(1, 604_800, false), 1800),
+  RETENTION_DAYS: optional(number(1, 36_500), 400),
+};
+
+/** What every pipeline from Postgres reads. */
+export const pipelineVariables = {
+  ...runVariables,
+  SOURCE_DATABASE_URL: required(postgresUrl),
+  WATERMARK_LAG_SECONDS: optional(number(0, 86_400, false), 5),
+  CHUNK_ROWS: optional(number(1, 100_000_000), 250_000),
+  FROM: optional(timestamp),
+  TO: optional(timestamp),
+};
+
+/** Without SOURCE_DATABASE_URL the run has no source. FROM, ONLY and DRY_RUN make it one by hand. */
+type RunEnv = Env<typeof runVariables> &
+  Partial<Env<typeof pipelineVariables>> & { ONLY?: string | undefined; DRY_RUN?: boolean };
 
 export interface Run {
   /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
@@ -29,7 +45,7 @@ export interface Run {
   etl: Sql;
   /** Aborts at the deadline, at SIGINT or SIGTERM, and when the run has failed. */
   signal: AbortSignal;
-  /** Lets the deadline begin anew: for work that has one for each of its pieces. */
+  /** Begins the deadline again: for work that has one for each of its pieces. */
   restartDeadline(): void;
   /** What follows where the run is stopped, in words. */
   next: string;
@@ -42,10 +58,8 @@ export interface Run {
   /** Sums over the chunks, for the report. */
   totals: { chunks: number; rows: number; bytes: number };
   /** The window and the watermark, once known, for the record and the metrics. */
-  window?: Window;
+  window?: { from: string; to: string; holdSeconds: number };
   watermark?: string;
-  /** Where the source's history was when the run began; not for a re-run by hand. */
-  sourceAt?: Position | undefined;
   /** Columns of the source table that the contract does not know, once they have been compared. */
   unknownColumns?: string[];
 }
@@ -60,16 +74,8 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   const work = (async () => {
     const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
     await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
-    if (env.SOURCE_DATABASE_URL && !run.byHand) {
-      run.sourceAt = await readPosition(run.source);
-      const back = run.sourceAt && (await wentBack(run.etl, pipeline, run.sourceAt));
-      if (back) throw new Error(back);
-    }
     await body(run);
-    if (run.state === "locked") {
-      await record(run, "succeeded");
-      await forget(run, env.RETENTION_DAYS);
-    }
+    if (run.state === "locked") await record(run, "succeeded", env.RETENTION_DAYS);
   })();
   const stopped = Promise.withResolvers<never>();
   run.signal.addEventListener("abort", () => stopped.reject(run.signal.reason));
@@ -78,51 +84,43 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     await Promise.race([work, stopped.promise]);
   } catch (error) {
     failure = error as Error;
-    stop(failure); // what goes on beside it, of another day or model, must not publish what is undone here
+    stop(failure); // work of another day or model beside it must not publish what is undone here
     progress("");
     await within5s(Promise.allSettled([...undos].map((undo) => undo())));
-    if (run.state === "locked") await within5s(record(run, "failed", redact(explain(failure))));
+    if (run.state === "locked") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
   }
   settle();
-  if (run.state !== "skipped" && !run.byHand) await push(run, env, failure !== undefined);
+  if (run.state !== "skipped" && !run.byHand) await push(run, env.PUSHGATEWAY_URL, failure !== undefined);
   const { rows, bytes, chunks } = run.totals;
-  const seconds = run.seconds();
+  const [seconds, { watermark }] = [run.seconds(), run];
   if (failure) {
-    run.log("failed", { rows, chunks, seconds, watermark: run.watermark });
+    run.log("failed", { rows, chunks, seconds, watermark });
     throw failure;
   }
-  if (run.state === "locked") {
-    run.log("done", {
-      rows,
-      bytes,
-      chunks,
-      seconds,
-      rows_per_second: Math.round(rows / seconds),
-      peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
-      watermark: run.watermark,
-    });
-  }
+  const rates = {
+    rows_per_second: Math.round(rows / seconds),
+    peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
+  };
+  if (run.state === "locked") run.log("done", { rows, bytes, chunks, seconds, ...rates, watermark });
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
 /** Sorts by time; lower case, digits and _ only, so that it can be a BigQuery label and part of a table's name. */
-export function newRunId(at?: number): string {
-  const time = new Date(at ?? Date.now()).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
-  const run = `${time}_${randomBytes(3).toString("hex")}`;
-  if (at === undefined) Object.assign(current, { run });
-  return run;
+export function newRunId(at: number = Date.now()): string {
+  const time = new Date(at).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
+  return `${time}_${randomBytes(3).toString("hex")}`;
 }
 
 function createRun(pipeline: string, env: RunEnv) {
   const id = newRunId();
-  Object.assign(current, { pipeline });
+  Object.assign(current, { pipeline, run: id });
   const started = performance.now();
   const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const undos = new Set<() => Promise<unknown>>();
   const stop = new AbortController();
   const abort = (reason: string): void =>
-    stop.abort(Object.assign(new Error(`${reason}: nothing is half done, ${run.next}`), { name: "Stopped" }));
+    stop.abort(Object.assign(new Error(`${reason}. No chunk is half applied; ${run.next}`), { name: "Stopped" }));
   const deadline = `the run's deadline of ${env.RUN_TIMEOUT_SECONDS} s (RUN_TIMEOUT_SECONDS) has passed`;
   const timer = setTimeout(abort, env.RUN_TIMEOUT_SECONDS * 1000, deadline);
   onSignal((signal) => abort(`stopped by ${signal}`));
@@ -135,7 +133,7 @@ function createRun(pipeline: string, env: RunEnv) {
     source: connect(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
     signal: stop.signal,
     restartDeadline: () => void timer.refresh(),
-    next: "the next run goes on from the watermark. Next: make status",
+    next: "the next run resumes at the watermark. Next: make status",
     onStop: (undo) => {
       undos.add(undo);
       return { [Symbol.dispose]: () => undos.delete(undo) };
@@ -154,7 +152,7 @@ async function within5s(promise: Promise<unknown>): Promise<void> {
   await Promise.race([quiet, delay(5000, undefined, { ref: false })]);
 }
 
-async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
+async function push(run: Run, url: string, failed: boolean): Promise<void> {
   const now = Date.now() / 1000;
   const metrics: Metrics = { etl_last_run_timestamp_seconds: now };
   if (run.unknownColumns) metrics.etl_unknown_source_columns = run.unknownColumns.length;
@@ -167,16 +165,17 @@ async function push(run: Run, env: RunEnv, failed: boolean): Promise<void> {
     metrics.etl_duration_seconds = run.seconds();
     if (run.watermark) metrics.etl_watermark_timestamp_seconds = epochSeconds(run.watermark);
   }
-  await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, metrics).catch(({ message }: Error) =>
+  await pushMetrics(url, run.pipeline, metrics).catch(({ message }: Error) =>
     run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
   );
 }
 
-/** What a chunk without rows moved. */
-export const noRows = { rows: 0, bytes: 0, inserted: 0, updated: 0 };
-
-/** Adds a chunk to the run's totals and prints its line. */
-export function reportChunk(run: Run, chunk: Chunk, done: typeof noRows): void {
+/** Adds a chunk to the run's totals and prints its line. @param done what the chunk moved. */
+export function reportChunk(
+  run: Run,
+  chunk: { from: string; to: string },
+  done: { rows: number; bytes: number; inserted: number; updated: number },
+): void {
   progress("");
   run.totals.chunks += 1;
   run.totals.rows += done.rows;
@@ -184,23 +183,23 @@ export function reportChunk(run: Run, chunk: Chunk, done: typeof noRows): void {
   run.log("chunk", { chunk: run.totals.chunks, from: chunk.from, to: chunk.to, ...done, seconds: run.seconds() });
 }
 
-async function record(run: Run, state: "succeeded" | "failed", error: string | null = null): Promise<void> {
-  const { rows, bytes } = run.totals;
-  await run.etl`
-    update etl.runs set state = ${state}, rows = ${rows}, bytes = ${bytes}, error = ${error}, finished_at = now(),
-      chunk_from = ${run.window?.from ?? null}::text::timestamptz,
-      chunk_to = ${run.watermark ?? run.window?.to ?? null}::text::timestamptz, by_hand = ${run.byHand},
-      source_server = ${run.sourceAt?.server ?? null}, source_database = ${run.sourceAt?.database ?? null},
-      source_wal = ${run.sourceAt?.wal ?? null}::text::pg_lsn
-    where run_id = ${run.id}`;
-}
-
 /**
- * Retention of the history, by each run that succeeded: the pipeline's runs, but the latest of each kind stay; and archived days, but
- * not those that a backfill has yet to do (what is archived, the manifests say).
+ * Records the run's end. After a success it also deletes runs and archived days older than RETENTION_DAYS, keeping the newest run of each
+ * state; days that a backfill has yet to archive stay.
  */
-async function forget({ etl, pipeline, log }: Run, days: number | undefined): Promise<void> {
-  if (days === undefined) return;
+async function record(
+  run: Run,
+  state: "succeeded" | "failed",
+  days: number,
+  error: string | null = null,
+): Promise<void> {
+  const { pipeline, etl, totals, window, watermark } = run;
+  await etl`
+    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, error = ${error},
+      finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
+      chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
+    where run_id = ${run.id}`;
+  if (error) return;
   const old = etl`now() - make_interval(days => ${days})`;
   try {
     await etl`
@@ -209,7 +208,7 @@ async function forget({ etl, pipeline, log }: Run, days: number | undefined): Pr
         order by state, by_hand, started_at desc)`;
     await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`;
   } catch (error) {
-    log("warning", { warning: `history older than ${days} days was not deleted`, error: (error as Error).message });
+    run.log("warning", { warning: `history older than ${days} days was not deleted`, error: (error as Error).message });
   }
 }
 
@@ -234,27 +233,30 @@ export async function withRetry<T>(
   }
 }
 
-/** Names the pipeline's advisory lock. */
-export const lockKey = (pipeline: string): string => `etl:${pipeline}`;
+/** The key of the pipeline's advisory lock, in SQL. */
+export const lockKey = (etl: Sql, pipeline: string) => etl`hashtextextended(${`etl:${pipeline}`}, 0)`;
 
-/** Takes the pipeline's lock; false where another run holds it. A re-run by hand waits for it, to its deadline. */
+/**
+ * Takes the pipeline's lock: a session advisory lock on the metadata database, which goes with its session, whatever becomes of the
+ * process. It saves work; with it lost, upsert and compare-and-set still keep everything right. A run by hand waits for it.
+ * @returns false where another run holds it.
+ */
 export async function takeLock(run: Run): Promise<boolean> {
   const { etl, pipeline } = run;
-  const key = lockKey(pipeline);
-  const [lock] = await etl<{ taken: boolean }[]>`select pg_try_advisory_lock(hashtextextended(${key}, 0)) as taken`;
+  const [lock] = await etl<{ taken: boolean }[]>`select pg_try_advisory_lock(${lockKey(etl, pipeline)}) as taken`;
   if (!lock?.taken) {
-    run.log(run.byHand ? "waiting" : "skipped", {
-      because: "another run holds the lock",
-      ...(await describeHolder(etl, pipeline)),
-    });
+    const holder = await describeHolder(etl, pipeline);
+    run.log(run.byHand ? "waiting" : "skipped", { because: "another run holds the lock", ...holder });
     if (!run.byHand) {
       run.state = "skipped";
       return false;
     }
-    await etl`select set_config('lock_timeout', '0', false)`;
-    await etl`select pg_advisory_lock(hashtextextended(${key}, 0))`;
+    await etl`set lock_timeout = 0`;
+    await etl`select pg_advisory_lock(${lockKey(etl, pipeline)})`;
   }
-  await etl`insert into etl.runs (run_id, pipeline, state, host, pid) values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
+  await etl`
+    insert into etl.runs (run_id, pipeline, state, host, pid)
+    values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
   run.state = "locked";
   return true;
 }
@@ -269,6 +271,6 @@ export async function describeHolder(etl: Sql, pipeline: string): Promise<Fields
     left join etl.runs r on a.application_name = ${`etl:${pipeline} run=`} || r.run_id
     where l.locktype = 'advisory' and l.granted and l.objsubid = 1
       and l.database = (select oid from pg_database where datname = current_database())
-      and (l.classid::bigint << 32) | l.objid::bigint = hashtextextended(${lockKey(pipeline)}, 0)`;
+      and (l.classid::bigint << 32) | l.objid::bigint = ${lockKey(etl, pipeline)}`;
   return { ...holder };
 }

@@ -1,11 +1,9 @@
 /**
  * Postgres: sessions with fixed settings.
  *
- * Timestamps travel as text, with microseconds: postgres.js would turn a timestamptz into a JS Date, which holds
- * milliseconds. Select `::text`, pass `::text::timestamptz`.
+ * Timestamps travel as text of a fixed width in UTC (`utc`), never as a JS Date, which holds milliseconds: two of them compare as text.
  */
 import postgres, { type Sql } from "postgres";
-import { explainCertificate } from "./tls.ts";
 
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
@@ -20,11 +18,7 @@ export interface SessionOptions {
  * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
  * max_lifetime is off because a session that postgres.js quietly replaces would lose its advisory lock.
  */
-export function connect(
-  url: string,
-  options: SessionOptions,
-  extra: postgres.Options<Record<string, never>> = {},
-): Sql & AsyncDisposable {
+export function connect(url: string, options: SessionOptions, extra: object = {}): Sql & AsyncDisposable {
   const session = postgres(url, {
     max: 1,
     idle_timeout: 0,
@@ -70,33 +64,41 @@ function checkedTls(url: string): { ssl?: object } {
 }
 
 /**
- * Opens the session, so that a wrong URL, password or database is named by its variable and not met in mid-run.
+ * Opens the session, so that a wrong URL, password or database is named by its variable and not met in the middle of a run.
  * @throws Error with the variable, the server's words and what to do.
  */
 export async function checkSession(variable: string, session: Sql): Promise<void> {
-  const { host, port, database, user } = session.options;
-  const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-  try {
-    await session`select 1`;
-  } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    const remedy: Record<string, string> = {
-      "28P01": "Check the password in it; a special character must be percent-encoded.",
-      "28000": "Check the role in it, sslmode, and pg_hba.conf on the server.",
-      "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
-      "3D000": "Check the database's name in it.",
-      ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
-      ECONNRESET: "Does it speak TLS, where sslmode asks for it? If it does, the connection was cut: run again.",
-      ENOTFOUND: "Check the host's name in it.",
-      CONNECT_TIMEOUT: "Is the host reachable from here?",
-    };
-    const certificate = explainCertificate(error);
-    if (certificate) throw new Error(`cannot connect to ${where}: ${certificate} (${message}).`);
-    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy[code ?? ""] ?? "Check it."}`);
-  }
+  const remedies: Record<string, string> = {
+    "28P01": "Check the password in it; a special character must be percent-encoded.",
+    "28000": "Check the role in it, sslmode, and pg_hba.conf on the server.",
+    "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
+    "3D000": "Check the database's name in it.",
+    ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
+    ECONNRESET: "Does it speak TLS, where sslmode asks for it? If it does, the connection was cut: run again.",
+    ENOTFOUND: "Check the host's name in it.",
+    CONNECT_TIMEOUT: "Is the host reachable from here?",
+  };
+  await session`select 1`.catch((error: Error & { code?: string }) => {
+    const { host, port, database, user } = session.options;
+    const { code = "", message } = error;
+    const remedy = remedies[code] ?? (isCertificate(error) ? ownAuthority : "Check it.");
+    const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
+    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy}`);
+  });
 }
+
+/** Whether the error is about the server's certificate (https://nodejs.org/api/tls.html#x509-certificate-error-codes). */
+export const isCertificate = ({ code, cause }: { code?: string; cause?: unknown }): boolean =>
+  /^(CERT_|ERR_TLS_CERT|UNABLE_TO_|SELF_SIGNED|DEPTH_ZERO|HOSTNAME_MISMATCH|INVALID_(CA|PURPOSE)|PATH_LENGTH)/.test(
+    code ?? "",
+  ) ||
+  (cause instanceof Error && isCertificate(cause));
+export const ownAuthority = "Is the certificate of your own authority? Name its file in NODE_EXTRA_CA_CERTS.";
 
 /** An identifier as SQL writes it. */
 export function quote(name: string): string {
   return `"${name.replaceAll('"', '""')}"`;
 }
+
+/** SQL: a timestamptz as text of a fixed width, with microseconds. */
+export const utc = (sql: string): string => `to_char(${sql} at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')`;

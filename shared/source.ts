@@ -3,7 +3,7 @@
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { PendingQuery, Row, Sql } from "postgres";
+import type { Sql } from "postgres";
 import { root, UsageError } from "./env.ts";
 import type { Run } from "./run.ts";
 import { quote } from "./session.ts";
@@ -22,39 +22,28 @@ export interface Source {
 export function readSelect(pipeline: string): string {
   const file = join(root, `sql/${pipeline}.sql`);
   if (!existsSync(file))
-    throw new UsageError(`sql/${pipeline}.sql is not there: it holds the SELECT that reads the source`);
+    throw new UsageError(`sql/${pipeline}.sql does not exist: it holds the SELECT that reads the source`);
   return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 }
 
-export interface ColumnType {
+/** A column of the table, or one that a SELECT returns. */
+export interface Column {
+  name: string;
   /** Postgres's name of the type, or of an array's elements, without modifiers; enum for any enum. */
   type: string;
   array: boolean;
-  /** The type as SQL writes it, for example integer[]. */
+  /** The type as SQL writes it, for example integer[]; and with its modifiers, for example numeric(12,2). */
   sql: string;
-}
-
-/** A column of the source table. */
-export interface TableColumn extends ColumnType {
-  relation: number;
-  number: number;
-  name: string;
-  notnull: boolean;
-  /** As declared, for example numeric(12,2). */
   declared: string;
+  notnull: boolean;
+  /** The table's column that it is; null for an expression. */
+  of: string | null;
 }
 
-/** A column that a SELECT returns. */
-export interface Column extends ColumnType {
-  name: string;
-  /** The table's column that it is, unless it is an expression. */
-  of: TableColumn | undefined;
-}
+/** What is needed of a run to check its source. */
+export type SchemaCheck = Pick<Run, "pipeline" | "source" | "log" | "unknownColumns">;
 
-/** What is needed of a run to compare its source. */
-export type Comparing = Pick<Run, "pipeline" | "source" | "log" | "unknownColumns">;
-
-/** What a SELECT has to return: a column, what is expected of it, and in what one that is there differs. */
+/** What a SELECT has to return: a column, what is expected of it, and in what one that exists differs. */
 export interface Expected {
   name: string;
   expected: string;
@@ -66,16 +55,22 @@ export interface Expected {
  * @returns the columns that the SELECT returns.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function compareSource(
-  run: Comparing,
+export async function checkColumns(
+  run: SchemaCheck,
   file: string,
   source: Source,
   wanted: Expected[],
 ): Promise<Column[]> {
-  const { table, cursor, select } = source;
-  const columns = await readColumns(run.source, table);
+  const { table, select } = source;
+  await checkReadable(run.source, table);
+  const columns = await describe(run.source, `select * from ${table}`);
   const known = (name: string): boolean => wanted.some((column) => column.name === name);
-  const { found, missing } = await describeSelect(run.source, select, columns, known);
+  let missing: string | undefined;
+  const found = await describe(run.source, select).catch(({ code, message }: Error & { code?: string }) => {
+    if (code !== "42703") throw Object.assign(new Error(message), { code }); // undefined_column
+    missing = message;
+    return columns.filter(({ name }) => known(name)); // the others are still worth checking, as the table has them
+  });
   const faults: string[] = [];
   const fault = (column: string, expected: string, is: string): void =>
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
@@ -84,101 +79,72 @@ export async function compareSource(
     const is = column ? differs(column) : "no such column";
     if (is) fault(name, `${expected} (${file})`, is);
   }
-  for (const { name } of found) {
-    if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  }
-  const at = columns.find(({ name }) => name === cursor);
-  if (at?.type !== "timestamptz")
-    fault(cursor, "timestamptz, since it is the cursor", at?.declared ?? "no such column");
-  else if (!at.notnull) {
-    fault(
-      cursor,
-      "NOT NULL, since it is the cursor and a row without it would never be read",
-      `a nullable column. Run: alter table ${table} alter ${cursor} set not null;`,
-    );
-  } else {
-    const infinite = await run.source.unsafe(
-      `select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`,
-    );
-    if (infinite.count)
-      fault(
-        cursor,
-        "finite times, since it is the cursor",
-        "infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
-      );
-  }
+  for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
+  await checkCursor(run.source, source, columns, fault);
   const unknown = columns
     .map(({ name }) => name)
-    .filter((name) => !known(name) && !found.some(({ of }) => of?.name === name));
-  if (faults.length || missing) {
-    if (!faults.length) faults.push(`sql/${run.pipeline}.sql: column "${missing}" does not exist`);
-    throw new UsageError(schemaFaults(run.pipeline, file, "source", faults, unknown));
-  }
+    .filter((name) => !known(name) && !found.some(({ of }) => of === name));
+  if (missing && !faults.length) faults.push(`sql/${run.pipeline}.sql: ${missing}`);
+  if (faults.length) throw new UsageError(schemaFaults(run.pipeline, file, "source", faults, unknown));
   run.unknownColumns = unknown;
-  if (unknown.length) {
-    run.log("warning", {
-      warning: `${table} has columns that are not in ${file}, and are not synced`,
-      columns: unknown.join(),
-    });
-  }
+  const warning = `${table} has columns that are not in ${file}, and are not synced`;
+  if (unknown.length) run.log("warning", { warning, columns: unknown.join() });
   return found;
 }
 
-async function readColumns(source: Sql, table: string): Promise<TableColumn[]> {
-  const [relation] = await source<{ oid: number | null; rls: boolean; readable: boolean; role: string }[]>`
-    select oid, row_security_active(oid) as rls, has_table_privilege(oid, 'select') as readable, current_user as role
+async function checkReadable(source: Sql, table: string): Promise<void> {
+  const [relation] = await source<{ exists: boolean; hidden: boolean; readable: boolean; role: string }[]>`
+    select oid is not null as exists, row_security_active(oid) as hidden, has_table_privilege(oid, 'select') as readable,
+      current_user as role
     from (select to_regclass(${table})::oid as oid) relation`;
-  if (!relation?.oid)
-    throw new UsageError(
-      `source table ${table}: there is no such table, or it may not be seen. Is SOURCE_DATABASE_URL the right database?`,
-    );
-  const { role } = relation;
-  if (!relation.readable)
-    throw new UsageError(
-      `source table ${table}: role ${role} may not read it. Run as a superuser: grant select on ${table} to ${role};`,
-    );
-  if (relation.rls) {
-    throw new UsageError(
-      `source table ${table}: row-level security would hide rows from role ${role}. Run as a superuser: alter role ${role} bypassrls; or alter table ${table} disable row level security;`,
-    );
-  }
-  return await source<TableColumn[]>`
-    select attrelid as relation, attnum as number, attname as name, attnotnull as notnull, format_type(atttypid, atttypmod) as declared, ${typeColumns(source)}
-    from pg_attribute join pg_type t on t.oid = atttypid left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
-    where attrelid = ${relation.oid} and attnum > 0 and not attisdropped order by attnum`;
+  const { exists, hidden, readable, role } = relation ?? {};
+  let fault: string | undefined;
+  if (!exists) fault = "there is no such table, or it may not be seen. Is SOURCE_DATABASE_URL the right database?";
+  else if (!readable) fault = `role ${role} may not read it. Run as a superuser: grant select on ${table} to ${role};`;
+  else if (hidden)
+    fault = `row-level security would hide rows from role ${role}. Run as a superuser: alter role ${role} bypassrls; or alter table ${table} disable row level security;`;
+  if (fault) throw new UsageError(`source table ${table}: ${fault}`);
 }
 
-/** The columns of ColumnType, from pg_type t and, for an array, pg_type e of its elements. */
-const typeColumns = (sql: Sql): PendingQuery<Row[]> => sql`
-  case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
-  e.oid is not null as array, format_type(t.oid, null) as sql`;
+/** What a SELECT returns: each column's type, and the table's column that it is, if it is one. */
+async function describe(source: Sql, select: string): Promise<Column[]> {
+  const { columns } = await source.unsafe(select).describe();
+  return await source<Column[]>`
+    select d.name, case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
+      e.oid is not null as array, format_type(t.oid, null) as sql,
+      format_type(t.oid, a.atttypmod) as declared, coalesce(a.attnotnull, false) as notnull, a.attname as of
+    from jsonb_to_recordset(${JSON.stringify(columns)}::text::jsonb) as d (name text, type oid, "table" oid, number int)
+    join pg_type t on t.oid = d.type
+    left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
+    left join pg_attribute a on a.attrelid = d."table" and a.attnum = d.number`;
+}
 
-/** The columns that the SELECT returns, and which of the table's they are; or the one that it names and the table has not. */
-async function describeSelect(
+/** A row whose cursor is NULL or infinite would never be read. */
+async function checkCursor(
   source: Sql,
-  select: string,
-  columns: TableColumn[],
-  known: (name: string) => boolean,
-): Promise<{ found: Column[]; missing?: string }> {
-  try {
-    const described = await source.unsafe(select).describe();
-    const oids = `{${described.columns.map(({ type }) => type).join()}}`;
-    const types = await source<(ColumnType & { oid: number })[]>`
-      select t.oid, ${typeColumns(source)} from pg_type t left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
-      where t.oid = any(${oids}::text::oid[])`;
-    const found = described.columns.map(({ name, type, table, number }) => ({
-      ...(types.find(({ oid }) => oid === type) as ColumnType),
-      name,
-      of: columns.find((column) => column.relation === table && column.number === number),
-    }));
-    return { found };
-  } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    if (code !== "42703") throw error; // undefined_column
-    // The other columns are still worth checking, as the table has them.
-    const found = columns.filter(({ name }) => known(name)).map((of) => ({ ...of, of }));
-    return { found, missing: /column "?(?:\w+\.)?(.*?)"? does not exist/.exec(message)?.[1] ?? message };
-  }
+  { table, cursor }: Source,
+  columns: Column[],
+  fault: (column: string, expected: string, is: string) => void,
+): Promise<void> {
+  const column = columns.find(({ name }) => name === cursor);
+  const because = "since it is the cursor";
+  if (column?.type !== "timestamptz")
+    return fault(cursor, `timestamptz, ${because}`, column?.declared ?? "no such column");
+  if (!column.notnull)
+    return fault(
+      cursor,
+      `NOT NULL, ${because} and a row without it would never be read`,
+      `a nullable column. Run: alter table ${table} alter ${quote(cursor)} set not null;`,
+    );
+  const { count } = await source.unsafe(
+    `select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`,
+  );
+  if (count)
+    fault(
+      cursor,
+      `finite times, ${because}`,
+      "infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
+    );
 }
 
 /** All faults of one side, in one text. */

@@ -1,36 +1,38 @@
 /**
  * The watermark: where a pipeline is, how far it may go, and in which steps.
  *
- * A window is half-open: `from` is the watermark, inclusive; `to` becomes the watermark, exclusive. Timestamps are text
- * in UTC with microseconds from end to end; Postgres compares them, never JavaScript.
+ * A window is half-open: `from` is the watermark, inclusive; `to` becomes the watermark, exclusive. Timestamps are text of a fixed width
+ * in UTC with microseconds, from end to end, so that two of them compare as text; '-infinity', before the first run, is less than each.
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
-import { type Env, root } from "./env.ts";
+import { root } from "./env.ts";
 import type { Run } from "./run.ts";
-import { quote } from "./session.ts";
+import { quote, utc } from "./session.ts";
 import type { Source } from "./source.ts";
 
-/** Which server a watermark was taken from: after a restore or a failover it may mean nothing. */
-export interface Identity {
-  system_identifier: string;
-  timeline: number;
+/** The history that a watermark belongs to: after a restore or a failover it may mean nothing. */
+export interface Origin {
+  /** System identifier and timeline. */
+  server: string;
+  /** A database that was dropped and created again has another. Null in a watermark of an older version. */
+  database_oid: string | null;
+  /** The WAL position as a number of 20 digits, so that two of them compare as text. Null as above. */
+  wal: string | null;
 }
 
-export function sameServer(a: Identity, b: Identity): boolean {
-  return a.system_identifier === b.system_identifier && a.timeline === b.timeline;
+export interface Watermark extends Origin {
+  watermark: string;
 }
 
 /** One row of sql/safe_bound.sql, which says what the fields mean. */
-export interface Bound extends Identity {
-  role: string;
+export interface Bound extends Origin {
   database: string;
-  standby: boolean;
-  sees_all: boolean;
-  untracked: string | null;
-  prepared: string | null;
+  /** Why no bound is safe, and what to do. */
+  refusal: string | null;
   holder: string | null;
+  prepared: boolean;
   now: string;
   bound: string;
   hold_seconds: number;
@@ -41,120 +43,91 @@ export interface Window {
   from: string;
   /** Exclusive. */
   to: string;
-  /** The safe upper bound, where `to` is not it. */
-  bound?: string;
-  /** Undefined for a re-run by hand, which leaves the watermark alone. */
-  identity?: Identity;
-  /** Who keeps `to` from reaching now() − lag, in words, and by how much. */
-  holder: string | null;
+  /** By how much a transaction keeps `to` from reaching now() − lag. */
   holdSeconds: number;
+  /** Undefined for a re-run by hand, which leaves the watermark alone. */
+  origin: Origin | undefined;
 }
 
 export interface Chunk {
   from: string;
   to: string;
-  /** About how many rows; 0 is exact. A row that changes before it is read moves on to a later window. */
+  /** About how many rows; 0 is exact. A row that changes before it is read belongs to a later window. */
   rows: number;
 }
 
 /** The pipeline's watermark, or undefined before its first run. */
-export async function readWatermark(
-  etl: Sql,
-  pipeline: string,
-): Promise<(Identity & { watermark: string }) | undefined> {
-  const [row] = await etl<(Identity & { watermark: string })[]>`
-    select replace(watermark::text, ' ', 'T') as watermark, system_identifier, timeline
-    from etl.watermarks where pipeline = ${pipeline}`;
-  return row;
+export async function readWatermark(etl: Sql, pipeline: string): Promise<Watermark | undefined> {
+  const [stored] = await etl.unsafe<Watermark[]>(
+    `select ${utc("watermark")} as watermark, server, database_oid, wal from etl.watermarks where pipeline = $1`,
+    [pipeline],
+  );
+  return stored;
 }
 
-/** The safe upper bound of the source, as it is: nothing is judged here. The session must have etl.lag_seconds set. */
+/**
+ * The safe upper bound of the source. The session must have etl.lag_seconds set.
+ * @throws Error where open transactions cannot be seen, so that no bound is safe.
+ */
 export async function readBound(source: Sql): Promise<Bound> {
-  const [row] = await source.unsafe<Bound[]>(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"));
-  if (!row) throw new Error("sql/safe_bound.sql returned no row");
-  return row;
+  const [bound] = await source.unsafe<Bound[]>(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"));
+  if (!bound) throw new Error("sql/safe_bound.sql returned no row");
+  if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
+  return bound;
+}
+
+/**
+ * Whether a watermark may be trusted: the one rule of run, status, verify, sweep and rewind.
+ * @returns why not, in words with the next command, or undefined.
+ */
+export function distrust(pipeline: string, stored: Watermark, bound: Bound): string | undefined {
+  const where = `source database ${bound.database}`;
+  const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
+  const next = `Next: ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}`;
+  const restored = "it was restored or failed over, and rows that were synced since may be gone there";
+  if (stored.server !== bound.server)
+    return `${where} is not the server that the watermark ${stored.watermark} was taken from (${bound.server}, expected ${stored.server}): ${restored}. ${next}`;
+  if (stored.database_oid && stored.database_oid !== bound.database_oid)
+    return `${where} is another one than the watermark ${stored.watermark} was taken from (oid ${bound.database_oid}, expected ${stored.database_oid}): ${restored}. ${next}`;
+  if (stored.wal && bound.wal && stored.wal > bound.wal)
+    return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when the watermark ${stored.watermark} was set: ${restored}. ${next}`;
+  if (stored.watermark > bound.now)
+    return `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, or the watermark ahead, and rows written meanwhile would be missed. ${next}`;
+  if (stored.watermark > bound.bound && bound.holder && !bound.prepared)
+    return `an open transaction of ${where} began before the watermark ${stored.watermark} and was not seen then, so its rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, make rewind PIPELINE=${pipeline} TO=${bound.bound}; and raise WATERMARK_LAG_SECONDS`;
+  return undefined;
 }
 
 /**
  * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter,
- * or empty: the rows are taken by a later run, never skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
- * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the remedy.
+ * or empty: a later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
+ * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the next command.
  */
-export async function takeWindow(run: Run, { FROM, TO }: Env<"FROM" | "TO">): Promise<Window> {
-  run.window = FROM && TO ? await capAtBound(run.source, FROM, TO) : await watermarkToBound(run);
-  const { from, to, holder, holdSeconds } = run.window;
-  if (holder) run.log("held", { by: holder, hold_seconds: Math.round(holdSeconds) });
-  run.log("window", { from, to });
-  return run.window;
-}
-
-/**
- * With updated_at = now() an open transaction may yet commit an older updated_at over a newer row; had a re-run past the bound
- * taken that newer row, the upsert would refuse the older one for ever.
- */
-async function capAtBound(source: Sql, from: string, to: string): Promise<Window> {
-  const bound = await readBound(source);
-  checkVisible(bound);
-  if (bound.prepared)
-    throw new Error(
-      `no bound is safe while a transaction is prepared (${bound.prepared}). Finish it, then run this again.`,
-    );
-  const [cut] = await source<{ to: string; past: boolean }[]>`
-    select replace(greatest(${from}::text::timestamptz, least(${to}::text::timestamptz, ${bound.bound}::text::timestamptz))::text, ' ', 'T') as to,
-           ${to}::text::timestamptz > ${bound.bound}::text::timestamptz as past`;
-  if (!cut?.past) return { from, to, holder: null, holdSeconds: 0 };
-  return { from, to: cut.to, bound: bound.bound, holder: bound.holder, holdSeconds: bound.hold_seconds };
-}
-
-/** @throws Error where open transactions of the source cannot be seen, so that no bound is safe. */
-export function checkVisible(bound: Bound): void {
-  const where = `source database ${bound.database}`;
-  if (bound.standby) {
-    throw new Error(
-      `${where} is a standby: transactions open on its primary are not visible there, so no bound is safe. Point SOURCE_DATABASE_URL at the primary.`,
-    );
-  }
-  if (!bound.sees_all) {
-    throw new Error(
-      `role ${bound.role} may not see when other sessions' transactions began, so no bound is safe. Run as a superuser: grant pg_read_all_stats to ${bound.role};`,
-    );
-  }
-  if (bound.untracked) {
-    throw new Error(
-      `a session of ${where} is not seen whole (it runs, or ran, with track_activities off, or writes over a replication connection), so its transaction's start is not known and no bound is safe: ${bound.untracked}. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);).`,
-    );
-  }
-}
-
-async function watermarkToBound({ source, etl, pipeline }: Run): Promise<Window> {
-  const stored = await readWatermark(etl, pipeline);
-  const bound = await readBound(source);
-  checkVisible(bound);
-  const where = `source database ${bound.database}`;
-  const from = stored?.watermark ?? "-infinity";
-  const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
-  if (stored && !sameServer(stored, bound)) {
-    throw new Error(
-      `${where} is not the server that the watermark ${from} was taken from (system identifier ${bound.system_identifier}, timeline ${bound.timeline}; expected ${stored.system_identifier}, ${stored.timeline}): a restore or a failover may have undone rows that were synced. Next: ${rewind} with a time before it.`,
-    );
-  }
-  const [check] = await source<{ clockBack: boolean; late: boolean }[]>`
-    select ${from}::text::timestamptz > ${bound.now}::text::timestamptz as "clockBack",
-           ${from}::text::timestamptz > ${bound.bound}::text::timestamptz as late`;
-  if (check?.clockBack) {
-    throw new Error(
-      `the clock of ${where} says ${bound.now}, which is before the watermark ${from}: it was set back, or the watermark was set ahead, and rows written meanwhile would be missed. Next: correct the clock, or ${rewind} with a time before it.`,
-    );
-  }
-  if (check?.late && bound.holder) {
-    throw new Error(
-      `an open transaction of ${where} began before the watermark ${from} and was not seen then, so its rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, ${rewind.replace("…", bound.bound)}; and raise WATERMARK_LAG_SECONDS.`,
-    );
+export async function takeWindow(
+  run: Run,
+  { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
+): Promise<Window> {
+  const stored = await readWatermark(run.etl, run.pipeline);
+  const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
+  const { prepared, holder, hold_seconds: holdSeconds } = bound;
+  const reason = stored && !FROM && distrust(run.pipeline, stored, bound);
+  if (reason) throw new Error(reason);
+  let [from, to] = [stored?.watermark ?? "-infinity", bound.bound];
+  if (FROM && TO) {
+    // Past the bound an open transaction may yet commit an older updated_at over a newer row: had the re-run taken that, the upsert
+    // would refuse the older one for ever.
+    if (prepared)
+      throw new Error(`no bound is safe while a transaction is prepared (${holder}). Finish it, then run this again.`);
+    [from, to] = [FROM, TO < bound.bound ? TO : bound.bound];
   }
   // A prepared transaction's start is not known (prepared is the time of PREPARE), so nothing can be taken past the watermark.
   // A bound behind the watermark without a holder is a lag that was raised since: the clock will catch up.
-  const to = bound.prepared || check?.late ? from : bound.bound;
-  return { from, to, identity: bound, holder: bound.prepared ?? bound.holder, holdSeconds: bound.hold_seconds };
+  if (prepared || to < from) to = from;
+  if (holder && (prepared || to === bound.bound))
+    run.log("held", { by: holder, hold_seconds: Math.round(holdSeconds) });
+  run.log("window", { from, to });
+  run.window = { from, to, holdSeconds };
+  return { from, to, holdSeconds, origin: FROM ? undefined : bound };
 }
 
 /**
@@ -171,15 +144,14 @@ export async function nextChunk(
   const column = quote(cursor);
   return await run.source.begin("read only", async (sql) => {
     await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-    const [cut] = await sql.unsafe<{ rows: number; last: string; tied: boolean }[]>(
-      `select count(*)::int as rows, regexp_replace(max(c)::text, ' ', 'T') as last, max(c) = current_setting('etl.from')::timestamptz as tied
+    const [cut] = await sql.unsafe<{ rows: number; last: string | null; tied: boolean }[]>(
+      `select count(*)::int as rows, ${utc("max(c)")} as last, max(c) = current_setting('etl.from')::timestamptz as tied
        from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`,
     );
-    if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
+    if (!cut?.last || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
     if (!cut.tied) return { from, to: cut.last, rows: chunkRows };
-    const [next] = await sql.unsafe<{ at: string }[]>(
-      `select regexp_replace(${column}::text, ' ', 'T') as at from (${select}) q
-       where ${column} > current_setting('etl.from')::timestamptz order by ${column} limit 1`,
+    const [next] = await sql.unsafe<{ at: string | null }[]>(
+      `select ${utc(`min(${column})`)} as at from (${select}) q where ${column} > current_setting('etl.from')::timestamptz`,
     );
     return { from, to: next?.at ?? to, rows: cut.rows };
   });
@@ -189,23 +161,26 @@ export async function nextChunk(
  * Moves the watermark from `chunk.from` to `chunk.to`, if it is still there (compare-and-set). Does nothing in a re-run by hand.
  * @throws Error where another run, or a person, moved it meanwhile.
  */
-export async function advance(run: Run, chunk: { from: string; to: string }): Promise<void> {
-  const { pipeline, etl, id, window } = run;
-  if (!window?.identity) return;
+export async function advance(
+  run: Run,
+  chunk: { from: string; to: string },
+  origin: Origin | undefined,
+): Promise<void> {
+  const { pipeline, etl, id } = run;
+  if (!origin) return;
   run.signal.throwIfAborted();
-  const { system_identifier, timeline } = window.identity;
   const moved = await etl`
-    insert into etl.watermarks as w (pipeline, watermark, system_identifier, timeline, run_id)
-    select ${pipeline}, ${chunk.to}::text::timestamptz, ${system_identifier}, ${timeline}, ${id}
+    insert into etl.watermarks as w (pipeline, watermark, server, database_oid, wal, run_id)
+    select ${pipeline}, ${chunk.to}::text::timestamptz, ${origin.server}, ${origin.database_oid}, ${origin.wal}, ${id}
     where ${chunk.from}::text = '-infinity' or exists (select from etl.watermarks where pipeline = ${pipeline})
     on conflict (pipeline) do update
-      set watermark = excluded.watermark, system_identifier = excluded.system_identifier,
-          timeline = excluded.timeline, run_id = excluded.run_id, updated_at = now()
+      set watermark = excluded.watermark, server = excluded.server, database_oid = excluded.database_oid,
+          wal = excluded.wal, run_id = excluded.run_id, updated_at = now()
       where w.watermark = ${chunk.from}::text::timestamptz`;
   if (moved.count !== 1) {
     const now = await readWatermark(etl, pipeline);
     throw new Error(
-      `another run advanced the watermark of ${pipeline} (expected ${chunk.from}, found ${now?.watermark ?? "none"}): nothing is lost, the rows of this run are upserted. Next: make status`,
+      `another run moved the watermark of ${pipeline} (expected ${chunk.from}, found ${now?.watermark ?? "none"}): nothing is lost, the rows of this run are upserted. Next: make status`,
     );
   }
   run.watermark = chunk.to;

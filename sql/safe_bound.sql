@@ -35,32 +35,41 @@ with settings as (
     and database = current_database() order by prepared limit 1
 )
 select
-  current_user as role,
   current_database() as database,
-  pg_is_in_recovery() as standby,
-  -- Without pg_read_all_stats others' rows are there but empty, and the bound would silently be the clock alone.
-  pg_has_role(current_user, 'pg_read_all_stats', 'usage')
-    and not exists (select from others where backend_type is null) as sees_all,
-  (select format('pid %s, application "%s", role %s', pid, application_name, usename)
-   from pg_stat_activity
-   where datname = current_database() and pid <> pg_backend_pid()
-     and (state = 'disabled' and backend_type is distinct from 'walsender'
-       -- track_activities was switched on in mid-transaction,
-       or state like 'idle in transaction%' and xact_start is null and backend_type is distinct from 'walsender'
-       -- or the transaction writes over a replication connection: it has an id, and no start.
-       or state <> 'idle' and xact_start is null and backend_xid is not null and query_start < now() - interval '1 s')
-   limit 1) as untracked,
-  (select format('prepared transaction "%s" of role %s, prepared %s ago', gid, owner, to_char(now() - prepared, 'HH24:MI:SS'))
-   from prepared) as prepared,
-  (select format('pid %s, application "%s", role %s, state %s, open for %s', pid, application_name, usename, state,
-                 to_char(now() - xact_start, 'HH24:MI:SS'))
-   from oldest where xact_start < now() - lag) as holder,
-  replace(now()::text, ' ', 'T') as now,
-  replace(least(now() - lag, (select xact_start from oldest))::text, ' ', 'T') as bound,
+  -- Why no bound is safe, and what to do; null where one is.
+  case
+    when pg_is_in_recovery() then 'it is a standby, and transactions open on its primary are not visible there. Point SOURCE_DATABASE_URL at the primary'
+    -- Without pg_read_all_stats others' rows are there but empty, and the bound would silently be the clock alone.
+    when not pg_has_role(current_user, 'pg_read_all_stats', 'usage') or exists (select from others where backend_type is null)
+      then format('role %1$I may not see when other sessions'' transactions began. Run as a superuser: grant pg_read_all_stats to %1$I;', current_user)
+    else (
+      select format('pid %s, application "%s", role %s hides when its transaction began: track_activities is or was off, or it writes over '
+                    'a replication connection. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);)',
+                    pid, application_name, usename)
+      from pg_stat_activity
+      where datname = current_database() and pid <> pg_backend_pid()
+        and (state = 'disabled' and backend_type is distinct from 'walsender'
+          -- track_activities was switched on in the middle of a transaction,
+          or state like 'idle in transaction%' and xact_start is null and backend_type is distinct from 'walsender'
+          -- or the transaction writes over a replication connection: it has an id, and no start.
+          or state <> 'idle' and xact_start is null and backend_xid is not null and query_start < now() - interval '1 s')
+      limit 1)
+  end as refusal,
+  coalesce(
+    (select format('prepared transaction "%s" of role %s, prepared %s ago', gid, owner, to_char(now() - prepared, 'HH24:MI:SS'))
+     from prepared),
+    (select format('pid %s, application "%s", role %s, state %s, open for %s', pid, application_name, usename, state,
+                   to_char(now() - xact_start, 'HH24:MI:SS'))
+     from oldest where xact_start < now() - lag)) as holder,
+  exists (select from prepared) as prepared,
+  to_char(now() at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as now,
+  to_char(least(now() - lag, (select xact_start from oldest)) at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as bound,
   greatest(0, extract(epoch from now() - lag
     - coalesce((select prepared from prepared), (select xact_start from oldest))))::float8 as hold_seconds,
-  (select system_identifier::text from pg_control_system()) as system_identifier,
-  -- After a promotion the control file keeps the old timeline until the first checkpoint is done, which takes minutes.
-  case when pg_is_in_recovery() then (select timeline_id from pg_control_checkpoint())
-    else ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int end as timeline
+  -- The history that a watermark belongs to. The timeline by the WAL's name: after a promotion the control file keeps the old one until
+  -- the first checkpoint is done, which takes minutes. The WAL that is on disk, so that a crash does not take it back.
+  case when not pg_is_in_recovery() then
+    (select system_identifier from pg_control_system()) || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8) end as server,
+  (select oid::text from pg_database where datname = current_database()) as database_oid,
+  case when not pg_is_in_recovery() then lpad((pg_current_wal_flush_lsn() - '0/0')::text, 20, '0') end as wal
 from settings;

@@ -5,7 +5,7 @@ import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { after, before, test } from "node:test";
-import { readIntervals } from "../scripts/ops/lib/status.ts";
+import { readIntervals } from "../shared/alerts.ts";
 import { type Scratch, scratchCopy } from "./lib/scratch.ts";
 import { createSensors, type Sensors } from "./lib/sensors.ts";
 import { until } from "./lib/shop.ts";

@@ -4,7 +4,13 @@ import assert from "node:assert/strict";
 import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { after, afterEach, before, test } from "node:test";
-import { type Name, readEnv } from "../shared/env.ts";
+import { bigqueryVariables } from "../shared/bigquery/client.ts";
+import { name, readEnv, required } from "../shared/env.ts";
+import { bucketVariables } from "../shared/events/s3.ts";
+import { pipelineVariables } from "../shared/run.ts";
+import { clickhouseVariables } from "../shared/sensors/clickhouse.ts";
+import { kafkaVariables } from "../shared/sensors/kafka.ts";
+import { viewsVariables } from "../shared/views/build.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createSensors, type Sensors } from "./lib/sensors.ts";
 import type { Result, Shop } from "./lib/shop.ts";
@@ -58,12 +64,22 @@ afterEach(async () => {
   assert.ok(!existsSync(pwned), "a shell ran");
 });
 
+const variables = {
+  ...pipelineVariables,
+  ...bigqueryVariables,
+  ...bucketVariables,
+  ...viewsVariables,
+  ...clickhouseVariables,
+  ...kafkaVariables,
+  PIPELINE: required(name),
+};
+
 /** Nothing that was given stands at the beginning of a line, as if it were one of ours, and no terminal is told anything. */
 const control = String.fromCharCode(27);
 const assertNotForged = ({ stdout, stderr }: Result): void =>
   assert.ok(!/^(y=1|error: forged)/m.test(stderr + stdout) && !(stderr + stdout).includes(control), stderr + stdout);
 
-const names: Record<string, Name[]> = {
+const names: Record<string, (keyof typeof variables)[]> = {
   "scripts/orders.ts": ["BIGQUERY_PROJECT", "BIGQUERY_DATASET", "BIGQUERY_LOCATION", "FROM", "TO"],
   "scripts/events.ts": ["FROM", "TO", "S3_BUCKET", "AWS_REGION"],
   "scripts/views.ts": ["ONLY", "BIGQUERY_VIEWS_DATASET", "BIGQUERY_DATASET"],
@@ -84,7 +100,11 @@ test("each hostile name is refused where it is read, as a value of each variable
       const before = process.env[variable];
       process.env[variable] = value;
       try {
-        assert.throws(() => readEnv(variable), new RegExp(`^UsageError: .*\n  ${variable} `), `${variable}=${value}`);
+        assert.throws(
+          () => readEnv({ [variable]: variables[variable] }),
+          new RegExp(`^UsageError: .*\n  ${variable} `),
+          `${variable}=${value}`,
+        );
       } finally {
         if (before === undefined) delete process.env[variable];
         else process.env[variable] = before;

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { after, afterEach, before, test } from "node:test";
 import postgres from "postgres";
-import { readTimestamp } from "../shared/env.ts";
+import { timestamp } from "../shared/env.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createShop, type Process, pipelines, type Result, type Shop, stepsOfPipeline } from "./lib/shop.ts";
 import { type Env, localEnv } from "./stack/env.ts";
@@ -236,7 +236,7 @@ const impossible = [
   ],
 ];
 test("a point in time that is none is refused", () => {
-  for (const value of impossible) assert.throws(() => readTimestamp(value), /must look like|is not (a|in) /, value);
+  for (const value of impossible) assert.throws(() => timestamp(value), /must look like|is not (a|in) /, value);
 });
 
 test("a point in time is the one that Postgres reads, to the microsecond", async () => {
@@ -265,7 +265,7 @@ test("a point in time is the one that Postgres reads, to the microsecond", async
   const connection = { TimeZone: "UTC" };
   const utc = postgres(localEnv().SOURCE_DATABASE_URL ?? "", { max: 1, fetch_types: false, connection });
   for (const value of given) {
-    const read = readTimestamp(value);
+    const read = timestamp(value);
     assert.match(read, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00$/, value);
     const [row] =
       await utc`select ${value}::text::timestamptz::text as expected, ${read}::text::timestamptz::text as read`;

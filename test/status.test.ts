@@ -9,7 +9,7 @@ import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
 import postgres from "postgres";
 import type { Status } from "../scripts/ops/lib/status.ts";
-import { readIntervals, readThreshold } from "../scripts/ops/lib/status.ts";
+import { readIntervals, readThreshold } from "../shared/alerts.ts";
 import { watermarked } from "../shared/bigquery/contract.ts";
 import { createSource } from "./data/source.ts";
 import { createSensors } from "./lib/sensors.ts";

@@ -6,8 +6,8 @@ import { chmodSync, copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSy
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
+import { getCACertificates, setDefaultCACertificates } from "node:tls";
 import { connectKafka, createTopic, type KafkaEnv } from "../shared/sensors/kafka.ts";
-import { trustAuthorities } from "../shared/tls.ts";
 import { createCluster, type TestCluster } from "./lib/cluster.ts";
 import { createShop, freePort, type Result, type Shop, until } from "./lib/shop.ts";
 import { createAuthority } from "./lib/tls.ts";
@@ -245,7 +245,7 @@ const login512 = (port: number): KafkaEnv => ({
 });
 
 test("Kafka: the consumer reads with TLS and each mechanism of SASL; a wrong certificate or login is refused, by its variable", async () => {
-  trustAuthorities(ours.file);
+  setDefaultCACertificates([...getCACertificates("default"), readFileSync(ours.file, "utf8")]);
   await using broker = await startBroker("DNS:localhost");
   const { SENSORS_TOPIC: topic = "", SENSORS_GROUP: group = "" } = shop.env;
   const kafka = connectKafka(login512(broker.port), "test");

@@ -14,7 +14,7 @@ import { Readable } from "node:stream";
 import { finished, pipeline } from "node:stream/promises";
 import { createGunzip } from "node:zlib";
 import type { Sql } from "postgres";
-import { postgresToS3, readEnv } from "../../shared/env.ts";
+import { flag, optional, readEnv } from "../../shared/env.ts";
 import {
   addDays,
   bytesOf,
@@ -28,6 +28,7 @@ import {
 } from "../../shared/events/archive.ts";
 import {
   type Bucket,
+  bucketVariables,
   checkBucket,
   connectS3,
   getStream,
@@ -37,13 +38,18 @@ import {
 } from "../../shared/events/s3.ts";
 import { duration, log, progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { newRunId } from "../../shared/run.ts";
+import { newRunId, pipelineVariables } from "../../shared/run.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 
 const A_DAY = 86_400_000;
 
 await main(import.meta, async () => {
-  const env = readEnv(...postgresToS3, "CLEAN", "RESTORE");
+  const env = readEnv({
+    ...pipelineVariables,
+    ...bucketVariables,
+    CLEAN: optional(flag, false),
+    RESTORE: optional(flag, false),
+  });
   const command = env.RESTORE ? "restore-events" : "verify-events";
   const days = readDays(env, command);
   const run = newRunId();

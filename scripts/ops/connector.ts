@@ -10,9 +10,10 @@
  *   make connector
  */
 
-import { kafka, readEnv } from "../../shared/env.ts";
+import { readEnv } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
+import { kafkaVariables } from "../../shared/sensors/kafka.ts";
 import {
   awaitRunning,
   checkReplication,
@@ -24,7 +25,7 @@ import {
 } from "../../shared/sensors/kafka-connect.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv(...connectorVariables, ...kafka);
+  const env = readEnv({ ...connectorVariables, ...kafkaVariables });
   const config = connectorConfig(env);
   await checkReplication(env);
   if (await createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });

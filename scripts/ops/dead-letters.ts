@@ -8,15 +8,23 @@
  *   safe to re-run   yes: a message that is replayed twice writes the same row
  */
 
-import { clickhouse, readEnv } from "../../shared/env.ts";
+import { flag, number, optional, postgresUrl, readEnv, required } from "../../shared/env.ts";
 import { log, table } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
 import { readEpoch } from "../../shared/sensors/epoch.ts";
+import { kafkaVariables } from "../../shared/sensors/kafka.ts";
 import { connect } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv("ETL_DATABASE_URL", ...clickhouse, "SENSORS_TOPIC", "REPLAY", "LIMIT", "JSON");
+  const env = readEnv({
+    ETL_DATABASE_URL: required(postgresUrl),
+    ...clickhouseVariables,
+    SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC,
+    REPLAY: optional(flag, false),
+    LIMIT: optional(number(1, 100_000), 20),
+    JSON: optional(flag, false),
+  });
   const { SENSORS_TOPIC: topic } = env;
   const client = connectClickHouse(env);
   if (env.REPLAY) {

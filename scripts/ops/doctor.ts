@@ -18,39 +18,51 @@ import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { connectBigQuery } from "../../shared/bigquery/client.ts";
+import { type BigQueryEnv, bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { checkSource, pipelines, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import {
-  bigquery as bigqueryVariables,
-  bucketOfArchive,
-  clickhouse,
   type Env,
   isSet,
-  kafka,
-  type Name,
+  name as nameReader,
   readEnv,
   redact,
+  required,
   root,
   UsageError,
+  type Variables,
 } from "../../shared/env.ts";
 import { checkArchivable } from "../../shared/events/archive.ts";
-import { checkBucket, connectS3, putText, removeObjects } from "../../shared/events/s3.ts";
+import { bucketVariables, checkBucket, connectS3, putText, removeObjects } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
-import { newRunId } from "../../shared/run.ts";
-import { checkDefinitions, connectClickHouse, insertRowBinary } from "../../shared/sensors/clickhouse.ts";
+import { newRunId, pipelineVariables } from "../../shared/run.ts";
+import {
+  type ClickHouseEnv,
+  checkDefinitions,
+  clickhouseVariables,
+  connectClickHouse,
+  insertRowBinary,
+} from "../../shared/sensors/clickhouse.ts";
 import { checkReadings } from "../../shared/sensors/consumer.ts";
-import { connectKafka, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
-import { checkReplication, isRunning, namesOf, sourceTable } from "../../shared/sensors/kafka-connect.ts";
+import { connectKafka, kafkaVariables, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
+import {
+  checkReplication,
+  connectorVariables,
+  isRunning,
+  namesOf,
+  sourceTable,
+} from "../../shared/sensors/kafka-connect.ts";
 import { checkSession, connect, quote } from "../../shared/session.ts";
-import { type Comparing, readSelect } from "../../shared/source.ts";
-import { checkVisible, readBound } from "../../shared/watermark.ts";
+import { readSelect, type SchemaCheck } from "../../shared/source.ts";
+import { readBound } from "../../shared/watermark.ts";
 
 /** Prints the check's line. @returns whether it is ok. `work` returns what else is worth knowing, or throws what to do. */
 type Check = (name: string, work: () => Promise<unknown>) => Promise<boolean>;
 
-type BigQueryEnv = Env<(typeof bigqueryVariables)[number]>;
+const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVariables;
+const viewsVariables = { ...bigqueryVariables, BIGQUERY_VIEWS_DATASET: required(nameReader) };
+const captureVariables = { SOURCE_DATABASE_URL, ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC };
 
 const session = { application: "etl:doctor", timeoutSeconds: 30 };
 /** One that hangs, or asks again and again, must not keep the others from being said. */
@@ -64,8 +76,8 @@ await main(import.meta, async () => {
     views: ["BIGQUERY_PROJECT", "BIGQUERY_VIEWS_DATASET"],
     events: ["S3_BUCKET"],
     sensors: ["KAFKA_BROKERS", "CLICKHOUSE_URL", "CONNECT_URL", "REPLICATION_DATABASE_URL"],
-  } as Record<string, Name[]>;
-  const asked = isSet("PIPELINE") ? readEnv("PIPELINE").PIPELINE : undefined;
+  } as Record<string, string[]>;
+  const asked = isSet("PIPELINE") ? readEnv({ PIPELINE: required(nameReader) }).PIPELINE : undefined;
   if (asked !== undefined && !Object.hasOwn(own, asked))
     throw new UsageError(`PIPELINE=${asked}: there is no such pipeline; there are: ${Object.keys(own).join(", ")}`);
   const checked = Object.keys(own).filter((name) => (asked === undefined ? own[name]?.some(isSet) : name === asked));
@@ -74,10 +86,10 @@ await main(import.meta, async () => {
   let failures = 0;
   const sections: Promise<string[]>[] = [];
   /** Sections go side by side, since what does not answer takes its time; each prints its lines together. */
-  const section = <N extends Name>(
+  const section = <V extends Variables>(
     title: string,
-    names: readonly N[],
-    work: (check: Check, env: Env<N>) => Promise<unknown>,
+    variables: V,
+    work: (check: Check, env: Env<V>) => Promise<unknown>,
   ): void => {
     const lines: string[] = [];
     const check: Check = async (name, inner) => {
@@ -86,33 +98,31 @@ await main(import.meta, async () => {
       lines.push(redact(`${ok ? "ok  " : "FAIL"}  ${title}: ${name}${said && `: ${said}`}`));
       return ok;
     };
-    const done = Promise.try(() => work(check, readEnv(...names)));
+    const done = Promise.try(() => work(check, readEnv(variables)));
     sections.push(done.catch((error) => check("variables", () => Promise.reject(error))).then(() => lines));
   };
 
   const tables = has(...synced, "events");
-  section("etl", ["ETL_DATABASE_URL"], checkMetadata);
+  section("etl", { ETL_DATABASE_URL }, checkMetadata);
   if (has(...synced, "events", "sensors").length)
-    section("source", ["SOURCE_DATABASE_URL"], (check, env) => checkSourceDatabase(check, env, tables));
+    section("source", { SOURCE_DATABASE_URL }, (check, env) => checkSourceDatabase(check, env, tables));
   if (has(...synced).length)
     section("bigquery", bigqueryVariables, (check, env) => checkBigQuery(check, env, has(...synced)));
-  if (has("views").length) section("views", [...bigqueryVariables, "BIGQUERY_VIEWS_DATASET"], checkViews);
-  if (has("events").length) section("s3", bucketOfArchive, checkS3);
+  if (has("views").length) section("views", viewsVariables, checkViews);
+  if (has("events").length) section("s3", bucketVariables, checkS3);
   if (has("sensors").length) {
-    section(
-      "sensors",
-      ["SOURCE_DATABASE_URL", "REPLICATION_DATABASE_URL", "SENSORS_TOPIC", "CONNECT_URL"],
-      checkCapture,
-    );
-    section("kafka", kafka, checkKafka);
-    section("clickhouse", clickhouse, checkClickHouse);
+    section("sensors", captureVariables, checkCapture);
+    section("kafka", kafkaVariables, checkKafka);
+    section("clickhouse", clickhouseVariables, checkClickHouse);
   }
-  section("pushgateway", ["PUSHGATEWAY_URL"], checkPushgateway);
+  section("pushgateway", { PUSHGATEWAY_URL }, checkPushgateway);
 
   for (const lines of sections) process.stdout.write((await lines).map((line) => `${line}\n`).join(""));
   for (const name of Object.keys(own).filter((name) => asked === undefined && !checked.includes(name)))
     process.stdout.write(`-     ${name}: not checked, since none of ${own[name]?.join(", ")} is set\n`);
-  process.stdout.write(failures ? `${failures} failed. Mend what they say, then: make doctor\n` : "all is well\n");
+  process.stdout.write(
+    failures ? `${failures} checks failed. Fix the lines marked FAIL, then run: make doctor\n` : "all is well\n",
+  );
   process.exit(failures ? 1 : 0); // a client may still be asking a server that is away
 });
 
@@ -139,7 +149,7 @@ async function checkConnection(variable: string, sql: Sql, url: string): Promise
   return `as ${row?.role}; ${row?.tls ? `TLS, ${verified}` : "in clear text: sslmode=verify-full in the URL would encrypt it"}`;
 }
 
-async function checkMetadata(check: Check, { ETL_DATABASE_URL: url }: Env<"ETL_DATABASE_URL">): Promise<void> {
+async function checkMetadata(check: Check, { ETL_DATABASE_URL: url }: { ETL_DATABASE_URL: string }): Promise<void> {
   const etl = connect(url, session);
   if (!(await check("connection", () => checkConnection("ETL_DATABASE_URL", etl, url)))) return;
   await check("one session is one connection to Postgres", () => checkNoPooler(etl, connect(url, session)));
@@ -182,15 +192,14 @@ async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
 
 async function checkSourceDatabase(
   check: Check,
-  { SOURCE_DATABASE_URL: url }: Env<"SOURCE_DATABASE_URL">,
+  { SOURCE_DATABASE_URL: url }: { SOURCE_DATABASE_URL: string },
   tables: string[],
 ): Promise<void> {
   const source = connect(url, { ...session, settings: { "etl.lag_seconds": "0" } });
   if (!(await check("connection", () => checkConnection("SOURCE_DATABASE_URL", source, url)))) return;
   await check("open transactions can be seen", async () => {
     const bound = await readBound(source);
-    checkVisible(bound);
-    return bound.prepared ?? bound.holder ?? "none holds a watermark";
+    return bound.holder ?? "none holds a watermark";
   });
   await check("track_activities is on", () => checkTracked(source));
   await check("role can write nothing", () => checkReadOnly(source));
@@ -200,9 +209,9 @@ async function checkSourceDatabase(
     const of = { table: `public.${pipeline}`, cursor };
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
       const from = { ...of, select: readSelect(pipeline) };
-      const run: Comparing = { pipeline, source, log: () => {} };
+      const run: SchemaCheck = { pipeline, source, log: () => {} };
       if (archived) {
-        const etl = connect(readEnv("ETL_DATABASE_URL").ETL_DATABASE_URL, session);
+        const etl = connect(readEnv({ ETL_DATABASE_URL }).ETL_DATABASE_URL, session);
         await checkArchivable(Object.assign(run, { etl }), from);
       } else await checkSource(run, readContract(pipeline), from);
       return run.unknownColumns?.length ? `not synced: ${run.unknownColumns}` : "";
@@ -344,7 +353,7 @@ async function checkBigQuery(check: Check, env: BigQueryEnv, synced: string[]): 
   }
 }
 
-async function checkViews(check: Check, env: BigQueryEnv & Env<"BIGQUERY_VIEWS_DATASET">): Promise<void> {
+async function checkViews(check: Check, env: Env<typeof viewsVariables>): Promise<void> {
   const { BIGQUERY_PROJECT: project, BIGQUERY_VIEWS_DATASET: dataset } = env;
   await check("models may be published (dry run)", async () => {
     const [there] = await connectBigQuery(env).dataset(dataset).exists();
@@ -353,7 +362,7 @@ async function checkViews(check: Check, env: BigQueryEnv & Env<"BIGQUERY_VIEWS_D
   });
 }
 
-async function checkS3(check: Check, env: Env<(typeof bucketOfArchive)[number]>): Promise<void> {
+async function checkS3(check: Check, env: Env<typeof bucketVariables>): Promise<void> {
   const bucket = connectS3(env);
   if (!(await check("bucket", () => checkBucket(bucket)))) return;
   const key = `${bucket.prefix}events/doctor/${newRunId()}.json`;
@@ -361,10 +370,7 @@ async function checkS3(check: Check, env: Env<(typeof bucketOfArchive)[number]>)
   if (await check("an object may be put", put)) await check("and deleted", () => removeObjects(bucket, [key]));
 }
 
-async function checkCapture(
-  check: Check,
-  env: Env<"SOURCE_DATABASE_URL" | "REPLICATION_DATABASE_URL" | "SENSORS_TOPIC" | "CONNECT_URL">,
-): Promise<void> {
+async function checkCapture(check: Check, env: Env<typeof captureVariables>): Promise<void> {
   const { connector, slot } = namesOf(env);
   const { REPLICATION_DATABASE_URL: url } = env;
   const replication = connect(url, session);
@@ -402,7 +408,7 @@ async function checkSlot(replication: Sql, slot: string): Promise<string> {
   return `${status ? `its WAL is ${status}` : "not there yet: make connector makes it"}${unlimited}`;
 }
 
-async function checkKafka(check: Check, env: Env<(typeof kafka)[number]>): Promise<void> {
+async function checkKafka(check: Check, env: Env<typeof kafkaVariables>): Promise<void> {
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const broker = connectKafka(env, "etl-doctor");
   if (!(await check("connection", () => withAdmin(broker, env, (admin) => admin.listTopics())))) return;
@@ -416,7 +422,7 @@ async function checkKafka(check: Check, env: Env<(typeof kafka)[number]>): Promi
   });
 }
 
-async function checkClickHouse(check: Check, env: Env<(typeof clickhouse)[number]>): Promise<void> {
+async function checkClickHouse(check: Check, env: ClickHouseEnv): Promise<void> {
   const [server, client] = [connectClickHouse(env, "default"), connectClickHouse(env)];
   const connection = async (): Promise<void> => {
     const answer = await server.query({ query: "SELECT 1" }).catch((error: Error) => {
@@ -435,7 +441,7 @@ async function checkClickHouse(check: Check, env: Env<(typeof clickhouse)[number
   );
 }
 
-async function checkPushgateway(check: Check, { PUSHGATEWAY_URL: url }: Env<"PUSHGATEWAY_URL">): Promise<void> {
+async function checkPushgateway(check: Check, { PUSHGATEWAY_URL: url }: { PUSHGATEWAY_URL: string }): Promise<void> {
   await check("takes a push", async () => {
     try {
       await pushMetrics(url, "doctor", {});

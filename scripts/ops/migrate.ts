@@ -21,30 +21,25 @@ import { join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import type { Sql } from "postgres";
-import { connectBigQuery } from "../../shared/bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { type Contract, describeField, pipelines, readContract } from "../../shared/bigquery/contract.ts";
-import {
-  bigquery as bigqueryVariables,
-  bucketOfArchive,
-  clickhouse,
-  isSet,
-  readEnv,
-  root,
-  UsageError,
-} from "../../shared/env.ts";
+import { flag, isSet, name, optional, postgresUrl, readEnv, required, root, UsageError } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv(
-    "ETL_DATABASE_URL",
+  // Each library only where it is used: they load slowly.
+  const s3 = isSet("S3_BUCKET") ? await import("../../shared/events/s3.ts") : undefined;
+  const clickhouse = isSet("CLICKHOUSE_URL") ? await import("../../shared/sensors/clickhouse.ts") : undefined;
+  const bucketEnv = s3 && readEnv(s3.bucketVariables);
+  const clickhouseEnv = clickhouse && readEnv(clickhouse.clickhouseVariables);
+  const env = readEnv({
+    ETL_DATABASE_URL: required(postgresUrl),
     ...bigqueryVariables,
-    "BIGQUERY_VIEWS_DATASET",
-    ...(isSet("S3_BUCKET") ? bucketOfArchive : []),
-    ...(isSet("CLICKHOUSE_URL") ? clickhouse : []),
-    "DRY_RUN",
-  );
+    BIGQUERY_VIEWS_DATASET: required(name),
+    DRY_RUN: optional(flag, false),
+  });
   const leaveOut = (what: string, variable: string): void =>
     log({ step: "left-out", what, because: `${variable} is not set` });
   /** Says what is to be done, and does it unless this is a dry run. */
@@ -99,17 +94,15 @@ await main(import.meta, async () => {
   }
 
   // 4. The bucket.
-  if (isSet("S3_BUCKET")) {
-    const { bucketExists, connectS3, createBucket } = await import("../../shared/events/s3.ts"); // each library where it is wanted: they load slowly
-    const bucket = connectS3(env);
-    if (!(await bucketExists(bucket)))
-      await apply(`create bucket ${bucket.name}`, () => createBucket(bucket, env.AWS_REGION));
+  if (s3 && bucketEnv) {
+    const bucket = s3.connectS3(bucketEnv);
+    if (!(await s3.bucketExists(bucket)))
+      await apply(`create bucket ${bucket.name}`, () => s3.createBucket(bucket, bucketEnv.AWS_REGION));
   } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.
-  if (isSet("CLICKHOUSE_URL")) {
-    const { migrateClickHouse } = await import("../../shared/sensors/clickhouse.ts");
-    refused.push(...(await migrateClickHouse(env, env.CLICKHOUSE_DATABASE, apply)));
+  if (clickhouse && clickhouseEnv) {
+    refused.push(...(await clickhouse.migrateClickHouse(clickhouseEnv, clickhouseEnv.CLICKHOUSE_DATABASE, apply)));
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
   await etl.end();
   if (refused.length) {

@@ -11,12 +11,12 @@
  *   safe to re-run   yes: step 2 begins the rebuild anew; until step 4 readers see the old table, as it was
  */
 
-import { clickhouse, kafka, readEnv, UsageError } from "../../shared/env.ts";
+import { flag, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { log, progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { connectClickHouse, migrateClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { clickhouseVariables, connectClickHouse, migrateClickHouse, select } from "../../shared/sensors/clickhouse.ts";
 import { beginEpoch, readEpoch, settleEpoch } from "../../shared/sensors/epoch.ts";
-import { checkGroupIsEmpty, connectKafka, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
+import { checkGroupIsEmpty, connectKafka, kafkaVariables, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
 import {
   awaitSnapshot,
   checkReplication,
@@ -34,7 +34,13 @@ import { checkSession, connect } from "../../shared/session.ts";
 const tables = ["sensor_readings", "sensor_dead_letters"];
 
 await main(import.meta, async () => {
-  const env = readEnv("ETL_DATABASE_URL", ...clickhouse, ...kafka, ...connectorVariables, "SWAP");
+  const env = readEnv({
+    ETL_DATABASE_URL: required(postgresUrl),
+    ...clickhouseVariables,
+    ...kafkaVariables,
+    ...connectorVariables,
+    SWAP: optional(flag, false),
+  });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
   const rebuild = `${database}_rebuild`;
   const etl = connect(env.ETL_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });

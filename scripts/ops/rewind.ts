@@ -10,16 +10,22 @@
  */
 import { hostname } from "node:os";
 import { watermarked } from "../../shared/bigquery/contract.ts";
-import { readEnv, UsageError } from "../../shared/env.ts";
+import { flag, name, optional, readEnv, required, UsageError } from "../../shared/env.ts";
 import { type Fields, log } from "../../shared/log.ts";
-import { main } from "../../shared/main.ts";
-import { describeHolder, lockKey, newRunId } from "../../shared/run.ts";
+import { current, main } from "../../shared/main.ts";
+import { describeHolder, lockKey, newRunId, pipelineVariables } from "../../shared/run.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
-import { readBound, readWatermark, sameServer } from "../../shared/watermark.ts";
+import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv("SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "PIPELINE", "TO", "DRY_RUN");
+  const env = readEnv({
+    SOURCE_DATABASE_URL: pipelineVariables.SOURCE_DATABASE_URL,
+    ETL_DATABASE_URL: pipelineVariables.ETL_DATABASE_URL,
+    PIPELINE: required(name),
+    TO: pipelineVariables.TO,
+    DRY_RUN: optional(flag, false),
+  });
   const { PIPELINE: pipeline, TO: to } = env;
   if (!to)
     throw new UsageError(
@@ -28,6 +34,7 @@ await main(import.meta, async () => {
   if (!watermarked().includes(pipeline))
     throw new UsageError(`PIPELINE=${pipeline}: there is no such pipeline; there are: ${watermarked().join(", ")}`);
   const runId = newRunId();
+  Object.assign(current, { run: runId });
   const say = (step: string, fields: Fields): void => log({ pipeline, run: runId, step, ...fields });
   const session = { application: `etl:rewind run=${runId}`, timeoutSeconds: 300 };
   const etl = connect(env.ETL_DATABASE_URL, session);
@@ -43,9 +50,7 @@ await main(import.meta, async () => {
   await Promise.all([checkSession("ETL_DATABASE_URL", etl), checkSession("SOURCE_DATABASE_URL", source)]);
 
   // 1. Not while a run is going: it would lose its compare-and-set and fail.
-  const [lock] = await etl<
-    { taken: boolean }[]
-  >`select pg_try_advisory_lock(hashtextextended(${lockKey(pipeline)}, 0)) as taken`;
+  const [lock] = await etl<{ taken: boolean }[]>`select pg_try_advisory_lock(${lockKey(etl, pipeline)}) as taken`;
   if (!lock?.taken) {
     const holder = await describeHolder(etl, pipeline);
     throw new Error(
@@ -60,19 +65,15 @@ await main(import.meta, async () => {
       `${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`,
     );
   const bound = await readBound(source);
-  const [order] = await etl<{ ahead: boolean; clockBack: boolean }[]>`
-    select ${to}::text::timestamptz > ${stored.watermark}::text::timestamptz as ahead,
-           ${stored.watermark}::text::timestamptz > ${bound.now}::text::timestamptz as "clockBack"`;
-  if (order?.ahead) {
+  if (to > stored.watermark) {
     throw new UsageError(
       `TO=${to} is after the watermark ${stored.watermark}: a rewind goes back only, since the rows between them would never be read.`,
     );
   }
-  if (order?.clockBack || !sameServer(bound, stored))
+  const reason = distrust(pipeline, stored, bound);
+  if (reason)
     say("warning", {
-      warning:
-        "the destination may hold versions that the source has lost, dated later than the source's own: the upsert keeps them",
-      next: 'ops/runbook.md, "After a restore, a failover or a clock set back"',
+      warning: `the destination may hold versions that the source has lost, dated later than its own, which the upsert keeps: ${reason}`,
     });
   await source`select set_config('etl.to', ${stored.watermark}, false)`;
   const counting = source.unsafe<{ rows: string }[]>(`select count(*) as rows from (${readSelect(pipeline)}) q`);
@@ -90,8 +91,8 @@ await main(import.meta, async () => {
   if (!env.DRY_RUN) {
     await etl.begin(async (sql) => {
       const moved = await sql`
-        update etl.watermarks set watermark = ${to}::text::timestamptz, system_identifier = ${bound.system_identifier},
-          timeline = ${bound.timeline}, run_id = ${runId}, updated_at = now()
+        update etl.watermarks set watermark = ${to}::text::timestamptz, server = ${bound.server},
+          database_oid = ${bound.database_oid}, wal = ${bound.wal}, run_id = ${runId}, updated_at = now()
         where pipeline = ${pipeline} and watermark = ${stored.watermark}::text::timestamptz`;
       if (moved.count !== 1) throw new Error(`the watermark of ${pipeline} moved meanwhile. Next: make status`);
       await sql`

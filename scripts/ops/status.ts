@@ -18,14 +18,16 @@
  *   exit code  1 where a pipeline is red, else 0
  */
 import { styleText } from "node:util";
-import { readEnv } from "../../shared/env.ts";
+import { flag, optional, readEnv } from "../../shared/env.ts";
 import { duration, table, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
+import { pipelineVariables } from "../../shared/run.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { readStatus, type Status } from "./lib/status.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv("SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "WATERMARK_LAG_SECONDS", "JSON");
+  const { SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS } = pipelineVariables;
+  const env = readEnv({ SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS, JSON: optional(flag, false) });
   const session = { application: "etl:status", timeoutSeconds: 4 };
   const quick = { connect_timeout: 4 };
   const etl = connect(env.ETL_DATABASE_URL, session, quick);

@@ -4,9 +4,15 @@
 import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
-import type { Env } from "../env.ts";
+import { type Env, httpUrl, name, optional, required } from "../env.ts";
 
-export type BigQueryEnv = Env<"BIGQUERY_PROJECT" | "BIGQUERY_DATASET" | "BIGQUERY_LOCATION" | "BIGQUERY_ENDPOINT">;
+export const bigqueryVariables = {
+  BIGQUERY_PROJECT: required(name),
+  BIGQUERY_DATASET: required(name),
+  BIGQUERY_LOCATION: required(name),
+  BIGQUERY_ENDPOINT: optional(httpUrl),
+};
+export type BigQueryEnv = Env<typeof bigqueryVariables>;
 
 /** The client, with the credentials of the environment; for a local server (BIGQUERY_ENDPOINT), without. */
 export function connectBigQuery(env: BigQueryEnv): BigQuery {
@@ -20,13 +26,22 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
   return new BigQuery({ ...options, apiEndpoint: env.BIGQUERY_ENDPOINT, authClient });
 }
 
-/** For what has a name of its own: it is there because the client asked again when the first answer got lost. */
+/** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 
 /** Begins the message of a load whose counts differ. */
 export const SHORT_LOAD = "the counts differ";
+
+/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
+export function isRefusal(error: unknown): boolean {
+  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
+  // Postgres's data exceptions and program limits; not those that name the row already.
+  if (error instanceof SourceError)
+    return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
+  return errors?.some(({ reason }) => reason === "invalid") ?? false;
+}
 
 /** Whether trying again may help: the service was overloaded, or the connection to it broke. */
 export function isTransient(error: unknown): boolean {

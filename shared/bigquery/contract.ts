@@ -6,8 +6,8 @@ import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { type Column, type Comparing, compareSource, type Source, schemaFaults } from "../source.ts";
-import { apiType, castSelect, type Field, misfit } from "./types.ts";
+import { type Column, checkColumns, type SchemaCheck, type Source, schemaFaults } from "../source.ts";
+import { apiType, type Field, jsonLines, unmappable } from "./types.ts";
 
 export interface Contract {
   pipeline: string;
@@ -49,25 +49,24 @@ export function pipelines(): string[] {
 /** The pipelines that have a watermark. */
 export const watermarked = (): string[] => [...pipelines(), "events"].sort();
 
+/** A SELECT of JSON lines, as a function of the SELECT whose rows it writes. */
+export type JsonSelect = (select: string) => string;
+
 /**
  * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
  * contract does not know is a warning and a metric.
- * @returns a SELECT of JSON lines with the contract's fields, each written as its BigQuery type reads it.
+ * @returns the SELECT around source.select of JSON lines with the contract's fields, each written as its BigQuery type reads it.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function checkSource(run: Comparing, contract: Contract, source: Source): Promise<string> {
-  const { pipeline, fields, key } = contract;
-  return castSelect(pipeline, fields, key, source.select, await sourceColumns(run, contract, source));
-}
-
-/** The columns that the SELECT returns, compared with the contract as checkSource does. */
-export async function sourceColumns(run: Comparing, { file, fields }: Contract, source: Source): Promise<Column[]> {
-  const expected = fields.map((field) => ({
+export async function checkSource(run: SchemaCheck, contract: Contract, source: Source): Promise<JsonSelect> {
+  const { pipeline, fields, key, file } = contract;
+  const wanted = fields.map((field) => ({
     name: field.name,
     expected: describeField(field),
-    differs: (column: Column) => misfit(column, field),
+    differs: (column: Column) => unmappable(column, field),
   }));
-  return await compareSource(run, file, source, expected);
+  const columns = await checkColumns(run, file, source, wanted);
+  return (select) => jsonLines(pipeline, fields, key, select, columns);
 }
 
 /**
@@ -77,14 +76,14 @@ export async function sourceColumns(run: Comparing, { file, fields }: Contract, 
 export function checkDestination(contract: Contract, table: string, actual: TableField[]): void {
   const faults: string[] = [];
   for (const field of contract.fields) {
-    const there = actual.find(({ name }) => name === field.name);
-    const [expected, found] = [describeField(field), there ? describeField(there) : "no such column"];
+    const column = actual.find(({ name }) => name === field.name);
+    const [expected, found] = [describeField(field), column ? describeField(column) : "no such column"];
     if (found !== expected)
       faults.push(`column ${table}.${field.name}: expected ${expected} (${contract.file}), found ${found}`);
   }
   for (const { name } of actual) {
     if (!contract.fields.some((field) => field.name === name))
-      faults.push(`column ${table}.${name}: is there, but ${contract.file} has no such field`);
+      faults.push(`column ${table}.${name}: exists, but ${contract.file} has no such field`);
   }
   if (faults.length) throw new UsageError(schemaFaults(contract.pipeline, contract.file, "destination", faults, []));
 }

@@ -4,15 +4,20 @@
 import { randomUUID } from "node:crypto";
 import { pipeline } from "node:stream/promises";
 import type { BigQuery, Job } from "@google-cloud/bigquery";
-import type { RowStream } from "../copy.ts";
+import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
-import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, SHORT_LOAD } from "./client.ts";
-import { type Contract, checkDestination } from "./contract.ts";
+import { quote } from "../session.ts";
+import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, SHORT_LOAD } from "./client.ts";
+import { type Contract, checkDestination, type JsonSelect } from "./contract.ts";
+import { rowName } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
+
+/** What a chunk without rows moved. */
+export const noRows = { rows: 0, bytes: 0, inserted: 0, updated: 0 };
 
 /** A destination table, with what is needed to address it. */
 export interface Destination {
@@ -56,7 +61,7 @@ export interface Staging extends AsyncDisposable {
  * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
  * well or not; where that fails it is left to its expiry.
  */
-export async function createStaging(run: Run, to: Destination, attempt: number): Promise<Staging> {
+export async function createStaging(run: Run, to: Destination, attempt: number | string): Promise<Staging> {
   const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
   const table = to.bigquery.dataset(to.dataset).table(name);
   const created = table.create({
@@ -103,12 +108,83 @@ export async function loadLines(run: Run, to: Destination, staging: Staging, row
 function showProgress(run: Run, { sent }: RowStream): (lines: AsyncIterable<Buffer>) => AsyncIterable<Buffer> {
   return async function* (lines) {
     for await (const piece of lines) {
-      yield Buffer.from(piece); // the upload may hold several
+      yield piece;
       progress(
         `${run.pipeline}: ${thousands(run.totals.rows + sent.rows)} rows, ${thousands(sent.bytes / 1e6)} MB of this chunk read`,
       );
     }
   };
+}
+
+/**
+ * Extracts a chunk into the staging table: COPY, load, and the rows read compared with the rows loaded. A row that the source or
+ * BigQuery refuses is named, whatever the reason.
+ * @returns what was sent.
+ */
+export async function loadChunk(
+  run: Run,
+  { url, select, lines }: Extraction,
+  to: Destination,
+  staging: Staging,
+  chunk: { from: string; to: string },
+): Promise<RowStream["sent"]> {
+  const load = async (rows: string, into: Staging): Promise<RowStream["sent"]> => {
+    await using stream = copyJsonLines(url, lines(rows), run.session, chunk);
+    const loaded = await loadLines(run, to, into, stream);
+    compareCounts(stream.sent.rows, loaded);
+    return stream.sent;
+  };
+  const tries = async (rows: string, step: number): Promise<Error | undefined> => {
+    await using part = await createStaging(run, to, `${staging.name.split("_").at(-1)}_part_${step}`);
+    return await load(rows, part).then(
+      () => undefined,
+      (error) => (isRefusal(error) ? error : Promise.reject(error)),
+    );
+  };
+  return await load(select, staging).catch(async (error: Error) => {
+    throw isRefusal(error) ? await nameRefused(run, to.contract, select, chunk, error, tries) : error;
+  });
+}
+
+/** What the rows of a chunk are read with: sql/NAME.sql, and around it the SELECT of JSON lines. */
+export interface Extraction {
+  url: string;
+  select: string;
+  lines: JsonSelect;
+}
+
+/**
+ * Reads a chunk again in halves, in the order of its keys, until one row is left: log2(n) steps.
+ * @param tries loads some rows. It returns the error if they are refused.
+ * @returns the error that names the row by its key.
+ */
+async function nameRefused(
+  run: Run,
+  { key }: Contract,
+  select: string,
+  { from, to }: { from: string; to: string },
+  error: Error,
+  tries: (rows: string, step: number) => Promise<Error | undefined>,
+): Promise<Error> {
+  const ask = async (column: string, rows: string): Promise<string | undefined> =>
+    await run.source.begin("read only", async (sql) => {
+      await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
+      return (await sql.unsafe<{ value: string }[]>(`select ${column} as value from (${rows}) q`))[0]?.value;
+    });
+  const part = (first: number, rows: number): string =>
+    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
+  let [first, count, last] = [0, Number(await ask("count(*)", select)), undefined as Error | undefined];
+  run.log("refused", { rows: count, error: error.message, next: "reads them again in halves to name the row" });
+  for (let step = 1; count > 1; step++) {
+    const half = Math.ceil(count / 2);
+    const refused = await tries(part(first, half), step);
+    [first, count, last] = refused ? [first, half, refused] : [first + half, count - half, last];
+  }
+  last = (await tries(part(first, 1), 0)) ?? new Error(`${error.message} It is no longer refused. Run it again`);
+  const name = await ask(rowName(key), part(first, 1));
+  return new Error(
+    `row ${name} of ${run.pipeline} cannot pass: ${last.message} Correct it at the source, then: make ${run.pipeline}`,
+  );
 }
 
 /**

@@ -56,9 +56,9 @@ const outside: Write = (value) => `not ${value} >= '0001-01-01' or not ${value} 
  * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
  * refuse it without naming the row. A row that holds one is refused by name.
  */
-const refused: Record<string, (value: string, field: Field, declared?: string) => string> = {
+const outOfRange: Record<string, (value: string, field: Field, declared: string) => string> = {
   numeric: (value, field, declared) => {
-    if (declared?.includes("(")) return `${value} = 'NaN'`; // fits() has compared what it is declared as
+    if (declared.includes("(")) return `${value} = 'NaN'`; // fits() has compared what it is declared as
     const [digits, decimals] = numericSize(field);
     return `not abs(${value}) < 1e${digits - decimals} or ${value} <> round(${value}, ${decimals})`; // NaN is above every number
   },
@@ -68,7 +68,6 @@ const refused: Record<string, (value: string, field: Field, declared?: string) =
   time: (value) => `${value} = '24:00:00'`,
   timestamp: outside,
   timestamptz: outside,
-  json: (value) => String.raw`${value}::text ~ '(^|[^\\])(\\\\)*\\u0000'`,
 };
 
 /** Digits in all and after the point that a NUMERIC or BIGNUMERIC field holds. */
@@ -82,22 +81,22 @@ const apiNames: Record<string, string> = { INT64: "INTEGER", FLOAT64: "FLOAT", B
 export const apiType = (type: string): string => apiNames[type.toUpperCase()] ?? type.toUpperCase();
 
 /** Why the field cannot hold the column, in words; single values that it cannot hold are found row by row. */
-export function misfit(column: Column, field: Field): string | undefined {
-  const found = column.of?.declared ?? column.sql;
+export function unmappable(column: Column, field: Field): string | undefined {
+  const { declared, array, notnull, of } = column;
   const mapped = types[column.type];
   if (!mapped)
-    return `${found}, which has no safe mapping. Select it as a type that has one, for example ${quote(field.name)}::text`;
-  if (!mapped[apiType(field.type)] || column.array !== (field.mode === "REPEATED") || !fits(column, field))
-    return `${found}, which it cannot hold`;
-  return field.mode === "REQUIRED" && column.of?.notnull === false ? "a nullable column" : undefined;
+    return `${declared}, which has no safe mapping. Select it as a type that has one, for example ${quote(field.name)}::text`;
+  if (!mapped[apiType(field.type)] || array !== (field.mode === "REPEATED") || !fits(column, field))
+    return `${declared}, which it cannot hold`;
+  return field.mode === "REQUIRED" && of && !notnull ? "a nullable column" : undefined;
 }
 
 /** Whether a NUMERIC field holds every value of the column, as declared; one declared without a size is looked at row by row. */
-function fits({ type, of }: Column, field: Field): boolean {
-  const declared = /^numeric\((\d+),(-?\d+)\)/.exec(of?.declared ?? "");
-  if (type !== "numeric" || !declared || apiType(field.type) === "STRING") return true;
+function fits({ type, declared }: Column, field: Field): boolean {
+  const [, all, after] = /^numeric\((\d+),(-?\d+)\)/.exec(declared) ?? [];
+  if (type !== "numeric" || !all || apiType(field.type) === "STRING") return true;
   const [digits, decimals] = numericSize(field);
-  return Number(declared[2]) <= decimals && Number(declared[1]) - Number(declared[2]) <= digits - decimals;
+  return Number(after) <= decimals && Number(all) - Number(after) <= digits - decimals;
 }
 
 /**
@@ -105,20 +104,14 @@ function fits({ type, of }: Column, field: Field): boolean {
  * place there, or none where the field is REQUIRED, raises an error that names it.
  * @param key columns of the primary key, for the row's name.
  */
-export function castSelect(
-  pipeline: string,
-  fields: Field[],
-  key: string[],
-  select: string,
-  columns: Column[],
-): string {
-  const row = key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
+export function jsonLines(pipeline: string, fields: Field[], key: string[], select: string, columns: Column[]): string {
+  const row = rowName(key);
   const written = fields.map((field) => {
     const column = columns.find(({ name }) => name === field.name) as Column;
     const name = quote(field.name);
-    const homeless = refusal(column, field);
+    const refused = refusedWhere(column, field);
     const message = `'column ${field.name.replaceAll("'", "''")} of ${pipeline}, row ' || ${row} || ': ' || coalesce(left(${name}::text, 200), 'NULL')`;
-    const value = homeless ? `(case when ${homeless} then ${raise(message, column.sql)} else ${name} end)` : name;
+    const value = refused ? `(case when ${refused} then ${raise(message, column.sql)} else ${name} end)` : name;
     const write = types[column.type]?.[apiType(field.type)] as Write;
     // BigQuery has no NULL arrays: it reads one as an empty one.
     const elements = `(select coalesce(json_agg(${write("e")} order by n), '[]') from unnest(${value}) with ordinality a(e, n))`;
@@ -127,12 +120,16 @@ export function castSelect(
   return `select row_to_json(line) from (select ${written.join(", ")} from (${select}) source) line`;
 }
 
+/** SQL: a row's key as text, for example id=17. */
+export const rowName = (key: string[]): string =>
+  key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
+
 /** The condition under which a row is refused because of the column, if there is one. */
-function refusal(column: Column, field: Field): string | undefined {
+function refusedWhere(column: Column, field: Field): string | undefined {
   const name = quote(field.name);
   const type = apiType(field.type);
   const check = (value: string): string | undefined =>
-    type === "STRING" ? undefined : refused[column.type]?.(value, field, column.of?.declared);
+    type === "STRING" ? undefined : outOfRange[column.type]?.(value, field, column.declared);
   const conditions = column.array
     ? ["e is null", check("e"), type === "JSON" ? "e::jsonb = 'null'" : undefined] // no NULL among an array's elements either
     : [field.mode === "REQUIRED" ? `${name} is null` : undefined, check(name)];

@@ -10,13 +10,21 @@ import { runInNewContext } from "node:vm";
 import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
 import type { RowStream } from "../copy.ts";
-import { type Env, redact, UsageError } from "../env.ts";
+import { type Env, flag, number, optional, redact, UsageError } from "../env.ts";
 import { duration, progress, terminal, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
 import { quote } from "../session.ts";
-import { type Column, type Comparing, compareSource, type Source } from "../source.ts";
+import { type Column, checkColumns, type SchemaCheck, type Source } from "../source.ts";
 import { advance, type Window } from "../watermark.ts";
 import { type Bucket, getText, listObjects, putStream, putText, removeObjects, UPLOAD_PIECE_BYTES } from "./s3.ts";
+
+export const archiveVariables = {
+  FORCE: optional(flag, false),
+  ALLOW_SHRINK: optional(flag, false),
+  BACKFILL: optional(flag, false),
+  CONCURRENCY: optional(number(1, 32), 1),
+  MAX_ROWS_PER_SECOND: optional(number(1, 1_000_000_000)),
+};
 
 /** Of zlib's nine: README, "Speed and memory", has what the others cost. */
 const GZIP_LEVEL = 6;
@@ -71,7 +79,10 @@ export function daysBetween(from: string, to: string): string[] {
  * FROM and TO as the days they are.
  * @throws UsageError where they are no dates, or no day lies between them.
  */
-export function readDays({ FROM, TO }: Env<"FROM" | "TO">, command: string): string[] {
+export function readDays(
+  { FROM, TO }: { FROM: string | undefined; TO: string | undefined },
+  command: string,
+): string[] {
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
   if (!FROM || !TO)
     throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
@@ -116,7 +127,7 @@ export async function windowDays(
  * Compares the source with etl.events_restored, which archived days must fit into again.
  * @returns a SELECT of JSON lines.
  */
-export async function checkArchivable(run: Comparing & Pick<Run, "etl">, source: Source): Promise<string> {
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">, source: Source): Promise<string> {
   const file = "sql/etl/002_events_restored.sql";
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
@@ -126,7 +137,7 @@ export async function checkArchivable(run: Comparing & Pick<Run, "etl">, source:
     expected: sql,
     differs: (column: { sql: string }) => (column.sql === sql ? undefined : column.sql),
   }));
-  return jsonLines(source.select, await compareSource(run, file, source, wanted));
+  return jsonLines(source.select, await checkColumns(run, file, source, wanted));
 }
 
 export async function readManifest(
@@ -359,13 +370,14 @@ export function createPace(run: Run, rowsPerSecond: number | undefined): () => P
 export async function eachDay(
   run: Run,
   { days, incomplete }: { days: string[]; incomplete: string[] },
-  { CONCURRENCY, FORCE, ALLOW_SHRINK }: Env<"CONCURRENCY" | "FORCE" | "ALLOW_SHRINK">,
+  window: Window,
+  { CONCURRENCY, FORCE, ALLOW_SHRINK }: Pick<Env<typeof archiveVariables>, "CONCURRENCY" | "FORCE" | "ALLOW_SHRINK">,
   archive: (day: string) => Promise<{ manifest: Manifest; skipped: boolean }>,
 ): Promise<void> {
   const failed = new Map(
     incomplete.map((day) => [
       day,
-      `is not over yet: the source can still get rows before its end (the safe bound is ${run.window?.bound})`,
+      `is not over yet: the source can still get rows before its end (the safe bound is ${window.to})`,
     ]),
   );
   const total = days.length + incomplete.length;
@@ -393,11 +405,11 @@ export async function eachDay(
         run.totals.chunks += 1;
         run.totals.rows += rows;
         run.totals.bytes += bytes;
-        if (!terminal)
+        if (!terminal())
           run.log("day", { day, rows, bytes, parts: parts.length, seconds: (run.seconds() - started).toFixed(3) });
       }
       if (!failed.size) {
-        await advance(run, { from: run.watermark ?? run.window?.from ?? "", to: startOf(addDays(day)).created_at });
+        await advance(run, { from: run.watermark ?? window.from, to: startOf(addDays(day)).created_at }, window.origin);
       }
     } catch (error) {
       if (run.signal.aborted) throw error;

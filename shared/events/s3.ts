@@ -18,12 +18,25 @@ import {
   S3Client,
 } from "@aws-sdk/client-s3";
 import { Upload } from "@aws-sdk/lib-storage";
-import { type Env, UsageError } from "../env.ts";
+import { type Env, httpUrl, like, name, optional, required, secret, text, UsageError } from "../env.ts";
 
-type S3Env = Env<
-  "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION" | "AWS_ACCESS_KEY_ID" | "AWS_SECRET_ACCESS_KEY"
-> &
-  Partial<Env<"AWS_SESSION_TOKEN">>;
+const bucketName = like(
+  /^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/,
+  "may hold 3 to 63 lower-case letters, digits, . and - only",
+);
+/** Without slashes before it, and with one behind it unless it is empty. */
+const prefix = (value: string): string => value.replace(/^\/+|\/*$/g, "").replace(/.$/u, "$&/");
+
+export const bucketVariables = {
+  S3_ENDPOINT: optional(httpUrl),
+  S3_BUCKET: required(bucketName),
+  S3_PREFIX: optional(prefix, ""),
+  AWS_REGION: required(name),
+  AWS_ACCESS_KEY_ID: optional(text),
+  AWS_SECRET_ACCESS_KEY: optional(secret),
+  AWS_SESSION_TOKEN: optional(secret),
+};
+type S3Env = Omit<Env<typeof bucketVariables>, "AWS_SESSION_TOKEN"> & { AWS_SESSION_TOKEN?: string | undefined };
 
 export interface Bucket {
   client: S3Client;
@@ -99,7 +112,7 @@ function named(error: unknown, { name }: Bucket, key: string): Error {
   return fault;
 }
 
-async function about<T>(bucket: Bucket, key: string, work: Promise<T>): Promise<T> {
+async function naming<T>(bucket: Bucket, key: string, work: Promise<T>): Promise<T> {
   return await work.catch((error) => {
     throw named(error, bucket, key);
   });
@@ -119,7 +132,7 @@ export async function getText(bucket: Bucket, key: string): Promise<{ text: stri
 /** The object's bytes as a stream. @throws Error named NoSuchKey where there is no such object. */
 export async function getStream(bucket: Bucket, key: string): Promise<Readable> {
   const answer = bucket.client.send(new GetObjectCommand({ Bucket: bucket.name, Key: key }));
-  return (await about(bucket, key, answer)).Body as Readable;
+  return (await naming(bucket, key, answer)).Body as Readable;
 }
 
 /**
@@ -199,7 +212,7 @@ export async function removeObjects(bucket: Bucket, keys: string[]): Promise<voi
   for (let first = 0; first < keys.length; first += 1000) {
     const Objects = keys.slice(first, first + 1000).map((Key) => ({ Key }));
     const request = new DeleteObjectsCommand({ Bucket: bucket.name, Delete: { Objects, Quiet: true } });
-    const { Errors: [fault] = [] } = await about(bucket, keys[first] ?? "", bucket.client.send(request));
+    const { Errors: [fault] = [] } = await naming(bucket, keys[first] ?? "", bucket.client.send(request));
     if (fault) throw new Error(`s3://${bucket.name}/${fault.Key}: not deleted: ${fault.Code} ${fault.Message}`);
   }
 }
@@ -219,10 +232,10 @@ export async function* listUploads(
   for (let page: ListMultipartUploadsCommandOutput | undefined; !page || page.IsTruncated; ) {
     const after = { KeyMarker: page?.NextKeyMarker, UploadIdMarker: page?.NextUploadIdMarker };
     const request = new ListMultipartUploadsCommand({ Bucket: bucket.name, Prefix: prefix, ...after });
-    page = await about(bucket, prefix, bucket.client.send(request));
+    page = await naming(bucket, prefix, bucket.client.send(request));
     for (const { Key = "", UploadId, Initiated = new Date(0) } of page.Uploads ?? []) {
       const abort = new AbortMultipartUploadCommand({ Bucket: bucket.name, Key, UploadId });
-      yield { key: Key, modified: Initiated, abort: () => about(bucket, Key, bucket.client.send(abort)) };
+      yield { key: Key, modified: Initiated, abort: () => naming(bucket, Key, bucket.client.send(abort)) };
     }
   }
 }

@@ -6,9 +6,15 @@ import { join } from "node:path";
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
-import { type Env, root, UsageError } from "../env.ts";
+import { type Env, httpUrl, like, name, optional, required, root, secret, UsageError } from "../env.ts";
 
-type ClickHouseEnv = Env<"CLICKHOUSE_URL" | "CLICKHOUSE_DATABASE" | "CLICKHOUSE_USER" | "CLICKHOUSE_PASSWORD">;
+export const clickhouseVariables = {
+  CLICKHOUSE_URL: required(httpUrl),
+  CLICKHOUSE_DATABASE: required(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only")),
+  CLICKHOUSE_USER: required(name),
+  CLICKHOUSE_PASSWORD: optional(secret, ""),
+};
+export type ClickHouseEnv = Env<typeof clickhouseVariables>;
 
 /** A client whose unqualified names are those of `database`. */
 export function connectClickHouse(env: ClickHouseEnv, database: string = env.CLICKHOUSE_DATABASE): ClickHouseClient {

@@ -5,14 +5,22 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
-import { type Env, UsageError } from "../env.ts";
+import { type Env, like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
 import { log, thousands } from "../log.ts";
 import { onSignal } from "../main.ts";
 import { checkSession, connect } from "../session.ts";
 import { readDefinitions, select } from "./clickhouse.ts";
-import { type Batch, type Kafka, type KafkaEnv, topicState, withAdmin } from "./kafka.ts";
+import { type Batch, type Kafka, type kafkaVariables, topicState, withAdmin } from "./kafka.ts";
 import { isRunning, namesOf, sourceTable as table } from "./kafka-connect.ts";
 import { serveMetrics } from "./metrics-server.ts";
+
+export const consumerVariables = {
+  SOURCE_DATABASE_URL: required(postgresUrl),
+  ETL_DATABASE_URL: required(postgresUrl),
+  SENSORS_POISON_SHARE: optional(number(0, 1, false), 0.1),
+  METRICS_PORT: optional(number(0, 65_535), 9464),
+  UNTIL: optional(like(/^caught-up$/, "can only be caught-up")),
+};
 
 /** Postgres's types that a column of ClickHouse holds every value of, as Debezium writes them. */
 const fitting: Record<string, string[]> = {
@@ -30,7 +38,7 @@ const plain = (type: string): string =>
  * @returns the names of its columns that are not there, whose values go to _unknown.
  * @throws UsageError that lists each column that is gone or has another type.
  */
-export async function checkReadings(env: Env<"SOURCE_DATABASE_URL">): Promise<string[]> {
+export async function checkReadings(env: { SOURCE_DATABASE_URL: string }): Promise<string[]> {
   await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
   await checkSession("SOURCE_DATABASE_URL", source);
   const found = await source<{ name: string; type: string; full: boolean }[]>`
@@ -123,7 +131,7 @@ export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
 
 /** Metrics at METRICS_PORT, and a line every ten seconds. */
 export async function createReport(
-  env: KafkaEnv & Env<"METRICS_PORT" | "SENSORS_TOPIC" | "SENSORS_GROUP" | "SOURCE_DATABASE_URL" | "CONNECT_URL">,
+  env: Env<typeof kafkaVariables> & { SOURCE_DATABASE_URL: string; CONNECT_URL: string; METRICS_PORT: number },
   kafka: Kafka,
   unknown: string[],
 ) {

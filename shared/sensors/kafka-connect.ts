@@ -5,13 +5,16 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, redact, root, UsageError } from "../env.ts";
+import { type Env, httpUrl, postgresUrl, redact, required, root, UsageError } from "../env.ts";
 import { checkSession, connect } from "../session.ts";
 import { connectKafka, createTopic, type KafkaEnv, withAdmin } from "./kafka.ts";
 
-export const connectorVariables = ["CONNECT_URL", "REPLICATION_DATABASE_URL"] as const;
-type RequestEnv = Env<"CONNECT_URL" | "SENSORS_TOPIC">;
-type ConnectEnv = RequestEnv & Env<"REPLICATION_DATABASE_URL">;
+export const connectorVariables = {
+  CONNECT_URL: required(httpUrl),
+  REPLICATION_DATABASE_URL: required(postgresUrl),
+};
+type RequestEnv = { CONNECT_URL: string; SENSORS_TOPIC: string };
+type ConnectEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
 
 const file = "schemas/debezium/sensor_readings.json";
 /** What the connector reads. */
@@ -20,7 +23,9 @@ export const sourceTable = "public.sensor_readings";
 /** What the topic's name decides: Debezium's prefix, the connector's name, the slot at the source. */
 export function namesOf({
   SENSORS_TOPIC: topic,
-}: Env<"SENSORS_TOPIC">): Record<"prefix" | "connector" | "slot", string> {
+}: {
+  SENSORS_TOPIC: string;
+}): Record<"prefix" | "connector" | "slot", string> {
   if (!topic.endsWith(`.${sourceTable}`))
     throw new UsageError(
       `SENSORS_TOPIC ${topic} must end with .${sourceTable}: Debezium names a topic PREFIX.SCHEMA.TABLE`,

@@ -5,9 +5,9 @@
 import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type ITopicConfig, type Kafka, type SASLOptions } from "kafkajs";
-import { type Env, UsageError } from "../env.ts";
+import { type Env, flag, like, name, optional, required, secret, text, UsageError } from "../env.ts";
 import { log } from "../log.ts";
-import { explainCertificate } from "../tls.ts";
+import { isCertificate, ownAuthority } from "../session.ts";
 
 export type { Batch, Kafka };
 
@@ -17,9 +17,30 @@ process.emitWarning = ((warning: string | Error, ...rest: never[]) => {
   if ((rest[0] as unknown) !== "TimeoutNegativeWarning") emitWarning.call(process, warning, ...rest);
 }) as typeof emitWarning;
 
-export type KafkaEnv = Env<
-  "KAFKA_BROKERS" | "KAFKA_TLS" | "KAFKA_SASL_MECHANISM" | "KAFKA_USERNAME" | "KAFKA_PASSWORD"
->;
+function brokers(value: string): string[] {
+  const list = value.split(",").map((broker) => broker.trim());
+  if (!list.every((broker) => /^([\w.-]+|\[[\da-fA-F:]+\]):\d+$/.test(broker)))
+    throw new Error("must be host:port, with commas between several");
+  return list;
+}
+
+const brokerVariables = {
+  KAFKA_BROKERS: required(brokers),
+  KAFKA_TLS: optional(flag, false),
+  KAFKA_SASL_MECHANISM: optional(
+    like(/^(plain|scram-sha-(256|512))$/, "must be plain, scram-sha-256 or scram-sha-512"),
+  ),
+  KAFKA_USERNAME: optional(text),
+  KAFKA_PASSWORD: optional(secret),
+};
+/** What is needed to reach a broker. */
+export type KafkaEnv = Env<typeof brokerVariables>;
+
+export const kafkaVariables = {
+  ...brokerVariables,
+  SENSORS_TOPIC: required(like(/^[\w-]+(\.[\w-]+)+$/, "must look like PREFIX.SCHEMA.TABLE")),
+  SENSORS_GROUP: required(name),
+};
 
 /** @param application names the client in the broker's logs. */
 export function connectKafka(env: KafkaEnv, application: string): Kafka {
@@ -48,9 +69,9 @@ function logKafka({ log: { message, error } }: { log: { message: string; error?:
 
 /** A certificate or a login that is refused names its variable; waiting and asking again would not mend it. */
 function refusedByBroker(error: unknown): unknown {
-  const certificate = explainCertificate(error);
-  if (certificate) return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${certificate}`);
   const { name, message } = error as Error;
+  if (isCertificate(error as Error))
+    return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. ${ownAuthority}`);
   if (!/SASL/.test(name)) return error;
   return new Error(
     `KAFKA_BROKERS refused the login: ${message}. Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD`,
@@ -294,7 +315,7 @@ function isConnectionError(error: unknown): boolean {
   const { name, cause } = error as Error;
   const lost =
     /KafkaJSConnection|KafkaJSNumberOfRetriesExceeded|KafkaJSBrokerNotFound|KafkaJSGroupCoordinatorNotFound|KafkaJSRequestTimeout/;
-  if (explainCertificate(error)) return false;
+  if (isCertificate(error as Error)) return false;
   return lost.test(name) || (cause instanceof Error && isConnectionError(cause));
 }
 

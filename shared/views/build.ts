@@ -8,14 +8,27 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
-import { readIntervals } from "../../scripts/ops/lib/status.ts";
-import { connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
+import { readIntervals } from "../alerts.ts";
+import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
 import { pipelines } from "../bigquery/contract.ts";
 import { labels } from "../bigquery/load.ts";
-import { type bigQueryToBigQuery, type Env, root, UsageError } from "../env.ts";
+import { type Env, flag, like, name, number, optional, required, root, UsageError } from "../env.ts";
 import { duration, type Fields, table, thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
-import { newRunId, type Run } from "../run.ts";
+import { newRunId, type Run, runVariables } from "../run.ts";
+
+export const viewsVariables = {
+  ...runVariables,
+  ...bigqueryVariables,
+  BIGQUERY_VIEWS_DATASET: required(name),
+  ONLY: optional(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only")),
+  DRY_RUN: optional(flag, false),
+  ALLOW_STALE: optional(flag, false),
+  ALLOW_SHRINK: optional(flag, false),
+  MAX_PARALLEL: optional(number(1, 32), 4),
+  MAX_BYTES_BILLED: optional(number(10 * 2 ** 20, 1e15), 100e9),
+  USD_PER_TIB: optional(number(0, 1000, false), 6.25),
+};
 
 /** What a run left in its build dataset (it was killed, or a model failed and somebody may want to look) is deleted by BigQuery after this time. */
 const BUILD_HOURS = 24;
@@ -212,7 +225,7 @@ export async function checkFresh(run: Run, models: Model[], allowed: boolean): P
   for (const warning of stale) run.log("warning", { warning });
 }
 
-type ViewsEnv = Env<(typeof bigQueryToBigQuery)[number]>;
+type ViewsEnv = Env<typeof viewsVariables>;
 
 /** Where the models of one run are made. */
 export interface Build extends AsyncDisposable {

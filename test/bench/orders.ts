@@ -55,6 +55,7 @@ const env = {
   BIGQUERY_LOCATION: "US",
   BIGQUERY_ENDPOINT: shop.env.BIGQUERY_ENDPOINT,
   RUN_TIMEOUT_SECONDS: 3600,
+  RETENTION_DAYS: 400,
   WATERMARK_LAG_SECONDS: 0,
   FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
 };
@@ -105,7 +106,7 @@ function extractions(): Contender[] {
 }
 
 await runPipeline("orders", env, async (run) => {
-  select = await checkSource(run, contract, source);
+  select = (await checkSource(run, contract, source))(source.select);
   const window = { from: "-infinity", to: "infinity" };
   const copy = (): ReturnType<typeof copyJsonLines> =>
     copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);

@@ -41,7 +41,9 @@ async function checkContract(sql: Sql, pipeline: string): Promise<void> {
   if (!declared) return void faults.push(`${script}:1: names no table: "…", cursor: "…"`);
   const run = { pipeline, source: sql, log: () => {} } as unknown as Run;
   try {
-    await sql.unsafe(await checkSource(run, contract, { table, cursor, select: readSelect(pipeline) }));
+    const select = readSelect(pipeline);
+    const lines = await checkSource(run, contract, { table, cursor, select });
+    await sql.unsafe(lines(select));
   } catch (error) {
     if (!(error instanceof UsageError || error instanceof postgres.PostgresError)) throw error;
     const what = error instanceof UsageError ? "" : "the SELECT made of it and its SELECT: ";

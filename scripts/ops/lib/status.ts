@@ -2,22 +2,19 @@
  * The state of each pipeline, as schema etl, the source, Kafka, Kafka Connect and ClickHouse tell it within some seconds, and what of it
  * is a reason to get up. Nothing is changed.
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
+import { readIntervals, readThreshold } from "../../../shared/alerts.ts";
 import { watermarked } from "../../../shared/bigquery/contract.ts";
-import { clickhouse, type Env, isSet, kafka, readEnv, root } from "../../../shared/env.ts";
+import { type Env, isSet, readEnv } from "../../../shared/env.ts";
 import { duration, thousands } from "../../../shared/log.ts";
-import { epochSeconds } from "../../../shared/metrics.ts";
-import { readPosition, wentBack } from "../../../shared/restored.ts";
 import { describeHolder } from "../../../shared/run.ts";
-import { connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
+import { clickhouseVariables, connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
 import { readEpoch } from "../../../shared/sensors/epoch.ts";
-import { connectKafka, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
-import { isRunning, namesOf } from "../../../shared/sensors/kafka-connect.ts";
+import { connectKafka, kafkaVariables, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
+import { connectorVariables, isRunning, namesOf } from "../../../shared/sensors/kafka-connect.ts";
 import { checkSession } from "../../../shared/session.ts";
-import { type Bound, checkVisible, type Identity, readBound, sameServer } from "../../../shared/watermark.ts";
+import { type Bound, distrust, readBound, readWatermark, type Watermark } from "../../../shared/watermark.ts";
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
@@ -68,8 +65,8 @@ interface Sensors {
   slot_retained_bytes: number | null;
 }
 
-/** What schema etl says of a pipeline; where it has no watermark, the server that this was taken from is null. */
-interface Row extends Omit<Status, "state" | "reasons" | "days" | "sensors">, Identity {}
+/** What schema etl says of a pipeline. */
+type Row = Omit<Status, "state" | "reasons" | "days" | "sensors">;
 
 type Answer<T> = { value: T; error?: undefined } | { value?: undefined; error: string };
 
@@ -89,7 +86,7 @@ export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
   const intervals = readIntervals();
   const pipelines = [...new Set([...watermarked(), "sensors", "views", ...intervals.keys()])];
   const rows = await etl<Row[]>`
-    select p.pipeline, w.system_identifier, w.timeline,
+    select p.pipeline,
       replace(w.watermark::text, ' ', 'T') as watermark,
       extract(epoch from now() - w.watermark)::float8 as watermark_age_seconds,
       replace(date_trunc('second', ok.finished_at)::text, ' ', 'T') as last_success,
@@ -109,9 +106,8 @@ export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
     "the source",
     checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)),
   );
-  const position = bound.value && (await ask("the source", readPosition(source)));
   const statuses: Status[] = [];
-  for (const { system_identifier, timeline, ...row } of rows) {
+  for (const row of rows) {
     const lock = await describeHolder(etl, row.pipeline);
     const status: Status = {
       ...row,
@@ -132,11 +128,13 @@ export async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
     }
     // Said to be running, and another session has the lock, or none: it was killed, and could not say so.
     if (status.last_run_state === "running" && status.lock !== status.last_run_id) status.last_run_state = "abandoned";
-    if (watermarked().includes(row.pipeline)) {
-      judgeSource(status, bound, { system_identifier, timeline });
-      const back = position?.value && (await wentBack(etl, row.pipeline, position.value));
-      if (back) blame(status, "red", back);
-    }
+    if (status.interval_seconds === null)
+      blame(
+        status,
+        "red",
+        "ops/alerts.yml has no etl_expected_interval_seconds for it: nobody is told if it goes quiet",
+      );
+    if (watermarked().includes(row.pipeline)) judgeSource(status, bound, await readWatermark(etl, row.pipeline));
     judgeRuns(status);
   }
   return statuses;
@@ -167,37 +165,19 @@ function judgeRuns(status: Status): void {
 }
 
 /** Who holds the watermark, and whether it can still be trusted: what a run would stop at. */
-function judgeSource(status: Status, { value, error }: Answer<Bound>, stored: Identity): void {
-  try {
-    if (!value) throw new Error(error);
-    checkVisible(value);
-    status.held_by = value.prepared ?? value.holder;
-    status.hold_seconds = value.hold_seconds;
-    if (status.held_by) {
-      const long = value.hold_seconds > readThreshold("etl_watermark_hold_seconds");
-      blame(
-        status,
-        long ? "red" : "warn",
-        `its watermark is held for ${duration(value.hold_seconds)} by ${status.held_by}`,
-      );
-    }
-    const next = `Next: ops/runbook.md, "After a restore, a failover or a clock set back"`;
-    if (status.watermark && !sameServer(stored, value))
-      blame(
-        status,
-        "red",
-        `the source is not the server that its watermark was taken from: a restore or a failover. ${next}`,
-      );
-    else if (status.watermark && epochSeconds(status.watermark) > epochSeconds(value.now))
-      blame(
-        status,
-        "red",
-        `its watermark is after the source's clock, ${value.now}: set ahead, or the clock set back. ${next}`,
-      );
-  } catch (error) {
-    status.held_by = `unknown: ${(error as Error).message}`;
-    blame(status, "red", `who holds its watermark is not known: ${(error as Error).message}`);
+function judgeSource(status: Status, { value, error }: Answer<Bound>, stored: Watermark | undefined): void {
+  if (!value) {
+    status.held_by = `unknown: ${error}`;
+    blame(status, "red", `cannot tell which transaction holds its watermark: ${error}`);
+    return;
   }
+  status.held_by = value.holder;
+  status.hold_seconds = value.hold_seconds;
+  const state = value.hold_seconds > readThreshold("etl_watermark_hold_seconds") ? "red" : "warn";
+  if (value.holder)
+    blame(status, state, `its watermark is held for ${duration(value.hold_seconds)} by ${value.holder}`);
+  const reason = stored && distrust(status.pipeline, stored, value);
+  if (reason) blame(status, "red", reason);
 }
 
 async function countDays(etl: Sql): Promise<Status["days"]> {
@@ -212,7 +192,7 @@ async function countDays(etl: Sql): Promise<Status["days"]> {
 /** Always on, so that lag, connector and slot tell what an interval would. */
 async function judgeSensors(status: Status, etl: Sql, source: Sql): Promise<void> {
   if (!isSet("SENSORS_TOPIC")) return blame(status, "new", "it is not configured (SENSORS_TOPIC)");
-  const env = readEnv(...clickhouse, ...kafka, "CONNECT_URL");
+  const env = readEnv(sensorsVariables);
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const epoch = await readEpoch(etl, topic);
   const [[last], kafkaSays, letters, connector, slot] = await Promise.all([
@@ -263,7 +243,12 @@ async function judgeSensors(status: Status, etl: Sql, source: Sql): Promise<void
     blame(status, "warn", `${thousands(sensors.dead_letters)} dead letters. Next: make dead-letters`);
 }
 
-type SensorsEnv = Env<(typeof clickhouse)[number] | (typeof kafka)[number]>;
+const sensorsVariables = {
+  ...clickhouseVariables,
+  ...kafkaVariables,
+  CONNECT_URL: connectorVariables.CONNECT_URL,
+};
+type SensorsEnv = Env<typeof sensorsVariables>;
 
 async function readTopic(env: SensorsEnv): Promise<{ lag: number; consumers: number }> {
   const broker = connectKafka(env, "etl-status");
@@ -283,19 +268,4 @@ async function countDeadLetters(env: SensorsEnv): Promise<number> {
     { topic: env.SENSORS_TOPIC },
   ).finally(() => client.close());
   return Number(row?.letters);
-}
-
-const rules = (): string => readFileSync(join(root, "ops/alerts.yml"), "utf8");
-
-/** How often each pipeline is meant to succeed, in seconds, as ops/alerts.yml says. */
-export function readIntervals(): Map<string, number> {
-  const intervals = rules().matchAll(/labels: \{ pipeline: (\w+) \}\s+expr: vector\((\d+)\)/g);
-  return new Map([...intervals].map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
-}
-
-/** From where on ops/alerts.yml calls a metric an alert. */
-export function readThreshold(metric: string): number {
-  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
-  if (limit === undefined) throw new Error(`ops/alerts.yml has no alert of the form ${metric} > NUMBER`);
-  return Number(limit);
 }
