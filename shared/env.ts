@@ -64,13 +64,15 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   try {
     trustAuthorities();
   } catch (error) {
-    fault("NODE_EXTRA_CA_CERTS", new Error(`is not a file of certificates in PEM form (${error})`));
+    fault("NODE_EXTRA_CA_CERTS", new Error(`is no file of certificates in PEM form (${(error as Error).message})`));
   }
   if ("FROM" in variables && !faults.length) {
-    const { FROM = "", TO = "" } = env as { FROM?: string; TO?: string };
+    const { FROM, TO } = env as { FROM?: string; TO?: string };
+    const example = "Example: FROM=2017-01-01 TO=2017-02-01";
     if (!FROM !== !TO)
-      fault(FROM ? "FROM" : "TO", new Error(`was given without ${FROM ? "TO" : "FROM"}: a re-run needs both`));
-    if (FROM > TO) fault("FROM", new Error(`${FROM} is after TO ${TO}: swap them; FROM is inclusive, TO exclusive`));
+      faults.push(`  ${FROM ? "FROM" : "TO"} was given without the other: a re-run needs both. ${example}`);
+    else if (FROM && TO && FROM > TO)
+      faults.push(`  FROM ${FROM} is after TO ${TO}: FROM is inclusive, TO exclusive. ${example}`);
   }
   if (faults.length)
     throw new UsageError(

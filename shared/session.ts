@@ -81,7 +81,7 @@ export async function checkSession(variable: string, session: Sql): Promise<void
   await session`select 1`.catch((error: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const { code = "", message } = error;
-    const remedy = remedies[code] ?? (isCertificate(error) ? ownAuthority : "Check it.");
+    const remedy = remedies[code] ?? (isCertificate(error) ? certificateRemedy : "Check it.");
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
     throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy}`);
   });
@@ -93,7 +93,8 @@ export const isCertificate = ({ code, cause }: { code?: string; cause?: unknown 
     code ?? "",
   ) ||
   (cause instanceof Error && isCertificate(cause));
-export const ownAuthority = "Is the certificate of your own authority? Name its file in NODE_EXTRA_CA_CERTS.";
+export const certificateRemedy =
+  "Use a host name that the certificate holds; name the file of your own authority in NODE_EXTRA_CA_CERTS.";
 
 /** An identifier as SQL writes it. */
 export function quote(name: string): string {

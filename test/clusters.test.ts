@@ -103,7 +103,7 @@ test("a standby is refused; promoted, it is another server at once, until make r
   await run(primary);
   await assertStop(
     standby,
-    () => /source database \w+ is a standby: .* no bound is safe\. Point SOURCE_DATABASE_URL at the primary/,
+    () => /source database \w+: no bound is safe: it is a standby.* Point SOURCE_DATABASE_URL at the primary/,
   );
 
   // Pages for its first checkpoint to write, which takes its time: until it is done the control file has the old timeline.

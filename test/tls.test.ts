@@ -81,7 +81,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
     /cannot connect to SOURCE_DATABASE_URL .*no encryption\. Check the role in it, sslmode, and pg_hba\.conf/,
   );
   const unknown =
-    /cannot connect to SOURCE_DATABASE_URL \(host localhost, .*certificate is refused \(\w+\): its authority is not known here\. Where it is your own, name its file in NODE_EXTRA_CA_CERTS/;
+    /cannot connect to SOURCE_DATABASE_URL \(host localhost, .*own authority in NODE_EXTRA_CA_CERTS/;
   assertRefused(await run("localhost", verify, {}), unknown);
   assertRefused(await run("localhost", verify, { NODE_EXTRA_CA_CERTS: theirs.file }), unknown);
   assertRefused(await run("localhost", "?sslmode=verify_full"), /SOURCE_DATABASE_URL has an unknown sslmode/, 2);
@@ -97,7 +97,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   };
   assertRefused(
     await run("localhost", verify, fromFile("/no/such.pem")),
-    /NODE_EXTRA_CA_CERTS is no file of certificates in PEM form \(ENOENT\)/,
+    /NODE_EXTRA_CA_CERTS is no file of certificates in PEM form \(ENOENT/,
     2,
   );
   assert.equal(await shop.watermark(), undefined);
@@ -125,12 +125,12 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   await serve(ours.issue("DNS:localhost"));
   assertRefused(
     await run("127.0.0.1", verify),
-    /SOURCE_DATABASE_URL \(host 127\.0\.0\.1, .*ERR_TLS_CERT_ALTNAME_INVALID\): it is of another host\. Use a name that is in it/,
+    /SOURCE_DATABASE_URL \(host 127\.0\.0\.1, .*does not match certificate's altnames: .*Use a host name that the certificate holds/,
   );
   await serve(ours.issue("DNS:elsewhere.example"));
   assertRefused(
     await run("localhost", verify),
-    /SOURCE_DATABASE_URL \(host localhost, .*ERR_TLS_CERT_ALTNAME_INVALID\): it is of another host/,
+    /SOURCE_DATABASE_URL \(host localhost, .*does not match certificate's altnames: .*Use a host name that the certificate holds/,
   );
   await serve(theirs.issue("DNS:localhost"));
   assertRefused(await run("localhost", verify), unknown);
@@ -276,9 +276,9 @@ test("Kafka: the consumer reads with TLS and each mechanism of SASL; a wrong cer
     }
 
     const unknown =
-      /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*refused \(\w+\): its authority is not known here\. Where it is your own, name its file in NODE_EXTRA_CA_CERTS/;
+      /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*own authority in NODE_EXTRA_CA_CERTS/;
     const otherHost =
-      /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*ERR_TLS_CERT_ALTNAME_INVALID\): it is of another host/;
+      /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*does not match certificate's altnames: .*Use a host name that the certificate holds/;
     const login = /KAFKA_BROKERS refused the login: .*Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD/;
     const wrong: [Env, RegExp][] = [
       [{ NODE_EXTRA_CA_CERTS: theirs.file }, unknown],

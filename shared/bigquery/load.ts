@@ -180,10 +180,10 @@ async function nameRefused(
     const refused = await tries(part(first, half), step);
     [first, count, last] = refused ? [first, half, refused] : [first + half, count - half, last];
   }
-  last = (await tries(part(first, 1), 0)) ?? new Error(`${error.message} It is no longer refused. Run it again`);
+  last = (await tries(part(first, 1), 0)) ?? new Error(`${error.message}. It is no longer refused. Run it again`);
   const name = await ask(rowName(key), part(first, 1));
   return new Error(
-    `row ${name} of ${run.pipeline} cannot pass: ${last.message} Correct it at the source, then: make ${run.pipeline}`,
+    `row ${name} of ${run.pipeline} is refused: ${last.message}. Correct it at the source, then: make ${run.pipeline}`,
   );
 }
 

@@ -7,7 +7,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type ITopicConfig, type Kafka, type SASLOptions } from "kafkajs";
 import { type Env, flag, like, name, optional, required, secret, text, UsageError } from "../env.ts";
 import { log } from "../log.ts";
-import { isCertificate, ownAuthority } from "../session.ts";
+import { isCertificate, certificateRemedy } from "../session.ts";
 
 export type { Batch, Kafka };
 
@@ -71,7 +71,7 @@ function logKafka({ log: { message, error } }: { log: { message: string; error?:
 function refusedByBroker(error: unknown): unknown {
   const { name, message } = error as Error;
   if (isCertificate(error as Error))
-    return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. ${ownAuthority}`);
+    return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. ${certificateRemedy}`);
   if (!/SASL/.test(name)) return error;
   return new Error(
     `KAFKA_BROKERS refused the login: ${message}. Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD`,
