@@ -60,7 +60,7 @@ export function copyJsonLines(
     lines: lines(),
     sent,
     [Symbol.asyncDispose]: async () => {
-      socket?.destroy();
+      socket?.on("error", () => {}).destroy(); // over TLS postgres.js still writes its goodbye
       await session.end({ timeout: 0 });
     },
   };

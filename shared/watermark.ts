@@ -82,8 +82,8 @@ export async function readBound(source: Sql): Promise<Bound> {
  */
 export function distrust(pipeline: string, stored: Watermark, bound: Bound): string | undefined {
   const where = `source database ${bound.database}`;
-  const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
-  const next = `Next: ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}`;
+  const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=${pipeline} TO=…`;
+  const next = `Next: ${runbook}`;
   const restored = "it was restored or failed over, and rows that were synced since may be gone there";
   if (stored.server !== bound.server)
     return `${where} is not the server that the watermark ${stored.watermark} was taken from (${bound.server}, expected ${stored.server}): ${restored}. ${next}`;
@@ -92,7 +92,7 @@ export function distrust(pipeline: string, stored: Watermark, bound: Bound): str
   if (stored.wal && bound.wal && stored.wal > bound.wal)
     return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when the watermark ${stored.watermark} was set: ${restored}. ${next}`;
   if (stored.watermark > bound.now)
-    return `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, or the watermark ahead, and rows written meanwhile would be missed. ${next}`;
+    return `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, or the watermark ahead, and rows written meanwhile would be missed. Next: correct the clock, or ${runbook}`;
   if (stored.watermark > bound.bound && bound.holder && !bound.prepared)
     return `an open transaction of ${where} began before the watermark ${stored.watermark} and was not seen then, so its rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, make rewind PIPELINE=${pipeline} TO=${bound.bound}; and raise WATERMARK_LAG_SECONDS`;
   return undefined;
