@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * views: BigQuery → BigQuery, the models of views/.
  *

@@ -8,7 +8,7 @@ import type { Sql } from "postgres";
 import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
-import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
+import { type Metrics, pushMetrics } from "./metrics.ts";
 import { checkSession, connect, type SessionOptions } from "./session.ts";
 
 /** What every run reads. */
@@ -154,16 +154,33 @@ async function within5s(promise: Promise<unknown>): Promise<void> {
 
 async function push(run: Run, url: string, failed: boolean): Promise<void> {
   const now = Date.now() / 1000;
-  const metrics: Metrics = { etl_last_run_timestamp_seconds: now };
-  if (run.unknownColumns) metrics.etl_unknown_source_columns = run.unknownColumns.length;
-  if (run.window) metrics.etl_watermark_hold_seconds = run.window.holdSeconds;
-  if (failed) metrics.etl_last_failure_timestamp_seconds = now;
+  const { window, watermark, unknownColumns, totals } = run;
+  const metrics: Metrics = { etl_last_run_timestamp_seconds: ["When the pipeline last ended, well or not.", now] };
+  const add = (name: string, help: string, value: number | undefined): void => {
+    if (value !== undefined) metrics[name] = [help, value];
+  };
+  add(
+    "etl_unknown_source_columns",
+    "Columns of the source table that the contract does not know.",
+    unknownColumns?.length,
+  );
+  add(
+    "etl_watermark_hold_seconds",
+    "How long an open transaction has held the watermark; 0 if none does.",
+    window?.holdSeconds,
+  );
+  if (failed) add("etl_last_failure_timestamp_seconds", "When the pipeline last failed.", now);
   else {
-    metrics.etl_last_success_timestamp_seconds = now;
-    metrics.etl_rows = run.totals.rows;
-    metrics.etl_bytes = run.totals.bytes;
-    metrics.etl_duration_seconds = run.seconds();
-    if (run.watermark) metrics.etl_watermark_timestamp_seconds = epochSeconds(run.watermark);
+    const moved = watermark && Date.parse(watermark.replace("+00", "Z")) / 1000;
+    add("etl_last_success_timestamp_seconds", "When the pipeline last succeeded.", now);
+    add("etl_rows", "Rows upserted by the last successful run.", totals.rows);
+    add("etl_bytes", "Bytes of JSON lines loaded by the last successful run.", totals.bytes);
+    add("etl_duration_seconds", "Duration of the last successful run.", run.seconds());
+    add(
+      "etl_watermark_timestamp_seconds",
+      "Every row that changed before it is at the destination.",
+      moved || undefined,
+    );
   }
   await pushMetrics(url, run.pipeline, metrics).catch(({ message }: Error) =>
     run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),

@@ -10,7 +10,7 @@ import { promisify } from "node:util";
 import postgres from "postgres";
 import type { Status } from "../scripts/ops/lib/status.ts";
 import { readIntervals, readThreshold } from "../shared/alerts.ts";
-import { watermarked } from "../shared/bigquery/contract.ts";
+import { watermarked } from "../shared/pipelines.ts";
 import { createSource } from "./data/source.ts";
 import { createSensors } from "./lib/sensors.ts";
 import { createShop, freePort, type Process, type Shop, until } from "./lib/shop.ts";

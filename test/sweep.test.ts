@@ -1,7 +1,7 @@
 // sweep: removes what was deleted at the source, and nothing else. Needs the local stack (make up).
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
-import { pipelines } from "../shared/bigquery/contract.ts";
+import { pipelines } from "../shared/pipelines.ts";
 import { createProxy, type Gate, type HttpProxy, hold, reach, steps } from "./lib/faults.ts";
 import { createShop, type Process, type Result, type Shop, until } from "./lib/shop.ts";
 

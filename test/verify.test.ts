@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import fc from "fast-check";
-import { pipelines } from "../shared/bigquery/contract.ts";
+import { pipelines } from "../shared/pipelines.ts";
 import { loadData } from "./data/load.ts";
 import { createProxy, ending, type Gate, type HttpProxy, hold, reach, steps } from "./lib/faults.ts";
 import { scratchCopy } from "./lib/scratch.ts";

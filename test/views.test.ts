@@ -4,7 +4,7 @@ import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { buffer, json } from "node:stream/consumers";
 import { afterEach, test } from "node:test";
-import { pipelines } from "../shared/bigquery/contract.ts";
+import { pipelines } from "../shared/pipelines.ts";
 import { tablesRead } from "../shared/views/build.ts";
 import {
   assertNoSessions,

@@ -17,11 +17,11 @@
  * Touches: reads the source; deletes from the target; writes a row of etl.runs.
  */
 
-import { pipelines } from "../../shared/bigquery/contract.ts";
 import { readKeys } from "../../shared/bigquery/load.ts";
 import { readEnv, UsageError } from "../../shared/env.ts";
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { runPipeline, takeLock } from "../../shared/run.ts";
 import { bigqueryVersions } from "./lib/checksum.ts";
 import { deleteGone, openTable, sourceWentBack, type Version, verifyVariables } from "./lib/verify.ts";

@@ -22,11 +22,11 @@
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
 
-import { pipelines } from "../../shared/bigquery/contract.ts";
 import { clickhouse, kafka, readEnv, redact, UsageError } from "../../shared/env.ts";
 import { log, table, thousands } from "../../shared/log.ts";
 import { main, onSignal } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { type Comparison, compareTable, openTable, repair, sourceWentBack, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";

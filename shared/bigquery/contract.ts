@@ -2,7 +2,7 @@
  * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it. Before a run moves a row, what
  * the extraction SELECT really returns and what the destination really has are compared with it.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
@@ -35,19 +35,6 @@ export function readContract(pipeline: string): Contract {
     );
   }
 }
-
-/** The pipelines that have a contract. */
-export function pipelines(): string[] {
-  const files = readdirSync(join(root, "schemas/bigquery")).filter((file) => /^\w.*\.json$/.test(file));
-  const names = files.sort().map((file) => file.replace(/\.json$/, ""));
-  const odd = names.find((name) => !/^[\w-]+$/.test(name));
-  if (odd !== undefined)
-    throw new UsageError(`schemas/bigquery: ${JSON.stringify(odd)} may hold letters, digits, _ and - only`);
-  return names;
-}
-
-/** The pipelines that have a watermark. */
-export const watermarked = (): string[] => [...pipelines(), "events"].sort();
 
 /** A SELECT of JSON lines, as a function of the SELECT whose rows it writes. */
 export type JsonSelect = (select: string) => string;

@@ -10,11 +10,11 @@ import { isDeepStrictEqual } from "node:util";
 import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
-import { pipelines } from "../bigquery/contract.ts";
 import { labels } from "../bigquery/load.ts";
 import { type Env, flag, like, name, number, optional, required, root, UsageError } from "../env.ts";
 import { duration, type Fields, table, thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
+import { pipelines } from "../pipelines.ts";
 import { newRunId, type Run, runVariables } from "../run.ts";
 
 export const viewsVariables = {

@@ -17,9 +17,10 @@ import {
   bigqueryVersions,
   isCompared,
 } from "../../scripts/ops/lib/checksum.ts";
-import { type Contract, pipelines, readContract } from "../../shared/bigquery/contract.ts";
+import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
 import { deleteStatement, duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
 import { root, UsageError } from "../../shared/env.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { readModels, tablesRead } from "../../shared/views/build.ts";
 import { freePort } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";

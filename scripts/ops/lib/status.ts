@@ -5,9 +5,9 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../../shared/alerts.ts";
-import { watermarked } from "../../../shared/bigquery/contract.ts";
 import { type Env, isSet, readEnv } from "../../../shared/env.ts";
 import { duration, thousands } from "../../../shared/log.ts";
+import { watermarked } from "../../../shared/pipelines.ts";
 import { describeHolder } from "../../../shared/run.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
 import { readEpoch } from "../../../shared/sensors/epoch.ts";
