@@ -1,7 +1,6 @@
 /**
  * BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key.
  */
-import { randomUUID } from "node:crypto";
 import { pipeline } from "node:stream/promises";
 import type { BigQuery, Job } from "@google-cloud/bigquery";
 import type { RowStream } from "../copy.ts";
@@ -10,6 +9,7 @@ import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
 import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, SHORT_LOAD } from "./client.ts";
 import { type Contract, checkDestination } from "./contract.ts";
+import { freeName } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
@@ -56,7 +56,7 @@ export interface Staging extends AsyncDisposable {
  * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
  * well or not; where that fails it is left to its expiry.
  */
-export async function createStaging(run: Run, to: Destination, attempt: number): Promise<Staging> {
+export async function createStaging(run: Run, to: Destination, attempt: number | string): Promise<Staging> {
   const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
   const table = to.bigquery.dataset(to.dataset).table(name);
   const created = table.create({
@@ -130,7 +130,7 @@ export function duplicateKeysStatement(contract: Contract, staging: string): str
 
 /** @throws UsageError where the SELECT returned a key twice: the source has no primary key on it, or a join repeats rows. */
 export async function checkKeys(run: Run, to: Destination, staging: Staging): Promise<void> {
-  const [[twice]] = await to.bigquery.query(named(run, duplicateKeysStatement(to.contract, address(to, staging.name))));
+  const [twice] = await ask(run, to, duplicateKeysStatement(to.contract, address(to, staging.name)));
   if (!twice) return;
   throw new UsageError(
     `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
@@ -145,77 +145,53 @@ export function address({ bigquery, dataset }: Destination, table: string): stri
 /**
  * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
  * run that was slow, or a window read again, never puts an old version back.
- * @param replaced the condition on t under which a row is replaced instead, newer or not.
+ * @param staging a table, or a subquery in parentheses.
+ * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one,
+ * newer or not.
  */
 export function mergeStatement(
   contract: Contract,
   target: string,
   staging: string,
   version: string,
-  replaced: string = `s.\`${version}\` >= t.\`${version}\``,
+  compared?: string,
 ): string {
+  const [t, s] = [freeName(contract.fields, "t"), freeName(contract.fields, "s")];
   const columns = contract.fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !contract.key.includes(column.slice(1, -1)));
+  const at = (table: string, column: string): string => `${table}.\`${column}\``;
+  const replaced = compared
+    ? `${at(t, version)} IS NOT DISTINCT FROM ${at(s, compared)}`
+    : `${at(s, version)} >= ${at(t, version)}`;
   return [
-    `MERGE ${target} t USING ${staging} s`,
-    `ON ${contract.key.map((name) => `t.\`${name}\` = s.\`${name}\``).join(" AND ")}`,
-    `WHEN MATCHED AND ${replaced} THEN UPDATE SET ${values.map((column) => `${column} = s.${column}`).join(", ")}`,
-    `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `s.${column}`).join(", ")})`,
+    `MERGE ${target} AS ${t} USING ${staging} AS ${s}`,
+    `ON ${contract.key.map((name) => `${at(t, name)} = ${at(s, name)}`).join(" AND ")}`,
+    `WHEN MATCHED AND ${replaced} THEN UPDATE SET ${values.map((column) => `${column} = ${s}.${column}`).join(", ")}`,
+    `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `${s}.${column}`).join(", ")})`,
   ].join("\n");
 }
 
-/** A condition on rows t of the target that reads the parameter @read: they are changed only while they are what was read. */
-export interface AsRead {
-  condition: string;
-  read: string[];
-}
-
-/**
- * Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination, or, with
- * `asRead`, are no longer what was read.
- */
+/** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
 export async function mergeStaging(
   run: Run,
   to: Destination,
   staging: Staging,
-  asRead?: AsRead,
 ): Promise<{ inserted: number; updated: number }> {
-  const [target, from] = [address(to, to.table), address(to, staging.name)];
-  const merge = mergeStatement(to.contract, target, from, to.version, asRead?.condition);
-  const { insertedRowCount, updatedRowCount } = await change(run, to, `etl_${staging.name}_merge`, merge, asRead);
-  return { inserted: Number(insertedRowCount ?? 0), updated: Number(updatedRowCount ?? 0) };
+  const merge = mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version);
+  const { inserted, updated } = await change(run, to, `etl_${staging.name}_merge`, merge);
+  return { inserted, updated };
 }
 
-/** Every row of the target as one query saw it, page by page. @param columns SQL, each a text. */
-export function readKeys<T>(run: Run, to: Destination, columns: string): AsyncIterable<T> {
-  const query = named(run, `SELECT ${columns} FROM ${address(to, to.table)}`);
-  return to.bigquery.createQueryStream(query) as AsyncIterable<T>;
-}
-
-/** Deletes the rows of the target that `asRead` holds for. */
-export function deleteStatement(target: string, { condition }: Pick<AsRead, "condition">): string {
-  return `DELETE FROM ${target} t WHERE ${condition}`;
-}
-
-/** Runs it. @returns rows deleted. */
-export async function deleteRows(run: Run, to: Destination, asRead: AsRead): Promise<number> {
-  const sql = deleteStatement(address(to, to.table), asRead);
-  const { deletedRowCount } = await change(run, to, `etl_${to.table}_${run.id}_delete_${randomUUID()}`, sql, asRead);
-  return Number(deletedRowCount ?? 0);
-}
-
-/** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns what it changed. */
-async function change(
+/** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns rows changed. */
+export async function change(
   run: Run,
   { bigquery }: Destination,
   jobId: string,
   sql: string,
-  asRead: AsRead | undefined,
-): Promise<Record<string, string | undefined>> {
+): Promise<{ inserted: number; updated: number; deleted: number }> {
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
-  const parameters = asRead && { params: { read: asRead.read }, types: { read: ["STRING"] } };
-  await bigquery.createQueryJob({ ...named(run, sql), jobId, ...parameters }).catch(ignoreAlreadyThere);
+  await bigquery.createQueryJob({ ...named(run, sql), jobId }).catch(ignoreAlreadyThere);
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [metadata] = await job.getMetadata();
   if (metadata.status?.state !== "DONE" || metadata.status.errorResult) {
@@ -223,7 +199,18 @@ async function change(
       `BigQuery job ${jobId} ended without a result: ${metadata.status?.errorResult?.message ?? metadata.status?.state}`,
     );
   }
-  return metadata.statistics.query.dmlStats;
+  const { insertedRowCount, updatedRowCount, deletedRowCount } = metadata.statistics.query.dmlStats;
+  return {
+    inserted: Number(insertedRowCount ?? 0),
+    updated: Number(updatedRowCount ?? 0),
+    deleted: Number(deletedRowCount ?? 0),
+  };
+}
+
+/** The rows of a query that returns few. */
+export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: Destination, sql: string): Promise<T[]> {
+  const [rows] = await bigquery.query(named(run, sql));
+  return rows as T[];
 }
 
 /** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */

@@ -53,6 +53,16 @@ const types: Record<string, Record<string, Write>> = {
 const special: Write = (value) => `${value} in ('NaN', 'Infinity', '-Infinity')`;
 const outside: Write = (value) => `not ${value} >= '0001-01-01' or not ${value} < '10000-01-01'`;
 /**
+ * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of
+ * up to 15 digits is always exact, so only a text with a longer run of digits is looked into.
+ */
+const wideNumber = (value: string): string => `case when ${value}::text ~ '[0-9][0-9.]{15}' then exists (
+  select from (select (n #>> '{}')::numeric as n from jsonb_path_query(${value}::jsonb, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
+  where case when scale(n) = 0 and n between -9223372036854775808 and 18446744073709551615 then false
+    when n = 0 then false
+    when abs(n) not between 5e-324 and 1.7976931348623157e308 then true
+    else n <> n::float8::text::numeric end) else false end`;
+/**
  * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
  * refuse it without naming the row. A row that holds one is refused by name.
  */
@@ -68,7 +78,8 @@ const refused: Record<string, (value: string, field: Field, declared?: string) =
   time: (value) => `${value} = '24:00:00'`,
   timestamp: outside,
   timestamptz: outside,
-  json: (value) => String.raw`${value}::text ~ '(^|[^\\])(\\\\)*\\u0000'`,
+  json: (value) => String.raw`(${value}::text ~ '(^|[^\\])(\\\\)*\\u0000' or ${wideNumber(value)})`,
+  jsonb: wideNumber,
 };
 
 /** Digits in all and after the point that a NUMERIC or BIGNUMERIC field holds. */
@@ -112,6 +123,7 @@ export function castSelect(
   select: string,
   columns: Column[],
 ): string {
+  const line = freeName(fields, "line");
   const row = key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
   const written = fields.map((field) => {
     const column = columns.find(({ name }) => name === field.name) as Column;
@@ -124,7 +136,12 @@ export function castSelect(
     const elements = `(select coalesce(json_agg(${write("e")} order by n), '[]') from unnest(${value}) with ordinality a(e, n))`;
     return `${column.array ? elements : write(value)} as ${name}`;
   });
-  return `select row_to_json(line) from (select ${written.join(", ")} from (${select}) source) line`;
+  return `select row_to_json(${line}) from (select ${written.join(", ")} from (${select}) source) ${line}`;
+}
+
+/** A name like `wanted` that none of the fields has: as an alias, it would be taken for the field. */
+export function freeName(fields: Field[], wanted: string): string {
+  return fields.some(({ name }) => name.toLowerCase() === wanted) ? freeName(fields, `${wanted}_`) : wanted;
 }
 
 /** The condition under which a row is refused because of the column, if there is one. */
