@@ -127,6 +127,8 @@ export interface ShopOptions {
   folder?: string;
   /** WATERMARK_LAG_SECONDS. */
   lag?: number;
+  /** Of the database. Default: the server's, UTF8. */
+  encoding?: string;
   /** With its database in ClickHouse. */
   clickhouse?: boolean;
   /** A Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop). */
@@ -138,6 +140,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     pipeline = "orders",
     folder = root,
     lag = 0,
+    encoding,
     clickhouse: wantsClickHouse = false,
     pushgateway = false,
   } = options;
@@ -164,7 +167,9 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   if (gateway) env.PUSHGATEWAY_URL = gateway.url;
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
-  await server.unsafe(`create database ${name}`);
+  await server.unsafe(
+    `create database ${name}${encoding ? ` template template0 encoding '${encoding}' locale 'C'` : ""}`,
+  );
   await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
   const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];

@@ -26,6 +26,7 @@ type Columns = { name: string; type: string }[];
 /** How long what is on its way may take. */
 const ARRIVAL_SECONDS = 120;
 const DAY_MS = 86_400_000;
+/** Without a match a join gives NULL. The id that it returns is never NULL, but its type is then. */
 const settings = { join_use_nulls: 1 as const };
 
 /**
@@ -152,7 +153,7 @@ function joined(columns: Columns, source: string, some = "1"): string {
       : `${of}.${name}`;
   const differ = columns.map((column) => `if(${value("s", column)} <=> ${value("r", column)}, '', '${column.name}')`);
   const names = columns.map(({ name }) => name).join(", ");
-  return `SELECT coalesce(s.id, r.id) AS id, isNotNull(s.id) AS in_source, isNotNull(r.id) AS in_table,
+  return `SELECT assumeNotNull(coalesce(s.id, r.id)) AS id, isNotNull(s.id) AS in_source, isNotNull(r.id) AS in_table,
     arrayFilter(x -> x != '', [${differ.join(", ")}]) AS columns, notEmpty(columns) AS differs
   FROM (SELECT ${names} FROM ${source} WHERE ${some}) AS s
   FULL JOIN (SELECT ${names} FROM sensor_readings FINAL WHERE ${some}) AS r ON s.id = r.id`;
