@@ -54,10 +54,11 @@ const special: Write = (value) => `${value} in ('NaN', 'Infinity', '-Infinity')`
 const outside: Write = (value) => `not ${value} >= '0001-01-01' or not ${value} < '10000-01-01'`;
 /**
  * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of
- * up to 15 digits is always exact, so only a text with a longer run of digits is looked into.
+ * up to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
+ * @param value of type jsonb.
  */
 const wideNumber = (value: string): string => `case when ${value}::text ~ '[0-9][0-9.]{15}' then exists (
-  select from (select (n #>> '{}')::numeric as n from jsonb_path_query(${value}::jsonb, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
+  select from (select (n #>> '{}')::numeric as n from jsonb_path_query(${value}, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
   where case when scale(n) = 0 and n between -9223372036854775808 and 18446744073709551615 then false
     when n = 0 then false
     when abs(n) not between 5e-324 and 1.7976931348623157e308 then true
@@ -78,7 +79,7 @@ const refused: Record<string, (value: string, field: Field, declared?: string) =
   time: (value) => `${value} = '24:00:00'`,
   timestamp: outside,
   timestamptz: outside,
-  json: (value) => String.raw`(${value}::text ~ '(^|[^\\])(\\\\)*\\u0000' or ${wideNumber(value)})`,
+  json: (value) => String.raw`(${value}::text ~ '(^|[^\\])(\\\\)*\\u0000' or ${wideNumber(`${value}::jsonb`)})`,
   jsonb: wideNumber,
 };
 

@@ -250,14 +250,13 @@ export function differenceFields({ fields, key }: Contract): Field[] {
   return [...keys, ...Object.entries(more).map(([name, type]) => ({ name, type, mode: "NULLABLE" }))];
 }
 
-/** Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN: SQL. */
+/**
+ * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON and
+ * arrays are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
+ */
 function isDistinct({ type, mode }: Field, a: string, b: string): string {
-  const json = apiType(type) === "JSON"; // is not comparable, but its text is the engine's own on both sides
-  const differ = (x: string, y: string): string =>
-    json ? `TO_JSON_STRING(${x}) IS DISTINCT FROM TO_JSON_STRING(${y})` : `${x} IS DISTINCT FROM ${y}`;
-  if (mode.toUpperCase() !== "REPEATED") return differ(a, b);
-  return `COALESCE(ARRAY_LENGTH(${a}), 0) <> COALESCE(ARRAY_LENGTH(${b}), 0) OR EXISTS (
-    SELECT 1 FROM UNNEST(${a}) AS e1 WITH OFFSET AS n1 JOIN UNNEST(${b}) AS e2 WITH OFFSET AS n2 ON n1 = n2 WHERE ${differ("e1", "e2")})`;
+  const opaque = apiType(type) === "JSON" || mode.toUpperCase() === "REPEATED";
+  return opaque ? `TO_JSON_STRING(${a}) IS DISTINCT FROM TO_JSON_STRING(${b})` : `${a} IS DISTINCT FROM ${b}`;
 }
 
 /**
