@@ -220,7 +220,7 @@ const variables = {
   FROM: variable("re-run: start, inclusive", "2017-01-01", readTimestamp, undefined),
   TO: variable("the end, exclusive", "2017-02-01T12:00:00Z", readTimestamp, undefined),
   PIPELINE: variable("the pipeline's name", "orders", name),
-  REPAIR: variable("verify: mend what differs", "1", flag, false),
+  REPAIR: variable("verify: repair what differs", "1", flag, false),
   CONFIRM: variable("sweep: remove more than SWEEP_MAX_SHARE of the rows", "1", flag, false),
   SWEEP_MAX_SHARE: variable(
     "make sweep refuses to remove more than this share of a table's rows",

@@ -220,6 +220,25 @@ suite("every type", () => {
   });
 });
 
+suite("1,580 columns", () => {
+  test("of which the last differs: it is found, and repaired", async () => {
+    const names = Array.from({ length: 1580 }, (_, i) => `column_${i}`);
+    using scratch = scratchCopy();
+    scratch.editFields("orders", (fields) => [
+      ...fields,
+      ...names.map((name) => ({ name, type: "FLOAT", mode: "NULLABLE" })),
+    ]);
+    scratch.edit("sql/orders.sql", (text) => text.replace("updated_at\nfrom", `updated_at, ${names.join(", ")}\nfrom`));
+    await using shop = await createShop({ folder: scratch.folder });
+    await shop.admin.unsafe(`alter table orders ${names.map((name) => `add ${name} float8 default 0.1`).join(", ")}`);
+    await shop.insertRows(1, 3);
+    await shop.succeed("scripts/orders.ts");
+    await shop.query("UPDATE orders SET column_1579 = 0.2 WHERE id = 2");
+    await finds(shop, ["different id=2: column_1579"]);
+    await finds(shop, [], repair);
+  });
+});
+
 suite("a million rows", () => {
   test("that all differ are repaired, and hundreds of thousands are swept, in less than 300 MB", async (t) => {
     await using shop = await createShop();
