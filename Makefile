@@ -68,7 +68,7 @@ rewind: setup ## Set a watermark back: PIPELINE= TO= (DRY_RUN=1 says what would 
 	@node scripts/ops/rewind.ts
 
 .PHONY: verify
-verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 mends what differs)
+verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 repairs what differs)
 	@node scripts/ops/verify.ts
 
 .PHONY: sweep

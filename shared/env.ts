@@ -32,10 +32,11 @@ export type Variables = Record<string, Variable<unknown>>;
 export type Env<V extends Variables> = { [K in keyof V]: V[K] extends Variable<infer T> ? T : never };
 
 export const required = <T>(read: Reader<T>): Variable<T> => ({ read });
-export const optional = <T, F = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> => ({
-  read,
-  fallback: { value: fallback as F },
-});
+export function optional<T>(read: Reader<T>): Variable<T | undefined>;
+export function optional<T>(read: Reader<T>, fallback: T): Variable<T>;
+export function optional<T>(read: Reader<T>, fallback?: T): Variable<T | undefined> {
+  return { read, fallback: { value: fallback } };
+}
 
 /** Whether it is set to anything. An empty variable counts as absent. */
 export const isSet = (name: string): boolean => Boolean(process.env[name]);

@@ -31,8 +31,12 @@ export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 
-/** Begins the message of a load whose counts differ. */
-export const SHORT_LOAD = "the counts differ";
+/** Fewer or more rows were loaded than read. */
+export class ShortLoad extends Error {
+  constructor(sent: number, loaded: number) {
+    super(`the counts differ: ${sent} rows were read from the source, and ${loaded} were loaded; nothing was merged`);
+  }
+}
 
 /** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
 export function isRefusal(error: unknown): boolean {
@@ -54,7 +58,7 @@ export function isTransient(error: unknown): boolean {
   return (
     [408, 429, 500, 502, 503, 504].includes(Number(code)) ||
     errors?.some(({ reason = "" }) => /^(job)?(backendError|internalError|rateLimitExceeded)$/i.test(reason)) ||
-    message?.startsWith(SHORT_LOAD) ||
+    error instanceof ShortLoad ||
     /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|could not serialize access|premature close|other side closed/i.test(
       `${code} ${message}`,
     )

@@ -28,7 +28,15 @@ export function readContract(pipeline: string): Contract {
     const names: string[] = [...fields.map(({ name }: Field) => name), ...resource.tableConstraints.primaryKey.columns];
     const odd = names.find((name) => !/^[A-Za-z_]\w*$/.test(name));
     if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only`);
-    return { pipeline, file, fields, key: resource.tableConstraints.primaryKey.columns, resource };
+    const { columns: key } = resource.tableConstraints.primaryKey;
+    const required = fields
+      .filter(({ mode }: Field) => mode.toUpperCase() === "REQUIRED")
+      .map(({ name }: Field) => name);
+    // A MERGE finds no row by a NULL: each run would insert it again.
+    const nullable = key.find((name: string) => !required.includes(name));
+    if (nullable !== undefined)
+      throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
+    return { pipeline, file, fields, key, resource };
   } catch (error) {
     throw new UsageError(
       `${file} must be a BigQuery Table resource with schema.fields and tableConstraints.primaryKey: ${(error as Error).message}`,
@@ -36,8 +44,8 @@ export function readContract(pipeline: string): Contract {
   }
 }
 
-/** A SELECT of JSON lines, as a function of the SELECT whose rows it writes. */
-export type JsonSelect = (select: string) => string;
+/** A SELECT of JSON lines, as a function of the SELECT whose rows it writes, and of the fields, by default all. */
+export type JsonSelect = (select: string, fields?: Field[]) => string;
 
 /**
  * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
@@ -53,7 +61,7 @@ export async function checkSource(run: SchemaCheck, contract: Contract, source: 
     differs: (column: Column) => unmappable(column, field),
   }));
   const columns = await checkColumns(run, file, source, wanted);
-  return (select) => jsonLines(pipeline, fields, key, select, columns);
+  return (select, some = fields) => jsonLines(pipeline, some, key, select, columns);
 }
 
 /**

@@ -113,6 +113,25 @@ await test("the MERGE quotes a reserved word; without the quotes, with another c
   );
 });
 
+await test("a contract of 1,000 fields passes: no statement nests deeper with its fields; without a name quoted verify's fails", async () => {
+  const wide = (scratch: Scratch): void =>
+    scratch.editFields("orders", (all) => [
+      ...all,
+      reserved,
+      ...Array.from({ length: 1000 }, (_, i) => ({
+        name: `f${i}`,
+        type: ["FLOAT", "JSON", "STRING"][i % 3],
+        mode: i % 7 ? "NULLABLE" : "REPEATED",
+      })),
+    ]);
+  assert.deepEqual(await check("googlesql", wide), []);
+  const unquoted = await check("googlesql", (scratch) => {
+    wide(scratch);
+    scratch.edit("scripts/ops/lib/verify.ts", (code) => code.replace(/(const at = .+`\$\{of\}\.)\\`(.+)\\`/, "$1$2"));
+  });
+  assert.match(unquoted.join("\n"), /^schemas\/bigquery\/orders\.json: verify, insert:\d+:\d+: Syntax error: /);
+});
+
 await test("every type of BigQuery, repeated and nested ones too, has its place in the catalogue", async () => {
   const types =
     "INTEGER INT64 FLOAT FLOAT64 BOOLEAN BOOL STRING BYTES NUMERIC BIGNUMERIC DATE TIME DATETIME TIMESTAMP JSON GEOGRAPHY INTERVAL";
