@@ -2,8 +2,8 @@
  * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run.
  */
 
-/** A metric's name → what it is, and its value. */
-export type Metrics = Record<string, [help: string, value: number]>;
+/** Name → value; README, "Metrics", says what they are. */
+export type Metrics = Record<string, number>;
 
 /**
  * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time,
@@ -19,8 +19,7 @@ export async function pushMetrics(
 ): Promise<void> {
   const { Gauge, Pushgateway, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
   const registry = new Registry();
-  for (const [name, [help, value]] of Object.entries(values))
-    new Gauge({ name, help, registers: [registry] }).set(value);
+  for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);
   const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
   await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
 }

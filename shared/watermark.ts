@@ -144,15 +144,13 @@ export async function nextChunk(
   const column = quote(cursor);
   return await run.source.begin("read only", async (sql) => {
     await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-    const [cut] = await sql.unsafe<{ rows: number; last: string | null; tied: boolean }[]>(
-      `select count(*)::int as rows, ${utc("max(c)")} as last, max(c) = current_setting('etl.from')::timestamptz as tied
-       from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`,
-    );
-    if (!cut?.last || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
-    if (!cut.tied) return { from, to: cut.last, rows: chunkRows };
-    const [next] = await sql.unsafe<{ at: string | null }[]>(
-      `select ${utc(`min(${column})`)} as at from (${select}) q where ${column} > current_setting('etl.from')::timestamptz`,
-    );
+    const ask = async (query: string) => (await sql.unsafe<{ rows: number; at: string | null }[]>(query))[0];
+    const cut = await ask(`select count(*)::int as rows, ${utc("max(c)")} as at
+       from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`);
+    if (!cut?.at || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
+    if (cut.at > from) return { from, to: cut.at, rows: chunkRows };
+    const next = await ask(`select 0 as rows, ${utc(`min(${column})`)} as at from (${select}) q
+       where ${column} > current_setting('etl.from')::timestamptz`);
     return { from, to: next?.at ?? to, rows: cut.rows };
   });
 }

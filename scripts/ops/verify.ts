@@ -23,13 +23,14 @@
  */
 
 import { flag, name, optional, readEnv, redact, UsageError } from "../../shared/env.ts";
-import { log, table, thousands } from "../../shared/log.ts";
+import { log, thousands } from "../../shared/log.ts";
 import { main, onSignal } from "../../shared/main.ts";
 import { type Metrics, pushMetrics } from "../../shared/metrics.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { kafkaVariables } from "../../shared/sensors/kafka.ts";
+import { table } from "../../shared/table.ts";
 import { type Comparison, compareTable, distrusted, kinds, openTable, total, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
@@ -117,11 +118,8 @@ await main(import.meta, async () => {
 
   async function push(pipeline: string, differences: number): Promise<void> {
     const now = Date.now() / 1000;
-    const proven = "When source and destination were last proven to agree.";
-    const values: Metrics = {
-      etl_verify_differences: ["Rows that differed between source and destination when last compared.", differences],
-    };
-    if (!differences) values.etl_verify_last_success_timestamp_seconds = [proven, now];
+    const values: Metrics = { etl_verify_differences: differences };
+    if (!differences) values.etl_verify_last_success_timestamp_seconds = now;
     await pushMetrics(env.PUSHGATEWAY_URL, pipeline, values, { command: "verify" }).catch((error: Error) =>
       log({ pipeline, step: "warning", warning: "the metrics were not pushed", error: redact(error.message) }),
     );

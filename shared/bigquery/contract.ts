@@ -6,7 +6,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { type Column, checkColumns, type SchemaCheck, type Source, schemaFaults } from "../source.ts";
+import { type Column, checkColumns, differs, type SchemaCheck, type Source } from "../source.ts";
 import { apiType, type Field, jsonLines, unmappable } from "./types.ts";
 
 export interface Contract {
@@ -69,18 +69,17 @@ export async function checkSource(run: SchemaCheck, contract: Contract, source: 
  * @throws UsageError naming column, expected and found, all of them at once.
  */
 export function checkDestination(contract: Contract, table: string, actual: TableField[]): void {
-  const faults: string[] = [];
-  for (const field of contract.fields) {
+  const { fields, file } = contract;
+  const faults = fields.flatMap((field) => {
     const column = actual.find(({ name }) => name === field.name);
     const [expected, found] = [describeField(field), column ? describeField(column) : "no such column"];
-    if (found !== expected)
-      faults.push(`column ${table}.${field.name}: expected ${expected} (${contract.file}), found ${found}`);
-  }
-  for (const { name } of actual) {
-    if (!contract.fields.some((field) => field.name === name))
-      faults.push(`column ${table}.${name}: exists, but ${contract.file} has no such field`);
-  }
-  if (faults.length) throw new UsageError(schemaFaults(contract.pipeline, contract.file, "destination", faults, []));
+    return found === expected ? [] : [`column ${table}.${field.name}: expected ${expected} (${file}), found ${found}`];
+  });
+  for (const { name } of actual)
+    if (!fields.some((field) => field.name === name))
+      faults.push(`column ${table}.${name}: exists, but ${file} has no such field`);
+  if (faults.length)
+    throw differs("destination", faults, "For additions: make migrate. Anything else is your decision");
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

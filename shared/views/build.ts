@@ -12,10 +12,11 @@ import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
 import { labels } from "../bigquery/load.ts";
 import { type Env, flag, like, name, number, optional, required, root, UsageError } from "../env.ts";
-import { duration, type Fields, table, thousands } from "../log.ts";
+import { type Fields, thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
 import { pipelines } from "../pipelines.ts";
 import { newRunId, type Run, runVariables } from "../run.ts";
+import { duration, table } from "../table.ts";
 
 export const viewsVariables = {
   ...runVariables,

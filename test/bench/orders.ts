@@ -24,9 +24,10 @@ import {
   openDestination,
 } from "../../shared/bigquery/load.ts";
 import { copyJsonLines } from "../../shared/copy.ts";
-import { table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { readSelect } from "../../shared/source.ts";
+import { table } from "../../shared/table.ts";
 import { createShop, rowsFlags } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
