@@ -251,11 +251,11 @@ export function differenceFields({ fields, key }: Contract): Field[] {
 }
 
 /**
- * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON and
- * arrays are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
+ * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON,
+ * arrays and structs are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
  */
 function isDistinct({ type, mode }: Field, a: string, b: string): string {
-  const opaque = apiType(type) === "JSON" || mode.toUpperCase() === "REPEATED";
+  const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
   return opaque ? `TO_JSON_STRING(${a}) IS DISTINCT FROM TO_JSON_STRING(${b})` : `${a} IS DISTINCT FROM ${b}`;
 }
 
@@ -325,7 +325,7 @@ FROM (${each}) AS e WHERE kind <> 'new' ORDER BY ${key.map((_, index) => `e.k${i
 }
 
 /** A key's value for people: SQL. */
-export function keyText({ fields }: Contract, name: string, value: string): string {
+function keyText({ fields }: Contract, name: string, value: string): string {
   const bytes = apiType(fields.find((field) => field.name === name)?.type ?? "") === "BYTES";
   return bytes ? `TO_HEX(${value})` : `CAST(${value} AS STRING)`;
 }
