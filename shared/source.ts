@@ -26,7 +26,7 @@ export function readSelect(pipeline: string): string {
   return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 }
 
-export interface ColumnType {
+interface ColumnType {
   /** Postgres's name of the type, or of an array's elements, without modifiers; enum for any enum. */
   type: string;
   array: boolean;
@@ -35,7 +35,7 @@ export interface ColumnType {
 }
 
 /** A column of the source table. */
-export interface TableColumn extends ColumnType {
+interface TableColumn extends ColumnType {
   relation: number;
   number: number;
   name: string;
