@@ -230,8 +230,9 @@ suite("1,580 columns", () => {
     ]);
     scratch.edit("sql/orders.sql", (text) => text.replace("updated_at\nfrom", `updated_at, ${names.join(", ")}\nfrom`));
     await using shop = await createShop({ folder: scratch.folder });
-    await shop.admin.unsafe(`alter table orders ${names.map((name) => `add ${name} float8 default 0.1`).join(", ")}`);
+    await shop.admin.unsafe(`alter table orders ${names.map((name) => `add ${name} float8`).join(", ")}`);
     await shop.insertRows(1, 3);
+    await shop.admin`update orders set column_1579 = 0.1`;
     await shop.succeed("scripts/orders.ts");
     await shop.query("UPDATE orders SET column_1579 = 0.2 WHERE id = 2");
     await finds(shop, ["different id=2: column_1579"]);
@@ -621,12 +622,18 @@ suite("readings", () => {
     await consumer.ended;
   });
 
-  test("that change once more, after the source was read again, are none that differ", async () => {
+  test("that change once more, after the source was read again, are none that differ, arrived or not", async () => {
     const { shop } = sensors;
-    const update = (value: number) => shop.admin`update sensor_readings set value = ${value} where id = 19`;
+    const update = (id: number, value: number) =>
+      shop.admin`update sensor_readings set value = ${value} where id = ${id}`;
+    const arrives = (id: number, value: number) =>
+      until(`change of ${id} to ${value}`, async () => {
+        await sensors.catchUp();
+        return (await sensors.readings()).some((row) => row.id === String(id) && row.value === String(value));
+      });
     await using proxy = await createProxy(shop.env.CLICKHOUSE_URL);
     const at = { before: hold(), still: hold() };
-    // The second is known by its statement, which is the request's body.
+    // A statement is the request's body.
     proxy.fault(/^POST/, async ({ request, send, reply }) => {
       const body = await buffer(request);
       for (const [name, gate] of Object.entries(at))
@@ -634,23 +641,20 @@ suite("readings", () => {
           await gate({ request: Readable.from([body]), send: async () => {}, reply: async () => {} } as never);
       await reply(await send(body));
     });
-    await update(-2);
+    for (const id of [19, 20]) await update(id, -2);
     const run = shop.start(verify, { PIPELINE: "sensors", CLICKHOUSE_URL: proxy.url });
-    await reach(run, at.before.reached); // it is a candidate, since its change is on its way
-    await sensors.catchUp();
-    await until("the change is there", async () => {
-      await sensors.catchUp();
-      return (await sensors.readings()).some(({ id, value }) => id === "19" && value === "-2");
-    });
+    await reach(run, at.before.reached); // they are candidates, since their changes are on their way
+    for (const id of [19, 20]) await arrives(id, -2);
     at.before.release();
     await reach(run, at.still.reached); // all that was committed has arrived
-    await update(-3);
+    await update(20, -3);
+    await arrives(20, -3);
+    await update(19, -3);
     at.still.release();
-    assertFound(await run.ended, []);
-    await until("the second change is there", async () => {
-      await sensors.catchUp();
-      return (await sensors.readings()).some(({ id, value }) => id === "19" && value === "-3");
-    });
+    const result = await run.ended;
+    assertFound(result, []);
+    assert.equal(counts(result, "sensors").new, "2");
+    await arrives(19, -3);
   });
 
   test("that differ are found, to the bit, by id and column, with the command that repairs them", async () => {

@@ -57,8 +57,8 @@ const outside: Write = (value) => `not ${value} >= '0001-01-01' or not ${value} 
  * up to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
  * @param value of type jsonb.
  */
-const wideNumber = (value: string): string => `case when ${value}::text ~ '[0-9][0-9.]{15}' then exists (
-  select from (select (n #>> '{}')::numeric as n from jsonb_path_query(${value}, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
+const wideNumber = (value: string): string => `case when ${value}::text ~ '${"[0-9.]".repeat(16)}' then exists (
+  select from (select n::numeric as n from jsonb_path_query(${value}, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
   where case when scale(n) = 0 and n between -9223372036854775808 and 18446744073709551615 then false
     when n = 0 then false
     when abs(n) not between 5e-324 and 1.7976931348623157e308 then true

@@ -79,10 +79,11 @@ function verification(
   const { file, pipeline } = contract;
   const tables = [at(pipeline), at(staging), at(differencesOf(pipeline))];
   const watermark = "2017-01-01T00:00:00.000001+00";
+  const { insert, after } = verifyStatements(contract, tables, version, watermark);
   const of = (command: string, statements: Record<string, string>): Statement[] =>
     Object.entries(statements).map(([name, sql]) => ({ file, sql, generated: `${command}, ${name}` }));
   return [
-    ...of("verify", verifyStatements(contract, tables, version, { watermark, clock: watermark })),
+    ...of("verify", { insert, ...after(watermark) }),
     ...of("sweep", sweepStatements(contract, tables, version, watermark)),
   ];
 }

@@ -150,12 +150,11 @@ export async function compareTable(
     const differing = { ...to, contract: { ...to.contract, fields: differenceFields(to.contract) } };
     await using differences = await createStaging(run, differing, `${attempt}_differences`);
     const tables = [to.table, staging.name, differences.name].map((name) => address(to, name));
-    const sql = verifyStatements(to.contract, tables, to.version, { watermark, clock: "9999-12-31" }).insert;
-    await change(run, to, `etl_${differences.name}_insert`, sql);
+    const { insert, after } = verifyStatements(to.contract, tables, to.version, watermark);
+    await change(run, to, `etl_${differences.name}_insert`, insert);
     // Read only now: a run that is at work meanwhile writes nothing that is later.
     const [clock] = await run.source<{ at: string }[]>`select clock_timestamp()::text as at`;
-    const times = { watermark, clock: clock?.at ?? "" };
-    const statements = verifyStatements(to.contract, tables, to.version, times);
+    const statements = after(clock?.at ?? "");
     const result = await readDifferences(run, env, to, statements, rows);
     if (!repairs || !total(result)) return result;
     const deleted = await change(run, to, `etl_${differences.name}_delete`, statements.delete);
@@ -226,81 +225,96 @@ export function differenceFields({ fields, key }: Contract): Field[] {
 }
 
 /**
- * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON and
- * arrays are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
+ * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON,
+ * arrays and structs are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
  */
 function isDistinct({ type, mode }: Field, a: string, b: string): string {
-  const opaque = apiType(type) === "JSON" || mode.toUpperCase() === "REPEATED";
+  const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
   return opaque ? `TO_JSON_STRING(${a}) IS DISTINCT FROM TO_JSON_STRING(${b})` : `${a} IS DISTINCT FROM ${b}`;
+}
+
+/** Aliases that no field's name meets, and a field or the key of a table by its alias: SQL. */
+function naming({ fields, key }: Contract) {
+  const at = (of: string, name: string): string => `${of}.\`${name}\``;
+  return {
+    s: freeName(fields, "s"),
+    t: freeName(fields, "t"),
+    d: freeName(fields, "d"),
+    compared: freeName(fields, "compared"),
+    at,
+    keys: key.map((_, index) => `k${index}`).join(", "),
+    same: (a: string, b: string): string => key.map((name) => `${at(a, name)} = ${at(b, name)}`).join(" AND "),
+    differs: (a: string, d: string): string =>
+      key.map((name, index) => `${at(a, name)} = ${d}.k${index}`).join(" AND "),
+  };
 }
 
 /**
  * The statements of a comparison and a repair, for make check too. Their text grows with the columns, their nesting does not.
- * `columns` lists the indexes of fields, since names would make the text twice as long.
  * @param tables the table, the staging table and the table of differences, as SQL names them.
+ * @returns the statement that compares, and those after it, which need the source's clock as it was then.
  */
 export function verifyStatements(
   contract: Contract,
   [table = "", staging = "", differences = ""]: string[],
   version: string,
-  { watermark, clock }: { watermark: string; clock: string },
-): Record<"insert" | "count" | "list" | "delete" | "merge", string> {
+  watermark: string,
+): { insert: string; after(clock: string): Record<"count" | "list" | "delete" | "merge", string> } {
+  const { s, t, d, compared, at, keys, differs } = naming(contract);
+  const w = `TIMESTAMP '${watermark}'`;
+  const insert = `INSERT INTO ${differences} (${keys}, in_source, in_table, staged, version, columns, newer, copies)
+SELECT * FROM (
+  SELECT *, COALESCE(version > COALESCE(staged, (SELECT MAX(${at(s, version)}) FROM ${staging} AS ${s})), FALSE) AS newer,
+    COUNT(*) OVER (PARTITION BY ${keys}) AS copies
+  FROM (${comparison(contract, table, staging, version)}) AS compared
+) AS counted
+WHERE copies > 1 OR NOT in_source OR NOT in_table OR columns <> '' OR staged >= ${w} OR version >= ${w}`;
+  const after = (clock: string) => {
+    // What the table has twice, and what lies in the future, no run corrects.
+    const found = `(SELECT *, CASE WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable' WHEN copies > 1 THEN 'twice'
+    WHEN (staged >= ${w} OR version >= ${w}) AND NOT COALESCE(version > TIMESTAMP '${clock}', FALSE) THEN 'new'
+    WHEN NOT in_table THEN 'missing' WHEN NOT in_source THEN 'extra' ELSE 'different' END AS kind FROM ${differences})`;
+    const each = `SELECT kind, ${keys}, LOGICAL_OR(in_source) AS staged, LOGICAL_OR(newer) AS newer, MAX(columns) AS columns
+  FROM ${found} AS f GROUP BY kind, ${keys}`;
+    const texts = contract.key.map((name, index) => `${keyText(contract, name, `e.k${index}`)} AS k${index}`);
+    const rows = `(
+  SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s} JOIN (
+    SELECT ${keys}, MAX(version) AS version FROM ${found} AS f WHERE kind IN ('missing', 'different', 'twice') GROUP BY ${keys}
+  ) AS ${d} ON ${differs(s, d)}
+)`;
+    return {
+      count: `SELECT kind, COUNT(*) AS \`keys\`, COUNTIF(staged) AS staged, COUNTIF(newer) AS newer FROM (${each}) AS e GROUP BY kind`,
+      list: `SELECT kind, ${texts.join(", ")}, newer, columns
+FROM (${each}) AS e WHERE kind <> 'new' ORDER BY ${keys.replaceAll("k", "e.k")}`,
+      delete: `DELETE FROM ${table} AS ${t} WHERE EXISTS (
+  SELECT 1 FROM ${found} AS ${d}
+  WHERE ${differs(t, d)} AND ${d}.version IS NOT DISTINCT FROM ${at(t, version)} AND ${d}.kind IN ('extra', 'twice'))`,
+      // After the DELETE no row that was twice is matched, but one that has come since: it has another version, and stays.
+      merge: mergeStatement(contract, table, rows, version, compared),
+    };
+  };
+  return { insert, after };
+}
+
+/** A row for each pair of rows with the same key. `columns` has the indexes of fields: names would make the text twice as long. */
+function comparison(contract: Contract, table: string, staging: string, version: string): string {
+  const { s, t, at, same } = naming(contract);
   const { fields, key } = contract;
-  const [s, t, d, compared] = ["s", "t", "d", "compared"].map((name) => freeName(fields, name)) as [
-    string,
-    string,
-    string,
-    string,
-  ];
-  const at = (of: string, name: string): string => `${of}.\`${name}\``;
-  const keys = key.map((_, index) => `k${index}`).join(", ");
-  const joined = key.map((name) => `${at(s, name)} = ${at(t, name)}`).join(" AND ");
-  const same = (of: string): string => key.map((name, index) => `${at(of, name)} = ${d}.k${index}`).join(" AND ");
-  const [staged, there] = [at(s, version), at(t, version)];
   const distinct = fields.flatMap((field, index) =>
     key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${index}', NULL)`,
   );
-  const [w, now] = [`TIMESTAMP '${watermark}'`, `TIMESTAMP '${clock}'`];
-  // What the table has twice, and what lies in the future, no run corrects.
-  const found = `(SELECT *, CASE WHEN staged > ${now} THEN 'unreachable' WHEN copies > 1 THEN 'twice'
-    WHEN (staged >= ${w} OR version >= ${w}) AND NOT COALESCE(version > ${now}, FALSE) THEN 'new'
-    WHEN NOT in_table THEN 'missing' WHEN NOT in_source THEN 'extra' ELSE 'different' END AS kind FROM ${differences})`;
-  const each = `SELECT kind, ${keys}, LOGICAL_OR(in_source) AS staged, LOGICAL_OR(newer) AS newer, MAX(columns) AS columns FROM ${found} AS f GROUP BY kind, ${keys}`;
-  return {
-    insert: `INSERT INTO ${differences} (${keys}, in_source, in_table, staged, version, newer, copies, columns)
-SELECT * FROM (
-  SELECT ${keys}, in_source, in_table, staged, version, COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE),
-    COUNT(*) OVER (PARTITION BY ${keys}) AS copies, columns
-  FROM (
+  const first = key[0] ?? "";
+  return `
     SELECT ${key.map((name, index) => `COALESCE(${at(s, name)}, ${at(t, name)}) AS k${index}`).join(", ")},
-      ${at(s, key[0] ?? "")} IS NOT NULL AS in_source, ${at(t, key[0] ?? "")} IS NOT NULL AS in_table, ${staged} AS staged, ${there} AS version,
+      ${at(s, first)} IS NOT NULL AS in_source, ${at(t, first)} IS NOT NULL AS in_table,
+      ${at(s, version)} AS staged, ${at(t, version)} AS version,
       COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '') AS columns
-    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t} ON ${joined}
-  ) AS compared
-) AS counted
-WHERE copies > 1 OR NOT in_source OR NOT in_table OR columns <> '' OR staged >= ${w} OR version >= ${w}`,
-    count: `SELECT kind, COUNT(*) AS \`keys\`, COUNTIF(staged) AS staged, COUNTIF(newer) AS newer FROM (${each}) AS e GROUP BY kind`,
-    list: `SELECT kind, ${key.map((name, index) => `${keyText(contract, name, `e.k${index}`)} AS k${index}`).join(", ")}, newer, columns
-FROM (${each}) AS e WHERE kind <> 'new' ORDER BY ${key.map((_, index) => `e.k${index}`).join(", ")}`,
-    delete: `DELETE FROM ${table} AS ${t} WHERE EXISTS (
-  SELECT 1 FROM ${found} AS ${d} WHERE ${same(t)} AND ${d}.version IS NOT DISTINCT FROM ${there} AND ${d}.kind IN ('extra', 'twice'))`,
-    // After the DELETE no row that was twice is matched, but one that has come since: it has another version, and stays.
-    merge: mergeStatement(
-      contract,
-      table,
-      `(
-  SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s} JOIN (
-    SELECT ${keys}, MAX(version) AS version FROM ${found} AS f WHERE kind IN ('missing', 'different', 'twice') GROUP BY ${keys}
-  ) AS ${d} ON ${same(s)}
-)`,
-      version,
-      compared,
-    ),
-  };
+    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t} ON ${same(s, t)}
+  `;
 }
 
 /** A key's value for people: SQL. */
-export function keyText({ fields }: Contract, name: string, value: string): string {
+function keyText({ fields }: Contract, name: string, value: string): string {
   const bytes = apiType(fields.find((field) => field.name === name)?.type ?? "") === "BYTES";
   return bytes ? `TO_HEX(${value})` : `CAST(${value} AS STRING)`;
 }
@@ -316,16 +330,15 @@ export function sweepStatements(
   version: string,
   watermark: string,
 ): Record<"count" | "list" | "delete", string> {
-  const { fields, key } = contract;
-  const [s, t] = ["s", "t"].map((name) => freeName(fields, name)) as [string, string];
-  const same = key.map((name) => `${s}.\`${name}\` = ${t}.\`${name}\``).join(" AND ");
+  const { key } = contract;
+  const { s, t, same } = naming(contract);
   const settled = `${t}.\`${version}\` < TIMESTAMP '${watermark}'`;
-  const both = `FROM ${table} AS ${t} LEFT JOIN ${staging} AS ${s} ON ${same}`;
+  const both = `FROM ${table} AS ${t} LEFT JOIN ${staging} AS ${s} ON ${same(s, t)}`;
   const gone = `${settled} AND ${s}.\`${key[0]}\` IS NULL`;
   const name = key.map((column) => keyText(contract, column, `${t}.\`${column}\``)).join(", '/', ");
   return {
     count: `SELECT COUNT(*) AS \`rows\`, COUNTIF(${gone}) AS gone ${both}`,
     list: `SELECT CONCAT(${name}) AS name ${both} WHERE ${gone} ORDER BY name`,
-    delete: `DELETE FROM ${table} AS ${t} WHERE ${settled} AND NOT EXISTS (SELECT 1 FROM ${staging} AS ${s} WHERE ${same})`,
+    delete: `DELETE FROM ${table} AS ${t} WHERE ${settled} AND NOT EXISTS (SELECT 1 FROM ${staging} AS ${s} WHERE ${same(s, t)})`,
   };
 }
