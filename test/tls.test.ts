@@ -96,7 +96,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   };
   assertRefused(
     await run("localhost", verify, fromFile("/no/such.pem")),
-    /NODE_EXTRA_CA_CERTS is no file of certificates in PEM form \(ENOENT/,
+    /NODE_EXTRA_CA_CERTS ENOENT: no such file/,
     2,
   );
   assert.equal(await shop.watermark(), undefined);

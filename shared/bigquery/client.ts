@@ -5,6 +5,7 @@ import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
 import { type Env, httpUrl, name, optional, required } from "../env.ts";
+import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
   BIGQUERY_PROJECT: required(name),
@@ -25,6 +26,9 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
   authClient.setCredentials({ access_token: "local", expiry_date: Number.MAX_SAFE_INTEGER });
   return new BigQuery({ ...options, apiEndpoint: env.BIGQUERY_ENDPOINT, authClient });
 }
+
+/** A job's labels, by which it is found in the list of jobs. */
+export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
 /** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {

@@ -8,7 +8,7 @@ import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
 import { quote } from "../session.ts";
-import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, ShortLoad } from "./client.ts";
+import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, labels, ShortLoad } from "./client.ts";
 import { type Contract, checkDestination } from "./contract.ts";
 import { freeName, rowName } from "./types.ts";
 
@@ -264,5 +264,3 @@ const named = (run: Run, sql: string): { query: string; labels: Record<string, s
   query: `/* etl:${run.pipeline} run=${run.id} */\n${sql}`,
   labels: labels(run),
 });
-
-export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
