@@ -76,7 +76,8 @@ export async function compareReadings(run: Run, env: SensorsEnv): Promise<Compar
     const differ = await keep(
       "differences",
       `SELECT s.id AS id, s.kind AS kind, s.columns AS columns FROM ${at("still")} AS s
-       LEFT JOIN ${at("before")} AS b ON b.id = s.id LEFT JOIN (${versions(at("still"))}) AS a ON a.id = s.id WHERE b.version <=> a.version`,
+       LEFT JOIN ${at("before")} AS b ON b.id = s.id LEFT JOIN (${versions(at("still"))}) AS a ON a.id = s.id
+       WHERE b.version <=> a.version`,
     );
     const counts = await select<{ kind: Kind; n: string }>(
       client,
@@ -128,7 +129,8 @@ async function loadSource(
   const defined = columns.map(({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${plain(type)})`}`);
   await client.command({ query: `CREATE TABLE ${table} (${defined.join(", ")}) ENGINE = MergeTree ORDER BY id` });
   const time = (name: string): string =>
-    `case when "${name}" >= '1900-01-01Z' and "${name}" < '2300-01-01Z' then to_char("${name}", 'YYYY-MM-DD HH24:MI:SS.US') end as "${name}"`;
+    `case when "${name}" >= '1900-01-01Z' and "${name}" < '2300-01-01Z'
+     then to_char("${name}", 'YYYY-MM-DD HH24:MI:SS.US') end as "${name}"`;
   const selected = columns.map(({ name, type }) => (type.startsWith("DateTime64") ? time(name) : `"${name}"`));
   const lines = `select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`;
   const window = { from: "-infinity", to: "infinity" };
