@@ -132,7 +132,8 @@ export async function loadLines(
       createDisposition: "CREATE_NEVER",
       writeDisposition: "WRITE_EMPTY",
     } as object);
-  const completed = new Promise<Job>((resolve) => upload.once("complete", resolve));
+  // An upload that fails after its last byte was sent tells nobody but its own listeners: pipeline() would wait for ever.
+  const completed = new Promise<Job>((resolve, reject) => upload.once("complete", resolve).once("error", reject));
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
   const shown = async function* (): AsyncGenerator<Buffer> {
     for await (const piece of lines) {
@@ -141,8 +142,7 @@ export async function loadLines(
       progress(`${run.pipeline}: ${rows} rows, ${megabytes} MB of this chunk read`);
     }
   };
-  await pipeline(shown(), upload, { signal: run.signal });
-  const { metadata } = await completed;
+  const [{ metadata }] = await Promise.all([completed, pipeline(shown(), upload, { signal: run.signal })]);
   return Number(metadata.statistics.load.outputRows ?? 0);
 }
 
