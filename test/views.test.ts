@@ -232,14 +232,14 @@ await test("a syntax error, a missing table, a name with a dataset, a table behi
     qualified: `SELECT COUNT(*) AS n FROM ${shop.dataset}.orders`,
     comma: "SELECT COUNT(*) AS n FROM users, orders",
     unchecked: "SELECT 1 AS v",
-    "checks/good__users": "SELECT v FROM good JOIN users ON id < 0",
+    "checks/good__orders": "SELECT v FROM good JOIN orders ON id < 0",
     "checks/unchecked": "SELECT nope FROM unchecked",
   });
   await fails(1, [
     /syntax: views\/syntax\.sql: .*syntax/i,
-    /missing: views\/missing\.sql: .*nowhere.*Name tables without a dataset, behind FROM or JOIN/,
-    `qualified: views/qualified.sql: it reads ${shop.dataset}.orders, which make views did not find. Name tables without a dataset, behind FROM or JOIN`,
-    "comma: views/comma.sql: it reads orders, which make views did not find. Name tables without a dataset, behind FROM or JOIN",
+    /missing: views\/missing\.sql: .*nowhere.*Name each table without a dataset, behind a FROM or JOIN of its own/,
+    `qualified: views/qualified.sql: table ${shop.dataset}.orders was not found in the file, but read. Name each table without a dataset`,
+    "comma: views/comma.sql: table orders was not found in the file, but read. Name each table without a dataset, behind a FROM or JOIN of its own",
     /unchecked: views\/checks\/unchecked\.sql: .*nope/,
   ]);
   assert.deepEqual(await rowsOf("good"), [{ v: "3" }]);
@@ -280,10 +280,10 @@ await test("two statements, another table's name, no CREATE, a check of nothing,
     beside: "SELECT * FROM a",
   });
   await fails(2, [
-    "models read one another in a circle: views/a.sql reads views/b.sql reads views/c.sql reads views/a.sql",
+    "models read one another in a circle: views/a.sql reads b, good; views/b.sql reads c; views/beside.sql reads a; views/c.sql reads a",
   ]);
   models({ good: "SELECT * FROM good" });
-  await fails(2, ["models read one another in a circle: views/good.sql reads views/good.sql"]);
+  await fails(2, ["models read one another in a circle: views/good.sql reads good"]);
   assert.deepEqual(await published("good"), before);
 });
 
@@ -512,7 +512,7 @@ await test("two runs at once: the second says who holds the lock, exits 0; ONLY 
   assert.equal(stopped.code, 1);
   assert.match(
     stopped.stderr,
-    /error: stopped by SIGTERM\\. No chunk is half applied; each published table is whole, .*Next: make views$/,
+    /error: stopped by SIGTERM\. No chunk is half applied; each published table is whole, .*Next: make views$/,
   );
   assert.ok(proxy.requests.some((line) => /_locked_build_1\/cancel$/.test(line)));
   assert.equal((await ending(waits)).code, 0);

@@ -151,12 +151,12 @@ async function runStatement(build: Build, model: Model, { file, sql, reads }: St
     const done = await runQuery(build, model.name, job, sql);
     for (const { datasetId, tableId } of done.statistics.query.referencedTables ?? [])
       if (datasetId !== build.dataset || !reads.includes(tableId))
-        throw new Error(`it reads ${datasetId}.${tableId}, which make views did not find`);
+        throw new Error(`table ${datasetId}.${tableId} was not found in the file, but read`);
     return done;
   } catch (error) {
     const message = (error as Error).message.replaceAll(`${build.bigquery.projectId}:`, "");
-    const hint = /table.*not ?f(ou|i)nd|not ?found.*table/i.test(message)
-      ? ". Name tables without a dataset, behind FROM or JOIN"
+    const hint = /not found/i.test(message)
+      ? ". Name each table without a dataset, behind a FROM or JOIN of its own"
       : "";
     (error as Error).message = `${file}: ${message.replaceAll(`${build.dataset}.`, "")}${hint}`;
     throw error;

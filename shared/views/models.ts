@@ -36,7 +36,7 @@ export function tablesRead(sql: string, known: string[]): string[] {
   return known.filter((name) => found.has(name)).sort();
 }
 
-function readFiles(folder: string, known: string[]): Statement[] {
+function readFiles(folder: string, known: string[] = []): Statement[] {
   const files = globSync(`${folder}/*.sql`, { cwd: root }).sort();
   return files.map((file) => {
     const sql = readFileSync(join(root, file), "utf8");
@@ -55,7 +55,7 @@ export function readModels(raw: string[], only?: string): Model[] {
     if (!new RegExp(`^\\s*${form}\\b[^;]*;?\\s*$`, "i").test(code(sql)))
       faults.push(`${file} must hold one statement: ${words}`);
   };
-  const names = readFiles("views", []).map(({ name }) => name);
+  const names = readFiles("views").map(({ name }) => name);
   const known = [...names, ...raw];
   const models = readFiles("views", known).map((file): Model => {
     const form = `CREATE OR REPLACE TABLE (${file.name}|\`${file.name}\`)[\\s(][^;]*\\bAS[\\s(]+(SELECT|WITH)`;
@@ -63,7 +63,16 @@ export function readModels(raw: string[], only?: string): Model[] {
     if (raw.includes(file.name)) faults.push(`${file.file}: ${file.name} is the name of a raw table`);
     return { ...file, checks: [], needs: file.reads.filter((name) => names.includes(name)) };
   });
-  const ordered = inOrder(models, faults);
+  const ordered: Model[] = [];
+  const isNext = (model: Model): boolean =>
+    !ordered.includes(model) && model.needs.every((name) => ordered.some((done) => done.name === name));
+  for (let next = models.find(isNext); next; next = models.find(isNext)) ordered.push(next);
+  const left = models.filter((model) => !ordered.includes(model));
+  if (left.length) {
+    const pairs = left.map(({ file, needs }) => `${file} reads ${needs.join(", ")}`);
+    faults.push(`models read one another in a circle: ${pairs.join("; ")}`);
+    ordered.push(...left);
+  }
   for (const check of readFiles("views/checks", known)) {
     expect(check, "(SELECT|WITH)", "a SELECT of the rows that are wrong");
     // It runs with the last of the models that it reads, once all of them are built.
@@ -80,20 +89,4 @@ export function readModels(raw: string[], only?: string): Model[] {
   for (const { name, needs } of ordered.toReversed())
     if (wanted.has(name)) for (const needed of needs) wanted.add(needed);
   return ordered.filter(({ name }) => wanted.has(name));
-}
-
-/** Sorts them so that each comes after those that it needs. */
-function inOrder(models: Model[], faults: string[]): Model[] {
-  const ordered = new Set<Model>();
-  const visit = (model: Model, path: Model[]): void => {
-    if (path.includes(model)) {
-      const circle = [...path.slice(path.indexOf(model)), model];
-      faults.push(`models read one another in a circle: ${circle.map(({ file }) => file).join(" reads ")}`);
-    } else if (!ordered.has(model)) {
-      for (const needed of models) if (model.needs.includes(needed.name)) visit(needed, [...path, model]);
-      ordered.add(model);
-    }
-  };
-  for (const model of models) visit(model, []);
-  return [...ordered];
 }
