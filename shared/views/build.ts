@@ -3,6 +3,7 @@
  * puts its rows into the published table.
  */
 import { setTimeout as delay } from "node:timers/promises";
+import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
@@ -155,7 +156,7 @@ async function runStatement(build: Build, model: Model, { file, sql, reads }: St
     return done;
   } catch (error) {
     const message = (error as Error).message.replaceAll(`${build.bigquery.projectId}:`, "");
-    const hint = /not found/i.test(message)
+    const hint = /table.* not found/i.test(message)
       ? ". Name each table without a dataset, behind a FROM or JOIN of its own"
       : "";
     (error as Error).message = `${file}: ${message.replaceAll(`${build.dataset}.`, "")}${hint}`;
@@ -212,10 +213,12 @@ export async function publishModel(build: Build, model: Model, made: TableMetada
       writeDisposition: "WRITE_TRUNCATE_DATA",
       schemaUpdateOptions: ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
     });
-  const [{ schema }] = await published.getMetadata();
+  const [{ description, schema, expirationTime }] = await published.getMetadata();
   const fields = describe(schema.fields, made.schema?.fields);
-  // What the file has no description of keeps its own. The dataset's default may have set an expiry.
-  await published.setMetadata({ description: made.description, schema: { fields }, expirationTime: null } as object);
+  const wanted = { description: made.description ?? description, schema: { fields }, expirationTime: undefined };
+  // The dataset's default may have set an expiry.
+  if (!isDeepStrictEqual({ description, schema, expirationTime }, wanted))
+    await published.setMetadata({ ...wanted, expirationTime: null } as object);
 }
 
 /** What a table has that another lacks: columns of that name and type, PARTITION BY and CLUSTER BY. */
@@ -231,15 +234,12 @@ function lostParts(before: TableMetadata, made: TableMetadata): string[] {
   return layout(before) === layout(made) ? columns : [...columns, "PARTITION BY or CLUSTER BY"];
 }
 
-/** The fields with the descriptions that fields of the same names have. */
-function describe(fields: TableField[], described: TableField[] = []): TableField[] {
+/** The fields, described as others of the same names are; where those are not, as they were. */
+function describe(fields: TableField[], others: TableField[] = []): TableField[] {
   return fields.map((field) => {
-    const { description = field.description, fields } = described.find(({ name }) => name === field.name) ?? {};
-    return {
-      ...field,
-      ...(description && { description }),
-      ...(field.fields && { fields: describe(field.fields, fields) }),
-    };
+    const { description, fields } = others.find(({ name }) => name === field.name) ?? {};
+    const nested = field.fields && { fields: describe(field.fields, fields) };
+    return { ...field, ...(description && { description }), ...nested };
   });
 }
 
@@ -264,9 +264,9 @@ export async function eachModel(
   const one = async (model: Model): Promise<Outcome> => {
     const outcome: Outcome = { model, rows: 0, bytes: 0, seconds: 0 };
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
-    const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
     const started = run.seconds();
     try {
+      const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
       if (missing.length) throw new Error(`it needs ${missing.join(", ")}`);
       outcome.rows = Number((await work(model)).numRows);
     } catch (error) {

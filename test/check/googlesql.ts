@@ -207,7 +207,9 @@ async function compareReads({ file, sql }: Statement): Promise<void> {
   const read = new Set(answer.tableName?.map(({ tableNameSegment }) => tableNameSegment?.join(".") ?? ""));
   const found = tablesRead(sql, known);
   for (const name of known.filter((one) => read.has(one) && !found.includes(one)))
-    faults.push(`${file}:1:1: reads ${name}, which make views does not find behind FROM or JOIN: write JOIN, not a comma`);
+    faults.push(
+      `${file}:1:1: reads ${name}, which make views does not find behind FROM or JOIN: write JOIN, not a comma`,
+    );
   for (const name of found)
     if (!read.has(name))
       faults.push(
