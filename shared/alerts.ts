@@ -16,10 +16,9 @@ export function readIntervals(): Map<string, number> {
   const form = new RegExp(`${record}\\s+labels: \\{ pipeline: (\\w+) \\}\\s+expr: vector\\((\\d+)\\)$`, "gm");
   const found = [...rules().matchAll(form)];
   const records = rules().match(new RegExp(`${record}$`, "gm")) ?? [];
+  const count = `${records.length} etl_expected_interval_seconds, of which ${found.length} can be read`;
   if (!found.length || found.length !== records.length)
-    throw new Error(
-      `ops/alerts.yml has ${records.length} etl_expected_interval_seconds, of which ${found.length} can be read. Write each as: labels: { pipeline: NAME }, then expr: vector(SECONDS)`,
-    );
+    throw new Error(`ops/alerts.yml has ${count}. Write each as: labels: { pipeline: NAME }, expr: vector(SECONDS)`);
   return new Map(found.map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
 }
 

@@ -17,7 +17,7 @@ const help = {
   etl_model_last_success_timestamp_seconds: "When the model was last published.",
   etl_model_last_failure_timestamp_seconds: "When the model last failed, or what it needs did.",
   etl_model_rows: "Rows of the model when it was last published.",
-  etl_model_bytes: "Bytes that the model and its checks read then.",
+  etl_model_bytes: "Bytes that the model, its checks and its publishing were billed then.",
   etl_model_duration_seconds: "How long the model and its checks took then.",
   // Of a pipeline's verification.
   etl_verify_differences: "Rows that differed between source and destination when they were last compared.",

@@ -459,6 +459,19 @@ await test("orders or users that are older than two of their intervals are refus
   await shop.admin`update etl.watermarks set pipeline = 'orders' where pipeline = 'aside'`;
 });
 
+await test("an interval of ops/alerts.yml that cannot be read, or is not there, is refused: nothing would be stale", async () => {
+  models({ stale: "SELECT COUNT(*) AS v FROM orders" });
+  const rules = (change: (text: string) => string): Disposable => scratch.edit("ops/alerts.yml", change);
+  {
+    using _ = rules((text) => text.replace("expr: vector(3600)", "expr: 60 * vector(60)"));
+    await fails(1, [
+      "error: ops/alerts.yml has 4 etl_expected_interval_seconds, of which 3 can be read. Write each as",
+    ]);
+  }
+  using _ = rules((text) => text.replace("{ pipeline: orders }", "{ pipeline: other }"));
+  await fails(1, [/error: orders is stale: its watermark \S+ is \S+ old, its interval is not in ops\/alerts\.yml\. /]);
+});
+
 await test("a run of orders in the middle of a build changes nothing in it; models that do not need one another go side by side", async () => {
   models({
     early: "SELECT COUNT(*) AS orders, MAX(id) AS last FROM orders",

@@ -9,7 +9,7 @@ import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
 import { type Env, flag, like, name, number, optional, required, UsageError } from "../env.ts";
 import { duration, table, thousands } from "../log.ts";
-import { pushMetrics } from "../metrics.ts";
+import { type Metrics, pushMetrics } from "../metrics.ts";
 import { newRunId, type Run, runVariables } from "../run.ts";
 import type { Model, Statement } from "./models.ts";
 
@@ -34,12 +34,11 @@ export async function checkFresh(run: Run, raw: string[], allowed: boolean): Pro
     select t.pipeline, replace(date_trunc('second', watermark)::text, ' ', 'T') as watermark, extract(epoch from now() - watermark)::float8 as age
     from unnest(${`{${raw.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
   const stale = rows.flatMap(({ pipeline, watermark, age }) => {
-    const interval = intervals.get(pipeline) ?? 0;
+    const interval = intervals.get(pipeline);
     if (age === null) return `${pipeline} has no watermark: it never ran`;
+    if (interval && age <= 2 * interval) return [];
     const expected = interval ? duration(interval) : "not in ops/alerts.yml";
-    return age > 2 * interval
-      ? `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${expected}`
-      : [];
+    return `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${expected}`;
   });
   if (stale.length && !allowed)
     throw new Error(
@@ -308,14 +307,11 @@ export async function reportModels(build: Build, outcomes: Outcome[]): Promise<v
     [run.totals.rows, run.totals.bytes] = [run.totals.rows + rows, run.totals.bytes + bytes];
   const now = Date.now() / 1000;
   const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
-    const values = {
-      etl_model_last_success_timestamp_seconds: now,
-      etl_model_rows: rows,
-      etl_model_bytes: bytes,
-      etl_model_duration_seconds: seconds,
-    };
-    const failure = { etl_model_last_failure_timestamp_seconds: now };
-    return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, error ? failure : values, { model: model.name });
+    const values: Metrics = error
+      ? { etl_model_last_failure_timestamp_seconds: now }
+      : { etl_model_last_success_timestamp_seconds: now, etl_model_rows: rows, etl_model_bytes: bytes };
+    if (!error) values.etl_model_duration_seconds = seconds;
+    return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model: model.name });
   });
   await Promise.all(pushed).catch(({ message: error }: Error) => {
     run.log("warning", { warning: "models' metrics were not pushed; the run itself is not affected", error });

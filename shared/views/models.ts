@@ -29,6 +29,10 @@ function code(sql: string): string {
   return sql.replaceAll(noise, "$1 ");
 }
 
+/** One statement each, without comments and strings. */
+const modelForm = /^\s*CREATE OR REPLACE TABLE\s+`?(\w+)`?[\s(][^;]*\bAS[\s(]+(?:SELECT|WITH)\b[^;]*;?\s*$/i;
+const checkForm = /^\s*(?:SELECT|WITH)\b[^;]*;?\s*$/i;
+
 /** The known tables that the SQL names behind FROM or JOIN, without a dataset. One behind a comma is not found. */
 export function tablesRead(sql: string, known: string[]): string[] {
   const names = code(sql).matchAll(/\b(?:FROM|JOIN)\b[\s(`]*(\w+)(?!\w|`?\s*\.)/gi);
@@ -51,15 +55,14 @@ function readFiles(folder: string, known: string[] = []): Statement[] {
  */
 export function readModels(raw: string[], only?: string): Model[] {
   const faults: string[] = [];
-  const expect = ({ file, sql }: Statement, form: string, words: string): void => {
-    if (!new RegExp(`^\\s*${form}\\b[^;]*;?\\s*$`, "i").test(code(sql)))
-      faults.push(`${file} must hold one statement: ${words}`);
-  };
   const names = readFiles("views").map(({ name }) => name);
   const known = [...names, ...raw];
   const models = readFiles("views", known).map((file): Model => {
-    const form = `CREATE OR REPLACE TABLE (${file.name}|\`${file.name}\`)[\\s(][^;]*\\bAS[\\s(]+(SELECT|WITH)`;
-    expect(file, form, `CREATE OR REPLACE TABLE ${file.name} … AS SELECT …, without a dataset`);
+    const made = modelForm.exec(code(file.sql))?.[1];
+    if (made !== file.name)
+      faults.push(
+        `${file.file} must hold one statement: CREATE OR REPLACE TABLE ${file.name} … AS SELECT …, without a dataset`,
+      );
     if (raw.includes(file.name)) faults.push(`${file.file}: ${file.name} is the name of a raw table`);
     return { ...file, checks: [], needs: file.reads.filter((name) => names.includes(name)) };
   });
@@ -74,7 +77,8 @@ export function readModels(raw: string[], only?: string): Model[] {
     ordered.push(...left);
   }
   for (const check of readFiles("views/checks", known)) {
-    expect(check, "(SELECT|WITH)", "a SELECT of the rows that are wrong");
+    if (!checkForm.test(code(check.sql)))
+      faults.push(`${check.file} must hold one statement: a SELECT of the rows that are wrong`);
     // It runs with the last of the models that it reads, once all of them are built.
     const owner = ordered.findLast(({ name }) => check.reads.includes(name));
     if (!owner) faults.push(`${check.file} reads no model: nothing would run it`);
