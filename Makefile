@@ -68,7 +68,7 @@ rewind: setup ## Set a watermark back: PIPELINE= TO= (DRY_RUN=1 says what would 
 	@node scripts/ops/rewind.ts
 
 .PHONY: verify
-verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 mends what differs)
+verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 repairs what differs)
 	@node scripts/ops/verify.ts
 
 .PHONY: sweep
@@ -144,8 +144,8 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 	@echo "check: types" >&2 && tsc -p .
 	@echo "check: lint and format" >&2 && biome ci --colors=off --error-on-warnings .
 	@echo "check: unused exports, files and dependencies" >&2 && knip --no-progress --treat-config-hints-as-errors
-	@echo "check: SQL, by Google's analyser, by Postgres and by ClickHouse" >&2; \
-	  faults=0; for part in googlesql postgres clickhouse; do node test/check/$$part.ts || faults=1; done; exit $$faults
+	@echo "check: layers; SQL, by Google's analyser, by Postgres and by ClickHouse" >&2; \
+	  faults=0; for part in layers googlesql postgres clickhouse; do node test/check/$$part.ts || faults=1; done; exit $$faults
 	@echo "check: alert rules" >&2 && node --test test/alerts.test.ts
 
 .PHONY: bench

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * events: Postgres → S3 archive.
  *

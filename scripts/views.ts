@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * views: BigQuery → BigQuery, the models of views/.
  *
@@ -20,9 +21,9 @@
  * and the Pushgateway.
  */
 import { isTransient } from "../shared/bigquery/client.ts";
-import { pipelines } from "../shared/bigquery/contract.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
+import { pipelines } from "../shared/pipelines.ts";
 import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
 import {
   buildModel,

@@ -47,17 +47,20 @@ export function copyJsonLines(
       handled(stream.errored); // it came with the first rows, before anybody could listen
       yield* wholeLines(stream, sent);
     } catch (cause) {
-      const { message } = cause as Error;
+      const { message, detail } = cause as Error & { detail?: string };
       const value = /etl refuses (.*)"$/s.exec(message)?.[1];
       const why = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
-      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${why}`, { cause });
+      throw new SourceError(
+        `reading the source failed after ${sent.rows} rows: ${[why, detail].filter(Boolean).join(": ")}`,
+        { cause },
+      );
     }
   }
   return {
     lines: lines(),
     sent,
     [Symbol.asyncDispose]: async () => {
-      socket?.destroy();
+      socket?.on("error", () => {}).destroy(); // over TLS postgres.js still writes its goodbye
       await session.end({ timeout: 0 });
     },
   };

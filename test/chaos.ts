@@ -23,8 +23,9 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { UsageError } from "../shared/env.ts";
 import { addDays } from "../shared/events/archive.ts";
-import { table, thousands } from "../shared/log.ts";
+import { thousands } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
+import { table } from "../shared/table.ts";
 import { breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
 import {

@@ -82,8 +82,8 @@ test("an error is one object with the run's id, of several lines where it has th
   // A mistake in the code, thrown where nobody awaits it.
   using _ = scratch.edit("shared/run.ts", (code) =>
     code.replace(
-      "  const key =",
-      '  setTimeout(() => (undefined as unknown as { x: string }).x, 1);\n  process.emitWarning("careful");\n  await new Promise((resolve) => setTimeout(resolve, 1000));\n  const key =',
+      "  const [lock] =",
+      '  setTimeout(() => (undefined as unknown as { x: string }).x, 1);\n  process.emitWarning("careful");\n  await new Promise((resolve) => setTimeout(resolve, 1000));\n  const [lock] =',
     ),
   );
   const broken = await shop.run(shop.script, json);
@@ -102,7 +102,7 @@ test("errors before a run begins are objects as well; a wrong LOG_FORMAT is refu
   const wrong = await shop.run(shop.script, { LOG_FORMAT: "xml", BIGQUERY_PROJECT: "" });
   assert.match(
     wrong.stderr,
-    /^ {2}BIGQUERY_PROJECT is missing.*\n {2}LOG_FORMAT must be text or json: .* Example: LOG_FORMAT=json$/m,
+    /^ {2}BIGQUERY_PROJECT is missing.*\n {2}LOG_FORMAT must be text or json\. .* Example: LOG_FORMAT=text$/m,
   );
   assert.equal(wrong.code, 2);
   assert.equal((await shop.run("scripts/ops/status.ts", { LOG_FORMAT: "JSON" })).code, 2);

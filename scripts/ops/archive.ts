@@ -36,10 +36,11 @@ import {
   listUploads,
   removeObjects,
 } from "../../shared/events/s3.ts";
-import { duration, log, progress, thousands } from "../../shared/log.ts";
+import { log, progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
 import { checkSession, connect } from "../../shared/session.ts";
+import { duration } from "../../shared/table.ts";
 
 const A_DAY = 86_400_000;
 

@@ -9,12 +9,13 @@
  */
 
 import { flag, number, optional, postgresUrl, readEnv, required } from "../../shared/env.ts";
-import { log, table } from "../../shared/log.ts";
+import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
 import { readEpoch } from "../../shared/sensors/epoch.ts";
 import { kafkaVariables } from "../../shared/sensors/kafka.ts";
 import { connect } from "../../shared/session.ts";
+import { table } from "../../shared/table.ts";
 
 await main(import.meta, async () => {
   const env = readEnv({

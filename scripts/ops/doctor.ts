@@ -19,7 +19,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { type BigQueryEnv, bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
-import { checkSource, pipelines, readContract } from "../../shared/bigquery/contract.ts";
+import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import {
   type Env,
@@ -36,6 +36,7 @@ import { checkArchivable } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, putText, removeObjects } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
 import {
   type ClickHouseEnv,

@@ -11,10 +11,11 @@ import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
 import type { RowStream } from "../copy.ts";
 import { type Env, flag, number, optional, redact, UsageError } from "../env.ts";
-import { duration, progress, terminal, thousands } from "../log.ts";
+import { progress, terminal, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
 import { quote } from "../session.ts";
 import { type Column, checkColumns, type SchemaCheck, type Source } from "../source.ts";
+import { duration } from "../table.ts";
 import { advance, type Window } from "../watermark.ts";
 import { type Bucket, getText, listObjects, putStream, putText, removeObjects, UPLOAD_PIECE_BYTES } from "./s3.ts";
 

@@ -7,7 +7,6 @@ import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type ITopicConfig, type Kafka, type SASLOptions } from "kafkajs";
 import { type Env, flag, like, name, optional, required, secret, text, UsageError } from "../env.ts";
 import { log } from "../log.ts";
-import { isCertificate, ownAuthority } from "../session.ts";
 
 export type { Batch, Kafka };
 
@@ -67,11 +66,20 @@ function logKafka({ log: { message, error } }: { log: { message: string; error?:
   log({ step: "kafka", message, error });
 }
 
+/** Whether the error is about the server's certificate (https://nodejs.org/api/tls.html#x509-certificate-error-codes). */
+const isCertificate = ({ code, cause }: { code?: string; cause?: unknown }): boolean =>
+  /^(CERT_|ERR_TLS_CERT|UNABLE_TO_|SELF_SIGNED|DEPTH_ZERO|HOSTNAME_MISMATCH|INVALID_(CA|PURPOSE)|PATH_LENGTH)/.test(
+    code ?? "",
+  ) ||
+  (cause instanceof Error && isCertificate(cause));
+
 /** A certificate or a login that is refused names its variable; waiting and asking again would not mend it. */
 function refusedByBroker(error: unknown): unknown {
   const { name, message } = error as Error;
   if (isCertificate(error as Error))
-    return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. ${ownAuthority}`);
+    return new Error(
+      `cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. Use a host name that the certificate holds; name the file of your own authority in NODE_EXTRA_CA_CERTS.`,
+    );
   if (!/SASL/.test(name)) return error;
   return new Error(
     `KAFKA_BROKERS refused the login: ${message}. Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD`,

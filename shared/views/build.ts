@@ -6,11 +6,12 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, labels } from "../bigquery/client.ts";
 import { type Env, flag, like, name, number, optional, required, UsageError } from "../env.ts";
-import { duration, table, thousands } from "../log.ts";
+import { thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
 import { newRunId, type Run, runVariables } from "../run.ts";
+import { duration, table } from "../table.ts";
 import type { Model, Statement } from "./models.ts";
 
 export const viewsVariables = {
@@ -48,7 +49,6 @@ export async function checkFresh(run: Run, raw: string[], allowed: boolean): Pro
 }
 
 type Build = Awaited<ReturnType<typeof createBuild>>;
-const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
 /** Creates the dataset in which the models of this run are made, and drops those of runs whose tables have expired. */
 export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {

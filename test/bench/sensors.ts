@@ -13,7 +13,7 @@ import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import {
   awaitRunning,
@@ -23,6 +23,7 @@ import {
   namesOf,
   putConnector,
 } from "../../shared/sensors/kafka-connect.ts";
+import { table } from "../../shared/table.ts";
 import { createSource } from "../data/source.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";

@@ -4,7 +4,7 @@
  * interleaved. Absolute times are this machine's.
  */
 import { join } from "node:path";
-import { pipelines } from "../../shared/bigquery/contract.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { readModels } from "../../shared/views/models.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";

@@ -5,15 +5,16 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../../shared/alerts.ts";
-import { watermarked } from "../../../shared/bigquery/contract.ts";
 import { type Env, isSet, readEnv } from "../../../shared/env.ts";
-import { duration, thousands } from "../../../shared/log.ts";
+import { thousands } from "../../../shared/log.ts";
+import { watermarked } from "../../../shared/pipelines.ts";
 import { describeHolder } from "../../../shared/run.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
 import { readEpoch } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, kafkaVariables, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { connectorVariables, isRunning, namesOf } from "../../../shared/sensors/kafka-connect.ts";
 import { checkSession } from "../../../shared/session.ts";
+import { duration } from "../../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark, type Watermark } from "../../../shared/watermark.ts";
 
 /** A part that has not answered by then is shown as such. */
