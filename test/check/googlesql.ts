@@ -15,7 +15,7 @@ import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
 import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { readModels, tablesRead } from "../../shared/views/build.ts";
+import { readModels, tablesRead } from "../../shared/views/models.ts";
 import { freePort } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";
 
@@ -177,7 +177,7 @@ for (const pipeline of pipelines()) {
 // What make views refuses; and its order, in which each view must find the tables of those that it reads.
 let order: string[] = [];
 try {
-  if (list("views/*.sql").length) order = readModels().map(({ file }) => file);
+  if (list("views/*.sql").length) order = readModels(pipelines()).map(({ file }) => file);
 } catch (error) {
   if (!(error instanceof UsageError)) throw error;
   faults.push(
@@ -196,7 +196,9 @@ async function compareReads({ file, sql }: Statement): Promise<void> {
   const read = new Set(answer.tableName?.map(({ tableNameSegment }) => tableNameSegment?.join(".") ?? ""));
   const found = tablesRead(sql, known);
   for (const name of known.filter((one) => read.has(one) && !found.includes(one)))
-    faults.push(`${file}:1:1: reads ${name}, which make views does not see: name it behind FROM or JOIN`);
+    faults.push(
+      `${file}:1:1: reads ${name}, which make views does not find behind FROM or JOIN: write JOIN, not a comma`,
+    );
   for (const name of found)
     if (!read.has(name))
       faults.push(
