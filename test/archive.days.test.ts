@@ -14,7 +14,7 @@ import type { Env } from "./stack/env.ts";
 const [shop, memoryShop] = await Promise.all([createShop(), createShop()]);
 after(() => Promise.all([shop, memoryShop].map((one) => one[Symbol.asyncDispose]())));
 
-const script = "scripts/events.ts";
+const script = "scripts/ops/backfill-events.ts";
 const sha256 = (bytes: Buffer): string => createHash("sha256").update(bytes).digest("hex");
 const read = async (bucket: Bucket, key: string): Promise<Buffer> => buffer(await getStream(bucket, key));
 const keysBelow = async (bucket: Bucket, prefix: string): Promise<string[]> =>
@@ -22,7 +22,7 @@ const keysBelow = async (bucket: Bucket, prefix: string): Promise<string[]> =>
 const runOf = ({ stderr }: Result): string => /run=(\w+) step=/.exec(stderr)?.[1] ?? "";
 
 function backfill(FROM: string, TO: string, variables: Env = {}): Promise<Result> {
-  return shop.run(script, { BACKFILL: "1", FROM, TO, ...variables });
+  return shop.run(script, { FROM, TO, ...variables });
 }
 
 /** Backfills days, which has to succeed. */
@@ -41,7 +41,7 @@ async function insert(rows: { id: bigint; at: string }[]): Promise<void> {
 }
 
 const verify = (FROM: string, TO: string, variables: Env = {}): Promise<Result> =>
-  shop.run("scripts/ops/archive.ts", { FROM, TO, ...variables });
+  shop.run("scripts/ops/verify-events.ts", { FROM, TO, ...variables });
 
 /**
  * A day in the bucket is what the source has of it: its rows in the order of created_at and id, each once, in parts of
@@ -105,16 +105,14 @@ suite("archive", { concurrency: true }, () => {
       `wrong environment or arguments, nothing was done:\n  ${fault}\nSet them in ${shop.env.ENV_FILE} or in the environment (.env.example has them all).`;
     const noDay = wrong("FROM is not a date of the calendar: re-run: start, inclusive. Example: FROM=2017-01-01");
     const cases: [variables: Env, text: string][] = [
-      [{ BACKFILL: "1" }, needs],
+      [{}, needs],
       [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}`)],
-      [{ BACKFILL: "1", FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}`)],
-      [{ BACKFILL: "1", TO: "2017-01-01" }, wrong(`TO was given without FROM: ${both}`)],
       [
         { FROM: "2017-01-01", TO: "2017-01-01" },
         "FROM and TO are both 2017-01-01, and TO is exclusive: there is no day between them. For that day: TO=2017-01-02",
       ],
       [
-        { FROM: "2016-12-31", TO: "2016-12-31", BACKFILL: "1" },
+        { FROM: "2016-12-31", TO: "2016-12-31" },
         "FROM and TO are both 2016-12-31, and TO is exclusive: there is no day between them. For that day: TO=2017-01-01",
       ],
       [
@@ -162,12 +160,9 @@ suite("archive", { concurrency: true }, () => {
       });
     }
 
-    for (const [command, RESTORE] of [
-      ["verify-events", ""],
-      ["restore-events", "1"],
-    ] as const) {
+    for (const command of ["verify-events", "restore-events"]) {
       test(`make ${command} without FROM and TO`, async () => {
-        const { code, stderr } = await shop.run("scripts/ops/archive.ts", { RESTORE });
+        const { code, stderr } = await shop.run(`scripts/ops/${command}.ts`);
         assert.equal(stderr, `error: ${needs.replaceAll("backfill-events", command)}`);
         assert.equal(code, 2);
       });
@@ -294,7 +289,7 @@ suite("archive", { concurrency: true }, () => {
         await assertArchived(day, await archive(day, addDays(day), { TZ, CHUNK_ROWS: "2" }), [2, 2, 1]);
         const verified = await verify(day, addDays(day), { TZ });
         assert.equal(verified.code, 0, verified.stderr);
-        await verify(day, addDays(day), { TZ, RESTORE: "1" });
+        await shop.succeed("scripts/ops/restore-events.ts", { FROM: day, TO: addDays(day), TZ });
       } finally {
         await set("reset timezone");
       }
@@ -346,7 +341,7 @@ suite("archive", { concurrency: true }, () => {
       const day = "2017-06-01";
       await shop.insertEvents(day, 2000);
       const running = shop.start(script, {
-        ...{ BACKFILL: "1", FROM: day, TO: addDays(day) },
+        ...{ FROM: day, TO: addDays(day) },
         ...{ CHUNK_ROWS: "200", MAX_ROWS_PER_SECOND: "500" }, // 10 parts of 0.4 s
       });
       let result: Result | undefined;
