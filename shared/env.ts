@@ -70,7 +70,8 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
     const { FROM = "", TO = "" } = env as { FROM?: string; TO?: string };
     if (!FROM !== !TO)
       fault(FROM ? "FROM" : "TO", new Error(`was given without ${FROM ? "TO" : "FROM"}: a re-run needs both`));
-    if (FROM > TO) fault("FROM", new Error(`${FROM} is after TO ${TO}: swap them; FROM is inclusive, TO exclusive`));
+    else if (FROM > TO)
+      fault("FROM", new Error(`${FROM} is after TO ${TO}: swap them; FROM is inclusive, TO exclusive`));
   }
   if (faults.length)
     throw new UsageError(

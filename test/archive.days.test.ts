@@ -100,13 +100,14 @@ suite("archive", { concurrency: true }, () => {
   suite("arguments that are refused: exit 2, before anything is connected to", { concurrency: 2 }, () => {
     const example = "Example: make backfill-events FROM=2017-01-01 TO=2018-01-01";
     const needs = `make backfill-events needs FROM and TO: the first day, and the day after the last. ${example}`;
-    const both = "a re-run needs both. Example: FROM=2017-01-01 TO=2017-02-01";
+    const start = "The start, inclusive. Example: FROM=2017-01-01";
+    const both = "a re-run needs both";
     const wrong = (fault: string): string =>
       `wrong environment or arguments, nothing was done:\n  ${fault}\nSet them in ${shop.env.ENV_FILE} or in the environment (.env.example has them all).`;
-    const noDay = wrong("FROM is not a date of the calendar: re-run: start, inclusive. Example: FROM=2017-01-01");
+    const noDay = wrong(`FROM is not a date of the calendar. ${start}`);
     const cases: [variables: Env, text: string][] = [
       [{}, needs],
-      [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}`)],
+      [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}. ${start}`)],
       [
         { FROM: "2017-01-01", TO: "2017-01-01" },
         "FROM and TO are both 2017-01-01, and TO is exclusive: there is no day between them. For that day: TO=2017-01-02",
@@ -118,7 +119,7 @@ suite("archive", { concurrency: true }, () => {
       [
         { FROM: "2017-01-03", TO: "2017-01-01" },
         wrong(
-          "FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: swap them. FROM is inclusive, TO exclusive.",
+          `FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: swap them; FROM is inclusive, TO exclusive. ${start}`,
         ),
       ],
       [
@@ -137,16 +138,14 @@ suite("archive", { concurrency: true }, () => {
       [{ FROM: "1900-02-29", TO: "1900-03-02" }, noDay],
       [
         { FROM: "yesterday", TO: "2019-03-02" },
-        wrong(
-          "FROM must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z: re-run: start, inclusive. Example: FROM=2017-01-01",
-        ),
+        wrong(`FROM must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z. ${start}`),
       ],
       [
         { FROM: "2017-01-01", TO: "2017-01-02", CONCURRENCY: "0", CHUNK_ROWS: "0", MAX_ROWS_PER_SECOND: "-1" },
         wrong(
-          "CHUNK_ROWS must be a whole number from 1 to 100000000: rows a chunk. Example: CHUNK_ROWS=250000\n" +
-            "  CONCURRENCY must be a whole number from 1 to 32: days at a time in a backfill. Example: CONCURRENCY=2\n" +
-            "  MAX_ROWS_PER_SECOND must be a whole number from 1 to 1000000000: spares the source: at most so many rows are read a second. Example: MAX_ROWS_PER_SECOND=20000",
+          "CHUNK_ROWS must be a whole number from 1 to 100000000. Rows a chunk, and at most as many a part of the archive. Example: CHUNK_ROWS=250000\n" +
+            "  MAX_ROWS_PER_SECOND must be a whole number from 1 to 1000000000. Spares the source: at most so many rows are read a second. Example: MAX_ROWS_PER_SECOND=20000\n" +
+            "  CONCURRENCY must be a whole number from 1 to 32. Days at a time in a backfill. Example: CONCURRENCY=2",
         ),
       ],
     ];

@@ -68,7 +68,9 @@ async function verifyDay(of: Day): Promise<{ manifest: Manifest | undefined; fau
   return { manifest, fault: undefined };
 }
 
-const range = ({ min_id, max_id }: Pick<Manifest, "min_id" | "max_id">): string => `${min_id} to ${max_id}`;
+function range({ min_id, max_id }: Pick<Manifest, "min_id" | "max_id">): string {
+  return `${min_id} to ${max_id}`;
+}
 
 /** @throws Error where a part, or all of them, are not what the manifest says. */
 async function verifyParts({ bucket, day }: Day, manifest: Manifest): Promise<void> {
