@@ -109,6 +109,10 @@ suite("archive", { concurrency: true }, () => {
       [{}, needs],
       [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}. ${start}`)],
       [
+        { TO: "2017-01-01" },
+        wrong(`TO was given without FROM: ${both}. The end, exclusive. Example: TO=2017-02-01T12:00:00Z`),
+      ],
+      [
         { FROM: "2017-01-01", TO: "2017-01-01" },
         "FROM and TO are both 2017-01-01, and TO is exclusive: there is no day between them. For that day: TO=2017-01-02",
       ],
