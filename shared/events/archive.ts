@@ -7,7 +7,7 @@ import { once } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
-import { copyJsonLines, type RowStream } from "../copy.ts";
+import { copyJsonLines } from "../copy.ts";
 import { type Env, flag, number, optional, redact } from "../env.ts";
 import { duration, progress, terminal, thousands } from "../log.ts";
 import { pipelineVariables, type Run, withRetry } from "../run.ts";
@@ -165,7 +165,7 @@ export const midnight = (day: string): string => startOf(day).created_at;
 
 /** Archives one day, unless that is done: extract and put its parts, count, put the manifest. */
 async function archiveDay(run: Run, archive: Archive, day: string): Promise<{ manifest: Manifest; skipped: boolean }> {
-  const { env, bucket, select } = archive;
+  const { env, bucket } = archive;
   const keys = createKeys(run, bucket, day);
   using _stopped = run.onStop(keys.remove);
   return await withRetry(run, isTransientS3, async (attempt) => {
@@ -174,11 +174,7 @@ async function archiveDay(run: Run, archive: Archive, day: string): Promise<{ ma
     try {
       const parts: Part[] = [];
       for (let after: Position | undefined = startOf(day); after; ) {
-        const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
-        const window = { from: after.created_at, to: midnight(addDays(day)) };
-        const rows = copyJsonLines(env.SOURCE_DATABASE_URL, select, session, window);
-        // The COPY ends before the part is put: a transaction of the source must not wait for S3.
-        const part = await compress(run, archive, rows).finally(() => rows[Symbol.asyncDispose]());
+        const part = await readPart(run, archive, day, after);
         if (part) parts.push({ key: await keys.put(part.body, attempt, parts.length + 1), ...part.is });
         after = part?.next;
       }
@@ -198,8 +194,19 @@ interface Compressed {
   next: Position | undefined;
 }
 
-/** Reads and compresses the rows of one part: as many as fit. @returns undefined where there are none. */
-async function compress(run: Run, { env, pace }: Archive, { lines, sent }: RowStream): Promise<Compressed | undefined> {
+/**
+ * Reads and compresses the rows of one part of a day: as many as fit. Its COPY has ended then, for a transaction of the source must not
+ * wait for S3. @returns undefined where there are no rows.
+ */
+async function readPart(
+  run: Run,
+  { env, select, pace }: Archive,
+  day: string,
+  after: Position,
+): Promise<Compressed | undefined> {
+  const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
+  const window = { from: after.created_at, to: midnight(addDays(day)) };
+  await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, session, window);
   const [raw, packed] = [createHash("sha256"), createHash("sha256")];
   let [body, bytes, rows]: [Buffer | undefined, number, number] = [undefined, 0, 0];
   const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
@@ -210,8 +217,8 @@ async function compress(run: Run, { env, pace }: Archive, { lines, sent }: RowSt
   });
   const ended = once(gzip, "end");
   ended.catch(() => {}); // it is awaited below
-  let [last, cut]: [Buffer, boolean] = [Buffer.alloc(0), false];
-  for await (const piece of lines) {
+  let [last, cut]: [Position | undefined, boolean] = [undefined, false];
+  for await (const piece of stream.lines) {
     run.signal.throwIfAborted();
     cut = rows > 0 && bytes + piece.length > PART_BYTES;
     if (cut) break; // the next part reads the piece again
@@ -220,8 +227,8 @@ async function compress(run: Run, { env, pace }: Archive, { lines, sent }: RowSt
     const taken = new Promise<void>((done, fail) => gzip.write(piece, (error) => (error ? fail(error) : done())));
     raw.update(piece); // while gzip works, in a thread of its own
     await taken;
-    await pace(sent.rows - rows);
-    [last, rows] = [piece, sent.rows];
+    await pace(stream.sent.rows - rows);
+    [last, rows] = [position(piece), stream.sent.rows];
     cut = bytes + piece.length > PART_BYTES; // the next piece is likely as large
     if (cut) break;
   }
@@ -229,7 +236,7 @@ async function compress(run: Run, { env, pace }: Archive, { lines, sent }: RowSt
   gzip.end();
   await ended;
   const is = { rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") };
-  return { body: body.subarray(0, bytes), is, next: cut || rows === env.CHUNK_ROWS ? position(last) : undefined };
+  return { body: body.subarray(0, bytes), is, next: cut || rows === env.CHUNK_ROWS ? last : undefined };
 }
 
 /** The last line's row. Its payload may be large: only the line's two ends are read. */
