@@ -206,6 +206,8 @@ async function readPart(
 ): Promise<Compressed | undefined> {
   const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
   const window = { from: after.created_at, to: midnight(addDays(day)) };
+  let large: Buffer | undefined;
+  using _once = { [Symbol.dispose]: () => free(large) }; // the session, which reads it too, is closed
   await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, session, window);
   const [raw, packed] = [createHash("sha256"), createHash("sha256")];
   let [body, bytes, rows]: [Buffer | undefined, number, number] = [undefined, 0, 0];
@@ -228,7 +230,7 @@ async function readPart(
     raw.update(piece); // while gzip works, in a thread of its own
     await taken;
     await pace(stream.sent.rows - rows);
-    [last, rows] = [position(piece), stream.sent.rows];
+    [large, last, rows] = [piece, position(piece), stream.sent.rows];
     cut = bytes + piece.length > PART_BYTES; // the next piece is likely as large
     if (cut) break;
   }
@@ -237,6 +239,11 @@ async function readPart(
   await ended;
   const is = { rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") };
   return { body: body.subarray(0, bytes), is, next: cut || rows === env.CHUNK_ROWS ? last : undefined };
+}
+
+/** Frees memory that nothing reads any more. The collector, to which it looks small, would leave it beside the next part's. */
+function free(part: Buffer | undefined): void {
+  if (part && part.buffer.byteLength > PART_BYTES) (part.buffer as ArrayBuffer).transfer(0);
 }
 
 /** The last line's row. Its payload may be large: only the line's two ends are read. */
@@ -253,7 +260,7 @@ function position(lines: Buffer): Position {
 function createKeys(run: Run, bucket: Bucket, day: string) {
   const mine: string[] = [];
   let doubtful = 0;
-  let uploading: Promise<unknown> = Promise.resolve();
+  let uploading: Promise<boolean> = Promise.resolve(true);
   return {
     /** A part is never overwritten: run and attempt are in its key. */
     put: async (body: Buffer, attempt: number, number: number): Promise<string> => {
@@ -263,7 +270,7 @@ function createKeys(run: Run, bucket: Bucket, day: string) {
       mine.push(key);
       // Where an object of this key exists, it is this one, whose answer was lost: nobody else puts keys of this run.
       uploading = put(bucket, key, body, undefined, { run: run.id });
-      await uploading;
+      if (await uploading) free(body);
       return key;
     },
     /** Before a manifest is put that names those so far: the PUT may succeed even if its answer is lost, so they stay until `settle`. */
