@@ -39,11 +39,7 @@ users: setup ## Sync users to BigQuery (FROM= TO= reads a window again)
 
 .PHONY: events
 events: setup ## Archive every complete day of events since the watermark to S3
-	@node $(rows) scripts/events.ts
-
-.PHONY: backfill-events
-backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_PER_SECOND= FORCE=1)
-	@BACKFILL=1 node $(rows) scripts/events.ts
+	@node scripts/events.ts
 
 .PHONY: sensors
 sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTIL=caught-up)
@@ -75,13 +71,17 @@ verify: setup ## Prove that source and destination agree (PIPELINE= for one; REP
 sweep: setup ## Remove at the destination what was deleted at the source: PIPELINE= (DRY_RUN=1 CONFIRM=1)
 	@node scripts/ops/sweep.ts
 
+.PHONY: backfill-events
+backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_PER_SECOND= FORCE=1)
+	@node scripts/ops/backfill-events.ts
+
 .PHONY: verify-events
 verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)
-	@node scripts/ops/archive.ts
+	@node scripts/ops/verify-events.ts
 
 .PHONY: restore-events
 restore-events: setup ## Put archived days into etl.events_restored: FROM= TO=
-	@RESTORE=1 node scripts/ops/archive.ts
+	@node scripts/ops/restore-events.ts
 
 .PHONY: connector
 connector: setup ## Put Debezium's connector to Kafka Connect, and wait until it runs

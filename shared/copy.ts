@@ -18,6 +18,7 @@ export interface RowStream extends AsyncDisposable {
 }
 
 const NEWLINE = 10;
+const LARGE = 2 ** 20;
 
 /**
  * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot).
@@ -45,7 +46,7 @@ export function copyJsonLines(
     try {
       const stream = await session.unsafe(copy).readable();
       handled(stream.errored); // it came with the first rows, before anybody could listen
-      yield* wholeLines(stream, sent);
+      yield* wholeLines(stream, sent, () => socket);
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };
       const value = /etl refuses (.*)"$/s.exec(message)?.[1];
@@ -67,17 +68,26 @@ export function copyJsonLines(
 }
 
 /** What the stream gives holds many lines, and may end inside one. */
-async function* wholeLines(stream: AsyncIterable<Buffer>, sent: RowStream["sent"]): AsyncGenerator<Buffer> {
+async function* wholeLines(
+  stream: AsyncIterable<Buffer>,
+  sent: RowStream["sent"],
+  socket: () => Socket | undefined,
+): AsyncGenerator<Buffer> {
   let rest: Buffer[] = [];
   for await (const read of stream) {
     const end = read.lastIndexOf(NEWLINE) + 1;
-    const piece = end ? Buffer.concat([...rest, read.subarray(0, end)]) : undefined;
+    const whole = read.subarray(0, end);
+    const piece = end ? (rest.length ? Buffer.concat([...rest, whole]) : whole) : undefined;
     if (piece) rest = [];
     if (end < read.length) rest.push(read.subarray(end));
     if (!piece) continue;
     for (let at = piece.indexOf(NEWLINE); at >= 0; at = piece.indexOf(NEWLINE, at + 1)) sent.rows += 1;
     sent.bytes += piece.length;
+    // The stream reads ahead, which of large rows would be another one in memory.
+    const large = piece.length > LARGE;
+    if (large) socket()?.pause();
     yield piece;
+    if (large) socket()?.resume();
   }
 }
 

@@ -48,8 +48,8 @@ test("the other commands' lines are objects too, and what Postgres or rounding m
   await shop.insertEvents("2017-01-01", 3);
   const days = { FROM: "2017-01-01", TO: "2017-01-03" };
   const lines = [
-    ...parse((await shop.succeed("scripts/events.ts", { ...json, ...days, BACKFILL: "1" })).stderr),
-    ...parse((await shop.succeed("scripts/ops/archive.ts", { ...json, ...days })).stderr),
+    ...parse((await shop.succeed("scripts/ops/backfill-events.ts", { ...json, ...days })).stderr),
+    ...parse((await shop.succeed("scripts/ops/verify-events.ts", { ...json, ...days })).stderr),
     ...parse((await shop.succeed("scripts/ops/migrate.ts", json)).stderr),
     ...parse((await shop.succeed("scripts/ops/rewind.ts", { ...json, PIPELINE: "orders", TO: "2017-01-01" })).stderr),
   ];
@@ -154,8 +154,8 @@ test("one run id joins log, etl.runs, BigQuery's jobs and their labels, Postgres
   const load = await job("load");
   assert.equal(load.configuration.load.destinationTable.tableId, `orders_staging_${id}_1_1`);
 
-  const days = { FROM: "2017-01-01", TO: "2017-01-02", BACKFILL: "1", FORCE: "1" };
-  const events = await sessionsOf("scripts/events.ts", "public.events", { ...json, ...days });
+  const days = { FROM: "2017-01-01", TO: "2017-01-02", FORCE: "1" };
+  const events = await sessionsOf("scripts/ops/backfill-events.ts", "public.events", { ...json, ...days });
   const archived = parse((await events.run.ended).stderr);
   const run = archived.at(-1)?.run as string;
   assert.ok(archived.every((line) => line.run === run && line.pipeline === "events"));

@@ -120,7 +120,7 @@ suite("with one pipeline", () => {
 
   test("the days of events are counted from etl.chunks, with those that failed", async () => {
     for (const day of ["2017-01-01", "2017-01-02"]) await shop.insertEvents(day, 3);
-    await shop.succeed("scripts/events.ts", { BACKFILL: "1", FROM: "2017-01-01", TO: "2017-01-04" });
+    await shop.succeed("scripts/ops/backfill-events.ts", { FROM: "2017-01-01", TO: "2017-01-04" });
     await shop.admin`update etl.chunks set state = 'failed' where chunk_from = '2017-01-02Z'`;
     const { code, of } = await statusOf(shop);
     assert.deepEqual(of.events?.days, {
