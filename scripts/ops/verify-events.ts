@@ -18,7 +18,6 @@ import {
   readSource,
 } from "../../shared/events/archive.ts";
 import { listObjects, listUploads, removeObjects } from "../../shared/events/s3.ts";
-import {} from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { duration } from "../../shared/table.ts";
 import { type Day, damaged, dayVariables, eachDay, readDay, readPart } from "./lib/events.ts";
