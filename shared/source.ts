@@ -64,7 +64,11 @@ export async function checkColumns(
 ): Promise<Column[]> {
   const { source, pipeline } = run;
   const checks = readFileSync(join(root, "sql/source_checks.sql"), "utf8");
-  const faults = (await source.unsafe<{ fault: string }[]>(checks, [table, cursor])).map(({ fault }) => fault);
+  const faulty = await source.begin("read only", async (sql) => {
+    await sql`select set_config('etl.source', ${table}, true), set_config('etl.source_cursor', ${cursor}, true)`;
+    return await sql.unsafe<{ fault: string }[]>(checks);
+  });
+  const faults = faulty.map(({ fault }) => fault);
   if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
   const columns = await describe(source, `select * from ${table}`);
   const known = (name: string): boolean => wanted.some((column) => column.name === name);
