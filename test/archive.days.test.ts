@@ -1,14 +1,14 @@
 // Which rows are in which day's archive, in which parts, under which keys: the days of UTC, however they are asked for. Needs the local
 // stack (make up).
 import assert from "node:assert/strict";
-import { createHash } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import { buffer } from "node:stream/consumers";
 import { after, suite, test } from "node:test";
 import { gunzipSync } from "node:zlib";
 import { DeleteBucketCommand, HeadObjectCommand } from "@aws-sdk/client-s3";
-import { addDays } from "../shared/events/archive.ts";
+import { addDays, readManifest } from "../shared/events/archive.ts";
 import { type Bucket, createBucket, getStream, listObjects, listUploads, removeObjects } from "../shared/events/s3.ts";
-import { connectBucket, createShop, lowestPeaks, type Result, rowsFlags } from "./lib/shop.ts";
+import { connectBucket, createShop, lowestPeaks, type Result } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 
 const [shop, memoryShop] = await Promise.all([createShop(), createShop()]);
@@ -379,10 +379,9 @@ suite("archive", { concurrency: true }, () => {
     test("peak memory does not grow with a day: a million rows take at most 10 MB more than 50,000, and under 250 MB", async () => {
       const sizes = process.env.SOAK ? [50_000, 1_000_000, 5_000_000] : [50_000, 1_000_000];
       for (const [index, rows] of sizes.entries()) await memoryShop.insertEvents(addDays("2017-01-01", index), rows);
-      const NODE_OPTIONS = rowsFlags();
       const peak = async (index: number): Promise<number> => {
         const FROM = addDays("2017-01-01", index);
-        const { stderr } = await memoryShop.succeed(script, { FROM, TO: addDays(FROM), FORCE: "1", NODE_OPTIONS });
+        const { stderr } = await memoryShop.succeed(script, { FROM, TO: addDays(FROM), FORCE: "1" });
         const done = /step=done rows=(\d+) .* seconds=(\S+) .* peak_rss_mb=(\d+)$/m.exec(stderr);
         assert.equal(Number(done?.[1]), sizes[index]);
         console.log(`# ${sizes[index]} rows: ${done?.[2]} s, peak RSS ${done?.[3]} MB`);
@@ -392,6 +391,34 @@ suite("archive", { concurrency: true }, () => {
       const [small = 0] = peaks;
       assert.ok(Math.max(...peaks) - small <= 10, `${peaks} MB at ${sizes} rows`);
       assert.ok(Math.max(...peaks) < 250, `${peaks} MB`);
+    });
+
+    test("whatever a row's size, memory stays under 300 MB, a part at 32 MB, and what is larger is a part of its own", async () => {
+      const day = "2017-02-01";
+      const insertLarge = async (megabytes: number): Promise<void> => {
+        const text = randomBytes((megabytes * 3_000_000) / 4).toString("base64"); // which gzip makes a quarter smaller
+        await memoryShop.admin`
+          insert into public.events (type, payload, created_at) values ('large', ${JSON.stringify({ text })}::text::jsonb, ${`${day} 12:00Z`}::text::timestamptz)`;
+      };
+      for (const megabytes of [20, 60, 60, 20, 20]) {
+        await memoryShop.insertEvents(day, 3);
+        await insertLarge(megabytes);
+      }
+      let lowest = Number.POSITIVE_INFINITY;
+      for (let tries = 0; lowest >= 300 && tries < 3; tries++) {
+        const { stderr } = await memoryShop.succeed(script, { FROM: day, TO: addDays(day), FORCE: "1" });
+        lowest = Math.min(lowest, Number(/step=done rows=20 .* peak_rss_mb=(\d+)$/m.exec(stderr)?.[1]));
+      }
+      console.log(`# rows of 20 and 60 MB: peak RSS ${lowest} MB`);
+      assert.ok(lowest < 300, `${lowest} MB`);
+      const { code, stderr } = await memoryShop.run("scripts/ops/verify-events.ts", { FROM: day, TO: addDays(day) });
+      assert.equal(code, 0, stderr);
+      const { parts } = (await readManifest(memoryShop.bucket, day))?.manifest ?? assert.fail();
+      const large = parts.filter(({ bytes }) => bytes > 32 * 2 ** 20);
+      assert.deepEqual(
+        large.map(({ rows }) => rows),
+        [1, 1],
+      );
     });
   });
 });
