@@ -30,14 +30,16 @@ await main(import.meta, async () => {
   // Each library only where it is used: they load slowly.
   const s3 = isSet("S3_BUCKET") ? await import("../../shared/events/s3.ts") : undefined;
   const clickhouse = isSet("CLICKHOUSE_URL") ? await import("../../shared/sensors/clickhouse.ts") : undefined;
-  const bucketEnv = s3 && readEnv(s3.bucketVariables);
-  const clickhouseEnv = clickhouse && readEnv(clickhouse.clickhouseVariables);
-  const env = readEnv({
+  const own = {
     ETL_DATABASE_URL: required(postgresUrl),
     ...bigqueryVariables,
     BIGQUERY_VIEWS_DATASET: required(name),
     DRY_RUN: optional(flag, false),
-  });
+  };
+  readEnv({ ...own, ...s3?.bucketVariables, ...clickhouse?.clickhouseVariables }); // every fault at once
+  const env = readEnv(own);
+  const bucketEnv = s3 && readEnv(s3.bucketVariables);
+  const clickhouseEnv = clickhouse && readEnv(clickhouse.clickhouseVariables);
   const leaveOut = (what: string, variable: string): void =>
     log({ step: "left-out", what, because: `${variable} is not set` });
   const apply: Step = async (what, work) => {

@@ -25,14 +25,14 @@ await main(import.meta, async () => {
   await using etl = connect(env.ETL_DATABASE_URL, { application: "etl:replay-dead-letters", timeoutSeconds: 30 });
   const place = { topic, epoch: (await readEpoch(etl, topic))?.number ?? 0 };
   const count = async (from: string, parameters = {}) => {
-    const query = `SELECT count() AS letters, max(attempt) AS attempt FROM sensor_dead_letters FINAL WHERE ${from}`;
-    const [found] = await select<{ letters: string; attempt: number }>(client, query, { ...place, ...parameters });
-    return { letters: Number(found?.letters), attempt: Number(found?.attempt) };
+    const query = `SELECT count() AS letters, max(attempt) AS latest FROM sensor_dead_letters FINAL WHERE ${from}`;
+    const [found] = await select<{ letters: string; latest: number }>(client, query, { ...place, ...parameters });
+    return { letters: Number(found?.letters), latest: Number(found?.latest) };
   };
   const before = await count(ours);
 
   // 2. Mark them: consumers write others meanwhile, which are not to be taken for replayed.
-  const marks = { ...place, marked: before.attempt + 1, failed: before.attempt + 2 };
+  const marks = { ...place, marked: before.latest + 1, failed: before.latest + 2 };
   const replay = async (query: string): Promise<unknown> =>
     await client.command({
       query,

@@ -114,7 +114,7 @@ export function createPoisonLimit(share: number): (messages: number, dead: numbe
 }
 
 /**
- * `stop` aborts at the first SIGTERM or Ctrl-C, `abandon` 8 s later, so that whoever waits for a server that is away ends too.
+ * `stop` aborts at the first SIGTERM or Ctrl-C, `abandon` 7 s later, so that whoever waits for a server that is away ends too.
  * A second one ends the process.
  */
 export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
@@ -122,7 +122,7 @@ export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
   onSignal((signal) => {
     log({ step: "stopping", signal, next: "the batch under way is finished and committed" });
     stop.abort(new Error(`stopped by ${signal}`));
-    setTimeout(() => abandon.abort(new Error(`stopped by ${signal}`)), 8000).unref();
+    setTimeout(() => abandon.abort(new Error(`stopped by ${signal}`)), 7000).unref();
   });
   return { stop, abandon: abandon.signal };
 }

@@ -88,9 +88,10 @@ const typeOf = (error: Error): string => (error as { type?: string }).type ?? ""
 /** The group is given out again, or no broker answers, or none coordinates the group for the moment. kafkajs wraps errors in others. */
 function isTransient(error: Error): boolean {
   if (isCertificate(error)) return false;
-  const lost = /KafkaJS(Connection|NumberOfRetriesExceeded|BrokerNotFound|GroupCoordinatorNotFound|RequestTimeout)/;
+  const lost =
+    /KafkaJS(Connection|NumberOfRetries|BrokerNotFound|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
   const types = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
-  if (lost.test(error.name) || types.test(typeOf(error))) return true;
+  if (lost.test(`${error.name} ${error.message}`) || types.test(typeOf(error))) return true;
   return error.cause instanceof Error && isTransient(error.cause);
 }
 
