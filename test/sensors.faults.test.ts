@@ -727,6 +727,16 @@ suite("faults", { concurrency: true }, () => {
       await shop.succeed(migrate);
     });
 
+    test("a view that somebody has dropped stops the consumer, which would lose what it makes; what it says brings it back", async () => {
+      const { shop } = sensors;
+      await shop.clickhouse.command({ query: "DROP VIEW sensor_dead_letters_view SYNC" });
+      await stops([
+        `ClickHouse's database ${shop.env.CLICKHOUSE_DATABASE} has lost sensor_dead_letters_view, which schemas/clickhouse made. Run there: DROP TABLE etl_migrations, then: make migrate`,
+      ]);
+      await shop.clickhouse.command({ query: "DROP TABLE etl_migrations SYNC" });
+      await shop.succeed(migrate);
+    });
+
     test("a new column at the source is a warning and a metric, and its values are kept in _unknown", async () => {
       const { shop } = sensors;
       await shop.admin`alter table sensor_readings add note text, add quality int`;

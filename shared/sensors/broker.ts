@@ -2,13 +2,10 @@
 import { type Env, flag, like, name, optional, required, secret, text, UsageError } from "../env.ts";
 import { isCertificate, ownAuthority } from "../session.ts";
 
-const list = like(
-  /^\s*([\w.-]+|\[[\da-fA-F:]+\]):\d+\s*(,\s*([\w.-]+|\[[\da-fA-F:]+\]):\d+\s*)*$/,
-  "must be host:port, with commas between several",
-);
+const broker = like(/^([\w.-]+|\[[\da-fA-F:]+\]):\d+$/, "must be host:port, with commas between several");
 const mechanisms = /^(plain|scram-sha-(256|512))$/;
 const brokerVariables = {
-  KAFKA_BROKERS: required((value) => list(value).replaceAll(/\s/g, "").split(",")),
+  KAFKA_BROKERS: required((value) => value.split(",").map((one) => broker(one.trim()))),
   KAFKA_TLS: optional(flag, false),
   KAFKA_SASL_MECHANISM: optional(like(mechanisms, "must be plain, scram-sha-256 or scram-sha-512")),
   KAFKA_USERNAME: optional(text),

@@ -5,7 +5,7 @@ import { Readable } from "node:stream";
 import { setTimeout as delay, setInterval as ticks } from "node:timers/promises";
 import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import { type Env, httpUrl, like, name, optional, required, secret, UsageError } from "../env.ts";
-import { type Applied, pendingMigrations } from "../migrations.ts";
+import { type Applied, pendingMigrations, readMigrations } from "../migrations.ts";
 
 export const clickhouseVariables = {
   CLICKHOUSE_URL: required(httpUrl),
@@ -48,12 +48,22 @@ export async function appliedMigrations(client: ClickHouseClient): Promise<Appli
   });
 }
 
-/** @throws UsageError where a file of schemas/clickhouse was not applied, or was edited since. */
+/** @throws UsageError where a file of schemas/clickhouse was not applied, or was edited since, or a table or view of theirs is gone. */
 export async function checkMigrations(client: ClickHouseClient, database: string): Promise<void> {
-  const [first, ...more] = pendingMigrations("schemas/clickhouse", await appliedMigrations(client));
+  const applied = await appliedMigrations(client);
+  const [first, ...more] = pendingMigrations("schemas/clickhouse", applied);
   if (first)
     throw new UsageError(
       `${first.folder}/${first.file}${more.length ? ` and ${more.length} more files were` : " was"} not applied to ClickHouse's database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`,
+    );
+  const objects = new Set<string>();
+  for (const { sql } of readMigrations("schemas/clickhouse"))
+    for (const [, verb, name = ""] of sql.matchAll(/^(CREATE|DROP) [A-Z ]+ EXISTS (\w+)/gm))
+      verb === "CREATE" ? objects.add(name) : objects.delete(name);
+  for (const { name } of await select<{ name: string }>(client, "SHOW TABLES")) objects.delete(name);
+  if (objects.size)
+    throw new UsageError(
+      `ClickHouse's database ${database} has lost ${[...objects].join(", ")}, which schemas/clickhouse made. Run there: DROP TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
     );
 }
 

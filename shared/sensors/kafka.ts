@@ -69,10 +69,7 @@ export async function createTopic(admin: Admin, config: ITopicConfig): Promise<b
   return created;
 }
 
-/**
- * Asks again, for 20 s, while a broker that has just come back does not know that it leads a partition, or still loads the group it
- * coordinates. kafkajs does not (its pull request 1779).
- */
+/** Asks again, for 20 s, a broker that does not know yet what it leads, or still loads a group (kafkajs does not: its pull request 1779). */
 async function settled<T>(ask: () => Promise<T>, types = /LEADER|COORDINATOR|GROUP_LOAD_IN_PROGRESS/): Promise<T> {
   for (let tries = 0; ; tries++)
     try {
@@ -88,8 +85,7 @@ const typeOf = (error: Error): string => (error as { type?: string }).type ?? ""
 /** The group is given out again, or no broker answers, or none coordinates the group for the moment. kafkajs wraps errors in others. */
 function isTransient(error: Error): boolean {
   if (isCertificate(error)) return false;
-  const lost =
-    /KafkaJS(Connection|NumberOfRetries|BrokerNotFound|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
+  const lost = /KafkaJS(Connection|NumberOfRetries|BrokerNot|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
   const types = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
   if (lost.test(`${error.name} ${error.message}`) || types.test(typeOf(error))) return true;
   return error.cause instanceof Error && isTransient(error.cause);
@@ -113,6 +109,9 @@ interface Work {
   fetch(): Promise<void>;
 }
 
+const away =
+  "Kafka (KAFKA_BROKERS) has not answered for 60 s. What was not committed is read again by the next start. Next: make doctor";
+
 /**
  * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch under
  * way is then finished and committed. One batch of a partition at a time, as the broker filled it; an offset is committed after
@@ -134,8 +133,6 @@ export async function consume(
     leave();
   };
   using _leave = addAbortListener(signal, () => leave());
-  const away =
-    "Kafka (KAFKA_BROKERS) has not answered for 60 s. What was not committed is read again by the next start. Next: make doctor";
   const watch = setTimeout(() => fail(new Error(away)), 60_000);
   consumer.on("consumer.heartbeat", () => void watch.refresh());
   /** By partition: the offset that was committed here, since the group gave it out. */
@@ -168,12 +165,8 @@ export async function consume(
       await consumer.subscribe({ topics: [topic], fromBeginning: true });
       if (signal.aborted || failure) return;
       // Three at once: while one batch is inserted, another is made ready.
-      await consumer.run({
-        autoCommit: false,
-        eachBatchAutoResolve: false,
-        partitionsConsumedConcurrently: 3,
-        eachBatch,
-      });
+      const options = { autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently: 3 };
+      await consumer.run({ ...options, eachBatch });
     } catch (error) {
       retryLater(error as Error);
     }
@@ -210,8 +203,7 @@ async function moveBatch(
   work: Work,
 ): Promise<void> {
   const { topic, partition } = batch;
-  // Kafka deletes a group's offsets together with their topic: one that has none any more reads a topic that was created again, which
-  // may already be as long as the old one was.
+  // Kafka deletes a group's offsets with their topic: without them this is another topic, which may be as long as the old one was.
   const committed = await committedOffset();
   if (committed !== reached.get(partition) || BigInt(batch.firstOffset() ?? 0) < committed) await work.join();
   await work.batch(batch, heartbeat);
