@@ -39,11 +39,7 @@ users: setup ## Sync users to BigQuery (FROM= TO= reads a window again)
 
 .PHONY: events
 events: setup ## Archive every complete day of events since the watermark to S3
-	@node $(rows) scripts/events.ts
-
-.PHONY: backfill-events
-backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_PER_SECOND= FORCE=1)
-	@BACKFILL=1 node $(rows) scripts/events.ts
+	@node scripts/events.ts
 
 .PHONY: sensors
 sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTIL=caught-up)
@@ -68,20 +64,24 @@ rewind: setup ## Set a watermark back: PIPELINE= TO= (DRY_RUN=1 says what would 
 	@node scripts/ops/rewind.ts
 
 .PHONY: verify
-verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 mends what differs)
+verify: setup ## Prove that source and destination agree (PIPELINE= for one; REPAIR=1 repairs what differs)
 	@node scripts/ops/verify.ts
 
 .PHONY: sweep
 sweep: setup ## Remove at the destination what was deleted at the source: PIPELINE= (DRY_RUN=1 CONFIRM=1)
 	@node scripts/ops/sweep.ts
 
+.PHONY: backfill-events
+backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_PER_SECOND= FORCE=1)
+	@node scripts/ops/backfill-events.ts
+
 .PHONY: verify-events
 verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)
-	@node scripts/ops/archive.ts
+	@node scripts/ops/verify-events.ts
 
 .PHONY: restore-events
 restore-events: setup ## Put archived days into etl.events_restored: FROM= TO=
-	@RESTORE=1 node scripts/ops/archive.ts
+	@node scripts/ops/restore-events.ts
 
 .PHONY: connector
 connector: setup ## Put Debezium's connector to Kafka Connect, and wait until it runs
@@ -148,8 +148,8 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 	@echo "check: types" >&2 && tsc -p .
 	@echo "check: lint and format" >&2 && biome ci --colors=off --error-on-warnings .
 	@echo "check: unused exports, files and dependencies" >&2 && knip --no-progress --treat-config-hints-as-errors
-	@echo "check: SQL, by Google's analyser, by Postgres and by ClickHouse" >&2; \
-	  faults=0; for part in googlesql postgres clickhouse; do node test/check/$$part.ts || faults=1; done; exit $$faults
+	@echo "check: layers; SQL, by Google's analyser, by Postgres and by ClickHouse" >&2; \
+	  faults=0; for part in layers googlesql postgres clickhouse; do node test/check/$$part.ts || faults=1; done; exit $$faults
 	@echo "check: alert rules" >&2 && node --test test/alerts.test.ts
 
 .PHONY: bench

@@ -1,88 +1,72 @@
+#!/usr/bin/env -S npx tsx
 /**
  * events: Postgres → S3 archive.
  *
  *   source         public.events, append-only, as sql/events.sql reads it
- *   target         S3_BUCKET/S3_PREFIX/events/dt=YYYY-MM-DD/part-NNNN-RUN.ndjson.gz, and manifest.json: a day is done when it is there
+ *   target         S3_BUCKET/S3_PREFIX/events/dt=YYYY-MM-DD/part-NNNN-RUN.ndjson.gz, and manifest.json: a day is done when it exists
  *   key            id; a day of created_at, in UTC, is archived as a whole
  *   watermark      created_at, set by the database; always a midnight: every day before it is archived
  *   schedule       daily, cron
  *   safe to re-run yes, at any time, any number of times, twice at once: a day becomes visible by its manifest, which is put last
  *                  and only if nobody else put one meanwhile; parts are never overwritten
  *
- *   make events                                             every complete day since the watermark (the first time: yesterday)
- *   make backfill-events FROM=2017-01-01 TO=2018-01-01      the days of [FROM, TO); skips those that are done; the watermark stays
- *     CONCURRENCY=2                                         days at a time
- *     MAX_ROWS_PER_SECOND=20000                             spares the source
- *     FORCE=1                                               archives days again that are done
- *     ALLOW_SHRINK=1                                        even where they have fewer rows than in the archive
+ *   make events                        every complete day since the watermark (the first time: yesterday)
+ *     MAX_ROWS_PER_SECOND=20000        spares the source
  *
+ * For days of your own: make backfill-events.
  * Touches: reads the source as a read-only role; writes objects below events/ in the bucket, schema etl, and the Pushgateway.
  */
-
-import { copyJsonLines } from "../shared/copy.ts";
-import { readEnv } from "../shared/env.ts";
+import { readEnv, UsageError } from "../shared/env.ts";
 import {
   addDays,
+  archiveDays,
   archiveVariables,
-  checkArchivable,
-  createPace,
-  createParts,
-  describeDay,
-  eachDay,
-  type Position,
-  publish,
-  readDays,
-  readManifest,
-  startDay,
-  startOf,
-  windowDays,
+  daysBetween,
+  midnight,
+  openArchive,
 } from "../shared/events/archive.ts";
-import { bucketVariables, checkBucket, connectS3, isTransientS3 } from "../shared/events/s3.ts";
 import { main } from "../shared/main.ts";
-import { pipelineVariables, runPipeline, takeLock, withRetry } from "../shared/run.ts";
-import { readSelect } from "../shared/source.ts";
-import { takeWindow } from "../shared/watermark.ts";
-
-const pipeline = "events";
+import { type Run, runPipeline, takeLock } from "../shared/run.ts";
+import { readSelect, type Source } from "../shared/source.ts";
+import { advance, takeWindow, type Window } from "../shared/watermark.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv({ ...pipelineVariables, ...bucketVariables, ...archiveVariables });
-  const source = { table: "public.events", cursor: "created_at", select: readSelect(pipeline) };
-  const asked = env.BACKFILL || env.FROM ? readDays(env, "backfill-events") : undefined;
-  await runPipeline(pipeline, env, async (run) => {
-    if (asked) run.next = "and days that are done stay so. To resume: the same command again";
-
-    // 1. Lock: one run at a time.
+  const env = readEnv(archiveVariables);
+  if (env.FROM)
+    throw new UsageError("make events archives the days since the watermark. Next: make backfill-events FROM=… TO=…");
+  const source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
+  await runPipeline("events", env, async (run) => {
+    // 1. Lock: one run at a time, a backfill too.
     if (!(await takeLock(run))) return;
 
     // 2. Check the source, which must fit into etl.events_restored again, and the bucket, before a row moves.
-    const bucket = connectS3(env);
-    const [lines] = await Promise.all([checkArchivable(run, source), checkBucket(bucket)]);
+    const archive = await openArchive(run, source, env);
 
-    // 3. Take the window: the days since the watermark, or of [FROM, TO), that end before the safe upper bound.
-    const window = await takeWindow(run, env);
-    const days = await windowDays(run, asked, window, source);
+    // 3. Take the window: the days since the watermark that end before the safe upper bound.
+    const window = await takeWindow(run, {});
+    const days = await dueDays(run, source, window);
 
-    // 4. For each day: skip it if it is done; else extract and upload its parts, count, put the manifest. The watermark follows.
-    const pace = createPace(run, env.MAX_ROWS_PER_SECOND);
-    await eachDay(run, days, window, env, async (day) => {
-      return await withRetry(run, isTransientS3, async (attempt) => {
-        const before = await readManifest(bucket, day);
-        if (before && !env.FORCE) return { manifest: before.manifest, skipped: before.manifest.run_id !== run.id };
-        await startDay(run, day);
-        await using parts = createParts(run, bucket, day, attempt, env.CHUNK_ROWS);
-        const to = startOf(addDays(day)).created_at;
-        for (let after: Position | undefined = startOf(day); after; ) {
-          const settings = { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) };
-          const part = { ...run.session, settings };
-          await using rows = copyJsonLines(env.SOURCE_DATABASE_URL, lines, part, { from: after.created_at, to });
-          after = await parts.add(rows, pace());
-        }
-        const counted = await describeDay(run, parts);
-        const manifest = await publish(run, bucket, parts, counted, before, env.ALLOW_SHRINK);
-        return { manifest, skipped: manifest.run_id !== run.id };
-      });
+    // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest. The watermark
+    // follows, up to the first day that failed.
+    await archiveDays(run, archive, { days, failed: new Map(), concurrency: 1 }, async (day) => {
+      await advance(run, { from: run.watermark ?? window.from, to: midnight(addDays(day)) }, window.origin);
     });
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });
 });
+
+/** The days since the watermark that are over, as the safe upper bound knows it; the first time yesterday. */
+async function dueDays(run: Run, source: Source, { from, to }: Window): Promise<string[]> {
+  if (to === "-infinity") return []; // held before there is a watermark
+  const bound = to.slice(0, 10);
+  if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
+  const yesterday = addDays(bound, -1);
+  const [oldest] = await run.source.unsafe<{ day: string | null }[]>(
+    `select min(${source.cursor})::date::text as day from ${source.table}`,
+  );
+  if (oldest?.day && oldest.day < yesterday) {
+    const next = `make backfill-events FROM=${oldest.day} TO=${yesterday}`;
+    run.log("first-run", { archives: yesterday, older_days_from: oldest.day, next });
+  }
+  return [yesterday];
+}

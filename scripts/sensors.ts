@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * sensors: Postgres → Debezium → Kafka → ClickHouse.
  *

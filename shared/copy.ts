@@ -18,6 +18,7 @@ export interface RowStream extends AsyncDisposable {
 }
 
 const NEWLINE = 10;
+const LARGE = 2 ** 20;
 
 /**
  * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot).
@@ -45,36 +46,48 @@ export function copyJsonLines(
     try {
       const stream = await session.unsafe(copy).readable();
       handled(stream.errored); // it came with the first rows, before anybody could listen
-      yield* wholeLines(stream, sent);
+      yield* wholeLines(stream, sent, () => socket);
     } catch (cause) {
-      const { message } = cause as Error;
+      const { message, detail } = cause as Error & { detail?: string };
       const value = /etl refuses (.*)"$/s.exec(message)?.[1];
       const why = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
-      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${why}`, { cause });
+      throw new SourceError(
+        `reading the source failed after ${sent.rows} rows: ${[why, detail].filter(Boolean).join(": ")}`,
+        { cause },
+      );
     }
   }
   return {
     lines: lines(),
     sent,
     [Symbol.asyncDispose]: async () => {
-      socket?.destroy();
+      socket?.on("error", () => {}).destroy(); // over TLS postgres.js still writes its goodbye
       await session.end({ timeout: 0 });
     },
   };
 }
 
 /** What the stream gives holds many lines, and may end inside one. */
-async function* wholeLines(stream: AsyncIterable<Buffer>, sent: RowStream["sent"]): AsyncGenerator<Buffer> {
+async function* wholeLines(
+  stream: AsyncIterable<Buffer>,
+  sent: RowStream["sent"],
+  socket: () => Socket | undefined,
+): AsyncGenerator<Buffer> {
   let rest: Buffer[] = [];
   for await (const read of stream) {
     const end = read.lastIndexOf(NEWLINE) + 1;
-    const piece = end ? Buffer.concat([...rest, read.subarray(0, end)]) : undefined;
+    const whole = read.subarray(0, end);
+    const piece = end ? (rest.length ? Buffer.concat([...rest, whole]) : whole) : undefined;
     if (piece) rest = [];
     if (end < read.length) rest.push(read.subarray(end));
     if (!piece) continue;
     for (let at = piece.indexOf(NEWLINE); at >= 0; at = piece.indexOf(NEWLINE, at + 1)) sent.rows += 1;
     sent.bytes += piece.length;
+    // The stream reads ahead, which of large rows would be another one in memory.
+    const large = piece.length > LARGE;
+    if (large) socket()?.pause();
     yield piece;
+    if (large) socket()?.resume();
   }
 }
 

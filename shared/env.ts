@@ -17,7 +17,7 @@ export class UsageError extends Error {
 }
 
 const file = resolve(root, process.env.ENV_FILE || ".env");
-const authorities = process.env.NODE_EXTRA_CA_CERTS;
+const atStart = process.env.NODE_EXTRA_CA_CERTS;
 config({ path: file, quiet: true }); // never overrides what is set; Google's and Amazon's clients see it too
 
 /** Reads a variable's text. Its error says what is wrong with it: "must be a number from 1 to 9". */
@@ -32,45 +32,41 @@ export type Variables = Record<string, Variable<unknown>>;
 export type Env<V extends Variables> = { [K in keyof V]: V[K] extends Variable<infer T> ? T : never };
 
 export const required = <T>(read: Reader<T>): Variable<T> => ({ read });
-export const optional = <T, F = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> => ({
-  read,
-  fallback: { value: fallback as F },
-});
+export function optional<T>(read: Reader<T>): Variable<T | undefined>;
+export function optional<T>(read: Reader<T>, fallback: T): Variable<T>;
+export function optional<T>(read: Reader<T>, fallback?: T): Variable<T | undefined> {
+  return { read, fallback: { value: fallback } };
+}
 
 /** Whether it is set to anything. An empty variable counts as absent. */
 export const isSet = (name: string): boolean => Boolean(process.env[name]);
 
 /**
- * The variables, typed; and LOG_FORMAT, which every command heeds.
+ * The variables, typed.
  * @throws UsageError that lists every missing or malformed one, with what it is for and an example.
  */
 export function readEnv<V extends Variables>(variables: V): Env<V> {
   if (process.env.ENV_FILE && !existsSync(file))
     throw new UsageError(`ENV_FILE: there is no file ${file}. Copy .env.example there, or unset ENV_FILE.`);
   const faults: string[] = [];
-  const fault = (name: string, error: unknown): void =>
-    void faults.push(`  ${name} ${(error as Error).message}${documented(name)}`);
   const env: Record<string, unknown> = {};
-  for (const [name, { read, fallback }] of Object.entries({ ...variables, LOG_FORMAT: optional(logFormat, "text") })) {
+  for (const [name, { read, fallback }] of Object.entries({ ...variables, ...everywhere })) {
     try {
       const text = process.env[name];
       if (text) env[name] = read(text);
       else if (fallback) env[name] = fallback.value;
       else throw new Error("is missing");
     } catch (error) {
-      fault(name, error);
+      faults.push(`  ${name} ${(error as Error).message}${documented(name)}`);
     }
   }
-  try {
-    trustAuthorities();
-  } catch (error) {
-    fault("NODE_EXTRA_CA_CERTS", new Error(`is not a file of certificates in PEM form (${error})`));
-  }
   if ("FROM" in variables && !faults.length) {
-    const { FROM = "", TO = "" } = env as { FROM?: string; TO?: string };
+    const { FROM, TO } = env as { FROM?: string; TO?: string };
+    const example = "Example: FROM=2017-01-01 TO=2017-02-01";
     if (!FROM !== !TO)
-      fault(FROM ? "FROM" : "TO", new Error(`was given without ${FROM ? "TO" : "FROM"}: a re-run needs both`));
-    if (FROM > TO) fault("FROM", new Error(`${FROM} is after TO ${TO}: swap them; FROM is inclusive, TO exclusive`));
+      faults.push(`  ${FROM ? "FROM" : "TO"} was given without the other: a re-run needs both. ${example}`);
+    else if (FROM && TO && FROM > TO)
+      faults.push(`  FROM ${FROM} is after TO ${TO}: FROM is inclusive, TO exclusive. ${example}`);
   }
   if (faults.length)
     throw new UsageError(
@@ -86,12 +82,16 @@ function documented(name: string): string {
   return comment ? `. ${comment.replaceAll(/^# /gm, "").trim().replaceAll("\n", " ")} Example: ${name}=${value}` : "";
 }
 
-/** Node itself reads NODE_EXTRA_CA_CERTS only from the environment, when it starts; here the one of the file is added. */
-function trustAuthorities(): void {
-  const { NODE_EXTRA_CA_CERTS: path } = process.env;
-  if (path && path !== authorities)
-    setDefaultCACertificates([...getCACertificates("default"), readFileSync(path, "utf8")]);
+/** Node itself reads NODE_EXTRA_CA_CERTS from the environment, when it starts; here the one of the file is added. */
+function trust(path: string): void {
+  if (path !== atStart) setDefaultCACertificates([...getCACertificates("default"), readFileSync(path, "utf8")]);
 }
+
+/** What every command heeds. */
+const everywhere = {
+  LOG_FORMAT: optional((value) => like(/^(text|json)$/, "must be text or json")(value), "text"),
+  NODE_EXTRA_CA_CERTS: optional(trust),
+};
 
 const secrets = new Set<string>();
 
@@ -120,7 +120,6 @@ export function like(form: RegExp, otherwise: string): Reader<string> {
   };
 }
 export const name = like(/^[\w-]+$/, "may hold letters, digits, _ and - only");
-const logFormat = like(/^(text|json)$/, "must be text or json");
 
 export function number(least: number, most: number, whole = true): Reader<number> {
   return (value) => {

@@ -38,8 +38,7 @@ export const handled = (error: object | null | undefined): void => void (error &
 
 function fail(error: unknown): never {
   const bug = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
-  const stack = json() ? String(error) : (error as Error)?.stack;
-  logError(bug ? (stack ?? String(error)) : explain(error), current);
+  logError(bug ? String((!json() && (error as Error)?.stack) || error) : explain(error), current);
   process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
 }
 

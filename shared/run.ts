@@ -8,7 +8,7 @@ import type { Sql } from "postgres";
 import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
-import { epochSeconds, type Metrics, pushMetrics } from "./metrics.ts";
+import { type Metrics, pushMetrics } from "./metrics.ts";
 import { checkSession, connect, type SessionOptions } from "./session.ts";
 
 /** What every run reads. */
@@ -67,41 +67,40 @@ export interface Run {
 /**
  * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held
  * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
- * @throws what `body` throws, or an Error named Stopped after a signal or at the deadline.
+ * @throws what `body` throws, or an Error that says what stopped it: a signal, or the deadline.
  */
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
-  const { run, undos, stop, settle } = createRun(pipeline, env);
-  const work = (async () => {
+  const [stop, undos] = [new AbortController(), new Set<() => Promise<unknown>>()];
+  const run = createRun(pipeline, env, stop, undos);
+  const work = async (): Promise<void> => {
     const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
     await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
     await body(run);
     if (run.state === "locked") await record(run, "succeeded", env.RETENTION_DAYS);
-  })();
-  const stopped = Promise.withResolvers<never>();
-  run.signal.addEventListener("abort", () => stopped.reject(run.signal.reason));
+  };
+  const stopped = new Promise<never>((_, reject) =>
+    stop.signal.addEventListener("abort", () => reject(stop.signal.reason)),
+  );
   let failure: Error | undefined;
   try {
-    await Promise.race([work, stopped.promise]);
+    await Promise.race([work(), stopped]);
   } catch (error) {
     failure = error as Error;
-    stop(failure); // work of another day or model beside it must not publish what is undone here
+    stop.abort(failure); // work of another day or model beside it must not publish what is undone here
     progress("");
     await within5s(Promise.allSettled([...undos].map((undo) => undo())));
     if (run.state === "locked") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
   }
-  settle();
   if (run.state !== "skipped" && !run.byHand) await push(run, env.PUSHGATEWAY_URL, failure !== undefined);
-  const { rows, bytes, chunks } = run.totals;
-  const [seconds, { watermark }] = [run.seconds(), run];
+  const { totals, watermark } = run;
+  const seconds = run.seconds();
   if (failure) {
-    run.log("failed", { rows, chunks, seconds, watermark });
+    run.log("failed", { rows: totals.rows, chunks: totals.chunks, seconds, watermark });
     throw failure;
   }
-  const rates = {
-    rows_per_second: Math.round(rows / seconds),
-    peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
-  };
-  if (run.state === "locked") run.log("done", { rows, bytes, chunks, seconds, ...rates, watermark });
+  const rows_per_second = Math.round(totals.rows / seconds);
+  const peak_rss_mb = Math.round(process.resourceUsage().maxRSS / 1024);
+  if (run.state === "locked") run.log("done", { ...totals, seconds, rows_per_second, peak_rss_mb, watermark });
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
@@ -111,18 +110,15 @@ export function newRunId(at: number = Date.now()): string {
   return `${time}_${randomBytes(3).toString("hex")}`;
 }
 
-function createRun(pipeline: string, env: RunEnv) {
-  const id = newRunId();
+function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: Set<() => Promise<unknown>>): Run {
+  const { RUN_TIMEOUT_SECONDS: timeoutSeconds } = env;
+  const [id, started] = [newRunId(), performance.now()];
   Object.assign(current, { pipeline, run: id });
-  const started = performance.now();
-  const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
+  const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
-  const undos = new Set<() => Promise<unknown>>();
-  const stop = new AbortController();
-  const abort = (reason: string): void =>
-    stop.abort(Object.assign(new Error(`${reason}. No chunk is half applied; ${run.next}`), { name: "Stopped" }));
-  const deadline = `the run's deadline of ${env.RUN_TIMEOUT_SECONDS} s (RUN_TIMEOUT_SECONDS) has passed`;
-  const timer = setTimeout(abort, env.RUN_TIMEOUT_SECONDS * 1000, deadline);
+  const abort = (reason: string): void => stop.abort(new Error(`${reason}. No chunk is half applied; ${run.next}`));
+  const deadline = `the run's deadline of ${timeoutSeconds} s (RUN_TIMEOUT_SECONDS) has passed`;
+  const timer = setTimeout(abort, timeoutSeconds * 1000, deadline).unref();
   onSignal((signal) => abort(`stopped by ${signal}`));
   const run: Run = {
     id,
@@ -141,9 +137,9 @@ function createRun(pipeline: string, env: RunEnv) {
     log: (step, fields = {}) => log({ pipeline, run: id, step, ...fields }),
     seconds: () => Math.round(performance.now() - started) / 1000,
     state: "new",
-    totals: { chunks: 0, rows: 0, bytes: 0 },
+    totals: { rows: 0, bytes: 0, chunks: 0 },
   };
-  return { run, undos, stop: (failure: Error) => stop.abort(failure), settle: () => clearTimeout(timer) };
+  return run;
 }
 
 /** What is done for a run that has failed must not keep it from ending. */
@@ -163,7 +159,7 @@ async function push(run: Run, url: string, failed: boolean): Promise<void> {
     metrics.etl_rows = run.totals.rows;
     metrics.etl_bytes = run.totals.bytes;
     metrics.etl_duration_seconds = run.seconds();
-    if (run.watermark) metrics.etl_watermark_timestamp_seconds = epochSeconds(run.watermark);
+    if (run.watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(run.watermark.replace("+00", "Z")) / 1000;
   }
   await pushMetrics(url, run.pipeline, metrics).catch(({ message }: Error) =>
     run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
@@ -227,7 +223,7 @@ export async function withRetry<T>(
     } catch (error) {
       if (number === 4 || run.signal.aborted || !isTransient(error)) throw error;
       const seconds = 2 ** (number - 1) * (0.75 + Math.random() / 2);
-      run.log("retry", { attempt: number, in_seconds: seconds.toFixed(1), error: (error as Error).message });
+      run.log("retry", { attempt: number, in_seconds: Number(seconds.toFixed(1)), error: (error as Error).message });
       await delay(seconds * 1000, undefined, { signal: run.signal });
     }
   }

@@ -73,27 +73,17 @@ export async function checkSession(variable: string, session: Sql): Promise<void
     "28000": "Check the role in it, sslmode, and pg_hba.conf on the server.",
     "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
     "3D000": "Check the database's name in it.",
-    ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
-    ECONNRESET: "Does it speak TLS, where sslmode asks for it? If it does, the connection was cut: run again.",
     ENOTFOUND: "Check the host's name in it.",
-    CONNECT_TIMEOUT: "Is the host reachable from here?",
+    ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
   };
-  await session`select 1`.catch((error: Error & { code?: string }) => {
+  await session`select 1`.catch(({ code = "", message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
-    const { code = "", message } = error;
-    const remedy = remedies[code] ?? (isCertificate(error) ? ownAuthority : "Check it.");
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
+    const remedy =
+      remedies[code] ?? "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
     throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy}`);
   });
 }
-
-/** Whether the error is about the server's certificate (https://nodejs.org/api/tls.html#x509-certificate-error-codes). */
-export const isCertificate = ({ code, cause }: { code?: string; cause?: unknown }): boolean =>
-  /^(CERT_|ERR_TLS_CERT|UNABLE_TO_|SELF_SIGNED|DEPTH_ZERO|HOSTNAME_MISMATCH|INVALID_(CA|PURPOSE)|PATH_LENGTH)/.test(
-    code ?? "",
-  ) ||
-  (cause instanceof Error && isCertificate(cause));
-export const ownAuthority = "Is the certificate of your own authority? Name its file in NODE_EXTRA_CA_CERTS.";
 
 /** An identifier as SQL writes it. */
 export function quote(name: string): string {

@@ -51,27 +51,29 @@ export interface Expected {
 }
 
 /**
- * Compares the table and its cursor column, and what the SELECT returns, with what is expected of them by `file`.
+ * Compares the table and its cursor column, and what the SELECT returns, with what is expected of them by `file`. A column of the table
+ * that is not expected is a warning and a metric.
  * @returns the columns that the SELECT returns.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
 export async function checkColumns(
   run: SchemaCheck,
   file: string,
-  source: Source,
+  { table, cursor, select }: Source,
   wanted: Expected[],
 ): Promise<Column[]> {
-  const { table, select } = source;
-  await checkReadable(run.source, table);
-  const columns = await describe(run.source, `select * from ${table}`);
+  const { source, pipeline } = run;
+  const checks = readFileSync(join(root, "sql/source_checks.sql"), "utf8");
+  const faults = (await source.unsafe<{ fault: string }[]>(checks, [table, cursor])).map(({ fault }) => fault);
+  if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
+  const columns = await describe(source, `select * from ${table}`);
   const known = (name: string): boolean => wanted.some((column) => column.name === name);
   let missing: string | undefined;
-  const found = await describe(run.source, select).catch(({ code, message }: Error & { code?: string }) => {
+  const found = await describe(source, select).catch(({ code, message }: Error & { code?: string }) => {
     if (code !== "42703") throw Object.assign(new Error(message), { code }); // undefined_column
     missing = message;
     return columns.filter(({ name }) => known(name)); // the others are still worth checking, as the table has them
   });
-  const faults: string[] = [];
   const fault = (column: string, expected: string, is: string): void =>
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
   for (const { name, expected, differs } of wanted) {
@@ -80,30 +82,28 @@ export async function checkColumns(
     if (is) fault(name, `${expected} (${file})`, is);
   }
   for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  await checkCursor(run.source, source, columns, fault);
+  if (
+    !faults.length &&
+    (await source.unsafe(`select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`)).count
+  )
+    fault(
+      cursor,
+      "finite times, since it is the cursor",
+      "infinity or -infinity in at least one row. Give those rows a time",
+    );
   const unknown = columns
     .map(({ name }) => name)
     .filter((name) => !known(name) && !found.some(({ of }) => of === name));
-  if (missing && !faults.length) faults.push(`sql/${run.pipeline}.sql: ${missing}`);
-  if (faults.length) throw new UsageError(schemaFaults(run.pipeline, file, "source", faults, unknown));
+  if (missing && !faults.length) faults.push(`sql/${pipeline}.sql: ${missing}`);
+  if (faults.length) {
+    if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
+    const next = `Bring the source, sql/${pipeline}.sql and ${file} together`;
+    throw differs("source", faults, next);
+  }
   run.unknownColumns = unknown;
   const warning = `${table} has columns that are not in ${file}, and are not synced`;
   if (unknown.length) run.log("warning", { warning, columns: unknown.join() });
   return found;
-}
-
-async function checkReadable(source: Sql, table: string): Promise<void> {
-  const [relation] = await source<{ exists: boolean; hidden: boolean; readable: boolean; role: string }[]>`
-    select oid is not null as exists, row_security_active(oid) as hidden, has_table_privilege(oid, 'select') as readable,
-      current_user as role
-    from (select to_regclass(${table})::oid as oid) relation`;
-  const { exists, hidden, readable, role } = relation ?? {};
-  let fault: string | undefined;
-  if (!exists) fault = "there is no such table, or it may not be seen. Is SOURCE_DATABASE_URL the right database?";
-  else if (!readable) fault = `role ${role} may not read it. Run as a superuser: grant select on ${table} to ${role};`;
-  else if (hidden)
-    fault = `row-level security would hide rows from role ${role}. Run as a superuser: alter role ${role} bypassrls; or alter table ${table} disable row level security;`;
-  if (fault) throw new UsageError(`source table ${table}: ${fault}`);
 }
 
 /** What a SELECT returns: each column's type, and the table's column that it is, if it is one. */
@@ -119,48 +119,8 @@ async function describe(source: Sql, select: string): Promise<Column[]> {
     left join pg_attribute a on a.attrelid = d."table" and a.attnum = d.number`;
 }
 
-/** A row whose cursor is NULL or infinite would never be read. */
-async function checkCursor(
-  source: Sql,
-  { table, cursor }: Source,
-  columns: Column[],
-  fault: (column: string, expected: string, is: string) => void,
-): Promise<void> {
-  const column = columns.find(({ name }) => name === cursor);
-  const because = "since it is the cursor";
-  if (column?.type !== "timestamptz")
-    return fault(cursor, `timestamptz, ${because}`, column?.declared ?? "no such column");
-  if (!column.notnull)
-    return fault(
-      cursor,
-      `NOT NULL, ${because} and a row without it would never be read`,
-      `a nullable column. Run: alter table ${table} alter ${quote(cursor)} set not null;`,
-    );
-  const { count } = await source.unsafe(
-    `select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`,
+/** All faults of one side, in one error. */
+export const differs = (side: string, faults: string[], next: string): UsageError =>
+  new UsageError(
+    `the ${side} differs from the contract, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}\n${next}; README, "When the schema changes".`,
   );
-  if (count)
-    fault(
-      cursor,
-      `finite times, ${because}`,
-      "infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
-    );
-}
-
-/** All faults of one side, in one text. */
-export function schemaFaults(
-  pipeline: string,
-  file: string,
-  side: string,
-  faults: string[],
-  unknown: string[],
-): string {
-  const renamed = unknown.length
-    ? `\n  not in the contract: ${unknown.join(", ")}${faults.some((fault) => fault.endsWith("no such column")) ? " (was a column renamed?)" : ""}`
-    : "";
-  const next =
-    side === "source"
-      ? `Bring the source, sql/${pipeline}.sql and ${file} together`
-      : "For additions: make migrate. Anything else is yours to decide";
-  return `the ${side} differs from the contract, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}${renamed}\n${next}; README, "When the schema changes".`;
-}

@@ -82,8 +82,8 @@ export async function readBound(source: Sql): Promise<Bound> {
  */
 export function distrust(pipeline: string, stored: Watermark, bound: Bound): string | undefined {
   const where = `source database ${bound.database}`;
-  const rewind = `make rewind PIPELINE=${pipeline} TO=…`;
-  const next = `Next: ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}`;
+  const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=${pipeline} TO=…`;
+  const next = `Next: ${runbook}`;
   const restored = "it was restored or failed over, and rows that were synced since may be gone there";
   if (stored.server !== bound.server)
     return `${where} is not the server that the watermark ${stored.watermark} was taken from (${bound.server}, expected ${stored.server}): ${restored}. ${next}`;
@@ -92,7 +92,7 @@ export function distrust(pipeline: string, stored: Watermark, bound: Bound): str
   if (stored.wal && bound.wal && stored.wal > bound.wal)
     return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when the watermark ${stored.watermark} was set: ${restored}. ${next}`;
   if (stored.watermark > bound.now)
-    return `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, or the watermark ahead, and rows written meanwhile would be missed. ${next}`;
+    return `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, or the watermark ahead, and rows written meanwhile would be missed. Next: correct the clock, or ${runbook}`;
   if (stored.watermark > bound.bound && bound.holder && !bound.prepared)
     return `an open transaction of ${where} began before the watermark ${stored.watermark} and was not seen then, so its rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, make rewind PIPELINE=${pipeline} TO=${bound.bound}; and raise WATERMARK_LAG_SECONDS`;
   return undefined;
@@ -144,15 +144,13 @@ export async function nextChunk(
   const column = quote(cursor);
   return await run.source.begin("read only", async (sql) => {
     await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-    const [cut] = await sql.unsafe<{ rows: number; last: string | null; tied: boolean }[]>(
-      `select count(*)::int as rows, ${utc("max(c)")} as last, max(c) = current_setting('etl.from')::timestamptz as tied
-       from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`,
-    );
-    if (!cut?.last || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
-    if (!cut.tied) return { from, to: cut.last, rows: chunkRows };
-    const [next] = await sql.unsafe<{ at: string | null }[]>(
-      `select ${utc(`min(${column})`)} as at from (${select}) q where ${column} > current_setting('etl.from')::timestamptz`,
-    );
+    const ask = async (query: string) => (await sql.unsafe<{ rows: number; at: string | null }[]>(query))[0];
+    const cut = await ask(`select count(*)::int as rows, ${utc("max(c)")} as at
+       from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`);
+    if (!cut?.at || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
+    if (cut.at > from) return { from, to: cut.at, rows: chunkRows };
+    const next = await ask(`select 0 as rows, ${utc(`min(${column})`)} as at from (${select}) q
+       where ${column} > current_setting('etl.from')::timestamptz`);
     return { from, to: next?.at ?? to, rows: cut.rows };
   });
 }

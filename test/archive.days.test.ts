@@ -14,7 +14,7 @@ import type { Env } from "./stack/env.ts";
 const [shop, memoryShop] = await Promise.all([createShop(), createShop()]);
 after(() => Promise.all([shop, memoryShop].map((one) => one[Symbol.asyncDispose]())));
 
-const script = "scripts/events.ts";
+const script = "scripts/ops/backfill-events.ts";
 const sha256 = (bytes: Buffer): string => createHash("sha256").update(bytes).digest("hex");
 const read = async (bucket: Bucket, key: string): Promise<Buffer> => buffer(await getStream(bucket, key));
 const keysBelow = async (bucket: Bucket, prefix: string): Promise<string[]> =>
@@ -22,7 +22,7 @@ const keysBelow = async (bucket: Bucket, prefix: string): Promise<string[]> =>
 const runOf = ({ stderr }: Result): string => /run=(\w+) step=/.exec(stderr)?.[1] ?? "";
 
 function backfill(FROM: string, TO: string, variables: Env = {}): Promise<Result> {
-  return shop.run(script, { BACKFILL: "1", FROM, TO, ...variables });
+  return shop.run(script, { FROM, TO, ...variables });
 }
 
 /** Backfills days, which has to succeed. */
@@ -41,7 +41,7 @@ async function insert(rows: { id: bigint; at: string }[]): Promise<void> {
 }
 
 const verify = (FROM: string, TO: string, variables: Env = {}): Promise<Result> =>
-  shop.run("scripts/ops/archive.ts", { FROM, TO, ...variables });
+  shop.run("scripts/ops/verify-events.ts", { FROM, TO, ...variables });
 
 /**
  * A day in the bucket is what the source has of it: its rows in the order of created_at and id, each once, in parts of
@@ -100,27 +100,30 @@ suite("archive", { concurrency: true }, () => {
   suite("arguments that are refused: exit 2, before anything is connected to", { concurrency: 2 }, () => {
     const example = "Example: make backfill-events FROM=2017-01-01 TO=2018-01-01";
     const needs = `make backfill-events needs FROM and TO: the first day, and the day after the last. ${example}`;
-    const both = "a re-run needs both. Example: FROM=2017-01-01 TO=2017-02-01";
+    const start = "The start, inclusive. Example: FROM=2017-01-01";
+    const both = "a re-run needs both";
     const wrong = (fault: string): string =>
       `wrong environment or arguments, nothing was done:\n  ${fault}\nSet them in ${shop.env.ENV_FILE} or in the environment (.env.example has them all).`;
-    const noDay = wrong("FROM is not a date of the calendar: re-run: start, inclusive. Example: FROM=2017-01-01");
+    const noDay = wrong(`FROM is not a date of the calendar. ${start}`);
     const cases: [variables: Env, text: string][] = [
-      [{ BACKFILL: "1" }, needs],
-      [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}`)],
-      [{ BACKFILL: "1", FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}`)],
-      [{ BACKFILL: "1", TO: "2017-01-01" }, wrong(`TO was given without FROM: ${both}`)],
+      [{}, needs],
+      [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}. ${start}`)],
+      [
+        { TO: "2017-01-01" },
+        wrong(`TO was given without FROM: ${both}. The end, exclusive. Example: TO=2017-02-01T12:00:00Z`),
+      ],
       [
         { FROM: "2017-01-01", TO: "2017-01-01" },
         "FROM and TO are both 2017-01-01, and TO is exclusive: there is no day between them. For that day: TO=2017-01-02",
       ],
       [
-        { FROM: "2016-12-31", TO: "2016-12-31", BACKFILL: "1" },
+        { FROM: "2016-12-31", TO: "2016-12-31" },
         "FROM and TO are both 2016-12-31, and TO is exclusive: there is no day between them. For that day: TO=2017-01-01",
       ],
       [
         { FROM: "2017-01-03", TO: "2017-01-01" },
         wrong(
-          "FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: swap them. FROM is inclusive, TO exclusive.",
+          `FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: swap them; FROM is inclusive, TO exclusive. ${start}`,
         ),
       ],
       [
@@ -139,16 +142,14 @@ suite("archive", { concurrency: true }, () => {
       [{ FROM: "1900-02-29", TO: "1900-03-02" }, noDay],
       [
         { FROM: "yesterday", TO: "2019-03-02" },
-        wrong(
-          "FROM must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z: re-run: start, inclusive. Example: FROM=2017-01-01",
-        ),
+        wrong(`FROM must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z. ${start}`),
       ],
       [
         { FROM: "2017-01-01", TO: "2017-01-02", CONCURRENCY: "0", CHUNK_ROWS: "0", MAX_ROWS_PER_SECOND: "-1" },
         wrong(
-          "CHUNK_ROWS must be a whole number from 1 to 100000000: rows a chunk. Example: CHUNK_ROWS=250000\n" +
-            "  CONCURRENCY must be a whole number from 1 to 32: days at a time in a backfill. Example: CONCURRENCY=2\n" +
-            "  MAX_ROWS_PER_SECOND must be a whole number from 1 to 1000000000: spares the source: at most so many rows are read a second. Example: MAX_ROWS_PER_SECOND=20000",
+          "CHUNK_ROWS must be a whole number from 1 to 100000000. Rows a chunk, and at most as many a part of the archive. Example: CHUNK_ROWS=250000\n" +
+            "  MAX_ROWS_PER_SECOND must be a whole number from 1 to 1000000000. Spares the source: at most so many rows are read a second. Example: MAX_ROWS_PER_SECOND=20000\n" +
+            "  CONCURRENCY must be a whole number from 1 to 32. Days at a time in a backfill. Example: CONCURRENCY=2",
         ),
       ],
     ];
@@ -162,12 +163,9 @@ suite("archive", { concurrency: true }, () => {
       });
     }
 
-    for (const [command, RESTORE] of [
-      ["verify-events", ""],
-      ["restore-events", "1"],
-    ] as const) {
+    for (const command of ["verify-events", "restore-events"]) {
       test(`make ${command} without FROM and TO`, async () => {
-        const { code, stderr } = await shop.run("scripts/ops/archive.ts", { RESTORE });
+        const { code, stderr } = await shop.run(`scripts/ops/${command}.ts`);
         assert.equal(stderr, `error: ${needs.replaceAll("backfill-events", command)}`);
         assert.equal(code, 2);
       });
@@ -294,7 +292,7 @@ suite("archive", { concurrency: true }, () => {
         await assertArchived(day, await archive(day, addDays(day), { TZ, CHUNK_ROWS: "2" }), [2, 2, 1]);
         const verified = await verify(day, addDays(day), { TZ });
         assert.equal(verified.code, 0, verified.stderr);
-        await verify(day, addDays(day), { TZ, RESTORE: "1" });
+        await shop.succeed("scripts/ops/restore-events.ts", { FROM: day, TO: addDays(day), TZ });
       } finally {
         await set("reset timezone");
       }
@@ -346,7 +344,7 @@ suite("archive", { concurrency: true }, () => {
       const day = "2017-06-01";
       await shop.insertEvents(day, 2000);
       const running = shop.start(script, {
-        ...{ BACKFILL: "1", FROM: day, TO: addDays(day) },
+        ...{ FROM: day, TO: addDays(day) },
         ...{ CHUNK_ROWS: "200", MAX_ROWS_PER_SECOND: "500" }, // 10 parts of 0.4 s
       });
       let result: Result | undefined;

@@ -23,11 +23,10 @@ import { createShop, type Process, random, type Shop, until } from "./lib/shop.t
 import type { Env } from "./stack/env.ts";
 import { stackPath } from "./stack/stack.ts";
 
-const script = "scripts/events.ts";
-const verify = "scripts/ops/archive.ts";
+const script = "scripts/ops/backfill-events.ts";
+const verify = "scripts/ops/verify-events.ts";
 const soak = process.env.SOAK === "1";
 const backfill = (from: string, to: string, more: Env = {}): Env => ({
-  BACKFILL: "1",
   FROM: from,
   TO: to,
   CHUNK_ROWS: "60",
@@ -208,8 +207,6 @@ suite("killed", { concurrency: true }, () => {
         await kill(shop, killed);
         const parts = [1, 2, 3].map((n) => `events/dt=${of}/part-000${n}-${run_id}.ndjson.gz`);
         assert.deepEqual(await objectKeys(shop, of), parts);
-        const [chunk] = await shop.admin`select state from etl.chunks where run_id = ${run_id}`;
-        assert.equal(chunk?.state, "running");
         const unfinished = await shop.run(verify, { FROM: of, TO: addDays(of) });
         assert.equal(unfinished.code, 1);
         assert.match(unfinished.stderr, new RegExp(`${of}: is not archived; the source has 150 rows of it`));
@@ -256,13 +253,13 @@ suite("killed", { concurrency: true }, () => {
       const chunk = async (): Promise<unknown[]> =>
         Object.values(
           (
-            await shop.admin`select state, rows::int, attempts, run_id from etl.chunks where chunk_from = ${`${of}Z`}::text::timestamptz`
+            await shop.admin`select state, rows::int, run_id from etl.chunks where chunk_from = ${`${of}Z`}::text::timestamptz`
           )[0] ?? {},
         );
-      assert.deepEqual(await chunk(), ["running", 0, 1, manifest.run_id]);
+      assert.deepEqual(await chunk(), []);
       const { stderr } = await shop.succeed(script, one(of));
       assert.match(stderr, / step=days archived=0 skipped=1 failed=0/);
-      assert.deepEqual(await chunk(), ["succeeded", 150, 1, manifest.run_id]);
+      assert.deepEqual(await chunk(), ["succeeded", 150, manifest.run_id]);
       assert.equal((await assertArchivedClean(shop, of)).etag, etag);
     });
 
@@ -331,31 +328,6 @@ suite("killed", { concurrency: true }, () => {
       assert.ok(versions.size >= 4, `${reads} reads saw ${versions.size} manifests`);
       await assertArchived(shop, of);
     });
-
-    test("in a multipart upload: there is no object, the upload is listed as a stray, and goes once it is old", async () => {
-      const of = await nextDay();
-      await insertWide(shop, of);
-      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-      const gate = hold();
-      proxy.fault(s3Steps.completeUpload, gate, 1);
-      const more = { CHUNK_ROWS: "1000" };
-      const run = shop.start(script, one(of, { ...more, S3_ENDPOINT: proxy.url }));
-      await reach(run, gate.reached);
-      await kill(shop, run);
-      assert.deepEqual(await objectKeys(shop, of), []);
-      const left = await strays(shop, of);
-      assert.equal(left.length, 1);
-      await shop.succeed(script, one(of, more));
-      await assertArchived(shop, of);
-      assert.deepEqual(await verified(shop, of, addDays(of), { CLEAN: "1" }), { stray: left, removed: [] });
-      gate.release(); // the killed run's upload is completed after all: an object that no manifest names
-      await until("the object is there", async () => (await objectKeys(shop, of)).length === 3);
-      await assertArchived(shop, of);
-      assert.deepEqual(await strays(shop, of), left);
-      age(shop, left[0] ?? "", 25);
-      assert.deepEqual(await verified(shop, of, addDays(of), { CLEAN: "1" }), { stray: [], removed: left });
-      await assertArchivedClean(shop, of);
-    });
   });
 
   suite("stopped", { concurrency: 1 }, () => {
@@ -373,7 +345,7 @@ suite("killed", { concurrency: true }, () => {
       const { code, stderr } = await ending(run);
       assert.ok(performance.now() - started < 5000, `it took ${performance.now() - started} ms`);
       assert.equal(code, 1);
-      const text = `stopped by ${signal}: nothing is half done, and the days that are done stay so. To go on: the same command again`;
+      const text = `stopped by ${signal}. No chunk is half applied; days that are done stay so. To resume: the same command again`;
       assert.ok(stderr.endsWith(`error: ${text}`), stderr);
       const { state, error } = await lastRun(shop);
       assert.deepEqual([state, error], ["failed", text]);
@@ -414,28 +386,24 @@ suite("killed", { concurrency: true }, () => {
     }
 
     // What the server is doing at that moment comes to pass all the same, before or after what the run removes.
-    for (const [step, gate] of [
-      ["putPart", hold()],
-      ["createUpload", hold()],
-      ["uploadPart", withhold()],
-      ["completeUpload", hold()],
+    for (const [what, gate] of [
+      ["before the server has it", hold()],
+      ["before its answer", withhold()],
     ] as const) {
-      test(`by SIGTERM in an upload (${step}), which goes on at the server: no upload and no part is left`, async () => {
-        const of = step === "putPart" ? addDays(day, 1) : addDays(day, 2);
-        if (step === "putPart") await shop.insertEvents(of, 150);
-        if (step === "createUpload") await insertWide(shop, of);
-        const before = await strays(shop, of); // the day is shared, and a failure is its own test's only
+      test(`by SIGTERM in the PUT of a part, ${what}, which goes on at the server: no part is left`, async () => {
+        day = addDays(day, 1);
+        await insertWide(shop, day);
         await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-        proxy.fault(s3Steps[step], gate, 1);
-        const run = shop.start(script, backfill(of, addDays(of), { CHUNK_ROWS: "1000", S3_ENDPOINT: proxy.url }));
+        proxy.fault(s3Steps.putPart, gate, 1);
+        const run = shop.start(script, backfill(day, addDays(day), { CHUNK_ROWS: "1000", S3_ENDPOINT: proxy.url }));
         await reach(run, gate.reached);
         const landed = delay(300)
           .then(gate.release)
           .then(() => delay(300)); // after the run's end, if it does not wait for it
         await stop(run, "SIGTERM");
         await landed;
-        assert.deepEqual(await objectKeys(shop, of), []);
-        assert.deepEqual(await strays(shop, of), before);
+        assert.deepEqual(await objectKeys(shop, day), []);
+        assert.deepEqual(await strays(shop), []);
       });
     }
 

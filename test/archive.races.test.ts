@@ -31,9 +31,9 @@ import {
 import { createShop, type Process, type Shop } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 
-const script = "scripts/events.ts";
+const script = "scripts/ops/backfill-events.ts";
+const daily = "scripts/events.ts";
 const backfill = (from: string, to = addDays(from), more: Env = {}): Env => ({
-  BACKFILL: "1",
   FROM: from,
   TO: to,
   CHUNK_ROWS: "60",
@@ -371,7 +371,7 @@ suite("races", { concurrency: true }, () => {
       await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
       const first = await held(shop, day, 1);
       const recorded = await shop.admin`select * from etl.runs order by started_at`;
-      const skipped = await shop.succeed(script, { PUSHGATEWAY_URL: gateway.url });
+      const skipped = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
       assert.match(
         skipped.stderr,
         new RegExp(`^\\S+ pipeline=events run=\\w+ step=skipped ${await holder(shop, first.run)}$`),
@@ -380,7 +380,7 @@ suite("races", { concurrency: true }, () => {
       assert.deepEqual(await shop.admin`select * from etl.runs order by started_at`, recorded);
       await first.release();
       assert.equal(await shop.watermark("events"), undefined);
-      const { stderr } = await shop.succeed(script, { PUSHGATEWAY_URL: gateway.url });
+      const { stderr } = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
       assert.match(stderr, / step=days archived=1 skipped=0 failed=0/);
       assert.equal(gateway.requests.filter((line) => line.startsWith("POST ")).length, 1);
       assert.ok(await shop.watermark("events"));
@@ -405,7 +405,7 @@ suite("races", { concurrency: true }, () => {
     test("while a transaction is prepared, before there is a watermark: archives nothing, and says who holds it", async () => {
       await shop.admin.unsafe(`begin; create table t (); prepare transaction '${shop.dataset}'`);
       try {
-        const { code, stderr } = await shop.run(script);
+        const { code, stderr } = await shop.run(daily);
         assert.match(stderr, new RegExp(` step=held by=".*prepared transaction .*${shop.dataset}`));
         assert.deepEqual(await archivedDays(), []);
         assert.equal(await shop.watermark("events"), undefined);
@@ -417,7 +417,7 @@ suite("races", { concurrency: true }, () => {
     });
 
     test("the first time archives yesterday only, and prints the backfill of the older days", async () => {
-      const { stderr } = await shop.succeed(script);
+      const { stderr } = await shop.succeed(daily);
       assert.ok(
         stderr.includes(
           ` step=first-run archives=${addDays(today, -1)} older_days_from=${addDays(today, -5)} next="make backfill-events FROM=${addDays(today, -5)} TO=${addDays(today, -1)}"`,
@@ -427,7 +427,7 @@ suite("races", { concurrency: true }, () => {
       assert.deepEqual(await archivedDays(), [1]);
       assert.equal(await shop.watermark("events"), midnight(0));
       await assertArchivedClean(shop, addDays(today, -1));
-      const second = await shop.succeed(script);
+      const second = await shop.succeed(daily);
       assert.match(second.stderr, / step=days archived=0 skipped=0 failed=0/);
       assert.equal(await shop.watermark("events"), midnight(0));
     });
@@ -436,7 +436,7 @@ suite("races", { concurrency: true }, () => {
       await shop.admin`update etl.watermarks set watermark = ${midnight(5)}::text::timestamptz`;
       await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       proxy.fault(ofDay(addDays(today, -4), s3Steps.putPart), refuse(403, "AccessDenied"));
-      const { code, stderr } = await shop.run(script, { S3_ENDPOINT: proxy.url });
+      const { code, stderr } = await shop.run(daily, { S3_ENDPOINT: proxy.url });
       assert.equal(code, 1);
       const bad = addDays(today, -4);
       assert.match(
@@ -450,7 +450,7 @@ suite("races", { concurrency: true }, () => {
       assert.equal(await shop.watermark("events"), midnight(4));
       assert.equal((await chunk(shop, bad))?.state, "failed");
 
-      const mended = await shop.succeed(script);
+      const mended = await shop.succeed(daily);
       assert.match(mended.stderr, / step=days archived=1 skipped=3 failed=0/);
       assert.equal(await shop.watermark("events"), midnight(0));
       assert.equal((await chunk(shop, bad))?.state, "succeeded");

@@ -18,13 +18,16 @@ import { createShop, type Result, type Shop } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 import { stackPath } from "./stack/stack.ts";
 
-const [archiver, reader] = ["scripts/events.ts", "scripts/ops/archive.ts"];
+const [archiver, verifier, restorer] = [
+  "scripts/ops/backfill-events.ts",
+  "scripts/ops/verify-events.ts",
+  "scripts/ops/restore-events.ts",
+];
 const backfill = (shop: Shop, FROM: string, TO: string, variables: Env = {}): Promise<Result> =>
-  shop.succeed(archiver, { BACKFILL: "1", FROM, TO, ...variables });
+  shop.succeed(archiver, { FROM, TO, ...variables });
 const verify = (shop: Shop, FROM: string, TO: string, variables: Env = {}): Promise<Result> =>
-  shop.run(reader, { FROM, TO, ...variables });
-const restore = (shop: Shop, FROM: string, TO: string): Promise<Result> =>
-  shop.succeed(reader, { FROM, TO, RESTORE: "1" });
+  shop.run(verifier, { FROM, TO, ...variables });
+const restore = (shop: Shop, FROM: string, TO: string): Promise<Result> => shop.succeed(restorer, { FROM, TO });
 
 const folder = (shop: Shop, day: string): string => `${shop.bucket.prefix}events/dt=${day}/`;
 const read = async (shop: Shop, key: string): Promise<Buffer> => buffer(await getStream(shop.bucket, key));
@@ -225,7 +228,7 @@ suite("archive", { concurrency: true }, () => {
         const whole = await read(shop, key);
         const damaged = damage(whole);
         await (damaged ? put(shop, key, damaged) : removeObjects(shop.bucket, [key]));
-        const { code, stderr } = await shop.run(reader, { FROM: day, TO: addDays(day), RESTORE: "1" });
+        const { code, stderr } = await shop.run(restorer, { FROM: day, TO: addDays(day) });
         await put(shop, key, whole);
         assert.equal(code, 1);
         await assertRestored(shop, ["2017-02-01", "2017-02-02", "2017-02-03"]);
@@ -278,7 +281,7 @@ suite("archive", { concurrency: true }, () => {
       "alter table public.events alter created_at drop not null",
       "alter table public.events alter created_at set not null",
       [
-        "created_at: expected NOT NULL, since it is the cursor and a row without it would never be read, found a nullable column. Run: alter table public.events alter created_at set not null;",
+        'created_at: expected NOT NULL, since it is the cursor and a row without it would never be read, found a nullable column. Run: alter table public.events alter "created_at" set not null;',
       ],
     );
     refuses(
@@ -300,7 +303,7 @@ suite("archive", { concurrency: true }, () => {
 
     test("a new column is a warning and a metric, and its table is archived", async () => {
       await shop.admin`alter table public.events add channel text default 'web', add "odd name" int`;
-      const result = await shop.succeed(archiver);
+      const result = await shop.succeed("scripts/events.ts");
       assert.match(
         result.stderr,
         /step=warning warning="public\.events has columns that are not in sql\/etl\/002_events_restored\.sql, and are not synced" columns="channel,odd name"/,
@@ -597,16 +600,16 @@ suite("archive", { concurrency: true }, () => {
       assert.equal((await verify(shop, from, to)).code, 0);
     });
 
-    for (const [what, RESTORE] of [
-      ["verified", ""],
-      ["restored", "1"],
+    for (const [what, reader] of [
+      ["verified", verifier],
+      ["restored", restorer],
     ] as const) {
       test(`a day that is archived again while it is ${what}: the new one is read`, async () => {
         await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
         const held = hold();
         proxy.fault(s3Steps.getPart, held, 1);
         const [FROM, TO] = [dayOf(0), dayOf(1)];
-        const run = shop.start(reader, { FROM, TO, RESTORE, S3_ENDPOINT: proxy.url });
+        const run = shop.start(reader, { FROM, TO, S3_ENDPOINT: proxy.url });
         await reach(run, held.reached);
         await backfill(shop, FROM, TO, { FORCE: "1", CHUNK_ROWS: "2" });
         held.release();
@@ -615,9 +618,9 @@ suite("archive", { concurrency: true }, () => {
         assert.match(stderr, /step=done run=\w+ days=1 rows=7 bytes=\d+ differ=0 /);
         assert.equal(
           proxy.requests.filter((line) => s3Steps.getManifest.test(line) && line.includes(FROM)).length,
-          RESTORE ? 2 : 3,
+          what === "restored" ? 2 : 3,
         );
-        if (!RESTORE) return;
+        if (what === "verified") return;
         const [same] =
           await shop.admin`select count(*)::int as rows from etl.events_restored r join public.events e using (id) where r::text = e::text`;
         assert.equal(same?.rows, 7);

@@ -23,8 +23,9 @@ import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { UsageError } from "../shared/env.ts";
 import { addDays } from "../shared/events/archive.ts";
-import { table, thousands } from "../shared/log.ts";
+import { thousands } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
+import { table } from "../shared/table.ts";
 import { breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
 import {
@@ -67,7 +68,7 @@ const fewModels = /^(weekly_revenue|lifetime_value|income_band_revenue)(__|\.)/;
 
 /** Several parts a day. */
 const parts = { CHUNK_ROWS: "200" };
-const backfill = { ...parts, BACKFILL: "1", CONCURRENCY: "2" };
+const backfill = { ...parts, CONCURRENCY: "2" };
 
 const begun = performance.now();
 const seconds = (): string => ((performance.now() - begun) / 1000).toFixed(1).padStart(6);
@@ -134,7 +135,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   const start = async (job: Job, variables: Env = {}): Promise<Result> => {
     const count = tally.get(job) ?? { runs: 0, succeeded: 0, failed: 0, killed: 0, skipped: 0, retries: 0 };
     tally.set(job, count);
-    const run = shop.start(`scripts/${job}.ts`, variables);
+    const run = shop.start(variables.FROM ? `scripts/ops/backfill-${job}.ts` : `scripts/${job}.ts`, variables);
     const mine = running.get(job) ?? new Set();
     running.set(job, mine.add(run));
     const result = await run.ended;
@@ -212,7 +213,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   };
   const archive = async (): Promise<void> => {
     await once("scripts/events.ts");
-    await once("scripts/events.ts", { ...archived.all(), ...backfill });
+    await once("scripts/ops/backfill-events.ts", { ...archived.all(), ...backfill });
   };
   await delay(600); // the lag
   await Promise.all([synced("orders").then(() => synced("users")), drain(), archive()]);
@@ -228,7 +229,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
     await admin`select (select count(*)::int from orders) as orders, (select count(*)::int from users) as users`;
   assert.deepEqual({ orders: rows.orders, users: rows.users }, { ...there }, "rows were left out of the comparison");
   rows.events = Number(
-    / step=done .*rows=(\d+)/.exec((await once("scripts/ops/archive.ts", archived.all())).stderr)?.[1],
+    / step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", archived.all())).stderr)?.[1],
   );
   assert.deepEqual(await sensors.deadLetters(), []);
   rows.models = await compareModels(shop, globSync(join(stack.scratch.folder, "views/*.sql")), once);

@@ -3,7 +3,7 @@ import assert from "node:assert/strict";
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import { watermarked } from "../shared/bigquery/contract.ts";
+import { watermarked } from "../shared/pipelines.ts";
 import { startPrometheus } from "./lib/prometheus.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createSensors } from "./lib/sensors.ts";

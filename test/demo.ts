@@ -11,8 +11,9 @@ import postgres from "postgres";
 import { connectBigQuery } from "../shared/bigquery/client.ts";
 import { dayPrefix } from "../shared/events/archive.ts";
 import { listObjects, removeObjects } from "../shared/events/s3.ts";
-import { table, thousands } from "../shared/log.ts";
+import { thousands } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
+import { table } from "../shared/table.ts";
 import { changeReadings, changeSource } from "./data/change.ts";
 import { loadData } from "./data/load.ts";
 import { connectBucket, connectClickHouse, until } from "./lib/shop.ts";
@@ -111,7 +112,7 @@ async function archive(): Promise<void> {
   say("\ndemo: make backfill-events FROM=2017-01-01 TO=2018-01-01, killed with SIGKILL at day 18");
   const started = performance.now();
   let rows = 0;
-  await command("scripts/events.ts", { ...year, BACKFILL: "1" }, (line, child) => {
+  await command("scripts/ops/backfill-events.ts", year, (line, child) => {
     rows += Number(/step=day .*rows=(\d+)/.exec(line)?.[1] ?? 0);
     if (line.includes("step=day") && ++days === 18) child.kill("SIGKILL");
     return !line.includes("step=day") || days <= 3 || days === 18;
@@ -123,15 +124,15 @@ async function archive(): Promise<void> {
   });
 
   say("\ndemo: the same command again");
-  const resumed = await command("scripts/events.ts", { ...year, BACKFILL: "1" }, (line) => {
+  const resumed = await command("scripts/ops/backfill-events.ts", year, (line) => {
     return !line.includes("step=day ") || /day=2017-..-01/.test(line);
   });
   tell("resumed", { ...resumed, days: resumed.chunks ?? "" });
 
   say("\ndemo: make verify-events FROM=2017-01-01 TO=2018-01-01: every part read back, against manifests and source");
-  tell("verified", await command("scripts/ops/archive.ts", year));
+  tell("verified", await command("scripts/ops/verify-events.ts", year));
   say("\ndemo: make restore-events FROM=2017-12-24 TO=2017-12-27");
-  tell("restored", await command("scripts/ops/archive.ts", { FROM: "2017-12-24", TO: "2017-12-27", RESTORE: "1" }));
+  tell("restored", await command("scripts/ops/restore-events.ts", { FROM: "2017-12-24", TO: "2017-12-27" }));
   say("\ndemo: make events: from now on every day that ends");
   await command("scripts/events.ts");
   bucket.client.destroy();

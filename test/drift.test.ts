@@ -166,7 +166,7 @@ stepsOfPipeline((pipeline) => {
     },
     "an additional column": {
       instead: { note: "STRING" },
-      says: [`.${pipeline}.note: is there, but ${file} has no such field`],
+      says: [`.${pipeline}.note: exists, but ${file} has no such field`],
     },
     "several of them": {
       instead: { [text]: null, id: "STRING NOT NULL" },
@@ -196,7 +196,7 @@ stepsOfPipeline((pipeline) => {
     await shop.admin.unsafe("alter schema etl rename to etl_aside");
     try {
       const { code, stderr } = await shop.run(script);
-      assert.match(stderr, /etl\.\w+.*the metadata tables are not there\. Run: make migrate/);
+      assert.match(stderr, /etl\.\w+.*Run: make migrate/);
       assert.equal(code, 2);
       assert.deepEqual(await shop.query(`SELECT id FROM ${pipeline}`), []);
     } finally {

@@ -81,12 +81,14 @@ const assertNotForged = ({ stdout, stderr }: Result): void =>
 
 const names: Record<string, (keyof typeof variables)[]> = {
   "scripts/orders.ts": ["BIGQUERY_PROJECT", "BIGQUERY_DATASET", "BIGQUERY_LOCATION", "FROM", "TO"],
-  "scripts/events.ts": ["FROM", "TO", "S3_BUCKET", "AWS_REGION"],
+  "scripts/events.ts": ["S3_BUCKET", "AWS_REGION"],
   "scripts/views.ts": ["ONLY", "BIGQUERY_VIEWS_DATASET", "BIGQUERY_DATASET"],
   "scripts/sensors.ts": ["CLICKHOUSE_DATABASE", "CLICKHOUSE_USER", "SENSORS_TOPIC", "SENSORS_GROUP", "KAFKA_BROKERS"],
   "scripts/ops/connector.ts": ["SENSORS_TOPIC", "KAFKA_BROKERS"],
   "scripts/ops/resnapshot.ts": ["CLICKHOUSE_DATABASE", "SENSORS_TOPIC"],
-  "scripts/ops/archive.ts": ["FROM", "TO"],
+  "scripts/ops/backfill-events.ts": ["FROM", "TO"],
+  "scripts/ops/verify-events.ts": ["FROM", "TO"],
+  "scripts/ops/restore-events.ts": ["FROM", "TO"],
   "scripts/ops/migrate.ts": ["BIGQUERY_DATASET", "BIGQUERY_VIEWS_DATASET", "CLICKHOUSE_DATABASE", "S3_BUCKET"],
   "scripts/ops/rewind.ts": ["PIPELINE", "TO"],
   "scripts/ops/doctor.ts": ["PIPELINE"],
@@ -155,8 +157,8 @@ test("a bucket's prefix is only a prefix, whatever is in it", async () => {
     "a b+c&d=e?f#g",
   ]) {
     const prefix: Env = { ...days, S3_PREFIX: `${shop.env.S3_PREFIX}${value}` };
-    await shop.succeed("scripts/events.ts", { ...prefix, BACKFILL: "1" });
-    const { stderr } = await shop.succeed("scripts/ops/archive.ts", prefix);
+    await shop.succeed("scripts/ops/backfill-events.ts", prefix);
+    const { stderr } = await shop.succeed("scripts/ops/verify-events.ts", prefix);
     assert.match(stderr, /days=1|verified|done/);
   }
 });
@@ -181,8 +183,8 @@ test("values of rows are values: every hostile text arrives as it is", async () 
   assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   for (const value of hostile)
     await shop.admin`insert into events (type, payload, created_at) values (${value}, ${shop.admin.json({ [value]: value })}, '2017-02-01')`;
-  await shop.succeed("scripts/events.ts", { FROM: "2017-02-01", TO: "2017-02-02", BACKFILL: "1" });
-  await shop.succeed("scripts/ops/archive.ts", { FROM: "2017-02-01", TO: "2017-02-02", RESTORE: "1" });
+  await shop.succeed("scripts/ops/backfill-events.ts", { FROM: "2017-02-01", TO: "2017-02-02" });
+  await shop.succeed("scripts/ops/restore-events.ts", { FROM: "2017-02-01", TO: "2017-02-02" });
   const { count } = await shop.admin`
     select from etl.events_restored r join events e using (id) where (r.type, r.payload) is not distinct from (e.type, e.payload) and e.created_at = '2017-02-01'`;
   assert.equal(count, hostile.length);

@@ -48,11 +48,14 @@ const malformed: Record<string, [value: string, says: string]> = {
 const window: [variables: Env, says: string][] = [
   [
     { FROM: "2017-02-01", TO: "2017-01-01" },
-    "FROM 2017-02-01T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: swap them. FROM is inclusive, TO exclusive.",
+    "FROM 2017-02-01T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: FROM is inclusive, TO exclusive.",
   ],
   [{ FROM: "2017-01-01T00:00:00.000002Z", TO: "2017-01-01T01:00:00.000001+01" }, "is after TO"],
-  [{ FROM: "2017-01-01" }, "FROM was given without TO: a re-run needs both. Example: FROM=2017-01-01 TO=2017-02-01"],
-  [{ TO: "2017-01-01" }, "TO was given without FROM: a re-run needs both."],
+  [
+    { FROM: "2017-01-01" },
+    "FROM was given without the other: a re-run needs both. Example: FROM=2017-01-01 TO=2017-02-01",
+  ],
+  [{ TO: "2017-01-01" }, "TO was given without the other: a re-run needs both."],
 ];
 
 /** Runs a command in a copy, as a person would. */
@@ -105,7 +108,7 @@ stepsOfPipeline((pipeline) => {
     for (const empty of [undefined, ""]) {
       const missing = Object.fromEntries(required.map((name) => [name, empty]));
       await assertFails(2, { ...missing, ENV_FILE: undefined }, [
-        ...required.map((name) => new RegExp(`^ {2}${name} is missing: .{10,}\\. Example: ${name}=.+$`, "m")),
+        ...required.map((name) => new RegExp(`^ {2}${name} is missing\\. .{10,}\\. Example: ${name}=.+$`, "m")),
         `Set them in ${join(scratch.folder, ".env")} or in the environment (.env.example has them all).`,
       ]);
     }

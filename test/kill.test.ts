@@ -196,7 +196,7 @@ stepsOfPipeline((pipeline) => {
       assert.match(
         stderr,
         new RegExp(
-          `error: another run advanced the watermark of ${pipeline} \\(expected \\S+, found \\S+\\): nothing is lost, the rows of this run are upserted\\. Next: make status`,
+          `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found \\S+\\): nothing is lost, the rows of this run are upserted\\. Next: make status`,
         ),
       );
       assert.equal(await shop.watermark(), watermark);
@@ -249,7 +249,7 @@ stepsOfPipeline((pipeline) => {
       run.child.kill(signal);
       const { code, stderr } = await ending(run);
       assert.equal(code, 1);
-      const text = `stopped by ${signal}: nothing is half done, the next run goes on from the watermark. Next: make status`;
+      const text = `stopped by ${signal}. No chunk is half applied; the next run resumes at the watermark. Next: make status`;
       assert.ok(stderr.endsWith(`error: ${text}`), stderr);
       assert.equal(proxy.requests.filter((line) => steps.cancel.test(line)).length, 1);
       const { state, error } = await lastRun(shop);
@@ -267,7 +267,7 @@ stepsOfPipeline((pipeline) => {
     for (const signal of ["SIGTERM", "SIGINT"] as const) run.child.kill(signal); // two of one kind might arrive as one
     const { code, stderr } = await ending(run);
     assert.equal(code, 1);
-    assert.match(stderr, /error: stopped by SIG(TERM|INT): nothing is half done/);
+    assert.match(stderr, /error: stopped by SIG(TERM|INT)\. No chunk is half applied/);
     assert.equal((await lastRun(shop)).state, "failed");
     await assertHeals(shop, changed);
   });
@@ -321,7 +321,7 @@ stepsOfPipeline((pipeline) => {
     assert.match(
       stderr,
       new RegExp(
-        `error: another run advanced the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\+00\\)`,
+        `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\+00\\)`,
       ),
     );
     await assertHeals(shop, last);

@@ -48,8 +48,8 @@ test("the other commands' lines are objects too, and what Postgres or rounding m
   await shop.insertEvents("2017-01-01", 3);
   const days = { FROM: "2017-01-01", TO: "2017-01-03" };
   const lines = [
-    ...parse((await shop.succeed("scripts/events.ts", { ...json, ...days, BACKFILL: "1" })).stderr),
-    ...parse((await shop.succeed("scripts/ops/archive.ts", { ...json, ...days })).stderr),
+    ...parse((await shop.succeed("scripts/ops/backfill-events.ts", { ...json, ...days })).stderr),
+    ...parse((await shop.succeed("scripts/ops/verify-events.ts", { ...json, ...days })).stderr),
     ...parse((await shop.succeed("scripts/ops/migrate.ts", json)).stderr),
     ...parse((await shop.succeed("scripts/ops/rewind.ts", { ...json, PIPELINE: "orders", TO: "2017-01-01" })).stderr),
   ];
@@ -82,8 +82,8 @@ test("an error is one object with the run's id, of several lines where it has th
   // A mistake in the code, thrown where nobody awaits it.
   using _ = scratch.edit("shared/run.ts", (code) =>
     code.replace(
-      "  const key =",
-      '  setTimeout(() => (undefined as unknown as { x: string }).x, 1);\n  process.emitWarning("careful");\n  await new Promise((resolve) => setTimeout(resolve, 1000));\n  const key =',
+      "  const [lock] =",
+      '  setTimeout(() => (undefined as unknown as { x: string }).x, 1);\n  process.emitWarning("careful");\n  await new Promise((resolve) => setTimeout(resolve, 1000));\n  const [lock] =',
     ),
   );
   const broken = await shop.run(shop.script, json);
@@ -102,7 +102,7 @@ test("errors before a run begins are objects as well; a wrong LOG_FORMAT is refu
   const wrong = await shop.run(shop.script, { LOG_FORMAT: "xml", BIGQUERY_PROJECT: "" });
   assert.match(
     wrong.stderr,
-    /^ {2}BIGQUERY_PROJECT is missing.*\n {2}LOG_FORMAT must be text or json: .* Example: LOG_FORMAT=json$/m,
+    /^ {2}BIGQUERY_PROJECT is missing.*\n {2}LOG_FORMAT must be text or json\. .* Example: LOG_FORMAT=text$/m,
   );
   assert.equal(wrong.code, 2);
   assert.equal((await shop.run("scripts/ops/status.ts", { LOG_FORMAT: "JSON" })).code, 2);
@@ -154,8 +154,8 @@ test("one run id joins log, etl.runs, BigQuery's jobs and their labels, Postgres
   const load = await job("load");
   assert.equal(load.configuration.load.destinationTable.tableId, `orders_staging_${id}_1_1`);
 
-  const days = { FROM: "2017-01-01", TO: "2017-01-02", BACKFILL: "1", FORCE: "1" };
-  const events = await sessionsOf("scripts/events.ts", "public.events", { ...json, ...days });
+  const days = { FROM: "2017-01-01", TO: "2017-01-02", FORCE: "1" };
+  const events = await sessionsOf("scripts/ops/backfill-events.ts", "public.events", { ...json, ...days });
   const archived = parse((await events.run.ended).stderr);
   const run = archived.at(-1)?.run as string;
   assert.ok(archived.every((line) => line.run === run && line.pipeline === "events"));

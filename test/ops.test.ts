@@ -157,7 +157,7 @@ test("status shows the metadata also while the source is down", async () => {
     assert.equal(watermark, await shop.watermark(pipeline));
     assert.match(`${run} | ${state}`, /^succeeded .* \| red$/);
     const says =
-      "who holds its watermark is not known: cannot connect to SOURCE_DATABASE_URL \\(host 127\\.0\\.0\\.1, port 1,";
+      "cannot tell which transaction holds its watermark: cannot connect to SOURCE_DATABASE_URL \\(host 127\\.0\\.0\\.1, port 1,";
     assert.match(stdout, new RegExp(`^${pipeline}: ${says}`, "m"));
     assert.match(String(all[pipeline]?.held_by), /^unknown: cannot connect to SOURCE_DATABASE_URL/);
   }
@@ -174,7 +174,7 @@ const refusals: [variables: Record<string, string>, says: RegExp][] = [
       /TO=2999-01-01T00:00:00\.000000\+00 is after the watermark \d{4}-\S+: a rewind goes back only, since the rows between them would never be read\./,
     ],
   ]),
-  [{ TO: "2017-01-01" }, /PIPELINE is missing: the pipeline's name\. Example: PIPELINE=orders/],
+  [{ TO: "2017-01-01" }, /PIPELINE is missing\. The pipeline's name\. Example: PIPELINE=orders/],
   [{ PIPELINE: "order", TO: "2017-01-01" }, /PIPELINE=order: there is no such pipeline; there are: .*\borders\b/],
 ];
 for (const [variables, says] of refusals) {

@@ -206,7 +206,7 @@ suite("walks", () => {
     const { admin } = shop;
     await shop.insertEvents(day, 60);
     await shop.insertEvents("2017-01-19", 10);
-    await shop.succeed("scripts/events.ts", { BACKFILL: "1", FROM: day, TO: "2017-01-20" });
+    await shop.succeed("scripts/ops/backfill-events.ts", { FROM: day, TO: "2017-01-20" });
     await admin`insert into orders (id, user_id, store_id, status, item_count, total, discount, created_at)
       select 1000 + i, i % 100, 1, 'paid', 1, 10, 0, '2017-01-02Z'::timestamptz + i * interval '1 day' from generate_series(0, 149) i`;
     await admin`update orders set status = 'completed'`; // what the models' checks know

@@ -10,7 +10,7 @@ import { promisify } from "node:util";
 import postgres from "postgres";
 import type { Status } from "../scripts/ops/lib/status.ts";
 import { readIntervals, readThreshold } from "../shared/alerts.ts";
-import { watermarked } from "../shared/bigquery/contract.ts";
+import { watermarked } from "../shared/pipelines.ts";
 import { createSource } from "./data/source.ts";
 import { createSensors } from "./lib/sensors.ts";
 import { createShop, freePort, type Process, type Shop, until } from "./lib/shop.ts";
@@ -76,7 +76,7 @@ suite("with one pipeline", () => {
       [...watermarked(), "sensors", "views"].sort(),
     );
     const header = readFileSync(join(root, script), "utf8").replaceAll(/\n \* +/g, " ");
-    const documented = /shared\/status\.ts: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
+    const documented = /lib\/status\.ts: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
     for (const of of all) assert.deepEqual(Object.keys(of).sort(), documented, of.pipeline);
   });
 
@@ -120,7 +120,7 @@ suite("with one pipeline", () => {
 
   test("the days of events are counted from etl.chunks, with those that failed", async () => {
     for (const day of ["2017-01-01", "2017-01-02"]) await shop.insertEvents(day, 3);
-    await shop.succeed("scripts/events.ts", { BACKFILL: "1", FROM: "2017-01-01", TO: "2017-01-04" });
+    await shop.succeed("scripts/ops/backfill-events.ts", { FROM: "2017-01-01", TO: "2017-01-04" });
     await shop.admin`update etl.chunks set state = 'failed' where chunk_from = '2017-01-02Z'`;
     const { code, of } = await statusOf(shop);
     assert.deepEqual(of.events?.days, {
@@ -304,7 +304,7 @@ test("sensors: lag, consumers, dead letters, connector and slot; without a consu
 
 suite("a source restored from an older backup", { concurrency: true }, () => {
   const says =
-    /rows that were synced since may be gone there, and the watermark is ahead of it\. Next: ops\/runbook\.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=orders TO=…/;
+    /rows that were synced since may be gone there\. Next: ops\/runbook\.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=orders TO=…/;
 
   /** The run refuses and moves nothing; status is red; after the runbook's steps source and destination are equal. */
   async function assertNoticed(
@@ -370,7 +370,7 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
         shop,
         variables,
         taken,
-        /is another one than run \w+ read \(its oid is \d+, and was \d+\): it was restored from an older backup/,
+        /is another one than the watermark \S+ was taken from \(oid \d+, expected \d+\): it was restored or failed over/,
         rows,
       );
     } finally {
@@ -419,7 +419,7 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
         shop,
         variables,
         taken,
-        /is behind what run \w+ read \(its WAL ends at \S+, and was at \S+\): it was restored from an older backup/,
+        /went back: its WAL ends at \S+, and was at \S+ when the watermark \S+ was set: it was restored or failed over/,
         rows,
       );
     } finally {

@@ -81,8 +81,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
     await run("localhost", ""),
     /cannot connect to SOURCE_DATABASE_URL .*no encryption\. Check the role in it, sslmode, and pg_hba\.conf/,
   );
-  const unknown =
-    /cannot connect to SOURCE_DATABASE_URL \(host localhost, .*certificate is refused \(\w+\): its authority is not known here\. Where it is your own, name its file in NODE_EXTRA_CA_CERTS/;
+  const unknown = /cannot connect to SOURCE_DATABASE_URL \(host localhost, .*authority in NODE_EXTRA_CA_CERTS/;
   assertRefused(await run("localhost", verify, {}), unknown);
   assertRefused(await run("localhost", verify, { NODE_EXTRA_CA_CERTS: theirs.file }), unknown);
   assertRefused(await run("localhost", "?sslmode=verify_full"), /SOURCE_DATABASE_URL has an unknown sslmode/, 2);
@@ -98,7 +97,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   };
   assertRefused(
     await run("localhost", verify, fromFile("/no/such.pem")),
-    /NODE_EXTRA_CA_CERTS is no file of certificates in PEM form \(ENOENT\)/,
+    /NODE_EXTRA_CA_CERTS ENOENT: no such file/,
     2,
   );
   assert.equal(await shop.watermark(), undefined);
@@ -126,12 +125,12 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   await serve(ours.issue("DNS:localhost"));
   assertRefused(
     await run("127.0.0.1", verify),
-    /SOURCE_DATABASE_URL \(host 127\.0\.0\.1, .*ERR_TLS_CERT_ALTNAME_INVALID\): it is of another host\. Use a name that is in it/,
+    /SOURCE_DATABASE_URL \(host 127\.0\.0\.1, .*does not match certificate's altnames/,
   );
   await serve(ours.issue("DNS:elsewhere.example"));
   assertRefused(
     await run("localhost", verify),
-    /SOURCE_DATABASE_URL \(host localhost, .*ERR_TLS_CERT_ALTNAME_INVALID\): it is of another host/,
+    /SOURCE_DATABASE_URL \(host localhost, .*does not match certificate's altnames/,
   );
   await serve(theirs.issue("DNS:localhost"));
   assertRefused(await run("localhost", verify), unknown);
@@ -153,7 +152,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
           ETL_DATABASE_URL: plain,
         }),
       }),
-      new RegExp(`cannot connect to ${name} .*Does it speak TLS`),
+      new RegExp(`cannot connect to ${name} .*Is it reachable, with TLS`),
     );
 });
 
@@ -276,10 +275,8 @@ test("Kafka: the consumer reads with TLS and each mechanism of SASL; a wrong cer
       assert.equal(Number((await answer.json<{ count: string }>())[0]?.count), ++sent);
     }
 
-    const unknown =
-      /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*unable to verify.* Is the certificate of your own authority\? Name its file in NODE_EXTRA_CA_CERTS/;
-    const otherHost =
-      /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*does not match certificate's altnames: IP: 127\.0\.0\.1/;
+    const unknown = /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*own authority in NODE_EXTRA_CA_CERTS/;
+    const otherHost = /cannot connect to KAFKA_BROKERS with KAFKA_TLS: .*does not match certificate's altnames/;
     const login = /KAFKA_BROKERS refused the login: .*Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD/;
     const wrong: [Env, RegExp][] = [
       [{ NODE_EXTRA_CA_CERTS: theirs.file }, unknown],

@@ -1,6 +1,6 @@
 // Any value Postgres can hold arrives equal, or its row is refused by name. Needs the local stack (make up).
 import assert from "node:assert/strict";
-import { after, suite, test } from "node:test";
+import { after, before, suite, test } from "node:test";
 import fc from "fast-check";
 import { type Scratch, scratchCopy } from "./lib/scratch.ts";
 import { createShop, ofSteps, type Pipeline, pipelines, type Shop } from "./lib/shop.ts";
@@ -271,7 +271,6 @@ const homeless: [column: string, value: string, written?: string, of?: string][]
   ["timestamp", "0001-12-31 23:59:59 BC"],
   ["created_at", "infinity"],
   ["created_at", "10000-01-01Z", "10000-01-01 00:00:00+00"],
-  ["json", '{"a": "\\u0000"}'], // jsonb would have refused it
   ["ints", "{1,NULL}"],
   ["ints", "{{1,2},{3,4}}"],
   ["moneys", "{1.00,NaN}"],
@@ -399,3 +398,42 @@ for (const pipeline of ofSteps) {
     });
   });
 }
+
+/** What the source or BigQuery refuses by itself: a value of a column, in SQL, and words of the refusal. */
+const refusedByEngine: [what: string, column: string, value: string, says: RegExp][] = [
+  ["an escaped null character", "json", `'{"a": "\\u0000"}'`, /unsupported Unicode escape sequence/],
+  ["a number that jsonb cannot hold", "json", `'{"a": 1e1000000}'`, /value overflows numeric format/],
+  ["20,000 levels of JSON", "json", "(repeat('[', 20000) || repeat(']', 20000))::json", /stack depth limit exceeded/],
+  ["a row larger than BigQuery takes", "text", "repeat('x', 18000000)", /maximum|too large|object size/i],
+  ["a byte that is not UTF-8", "text", "'caf' || chr(233)", /invalid byte sequence for encoding/],
+];
+await suite("a row that the source or BigQuery refuses", () => {
+  let shop: Shop;
+  before(async () => {
+    // An old database: SQL_ASCII takes any byte, and no client is told which they are.
+    shop = await createShop({ folder: scratch.folder, encoding: "SQL_ASCII" });
+    await shop.admin.unsafe("create type mood as enum ('sad', 'it''s ok', 'happy')");
+    const added = names.map((name) => `add "${name}" ${columns[name]?.[0]}`);
+    await shop.admin.unsafe(`alter table ${shop.table} ${added.join(", ")}`);
+    await shop.insertRows(1, 250);
+  });
+  after(() => shop?.[Symbol.asyncDispose]());
+
+  for (const [what, column, value, says] of refusedByEngine)
+    test(`is named by its key, in log2(n) steps: ${what}`, async () => {
+      await shop.admin.unsafe(`update ${shop.table} set "${column}" = ${value} where id = 170`);
+      const before = await shop.watermark();
+      const { code, stderr } = await shop.run(shop.script);
+      await shop.admin.unsafe(`update ${shop.table} set "${column}" = null where id = 170`);
+      assert.match(stderr, /error: row id=170 of orders is refused: .*Correct it at the source, then: make orders/);
+      assert.match(stderr, says);
+      assert.equal(code, 1);
+      assert.equal(await shop.watermark(), before);
+      assert.deepEqual(await shop.stagingTables(), []);
+    });
+
+  test("passes once it is corrected", async () => {
+    await shop.succeed(shop.script);
+    assert.equal((await shop.query(`SELECT id FROM ${shop.pipeline}`)).length, 250);
+  });
+});

@@ -2,10 +2,9 @@
 import assert from "node:assert/strict";
 import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
-import { buffer, json } from "node:stream/consumers";
+import { buffer } from "node:stream/consumers";
 import { afterEach, test } from "node:test";
-import { pipelines } from "../shared/bigquery/contract.ts";
-import { tablesRead } from "../shared/views/build.ts";
+import { tablesRead } from "../shared/views/models.ts";
 import {
   assertNoSessions,
   createProxy,
@@ -82,32 +81,28 @@ async function metrics(): Promise<Record<string, Record<string, number>>> {
   }
   return values;
 }
-/** The jobs that a run asks for: id without the run's → configuration. `answered` may change what a dry run says. */
+/** The configurations of the jobs that a run asks for. */
 // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-function jobs(bytes?: number): { fault: Fault; asked: any[] } {
+function jobs(): { fault: Fault; asked: any[] } {
   // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
   const asked: any[] = [];
-  const fault: Fault = async ({ request, response, send, reply }) => {
+  const fault: Fault = async ({ request, send, reply }) => {
     const body = await buffer(request);
-    const { configuration } = JSON.parse(body.toString());
-    asked.push(configuration);
-    const answer = await send(body);
-    if (!configuration.dryRun || bytes === undefined) return await reply(answer);
-    // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-    const job = (await json(answer)) as any;
-    if (job.statistics) job.statistics.query.totalBytesProcessed = String(bytes);
-    response.writeHead(answer.statusCode ?? 500, { "content-type": "application/json" }).end(JSON.stringify(job));
+    asked.push(JSON.parse(body.toString()).configuration);
+    await reply(await send(body));
   };
   return { fault, asked };
 }
 const jobPost = /^POST .+\/jobs$/;
 
-await test("the tables that a model reads are found in its SQL: behind FROM, JOIN and a comma, not in comments, strings, columns or aliases", () => {
+await test("the tables that a model reads are found behind FROM and JOIN, not in comments, strings, columns or aliases", () => {
   const known = ["a", "b", "c", "d", "orders"];
   const reads = (sql: string): string => tablesRead(sql, known).join();
   assert.equal(reads("SELECT x FROM a -- FROM b\n# FROM b\n/* FROM b\nJOIN c */ WHERE y = 'it''s FROM b'"), "a");
   assert.equal(
-    reads(`SELECT "FROM b", '''\n' FROM c''', r"\\" FROM \`a\` JOIN b USING (x), c AS q, UNNEST(d) AS e`),
+    reads(
+      `SELECT "FROM b", '''\n' FROM c''', r"\\" FROM \`a\` join b USING (x) CROSS JOIN\n-- the c\nc AS q, UNNEST(d) AS e`,
+    ),
     "a,b,c",
   );
   assert.equal(
@@ -116,7 +111,7 @@ await test("the tables that a model reads are found in its SQL: behind FROM, JOI
   );
   assert.equal(
     reads(
-      "WITH q AS (SELECT * FROM a), b AS (SELECT 1) SELECT (SELECT max(c) FROM c), d FROM (b LEFT JOIN q ON f(x, d)), orders",
+      "WITH q AS (SELECT * FROM a), z AS (SELECT 1) SELECT (SELECT max(c) FROM c), d FROM (b LEFT JOIN q ON f(x, d)) JOIN orders",
     ),
     "a,b,c,orders",
   );
@@ -124,6 +119,7 @@ await test("the tables that a model reads are found in its SQL: behind FROM, JOI
     reads("SELECT EXTRACT(WEEK FROM x), d FROM (SELECT b, c FROM a UNION ALL SELECT b, d FROM orders)"),
     "a,orders",
   );
+  assert.equal(reads("SELECT * FROM x.a JOIN `x.b` JOIN `x`.c JOIN orders_2 JOIN d"), "d");
 });
 
 await test("each model is built after what it reads, checked, and published without an expiry, with descriptions, partitioning and clustering", async () => {
@@ -167,7 +163,7 @@ SELECT day, store_id, COUNT(*) AS order_count FROM days GROUP BY day, store_id;
     assert.deepEqual(await builds(), [], "nothing is left of this run, nor of one whose tables have expired");
     assert.match(
       stdout,
-      /^MODEL +ROWS +BYTES +SECONDS +CHECKS +PUBLISHED\nzero +10 +0 +\S+ +1 passed +yes\nfirst +1 +0 +\S+ +1 passed +yes\n$/,
+      /^MODEL +ROWS +BYTES BILLED +SECONDS +CHECKS +PUBLISHED\nzero +10 +[1-9]\S+ +\S+ +1 passed +yes\nfirst +1 +[1-9]\S+ +\S+ +1 passed +yes\n$/,
     );
     const { state, rows } = await lastRun(shop);
     assert.deepEqual([state, rows], ["succeeded", 11]);
@@ -207,8 +203,8 @@ await test("a check that fails publishes nothing of its model and of what needs 
   ]);
   assert.deepEqual(await published(...kept), before);
   assert.deepEqual(await rowsOf("good"), [{ v: "2" }]);
-  assert.match(stdout, /^bad +- +- +\S+ +- +no: views\/checks\/bad__one\.sql returned 1 rows/m);
-  assert.match(stdout, /^far +- +- +0\.0 +- +no: it needs reads_bad$/m);
+  assert.match(stdout, /^bad +- +\S+ +\S+ +- +no: views\/checks\/bad__one\.sql returned 1 rows/m);
+  assert.match(stdout, /^far +- +0 +0\.0 +- +no: it needs reads_bad$/m);
   const left = /step=kept dataset=(\S+)/.exec(stderr)?.[1];
   const { expirationTime } = await get(`/${left}/tables/bad`);
   const hours = (Number(expirationTime) - Date.now()) / 3_600_000;
@@ -228,25 +224,26 @@ await test("a check that fails publishes nothing of its model and of what needs 
   assert.match((await lastRun(shop)).error ?? "", /3 of 4 models failed/);
 });
 
-await test("a syntax error, a missing table, a name with a dataset and a check that cannot run are told with their file; the others are published", async () => {
+await test("a syntax error, a missing table, a name with a dataset, a table behind a comma and a check that cannot run are told with their file; the others are published", async () => {
   models({
     good: "SELECT 3 AS v",
     syntax: "SELECT v,\n  FROM WHERE good",
     missing: "SELECT * FROM nowhere",
     qualified: `SELECT COUNT(*) AS n FROM ${shop.dataset}.orders`,
+    comma: "SELECT COUNT(*) AS n FROM users, orders",
     unchecked: "SELECT 1 AS v",
+    "checks/good__orders": "SELECT v FROM good JOIN orders ON id < 0",
     "checks/unchecked": "SELECT nope FROM unchecked",
   });
   await fails(1, [
     /syntax: views\/syntax\.sql: .*syntax/i,
-    new RegExp(
-      `missing: views/missing\\.sql: .*nowhere.*A model reads models of views/ and ${pipelines().join(", ")}, by these names`,
-    ),
-    `qualified: views/qualified.sql: it reads ${shop.dataset}.orders: give names without a dataset`,
+    /missing: views\/missing\.sql: .*nowhere.*Name each table without a dataset, behind a FROM or JOIN of its own/,
+    `qualified: views/qualified.sql: table ${shop.dataset}.orders was not found in the file, but read. Name each table without a dataset`,
+    "comma: views/comma.sql: table orders was not found in the file, but read. Name each table without a dataset, behind a FROM or JOIN of its own",
     /unchecked: views\/checks\/unchecked\.sql: .*nope/,
   ]);
   assert.deepEqual(await rowsOf("good"), [{ v: "3" }]);
-  for (const name of ["syntax", "missing", "qualified", "unchecked"])
+  for (const name of ["syntax", "missing", "qualified", "comma", "unchecked"])
     assert.equal(await get(`/${warehouse}/tables/${name}`), undefined, name);
 });
 
@@ -264,12 +261,12 @@ await test("two statements, another table's name, no CREATE, a check of nothing,
   const { stderr } = await fails(
     2,
     [
-      "views/two.sql holds 2 statements: it must hold one",
-      "views/named.sql creates the table good: it must be named as its file, named, without a dataset",
-      "views/dataset.sql creates the table raw.dataset: it must be named as its file, dataset, without a dataset",
-      'views/plain.sql begins with "CREATE TABLE plain AS": it must be CREATE OR REPLACE TABLE plain … AS SELECT …',
+      ...["two", "named", "dataset", "plain"].map(
+        (name) =>
+          `views/${name}.sql must hold one statement: CREATE OR REPLACE TABLE ${name} … AS SELECT …, without a dataset`,
+      ),
       "views/checks/nothing.sql reads no model",
-      "views/checks/deletes.sql must be a SELECT",
+      "views/checks/deletes.sql must hold one statement: a SELECT",
       "ONLY=nope: there is no views/nope.sql. There are: dataset, good, named, plain, two",
     ],
     { ONLY: "nope" },
@@ -283,11 +280,74 @@ await test("two statements, another table's name, no CREATE, a check of nothing,
     beside: "SELECT * FROM a",
   });
   await fails(2, [
-    "models read one another in a circle: views/a.sql reads views/b.sql reads views/c.sql reads views/a.sql",
+    "models read one another in a circle: views/a.sql reads b, good; views/b.sql reads c; views/beside.sql reads a; views/c.sql reads a",
   ]);
   models({ good: "SELECT * FROM good" });
-  await fails(2, ["models read one another in a circle: views/good.sql reads views/good.sql"]);
+  await fails(2, ["models read one another in a circle: views/good.sql reads good"]);
   assert.deepEqual(await published("good"), before);
+});
+
+await test("a published table keeps what is its own: row access policies, policy tags, labels and descriptions that the file has none of; columns are added", async () => {
+  const create = (columns: string, select: string): Record<string, string> => ({
+    own: `CREATE OR REPLACE TABLE own (${columns}) CLUSTER BY id OPTIONS (description = "Own.") AS SELECT ${select}`,
+  });
+  models(create('id INT64 OPTIONS (description = "The id."), secret STRING', "1, 'a'"));
+  await shop.succeed(script);
+  const table = `/${warehouse}/tables/own`;
+  const send = async (method: string, path: string, body: object): Promise<void> => {
+    const headers = { "content-type": "application/json" };
+    const { ok } = await fetch(`${api}${path}`, { method, headers, body: JSON.stringify(body) });
+    assert.ok(ok, path);
+  };
+  const policyTags = { names: ["projects/p/locations/us/taxonomies/1/policyTags/2"] };
+  const { schema } = await get(table);
+  const described = { ...schema.fields[1], description: "By hand.", policyTags };
+  await send("PATCH", table, { labels: { team: "shop" }, schema: { fields: [schema.fields[0], described] } });
+  const policy = { policyId: "all", projectId: shop.env.BIGQUERY_PROJECT, datasetId: warehouse, tableId: "own" };
+  const filter = { filterPredicate: "TRUE", grantees: ["allAuthenticatedUsers"] };
+  await send("POST", `${table}/rowAccessPolicies`, { rowAccessPolicyReference: policy, ...filter });
+  const policies = await get(`${table}/rowAccessPolicies`);
+  assert.equal(policies.rowAccessPolicies.length, 1);
+
+  models(
+    create(
+      'id INT64 OPTIONS (description = "The id, again."), added INT64 OPTIONS (description = "New."), secret STRING',
+      "2, 3, 'b'",
+    ),
+  );
+  await shop.succeed(script);
+  assert.deepEqual(await rowsOf("own"), [{ id: "2", secret: "b", added: "3" }]);
+  const now = await get(table);
+  assert.deepEqual(
+    now.schema.fields.map(({ name, description, policyTags }: Record<string, unknown>) => [
+      name,
+      description,
+      policyTags,
+    ]),
+    [
+      ["id", "The id, again.", undefined],
+      ["secret", "By hand.", policyTags],
+      ["added", "New.", undefined],
+    ],
+  );
+  assert.deepEqual([now.labels, now.clustering, now.expirationTime], [{ team: "shop" }, { fields: ["id"] }, undefined]);
+  assert.deepEqual(await get(`${table}/rowAccessPolicies`), policies);
+
+  const before = await published("own");
+  for (const [columns, select, lost] of [
+    ["id INT64, secret STRING", "2, 'c'", "column added INTEGER"],
+    ["id INT64, added INT64, secret INT64", "2, 3, 4", "column secret STRING"],
+  ] as const) {
+    models(create(columns, select));
+    await fails(1, [
+      `own: views/own.sql no longer has ${lost} of the published ${warehouse}.own. Run: DROP TABLE ${warehouse}.own (its access policies go with it); then: make views ONLY=own`,
+    ]);
+    assert.deepEqual([await published("own"), await get(`${table}/rowAccessPolicies`)], [before, policies]);
+  }
+  models({ own: "SELECT 2 AS id, 3 AS added, 'b' AS secret" });
+  await fails(1, ["own: views/own.sql no longer has PARTITION BY or CLUSTER BY of the published"]);
+  await shop.query(`DROP TABLE ${warehouse}.own`);
+  await shop.succeed(script, { ONLY: "own" });
 });
 
 await test("no rows, or fewer than half of the published ones, are not published without ALLOW_SHRINK=1", async () => {
@@ -299,7 +359,7 @@ await test("no rows, or fewer than half of the published ones, are not published
   await fails(1, [
     `shrinks: views/shrinks.sql: it has 4 rows, and the published ${warehouse}.shrinks 10. If that is right: make views ONLY=shrinks ALLOW_SHRINK=1`,
     `empties: views/empties.sql: it has 0 rows, and the published ${warehouse}.empties 10`,
-    `never: views/never.sql: it has 0 rows, and the published ${warehouse}.never is not there`,
+    `never: views/never.sql: it has 0 rows, and the published ${warehouse}.never does not exist`,
   ]);
   assert.deepEqual(await published("shrinks", "empties"), before);
   assert.equal((await rowsOf("halves")).length, 5);
@@ -331,53 +391,51 @@ await test("ONLY builds that model and what it and its checks need; the pipeline
   );
 });
 
-await test("DRY_RUN=1 says bytes and cost of all, in order, and builds and publishes nothing; a later one reads published tables", async () => {
+await test("DRY_RUN=1 says what would be built, in order, and what each reads; nothing is asked of BigQuery", async () => {
   models({
-    top: "SELECT v, other FROM dry, (SELECT COUNT(*) AS other FROM users)",
+    top: "SELECT v FROM dry CROSS JOIN (SELECT COUNT(*) AS other FROM users)",
     dry: "SELECT COUNT(*) AS v FROM orders",
-    wrong: "SELECT nope FROM dry",
     "checks/dry__v": "SELECT v FROM dry WHERE v = 0",
   });
-  await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
-  const { fault, asked } = jobs(2 ** 40);
-  proxy.fault(jobPost, fault);
-  const left = await builds();
   const recorded = await lastRun(shop);
-  const { stdout } = await fails(1, [/wrong: views\/wrong\.sql: .*nope/], {
-    DRY_RUN: "1",
-    BIGQUERY_ENDPOINT: proxy.url,
-    USD_PER_TIB: "5",
-  });
-  assert.match(stdout, /^dry +2,199,023,255,552 +10\.0000 +yes +-$/m);
-  assert.match(stdout, /^top +1,099,511,627,776 +5\.0000 +yes +dry$/m);
-  assert.match(stdout, /^wrong .* no: views\/wrong\.sql: /m);
-  assert.match(stdout, /^total +3,298,534,883,328 +15\.0000$/m);
-  assert.ok(asked.length >= 4 && asked.every(({ dryRun }) => dryRun), "dry runs only");
-  assert.deepEqual(
-    [await get(`/${warehouse}/tables/dry`), await builds(), await lastRun(shop)],
-    [undefined, left, recorded],
-  );
+  await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+  const { stdout } = await shop.succeed(script, { DRY_RUN: "1", BIGQUERY_ENDPOINT: proxy.url });
+  assert.match(stdout, /^MODEL +READS +CHECKS\ndry +orders +1\ntop +dry, users +0\n$/);
+  assert.deepEqual([proxy.requests, await lastRun(shop)], [[], recorded]);
 });
 
-await test("each statement may be billed its estimate and some headroom, and none more than MAX_BYTES_BILLED", async () => {
+await test("what a run is billed is logged and pushed, for each model and in all; no statement may be billed more than MAX_BYTES_BILLED", async () => {
   models({ billed: "SELECT COUNT(*) AS v FROM orders", "checks/billed__v": "SELECT v FROM billed WHERE v = 0" });
   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
-  const { fault, asked } = jobs(100_000_000);
+  const { fault, asked } = jobs();
   proxy.fault(jobPost, fault);
-  await shop.succeed(script, { BIGQUERY_ENDPOINT: proxy.url });
-  const limits = asked
-    .filter(({ query, dryRun }) => query && !dryRun)
-    .map(({ query }) => Number(query.maximumBytesBilled));
-  assert.deepEqual(limits, [125_000_000 + 10 * 2 ** 20, 125_000_000 + 10 * 2 ** 20]);
-  assert.ok(asked.every(({ labels }) => labels.etl_pipeline === "views" && /^\d{8}_\d{6}_\w+$/.test(labels.etl_run)));
+  const first = await shop.succeed(script, { BIGQUERY_ENDPOINT: proxy.url });
+  const least = 10 * 2 ** 20; // what BigQuery bills for a table, however small
+  for (const statements of [2, 3]) {
+    // model and check; where the table exists, publishing is a query too
+    const { stdout, stderr } = statements === 2 ? first : await shop.succeed(script, { BIGQUERY_ENDPOINT: proxy.url });
+    assert.match(stdout, new RegExp(`^billed +1 +${(statements * least).toLocaleString("en-US")} `, "m"));
+    assert.match(stderr, new RegExp(`step=model model=billed .*bytes_billed=${statements * least} `));
+    assert.match(stderr, new RegExp(`step=done .*bytes=${statements * least} `));
+  }
+  const pushed = await metrics();
+  assert.deepEqual([pushed.billed?.etl_model_bytes, pushed[""]?.etl_bytes], [3 * least, 3 * least]);
+  const limits = asked.flatMap(({ query }) => query?.maximumBytesBilled ?? []);
+  assert.deepEqual(limits, Array(5).fill("100000000000"));
+  assert.ok(asked.every(({ dryRun, labels }) => !dryRun && labels.etl_pipeline === "views" && labels.etl_run));
+
+  models({ billed: "SELECT COUNT(*) + 1 AS v FROM orders CROSS JOIN (SELECT 1 AS one FROM users)" });
   const before = await published("billed");
-  const cap = { BIGQUERY_ENDPOINT: proxy.url, MAX_BYTES_BILLED: "99999999" };
-  await fails(
+  const { stderr } = await fails(
     1,
-    ["billed: views/billed.sql: it would read 100,000,000 bytes, more than MAX_BYTES_BILLED, 99,999,999"],
-    cap,
+    [
+      "billed: views/billed.sql: it would be billed 20971520 bytes; MAX_BYTES_BILLED is 10485760. Let it read less, or run: make views ONLY=billed MAX_BYTES_BILLED=20971520",
+    ],
+    { MAX_BYTES_BILLED: String(least) },
   );
+  assert.match(stderr, /step=model model=billed failed=.* bytes_billed=0 /);
   assert.deepEqual(await published("billed"), before);
+  await shop.succeed(script, { ONLY: "billed", MAX_BYTES_BILLED: "20971520" });
 });
 
 await test("orders or users that are older than two of their intervals are refused by name; with ALLOW_STALE=1 a warning", async () => {
@@ -399,6 +457,19 @@ await test("orders or users that are older than two of their intervals are refus
     "error: orders has no watermark: it never ran. Nothing was built. Next: make orders, then make views",
   ]);
   await shop.admin`update etl.watermarks set pipeline = 'orders' where pipeline = 'aside'`;
+});
+
+await test("an interval of ops/alerts.yml that cannot be read, or is not there, is refused: nothing would be stale", async () => {
+  models({ stale: "SELECT COUNT(*) AS v FROM orders" });
+  const rules = (change: (text: string) => string): Disposable => scratch.edit("ops/alerts.yml", change);
+  {
+    using _ = rules((text) => text.replace("expr: vector(3600)", "expr: 60 * vector(60)"));
+    await fails(1, [
+      "error: ops/alerts.yml has 4 etl_expected_interval_seconds, of which 3 can be read. Write each as",
+    ]);
+  }
+  using _ = rules((text) => text.replace("{ pipeline: orders }", "{ pipeline: other }"));
+  await fails(1, [/error: orders is stale: its watermark \S+ is \S+ old, its interval is not in ops\/alerts\.yml\. /]);
 });
 
 await test("a run of orders in the middle of a build changes nothing in it; models that do not need one another go side by side", async () => {
@@ -454,7 +525,7 @@ await test("two runs at once: the second says who holds the lock, exits 0; ONLY 
   assert.equal(stopped.code, 1);
   assert.match(
     stopped.stderr,
-    /error: stopped by SIGTERM: nothing is half done, each published table is whole, .* make views$/,
+    /error: stopped by SIGTERM\. No chunk is half applied; each published table is whole, .*Next: make views$/,
   );
   assert.ok(proxy.requests.some((line) => /_locked_build_1\/cancel$/.test(line)));
   assert.equal((await ending(waits)).code, 0);

@@ -5,10 +5,10 @@
  *   safe to re-run   yes: it only reads
  */
 import { flag, number, optional, readEnv } from "../../shared/env.ts";
-import { table } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { table } from "../../shared/table.ts";
 
 await main(import.meta, async () => {
   const { SENSORS_TOPIC } = kafkaVariables;

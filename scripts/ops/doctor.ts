@@ -19,7 +19,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { type BigQueryEnv, bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
-import { checkSource, pipelines, readContract } from "../../shared/bigquery/contract.ts";
+import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import {
   type Env,
@@ -33,9 +33,10 @@ import {
   type Variables,
 } from "../../shared/env.ts";
 import { checkArchivable } from "../../shared/events/archive.ts";
-import { bucketVariables, checkBucket, connectS3, putText, removeObjects } from "../../shared/events/s3.ts";
+import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import {
@@ -365,8 +366,8 @@ async function checkS3(check: Check, env: Env<typeof bucketVariables>): Promise<
   const bucket = connectS3(env);
   if (!(await check("bucket", () => checkBucket(bucket)))) return;
   const key = `${bucket.prefix}events/doctor/${newRunId()}.json`;
-  const put = (): Promise<unknown> => putText(bucket, key, "{}\n", undefined, { by: "make doctor" });
-  if (await check("an object may be put", put)) await check("and deleted", () => removeObjects(bucket, [key]));
+  const putOne = (): Promise<unknown> => put(bucket, key, "{}\n", undefined, { by: "make doctor" });
+  if (await check("an object may be put", putOne)) await check("and deleted", () => removeObjects(bucket, [key]));
 }
 
 async function checkCapture(check: Check, env: Env<typeof captureVariables>): Promise<void> {

@@ -19,10 +19,11 @@
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
-import { type Contract, describeField, pipelines, readContract } from "../../shared/bigquery/contract.ts";
+import { type Contract, describeField, readContract } from "../../shared/bigquery/contract.ts";
 import { flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
+import { pipelines } from "../../shared/pipelines.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { applyMigrations, inClickHouse, inPostgres, type Step } from "./lib/migrations.ts";
 

@@ -9,10 +9,10 @@
  *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    say what would be read again
  */
 import { hostname } from "node:os";
-import { watermarked } from "../../shared/bigquery/contract.ts";
 import { flag, name, optional, readEnv, required, UsageError } from "../../shared/env.ts";
 import { type Fields, log } from "../../shared/log.ts";
 import { current, main } from "../../shared/main.ts";
+import { watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, lockKey, newRunId, pipelineVariables } from "../../shared/run.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";

@@ -19,10 +19,11 @@
  */
 import { styleText } from "node:util";
 import { flag, optional, readEnv } from "../../shared/env.ts";
-import { duration, table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { checkSession, connect } from "../../shared/session.ts";
+import { duration, table } from "../../shared/table.ts";
 import { readStatus, type Status } from "./lib/status.ts";
 
 await main(import.meta, async () => {

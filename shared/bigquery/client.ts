@@ -5,6 +5,7 @@ import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
 import { type Env, httpUrl, name, optional, required } from "../env.ts";
+import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
   BIGQUERY_PROJECT: required(name),
@@ -26,13 +27,20 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
   return new BigQuery({ ...options, apiEndpoint: env.BIGQUERY_ENDPOINT, authClient });
 }
 
+/** A job's labels, by which it is found in the list of jobs. */
+export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
+
 /** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 
-/** Begins the message of a load whose counts differ. */
-export const SHORT_LOAD = "the counts differ";
+/** Fewer or more rows were loaded than read. */
+export class ShortLoad extends Error {
+  constructor(sent: number, loaded: number) {
+    super(`the counts differ: ${sent} rows were read from the source, and ${loaded} were loaded; nothing was merged`);
+  }
+}
 
 /** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
 export function isRefusal(error: unknown): boolean {
@@ -54,7 +62,7 @@ export function isTransient(error: unknown): boolean {
   return (
     [408, 429, 500, 502, 503, 504].includes(Number(code)) ||
     errors?.some(({ reason = "" }) => /^(job)?(backendError|internalError|rateLimitExceeded)$/i.test(reason)) ||
-    message?.startsWith(SHORT_LOAD) ||
+    error instanceof ShortLoad ||
     /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|could not serialize access|premature close|other side closed/i.test(
       `${code} ${message}`,
     )

@@ -2,11 +2,11 @@
  * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it. Before a run moves a row, what
  * the extraction SELECT really returns and what the destination really has are compared with it.
  */
-import { readdirSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { type Column, checkColumns, type SchemaCheck, type Source, schemaFaults } from "../source.ts";
+import { type Column, checkColumns, differs, type SchemaCheck, type Source } from "../source.ts";
 import { apiType, type Field, jsonLines, unmappable } from "./types.ts";
 
 export interface Contract {
@@ -28,7 +28,15 @@ export function readContract(pipeline: string): Contract {
     const names: string[] = [...fields.map(({ name }: Field) => name), ...resource.tableConstraints.primaryKey.columns];
     const odd = names.find((name) => !/^[A-Za-z_]\w*$/.test(name));
     if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only`);
-    return { pipeline, file, fields, key: resource.tableConstraints.primaryKey.columns, resource };
+    const { columns: key } = resource.tableConstraints.primaryKey;
+    const required = fields
+      .filter(({ mode }: Field) => mode.toUpperCase() === "REQUIRED")
+      .map(({ name }: Field) => name);
+    // A MERGE finds no row by a NULL: each run would insert it again.
+    const nullable = key.find((name: string) => !required.includes(name));
+    if (nullable !== undefined)
+      throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
+    return { pipeline, file, fields, key, resource };
   } catch (error) {
     throw new UsageError(
       `${file} must be a BigQuery Table resource with schema.fields and tableConstraints.primaryKey: ${(error as Error).message}`,
@@ -36,21 +44,8 @@ export function readContract(pipeline: string): Contract {
   }
 }
 
-/** The pipelines that have a contract. */
-export function pipelines(): string[] {
-  const files = readdirSync(join(root, "schemas/bigquery")).filter((file) => /^\w.*\.json$/.test(file));
-  const names = files.sort().map((file) => file.replace(/\.json$/, ""));
-  const odd = names.find((name) => !/^[\w-]+$/.test(name));
-  if (odd !== undefined)
-    throw new UsageError(`schemas/bigquery: ${JSON.stringify(odd)} may hold letters, digits, _ and - only`);
-  return names;
-}
-
-/** The pipelines that have a watermark. */
-export const watermarked = (): string[] => [...pipelines(), "events"].sort();
-
-/** A SELECT of JSON lines, as a function of the SELECT whose rows it writes. */
-export type JsonSelect = (select: string) => string;
+/** A SELECT of JSON lines, as a function of the SELECT whose rows it writes, and of the fields, by default all. */
+export type JsonSelect = (select: string, fields?: Field[]) => string;
 
 /**
  * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
@@ -66,7 +61,7 @@ export async function checkSource(run: SchemaCheck, contract: Contract, source: 
     differs: (column: Column) => unmappable(column, field),
   }));
   const columns = await checkColumns(run, file, source, wanted);
-  return (select) => jsonLines(pipeline, fields, key, select, columns);
+  return (select, some = fields) => jsonLines(pipeline, some, key, select, columns);
 }
 
 /**
@@ -74,18 +69,17 @@ export async function checkSource(run: SchemaCheck, contract: Contract, source: 
  * @throws UsageError naming column, expected and found, all of them at once.
  */
 export function checkDestination(contract: Contract, table: string, actual: TableField[]): void {
-  const faults: string[] = [];
-  for (const field of contract.fields) {
+  const { fields, file } = contract;
+  const faults = fields.flatMap((field) => {
     const column = actual.find(({ name }) => name === field.name);
     const [expected, found] = [describeField(field), column ? describeField(column) : "no such column"];
-    if (found !== expected)
-      faults.push(`column ${table}.${field.name}: expected ${expected} (${contract.file}), found ${found}`);
-  }
-  for (const { name } of actual) {
-    if (!contract.fields.some((field) => field.name === name))
-      faults.push(`column ${table}.${name}: exists, but ${contract.file} has no such field`);
-  }
-  if (faults.length) throw new UsageError(schemaFaults(contract.pipeline, contract.file, "destination", faults, []));
+    return found === expected ? [] : [`column ${table}.${field.name}: expected ${expected} (${file}), found ${found}`];
+  });
+  for (const { name } of actual)
+    if (!fields.some((field) => field.name === name))
+      faults.push(`column ${table}.${name}: exists, but ${file} has no such field`);
+  if (faults.length)
+    throw differs("destination", faults, "For additions: make migrate. Anything else is your decision");
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

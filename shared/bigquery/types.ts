@@ -53,6 +53,17 @@ const types: Record<string, Record<string, Write>> = {
 const special: Write = (value) => `${value} in ('NaN', 'Infinity', '-Infinity')`;
 const outside: Write = (value) => `not ${value} >= '0001-01-01' or not ${value} < '10000-01-01'`;
 /**
+ * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of
+ * up to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
+ * @param value of type jsonb.
+ */
+const wideNumber = (value: string): string => `case when ${value}::text ~ '${"[0-9.]".repeat(16)}' then exists (
+  select from (select n::numeric as n from jsonb_path_query(${value}, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
+  where case when scale(n) = 0 and n between -9223372036854775808 and 18446744073709551615 then false
+    when n = 0 then false
+    when abs(n) not between 5e-324 and 1.7976931348623157e308 then true
+    else n <> n::float8::text::numeric end) else false end`;
+/**
  * Postgres type → the condition under which a value has no place in the field's type, where BigQuery would round it, or
  * refuse it without naming the row. A row that holds one is refused by name.
  */
@@ -68,6 +79,8 @@ const outOfRange: Record<string, (value: string, field: Field, declared: string)
   time: (value) => `${value} = '24:00:00'`,
   timestamp: outside,
   timestamptz: outside,
+  json: (value) => wideNumber(`${value}::jsonb`),
+  jsonb: wideNumber,
 };
 
 /** Digits in all and after the point that a NUMERIC or BIGNUMERIC field holds. */
@@ -105,7 +118,7 @@ function fits({ type, declared }: Column, field: Field): boolean {
  * @param key columns of the primary key, for the row's name.
  */
 export function jsonLines(pipeline: string, fields: Field[], key: string[], select: string, columns: Column[]): string {
-  const row = rowName(key);
+  const [row, line] = [rowName(key), freeName(fields, "line")];
   const written = fields.map((field) => {
     const column = columns.find(({ name }) => name === field.name) as Column;
     const name = quote(field.name);
@@ -117,7 +130,12 @@ export function jsonLines(pipeline: string, fields: Field[], key: string[], sele
     const elements = `(select coalesce(json_agg(${write("e")} order by n), '[]') from unnest(${value}) with ordinality a(e, n))`;
     return `${column.array ? elements : write(value)} as ${name}`;
   });
-  return `select row_to_json(line) from (select ${written.join(", ")} from (${select}) source) line`;
+  return `select row_to_json(${line}) from (select ${written.join(", ")} from (${select}) source) ${line}`;
+}
+
+/** A name like `wanted` that none of the fields has: as an alias, it would be taken for the field. */
+export function freeName(fields: Field[], wanted: string): string {
+  return fields.some(({ name }) => name.toLowerCase() === wanted) ? freeName(fields, `${wanted}_`) : wanted;
 }
 
 /** SQL: a row's key as text, for example id=17. */

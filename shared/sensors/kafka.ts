@@ -7,8 +7,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type EachBatchPayload, type ITopicConfig, type Kafka } from "kafkajs";
 import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
-import { isCertificate } from "../session.ts";
-import { brokerConfig, type KafkaEnv, namedFault } from "./broker.ts";
+import { brokerConfig, isCertificate, type KafkaEnv, namedFault } from "./broker.ts";
 
 export type { Admin, Batch, Kafka };
 

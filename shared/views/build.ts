@@ -1,21 +1,18 @@
 /**
- * The weekly models. views/NAME.sql is one CREATE OR REPLACE TABLE NAME … AS SELECT with unqualified names, run as it stands
- * (paste it into the console); views/checks/*.sql return the rows that are wrong. Write, audit, publish: the raw tables are
- * copied into a build dataset of the run, where each model is made and checked, and only then copied over the published table.
+ * Write, audit, publish: the raw tables are copied into a dataset of the run, where each model is made and checked; then one atomic job
+ * puts its rows into the published table.
  */
-import { globSync, readFileSync } from "node:fs";
-import { basename, join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
-import type { BigQuery, Table, TableField, TableMetadata } from "@google-cloud/bigquery";
+import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere } from "../bigquery/client.ts";
-import { pipelines } from "../bigquery/contract.ts";
-import { labels } from "../bigquery/load.ts";
-import { type Env, flag, like, name, number, optional, required, root, UsageError } from "../env.ts";
-import { duration, type Fields, table, thousands } from "../log.ts";
+import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, labels } from "../bigquery/client.ts";
+import { type Env, flag, like, name, number, optional, required, UsageError } from "../env.ts";
+import { thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
 import { newRunId, type Run, runVariables } from "../run.ts";
+import { duration, table } from "../table.ts";
+import type { Model, Statement } from "./models.ts";
 
 export const viewsVariables = {
   ...runVariables,
@@ -25,287 +22,70 @@ export const viewsVariables = {
   DRY_RUN: optional(flag, false),
   ALLOW_STALE: optional(flag, false),
   ALLOW_SHRINK: optional(flag, false),
-  MAX_PARALLEL: optional(number(1, 32), 4),
   MAX_BYTES_BILLED: optional(number(10 * 2 ** 20, 1e15), 100e9),
-  USD_PER_TIB: optional(number(0, 1000, false), 6.25),
 };
 
-/** What a run left in its build dataset (it was killed, or a model failed and somebody may want to look) is deleted by BigQuery after this time. */
-const BUILD_HOURS = 24;
-
-interface Check {
-  /** From the project's root, for messages. */
-  file: string;
-  sql: string;
-  /** Its SELECT, where it stands in the file, so that a message's line and column are the file's: what is dry-run. */
-  select: string;
-  /** Models and raw tables that it reads. */
-  reads: string[];
-}
-
-export interface Model extends Check {
-  name: string;
-  checks: Check[];
-  /** The models that have to be published before it: those that it or its checks read. */
-  needs: string[];
-}
-
-interface Token {
-  text: string;
-  /** A word or a name in backticks; everything else is a sign. */
-  word: boolean;
-  at: number;
-}
-
-/** The SQL without comments; a string is one sign, whatever is in it. */
-function tokens(sql: string): Token[] {
-  const forms =
-    /--.*|#.*|\/\*[\s\S]*?\*\/|"""[\s\S]*?"""|'''[\s\S]*?'''|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`[^`]*`|\w+|\S/g;
-  return [...sql.matchAll(forms)]
-    .filter(([text]) => !/^(--|#|\/\*)/.test(text))
-    .map(({ 0: text, index }) => ({ text: text.replaceAll("`", ""), word: /^[\w`]/.test(text), at: index }));
-}
-
-/** What follows the statement's own AS, with the text before it blanked. */
-function selectOf(sql: string, all: Token[]): string | undefined {
-  let depth = 0;
-  for (const { text, word, at } of all) {
-    if (text === "(") depth += 1;
-    else if (text === ")") depth -= 1;
-    else if (depth === 0 && word && text.toUpperCase() === "AS")
-      return sql.slice(0, at + 2).replaceAll(/./g, " ") + sql.slice(at + 2);
-  }
-  return undefined;
-}
-
-/** Where a FROM clause, and with it its commas between tables, ends. */
-const clause = /^(SELECT|WHERE|GROUP|HAVING|QUALIFY|WINDOW|ORDER|LIMIT|UNION|INTERSECT|EXCEPT)$/i;
-
-/** The known tables that the SQL names behind FROM, JOIN or a comma between them. `make check` compares it with Google's analyser. */
-export function tablesRead(sql: string, known: string[]): string[] {
-  const found = new Set<string>();
-  const outside: boolean[] = [];
-  let [inFrom, expected] = [false, false];
-  for (const { text, word } of tokens(sql)) {
-    if (word && /^(FROM|JOIN)$/i.test(text)) [inFrom, expected] = [true, true];
-    else if (text === "(") {
-      outside.push(inFrom);
-      inFrom = expected;
-    } else if (text === ")") [inFrom, expected] = [outside.pop() ?? false, false];
-    else if (text === ",") expected = inFrom;
-    else {
-      if (expected && word && known.includes(text)) found.add(text);
-      if (word && clause.test(text)) inFrom = false;
-      expected = false;
-    }
-  }
-  return [...found].sort();
-}
-
-/** The single statement of a file, without the semicolon at its end, as tokens. */
-function statement(file: string, sql: string, faults: string[]): Token[] {
-  const all = tokens(sql);
-  const count = all.filter(({ text }, at) => text !== ";" && (at === 0 || all[at - 1]?.text === ";")).length;
-  if (count !== 1) faults.push(`${file} holds ${count} statements: it must hold one`);
-  return all;
-}
-
-function readFiles(folder: string): { file: string; sql: string }[] {
-  const files = globSync(`${folder}/*.sql`, { cwd: root });
-  return files.sort().map((file) => ({ file, sql: readFileSync(join(root, file), "utf8") }));
-}
-
 /**
- * The models with their checks, in an order in which each comes after those that it needs.
- * @param only this one and what it needs.
- * @throws UsageError with everything that is wrong in the files, and with the names of models that need one another.
- */
-export function readModels(only?: string): Model[] {
-  const faults: string[] = [];
-  const files = readFiles("views").map(({ file, sql }) => ({ file, sql, name: basename(file, ".sql") }));
-  const names = files.map(({ name }) => name);
-  const known = [...names, ...pipelines()];
-  const models = files.map(({ file, sql, name }): Model => {
-    const all = statement(file, sql, faults);
-    const text = all.map((token) => token.text).join(" ");
-    const words = text.replaceAll(" . ", ".").split(" ");
-    const [begin, made] = [words.slice(0, 4).join(" "), words[4]];
-    const select = selectOf(sql, all);
-    if (begin.toUpperCase() !== "CREATE OR REPLACE TABLE" || !select)
-      faults.push(`${file} begins with "${begin}": it must be CREATE OR REPLACE TABLE ${name} … AS SELECT …`);
-    else if (made !== name)
-      faults.push(`${file} creates the table ${made}: it must be named as its file, ${name}, without a dataset`);
-    if (pipelines().includes(name)) faults.push(`${file}: ${name} is the name of a raw table`);
-    const reads = tablesRead(sql, known);
-    return {
-      name,
-      file,
-      sql,
-      select: select ?? sql,
-      reads,
-      checks: [],
-      needs: reads.filter((one) => names.includes(one)),
-    };
-  });
-  const ordered = inOrder(models, faults);
-  for (const { file, sql } of readFiles("views/checks")) {
-    const [first] = statement(file, sql, faults);
-    if (!/^(SELECT|WITH)$/i.test(first?.text ?? "")) faults.push(`${file} must be a SELECT of the rows that are wrong`);
-    const reads = tablesRead(sql, known);
-    const owner = ordered.findLast(({ name }) => reads.includes(name));
-    if (!owner) faults.push(`${file} reads no model: nothing would run it`);
-    owner?.checks.push({ file, sql, select: sql, reads });
-    // It runs once all are made that it reads: they come before its model in the order, but its model need not read them.
-    for (const name of reads)
-      if (names.includes(name) && name !== owner?.name && !owner?.needs.includes(name)) owner?.needs.push(name);
-  }
-  if (!names.length) faults.push("views/ holds no model");
-  if (only && !names.includes(only))
-    faults.push(`ONLY=${only}: there is no views/${only}.sql. There are: ${names.join(", ")}`);
-  if (faults.length) throw new UsageError(`nothing was built:\n${faults.map((fault) => `  ${fault}`).join("\n")}`);
-  const wanted = new Set(only ? [only] : names);
-  for (const { name, needs } of ordered.toReversed())
-    if (wanted.has(name)) for (const needed of needs) wanted.add(needed);
-  return ordered.filter(({ name }) => wanted.has(name));
-}
-
-/** Sorts them so that each comes after those that it reads, by name where there is a choice. */
-function inOrder(models: Model[], faults: string[]): Model[] {
-  const ordered: Model[] = [];
-  for (let left = models; left.length; left = models.filter((model) => !ordered.includes(model))) {
-    const next = left.find(({ needs }) => needs.every((name) => ordered.some((done) => done.name === name)));
-    if (next) ordered.push(next);
-    else {
-      const path: Model[] = []; // each of these reads another of them, so this comes back to where it was
-      let at = left[0] as Model;
-      for (; !path.includes(at); at = left.find(({ name }) => at.needs.includes(name)) as Model) path.push(at);
-      const circle = [...path.slice(path.indexOf(at)), at];
-      faults.push(`models read one another in a circle: ${circle.map(({ file }) => file).join(" reads ")}`);
-      return models;
-    }
-  }
-  return ordered;
-}
-
-/** The raw tables that the models and their checks read. */
-function rawTables(models: Model[]): string[] {
-  const read = new Set(models.flatMap(({ reads, checks }) => [...reads, ...checks.flatMap((check) => check.reads)]));
-  return pipelines().filter((name) => read.has(name));
-}
-
-/**
- * Compares the watermarks of the raw tables with the expected intervals of ops/alerts.yml: a model of a pipeline that is stuck
- * would be a wrong answer that looks like a new one.
+ * Compares the watermarks of raw tables with their intervals in ops/alerts.yml: a model of a stuck pipeline is a wrong answer that looks new.
  * @throws Error where one is older than two of its intervals, unless `allowed`.
  */
-export async function checkFresh(run: Run, models: Model[], allowed: boolean): Promise<void> {
+export async function checkFresh(run: Run, raw: string[], allowed: boolean): Promise<void> {
   const intervals = readIntervals();
-  const tables = rawTables(models);
-  const rows = await run.etl<{ pipeline: string; watermark: string | null; age: number | null }[]>`
+  const rows = await run.etl<{ pipeline: string; watermark: string; age: number | null }[]>`
     select t.pipeline, replace(date_trunc('second', watermark)::text, ' ', 'T') as watermark, extract(epoch from now() - watermark)::float8 as age
-    from unnest(${`{${tables.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
-  const stale: string[] = [];
-  for (const { pipeline, watermark, age } of rows) {
+    from unnest(${`{${raw.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
+  const stale = rows.flatMap(({ pipeline, watermark, age }) => {
     const interval = intervals.get(pipeline);
-    if (!interval)
-      throw new UsageError(
-        `ops/alerts.yml has no etl_expected_interval_seconds for ${pipeline}: whether it is fresh cannot be told`,
-      );
-    if (age === null) stale.push(`${pipeline} has no watermark: it never ran`);
-    else if (age > 2 * interval)
-      stale.push(
-        `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${duration(interval)}`,
-      );
-  }
-  if (!stale.length) return;
-  if (!allowed)
+    if (age === null) return `${pipeline} has no watermark: it never ran`;
+    if (interval && age <= 2 * interval) return [];
+    const expected = interval ? duration(interval) : "not in ops/alerts.yml";
+    return `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${expected}`;
+  });
+  if (stale.length && !allowed)
     throw new Error(
-      `${stale.join("; ")}. Nothing was built. Next: make ${tables.join(" ")}, then make views; or make views ALLOW_STALE=1`,
+      `${stale.join("; ")}. Nothing was built. Next: make ${raw.join(" ")}, then make views; or make views ALLOW_STALE=1`,
     );
   for (const warning of stale) run.log("warning", { warning });
 }
 
-type ViewsEnv = Env<typeof viewsVariables>;
+type Build = Awaited<ReturnType<typeof createBuild>>;
 
-/** Where the models of one run are made. */
-export interface Build extends AsyncDisposable {
-  run: Run;
-  env: ViewsEnv;
-  bigquery: BigQuery;
-  dataset: string;
-  /** Leaves the dataset to its expiry, for whoever wants to look at what failed. */
-  keep: boolean;
-}
-
-/** Creates the build dataset, in which every table expires, and drops those of runs whose tables have expired. */
-export async function createBuild(run: Run, env: ViewsEnv): Promise<Build> {
+/** Creates the dataset in which the models of this run are made, and drops those of runs whose tables have expired. */
+export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
   const bigquery = connectBigQuery(env);
   const published = env.BIGQUERY_VIEWS_DATASET;
-  const [there] = await bigquery.dataset(published).exists();
-  if (!there)
+  const [exists] = await bigquery.dataset(published).exists();
+  if (!exists)
     throw new UsageError(
       `dataset ${env.BIGQUERY_PROJECT}.${published} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`,
     );
-  const prefix = `${published}_build_`;
+  const [hours, prefix] = [24, `${published}_build_`]; // killed runs leave their dataset, and failed ones keep it
   const [datasets] = await bigquery.getDatasets({ filter: "labels.etl_pipeline:views" });
-  const oldest = prefix + newRunId(Date.now() - BUILD_HOURS * 3_600_000);
+  const oldest = prefix + newRunId(Date.now() - hours * 3_600_000);
   const old = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < oldest);
   await Promise.all(old.map((dataset) => dataset.delete({ force: true })));
   const dataset = bigquery.dataset(prefix + run.id);
-  const created = dataset.create({
-    description: `Where run ${run.id} of views makes its models. Its tables delete themselves.`,
-    labels: labels(run),
-    defaultTableExpirationMs: String(BUILD_HOURS * 3_600_000),
-  });
-  await created.catch(ignoreAlreadyThere);
-  const build: Build = {
+  const options = { labels: labels(run), defaultTableExpirationMs: String(hours * 3_600_000) };
+  await dataset.create(options).catch(ignoreAlreadyThere);
+  const build = {
     run,
     env,
     bigquery,
-    dataset: dataset.id ?? "",
+    dataset: prefix + run.id,
+    /** Bytes that each model's statements, its checks' too, were billed. */
+    billed: new Map<string, number>(),
+    /** Leaves the dataset to its expiry, for whoever wants to look at what failed. */
     keep: false,
     [Symbol.asyncDispose]: async () => {
       if (build.keep)
-        return run.log("kept", { dataset: dataset.id, because: "a model failed", expires_in_hours: BUILD_HOURS });
-      await dataset.delete({ force: true }).catch(({ message }: Error) => {
-        run.log("warning", {
-          warning: `${dataset.id} was not dropped; its tables expire in ${BUILD_HOURS} h`,
-          error: message,
-        });
+        return run.log("kept", { dataset: dataset.id, because: "a model failed", expires_in_hours: hours });
+      await dataset.delete({ force: true }).catch(({ message: error }: Error) => {
+        run.log("warning", { warning: `${dataset.id} was not dropped; its tables expire in ${hours} h`, error });
       });
     },
   };
   return build;
 }
-
-/** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
-export async function copyRaw(build: Build, models: Model[]): Promise<void> {
-  const { BIGQUERY_DATASET } = build.env;
-  await Promise.all(
-    rawTables(models).map(async (name) => {
-      const copied = runJob(build, `copy_${name}`, copy(build, [BIGQUERY_DATASET, name], [build.dataset, name]));
-      await copied.catch((error) => {
-        if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
-        throw new UsageError(`raw table ${BIGQUERY_DATASET}.${name} does not exist. Run: make migrate ${name}`);
-      });
-      build.run.log("copy", { table: name, seconds: build.run.seconds() });
-    }),
-  );
-}
-
-type Name = [dataset: string, table: string];
-const reference = (build: Build, [datasetId, tableId]: Name): object => ({
-  projectId: build.bigquery.projectId,
-  datasetId,
-  tableId,
-});
-const copy = (build: Build, from: Name, to: Name): object => ({
-  copy: {
-    sourceTable: reference(build, from),
-    destinationTable: reference(build, to),
-    writeDisposition: "WRITE_TRUNCATE",
-  },
-});
 
 // biome-ignore lint/suspicious/noExplicitAny: the API's own Job resource
 type Job = any;
@@ -327,308 +107,218 @@ async function runJob({ bigquery, run }: Build, name: string, configuration: obj
   }
 }
 
-interface Estimate {
-  bytes: number;
-  tables: { datasetId: string; tableId: string }[];
-  fields: TableField[];
-}
-
-const query = (build: Build, sql: string, limit?: number): object => ({
-  query: {
-    query: sql,
-    useLegacySql: false,
-    defaultDataset: { projectId: build.bigquery.projectId, datasetId: build.dataset },
-    ...(limit && { maximumBytesBilled: String(limit) }),
+const copy = ({ bigquery: { projectId } }: Build, from: string, to: string, tableId: string): object => ({
+  copy: {
+    sourceTable: { projectId, datasetId: from, tableId },
+    destinationTable: { projectId, datasetId: to, tableId },
+    writeDisposition: "WRITE_TRUNCATE",
   },
 });
 
-/** What BigQuery says of a SELECT without running it; it costs nothing. (The local server dry-runs no CREATE TABLE with a list of columns.) */
-async function dryRun(build: Build, sql: string): Promise<Estimate> {
-  const configuration = { ...query(build, sql), dryRun: true, labels: labels(build.run) };
-  const [, answer]: Job = await build.bigquery.createJob({ configuration });
-  const { totalBytesProcessed, referencedTables = [], schema } = answer.statistics.query;
-  return { bytes: Number(totalBytesProcessed ?? 0), tables: referencedTables, fields: schema?.fields ?? [] };
+/** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
+export async function copyRaw(build: Build, raw: string[]): Promise<void> {
+  const { BIGQUERY_DATASET: from } = build.env;
+  const copied = raw.map(async (name) => {
+    await runJob(build, `copy_${name}`, copy(build, from, build.dataset, name)).catch((error) => {
+      if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
+      throw new UsageError(`raw table ${from}.${name} does not exist. Run: make migrate ${name}`);
+    });
+    build.run.log("copy", { table: name, seconds: build.run.seconds() });
+  });
+  await Promise.all(copied);
 }
 
-/**
- * What a statement may be billed: its estimate and a quarter, and the 10 MiB that BigQuery bills at least for each table read.
- * @throws Error where the estimate is above the cap.
- */
-function byteLimit(build: Build, { bytes, tables }: Estimate): number {
-  const cap = build.env.MAX_BYTES_BILLED;
-  if (bytes > cap)
+/** Runs a query for the model, and adds what it was billed. BigQuery refuses, without charge, more than MAX_BYTES_BILLED. */
+async function runQuery(build: Build, model: string, job: string, query: string, into: object = {}): Promise<Job> {
+  const { bigquery, dataset: datasetId, env, billed } = build;
+  const defaultDataset = { projectId: bigquery.projectId, datasetId };
+  const maximumBytesBilled = String(env.MAX_BYTES_BILLED);
+  const configuration = { query, useLegacySql: false, defaultDataset, maximumBytesBilled, ...into };
+  const done = await runJob(build, job, { query: configuration }).catch((error) => {
+    const [, bytes] = /bytes billed.* (\d+) or higher/.exec(error.message) ?? [];
+    if (!bytes) throw error;
     throw new Error(
-      `it would read ${thousands(bytes)} bytes, more than MAX_BYTES_BILLED, ${thousands(cap)}: let it read less, or raise that`,
+      `it would be billed ${bytes} bytes; MAX_BYTES_BILLED is ${maximumBytesBilled}. Let it read less, or run: make views ONLY=${model} MAX_BYTES_BILLED=${bytes}`,
     );
-  return Math.min(cap, Math.ceil(bytes * 1.25) + 10 * 2 ** 20 * Math.max(1, tables.length));
+  });
+  billed.set(model, (billed.get(model) ?? 0) + Number(done.statistics.query.totalBytesBilled));
+  return done;
 }
 
-/** Runs a statement of a file, after its dry run. Its messages begin with the file. */
-async function runStatement(build: Build, { file, sql, select, reads }: Check, job: string, own: string): Promise<Job> {
+/** Runs a file's statement. @throws Error that begins with the file, also where BigQuery read a table that was not found in it. */
+async function runStatement(build: Build, model: Model, { file, sql, reads }: Statement, job: string): Promise<Job> {
   try {
-    const estimate = await dryRun(build, select);
-    for (const { datasetId, tableId } of estimate.tables) {
-      if (datasetId !== build.dataset)
-        throw new Error(
-          `it reads ${datasetId}.${tableId}: give names without a dataset, so that all models see the same rows`,
-        );
-      if (tableId !== own && !reads.includes(tableId))
-        throw new Error(`it reads ${tableId}, which was not found behind a FROM or JOIN in it: write it so`);
-    }
-    return await runJob(build, job, query(build, sql, byteLimit(build, estimate)));
+    const done = await runQuery(build, model.name, job, sql);
+    for (const { datasetId, tableId } of done.statistics.query.referencedTables ?? [])
+      if (datasetId !== build.dataset || !reads.includes(tableId))
+        throw new Error(`table ${datasetId}.${tableId} was not found in the file, but read`);
+    return done;
   } catch (error) {
-    throw named(build, file, error as Error);
+    const message = (error as Error).message.replaceAll(`${build.bigquery.projectId}:`, "");
+    const hint = /table.* not found/i.test(message)
+      ? ". Name each table without a dataset, behind a FROM or JOIN of its own"
+      : "";
+    (error as Error).message = `${file}: ${message.replaceAll(`${build.dataset}.`, "")}${hint}`;
+    throw error;
   }
 }
 
-/** The error with the file in its message, and without the name of the build dataset, which is not in the file. */
-function named(build: Build, file: string, error: Error): Error {
-  const missing = /not ?found/i.test(error.message) && /table/i.test(error.message);
-  const hint = missing ? `. A model reads models of views/ and ${pipelines().join(", ")}, by these names` : "";
-  error.message = `${file}: ${error.message.replaceAll(`${build.bigquery.projectId}:${build.dataset}.`, "").replaceAll(`${build.dataset}.`, "")}${hint}`;
-  return error;
+/** Makes the model in the build dataset. @returns its table. */
+export async function buildModel(build: Build, model: Model, attempt: number): Promise<TableMetadata> {
+  await runStatement(build, model, model, `${model.name}_build_${attempt}`);
+  const [metadata] = await build.bigquery.dataset(build.dataset).table(model.name).getMetadata();
+  return metadata;
+}
+
+/** Runs the model's checks. @throws Error with each that returned rows, and the first of these. */
+export async function runChecks(build: Build, model: Model, attempt: number): Promise<void> {
+  const results = model.checks.map(async (check) => {
+    const { jobReference } = await runStatement(build, model, check, `${model.name}_${check.name}_${attempt}`);
+    const options = { maxResults: 1, autoPaginate: false };
+    const [[row], , answer]: Job = await build.bigquery.job(jobReference.jobId).getQueryResults(options);
+    return row ? `${check.file} returned ${thousands(answer.totalRows)} rows, for example ${JSON.stringify(row)}` : "";
+  });
+  const failed = (await Promise.all(results)).filter(Boolean);
+  if (failed.length) throw new Error(failed.join("; "));
+}
+
+/**
+ * Puts the model's rows into the published table, by one atomic job. A copy makes the table. Later runs query into it with WRITE_TRUNCATE_DATA,
+ * which keeps its row access policies, policy tags, descriptions and labels, and may add columns; a copy would remove the policies. See
+ * docs.cloud.google.com/bigquery/docs: reference/auditlogs/rest/Shared.Types/BigQueryAuditMetadata.WriteDisposition, reference/rest/v2/Job
+ * (schemaUpdateOptions), using-row-level-security-with-features (Copy jobs).
+ * @throws Error where rows, columns or layout are not to replace the published ones, with the command that lets them.
+ */
+export async function publishModel(build: Build, model: Model, made: TableMetadata, attempt: number): Promise<void> {
+  const { bigquery, dataset, env } = build;
+  const [{ name, file }, to, job] = [model, env.BIGQUERY_VIEWS_DATASET, `${model.name}_publish_${attempt}`];
+  const published = bigquery.dataset(to).table(name);
+  const [exists] = await published.exists();
+  const [before]: [TableMetadata, unknown?] = exists ? await published.getMetadata() : [{ numRows: "0" }];
+  const [rows, rowsBefore] = [Number(made.numRows), Number(before.numRows)];
+  if (!env.ALLOW_SHRINK && (rows === 0 || rows * 2 < rowsBefore))
+    throw new Error(
+      `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ${exists ? thousands(rowsBefore) : "does not exist"}. If that is right: make views ONLY=${name} ALLOW_SHRINK=1`,
+    );
+  const lost = exists ? lostParts(before, made) : [];
+  if (lost.length)
+    throw new Error(
+      `${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: DROP TABLE ${to}.${name} (its access policies go with it); then: make views ONLY=${name}`,
+    );
+  if (!exists) await runJob(build, job, copy(build, dataset, to, name));
+  else
+    await runQuery(build, name, job, `SELECT * FROM \`${name}\``, {
+      destinationTable: { projectId: bigquery.projectId, datasetId: to, tableId: name },
+      writeDisposition: "WRITE_TRUNCATE_DATA",
+      schemaUpdateOptions: ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
+    });
+  const [{ description, schema, expirationTime }] = await published.getMetadata();
+  const fields = describe(schema.fields, made.schema?.fields);
+  const wanted = { description: made.description ?? description, schema: { fields }, expirationTime: undefined };
+  // The dataset's default may have set an expiry.
+  if (!isDeepStrictEqual({ description, schema, expirationTime }, wanted))
+    await published.setMetadata({ ...wanted, expirationTime: null } as object);
+}
+
+/** What a table has that another lacks: columns of that name and type, PARTITION BY and CLUSTER BY. */
+function lostParts(before: TableMetadata, made: TableMetadata): string[] {
+  const shape = ({ name, type, mode, precision, scale, maxLength, fields }: TableField): string =>
+    JSON.stringify([name, type, mode === "REPEATED", precision, scale, maxLength, fields?.map(shape)]);
+  const layout = ({ timePartitioning: time, rangePartitioning, clustering }: TableMetadata): string =>
+    JSON.stringify([time?.type, time?.field, rangePartitioning, clustering]);
+  const shapes = made.schema?.fields?.map(shape) ?? [];
+  const fields: TableField[] =
+    before.schema?.fields?.filter((field: TableField) => !shapes.includes(shape(field))) ?? [];
+  const columns = fields.map(({ name, type }) => `column ${name} ${type}`);
+  return layout(before) === layout(made) ? columns : [...columns, "PARTITION BY or CLUSTER BY"];
+}
+
+/** The fields, described as others of the same names are; where those are not, as they were. */
+function describe(fields: TableField[], others: TableField[] = []): TableField[] {
+  return fields.map((field) => {
+    const { description, fields } = others.find(({ name }) => name === field.name) ?? {};
+    const nested = field.fields && { fields: describe(field.fields, fields) };
+    return { ...field, ...(description && { description }), ...nested };
+  });
 }
 
 /** What became of a model. */
 export interface Outcome {
   model: Model;
   rows: number;
-  /** Bytes that the model and its checks read, or, in a dry run, would read. */
+  /** What its statements and checks were billed, also where it failed. */
   bytes: number;
   seconds: number;
   /** Why it was not published. */
   error?: Error;
 }
 
-type Made = Pick<Outcome, "rows" | "bytes"> & { metadata: TableMetadata };
-
-const bytesOf = (job: Job): number => Number(job.statistics?.query?.totalBytesProcessed ?? 0);
-
-/** Makes the model in the build dataset. */
-export async function buildModel(build: Build, model: Model, attempt: number): Promise<Made> {
-  const job = await runStatement(build, model, `${model.name}_build_${attempt}`, model.name);
-  const [metadata] = await build.bigquery.dataset(build.dataset).table(model.name).getMetadata();
-  return { rows: Number(metadata.numRows), bytes: bytesOf(job), metadata };
-}
-
-/** Runs the model's checks. @throws Error with each that returned rows, and some of these. */
-export async function runChecks(build: Build, { name, checks }: Model, made: Made, attempt: number): Promise<void> {
-  const results = await Promise.all(
-    checks.map(async (check) => {
-      const job = await runStatement(build, check, `${name}_${basename(check.file, ".sql")}_${attempt}`, "");
-      made.bytes += bytesOf(job);
-      const options = { maxResults: 3, autoPaginate: false };
-      const [rows, , answer]: Job = await build.bigquery.job(job.jobReference.jobId).getQueryResults(options);
-      const total = Number(answer?.totalRows ?? rows.length);
-      return total ? `${check.file} returned ${thousands(total)} rows, for example ${JSON.stringify(rows[0])}` : "";
-    }),
-  );
-  const failed = results.filter(Boolean);
-  if (failed.length) throw new Error(failed.join("; "));
-}
-
-/** @throws Error where the model has no rows, or fewer than half of the published table's, without ALLOW_SHRINK=1. */
-export async function guardRows(build: Build, { name, file }: Model, made: Made): Promise<void> {
-  const before = await metadataOf(publishedTable(build, name));
-  const published = Number(before?.numRows ?? 0);
-  if (build.env.ALLOW_SHRINK || (made.rows > 0 && made.rows * 2 >= published)) return;
-  throw new Error(
-    `${file}: it has ${thousands(made.rows)} rows, and the published ${build.env.BIGQUERY_VIEWS_DATASET}.${name} ${before ? thousands(published) : "is not there"}. If that is right: make views ONLY=${name} ALLOW_SHRINK=1`,
-  );
-}
-
-const publishedTable = ({ bigquery, env }: Build, name: string): Table =>
-  bigquery.dataset(env.BIGQUERY_VIEWS_DATASET).table(name);
-
-async function metadataOf(of: Table): Promise<TableMetadata | undefined> {
-  try {
-    const [metadata] = await of.getMetadata();
-    return metadata;
-  } catch (error) {
-    if ((error as { code?: number }).code === 404) return undefined;
-    throw error;
-  }
-}
-
-const layout = ["timePartitioning", "rangePartitioning", "clustering"] as const;
-
-/**
- * Copies the model over the published table, as one atomic job. What a copy does not bring along, or the dataset puts on it, is
- * set right afterwards: descriptions, and no expiry. (The local server's copy brings the rows only, so partitioning and clustering too.)
- */
-export async function publishModel(build: Build, { name, file }: Model, made: Made, attempt: number): Promise<void> {
-  const published = publishedTable(build, name);
-  const to: Name = [build.env.BIGQUERY_VIEWS_DATASET, name];
-  const before = await metadataOf(published);
-  await runJob(build, `${name}_publish_${attempt}`, copy(build, [build.dataset, name], to)).catch((error: Error) => {
-    const moved = before && layout.some((part) => !isDeepStrictEqual(before[part], made.metadata[part]));
-    const hint = moved
-      ? `. Its PARTITION BY or CLUSTER BY has changed: DROP TABLE ${to.join(".")}, then make views ONLY=${name}`
-      : "";
-    error.message = `${file} was not copied to ${to.join(".")}: ${error.message}${hint}`;
-    throw error;
-  });
-  const [now] = await published.getMetadata();
-  const wanted = {
-    ...made.metadata,
-    schema: { fields: describe(now.schema.fields, made.metadata.schema?.fields ?? []) },
-  };
-  const differ = ([...layout, "description", "schema"] as const).filter(
-    (part) => !isDeepStrictEqual(now[part], wanted[part]),
-  );
-  const change = Object.fromEntries(differ.map((part) => [part, wanted[part] ?? null]));
-  if (now.expirationTime) change.expirationTime = null;
-  if (Object.keys(change).length) await published.setMetadata(change);
-}
-
-/** The fields with the descriptions of others of the same names. */
-function describe(fields: TableField[], others: TableField[]): TableField[] {
-  return fields.map(({ description: _, ...field }) => {
-    const other = others.find(({ name }) => name === field.name);
-    return {
-      ...field,
-      ...(other?.description && { description: other.description }),
-      ...(field.fields && { fields: describe(field.fields, other?.fields ?? []) }),
-    };
-  });
-}
-
-/**
- * Says what the model and its checks would read. Nothing is built, so that each table stands in for itself: a raw or published
- * one as a view of it, and one that has other columns now, or was never published, as an empty table: its readers then read more than is said.
- */
-export async function estimateModel(build: Build, model: Model): Promise<Made> {
-  const { bigquery, env } = build;
-  const estimate = async ({ file, select }: Check): Promise<Estimate> => {
-    return await dryRun(build, select).catch((error) => Promise.reject(named(build, file, error)));
-  };
-  const { bytes, fields } = await estimate(model);
-  const before = await metadataOf(publishedTable(build, model.name));
-  const types = (of: TableField[] = []): string => JSON.stringify(of.map(({ name, type }) => [name, type]));
-  if (before && types(before.schema?.fields) === types(fields))
-    await standIn(build, env.BIGQUERY_VIEWS_DATASET, model.name);
-  else await bigquery.dataset(build.dataset).createTable(model.name, { schema: { fields } });
-  const checks = await Promise.all(model.checks.map(estimate));
-  return { rows: 0, bytes: checks.reduce((sum, check) => sum + check.bytes, bytes), metadata: {} };
-}
-
-async function standIn({ bigquery, dataset }: Build, of: string, name: string): Promise<void> {
-  const view = `SELECT * FROM \`${bigquery.projectId}.${of}.${name}\``;
-  await bigquery.dataset(dataset).createTable(name, { view: { query: view, useLegacySql: false } });
-}
-
-/** Lets the raw tables be seen in the build dataset: for dry runs, which read nothing. */
-export async function viewRaw(build: Build, models: Model[]): Promise<void> {
-  await Promise.all(rawTables(models).map((name) => standIn(build, build.env.BIGQUERY_DATASET, name)));
-}
-
-/**
- * Does `work` for each model once all that it needs are done, `parallel` of them at a time. One that fails does not keep the
- * others from going on, except those that need it.
- */
+/** Does `work` for each model once those that it needs are published; one that fails holds back only those that need it. */
 export async function eachModel(
-  run: Run,
+  { run, billed }: Build,
   models: Model[],
-  parallel: number,
-  work: (model: Model) => Promise<Pick<Outcome, "rows" | "bytes">>,
+  work: (model: Model) => Promise<TableMetadata>,
 ): Promise<Outcome[]> {
   const outcomes = new Map<string, Promise<Outcome>>();
-  const waiting: (() => void)[] = [];
-  let free = parallel;
   const one = async (model: Model): Promise<Outcome> => {
     const outcome: Outcome = { model, rows: 0, bytes: 0, seconds: 0 };
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
-    const missing = needed.filter((need) => need?.error).map((need) => need?.model.name);
-    if (missing.length) outcome.error = new Error(`it needs ${missing.join(", ")}`);
-    else {
-      if (free > 0) free -= 1;
-      else await new Promise<void>((resolve) => waiting.push(resolve));
-      const started = run.seconds();
-      try {
-        run.signal.throwIfAborted();
-        const { rows, bytes } = await work(model);
-        Object.assign(outcome, { rows, bytes });
-      } catch (error) {
-        outcome.error = error as Error;
-      }
-      outcome.seconds = Math.round(1000 * (run.seconds() - started)) / 1000;
-      const next = waiting.shift();
-      if (next) next();
-      else free += 1;
+    const started = run.seconds();
+    try {
+      const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
+      if (missing.length) throw new Error(`it needs ${missing.join(", ")}`);
+      outcome.rows = Number((await work(model)).numRows);
+    } catch (error) {
+      outcome.error = error as Error;
     }
+    outcome.bytes = billed.get(model.name) ?? 0;
+    outcome.seconds = Math.round(1000 * (run.seconds() - started)) / 1000;
     const { rows, bytes, seconds, error } = outcome;
-    const fields: Fields = error
-      ? { failed: error.message.split("\n")[0] }
-      : { rows, bytes, checks: model.checks.length };
-    run.log("model", { model: model.name, ...fields, seconds });
+    const fields = error ? { failed: error.message.split("\n")[0] } : { rows, checks: model.checks.length };
+    run.log("model", { model: model.name, ...fields, bytes_billed: bytes, seconds });
     return outcome;
   };
-  for (const model of models) outcomes.set(model.name, one(model)); // in their order: what a model needs is there before it
+  for (const model of models) outcomes.set(model.name, one(model)); // in their order: what a model needs has its promise before it
   return await Promise.all(outcomes.values());
 }
 
-/** Prints what each model would read and cost. @throws Error where one could not be analysed. */
-export function reportEstimates(outcomes: Outcome[], usdPerTib: number): void {
-  const row = (model: string, bytes: number): Record<string, string> => ({
-    model,
-    bytes: thousands(bytes),
-    "cost in usd": ((bytes / 2 ** 40) * usdPerTib).toFixed(4),
-  });
-  const rows = outcomes.map(({ model, bytes, error }) => ({
-    ...row(model.name, bytes),
-    "would be built": error ? `no: ${error.message.split("\n")[0]}` : "yes",
-    needs: model.needs.join(", ") || "-",
-  }));
-  const total = outcomes.reduce((sum, { bytes }) => sum + bytes, 0);
-  process.stdout.write(`${table([...rows, { ...row("total", total), "would be built": "", needs: "" }])}\n`);
-  throwFailed(outcomes);
+/** DRY_RUN=1: prints the models in the order in which they would be built, with the tables that each reads. */
+export function reportOrder(models: Model[]): void {
+  const row = ({ name, reads, checks }: Model) => ({ model: name, reads: reads.join(", "), checks: checks.length });
+  process.stdout.write(`${table(models.map(row))}\n`);
 }
 
 /** Prints the table, pushes a metric for each model. @throws Error that names the models that were not published, and why. */
-export async function reportModels(build: Build, outcomes: Outcome[], pushgateway: string): Promise<void> {
-  const { run } = build;
-  const rows = outcomes.map(({ model, rows: count, bytes, seconds, error }) => ({
+export async function reportModels(build: Build, outcomes: Outcome[]): Promise<void> {
+  const { run, env } = build;
+  const rows = outcomes.map(({ model, rows, bytes, seconds, error }) => ({
     model: model.name,
-    rows: error ? "-" : thousands(count),
-    bytes: error ? "-" : thousands(bytes),
+    rows: error ? "-" : thousands(rows),
+    "bytes billed": thousands(bytes),
     seconds: seconds.toFixed(1),
     checks: error ? "-" : `${model.checks.length} passed`,
     published: error ? `no: ${error.message.split("\n")[0]}` : "yes",
   }));
   process.stdout.write(`${table(rows)}\n`);
-  const done = outcomes.filter(({ error }) => !error);
-  run.totals = {
-    chunks: done.length,
-    rows: done.reduce((sum, one) => sum + one.rows, 0),
-    bytes: done.reduce((sum, one) => sum + one.bytes, 0),
-  };
-  build.keep = done.length < outcomes.length;
+  const failed = outcomes.filter(({ error }) => error);
+  build.keep = failed.length > 0;
+  run.totals.chunks = outcomes.length - failed.length;
+  for (const { rows, bytes } of outcomes)
+    [run.totals.rows, run.totals.bytes] = [run.totals.rows + rows, run.totals.bytes + bytes];
   const now = Date.now() / 1000;
   const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
     const values: Metrics = error
       ? { etl_model_last_failure_timestamp_seconds: now }
-      : {
-          etl_model_last_success_timestamp_seconds: now,
-          etl_model_rows: rows,
-          etl_model_bytes: bytes,
-          etl_model_duration_seconds: seconds,
-        };
-    return pushMetrics(pushgateway, run.pipeline, values, { model: model.name });
+      : { etl_model_last_success_timestamp_seconds: now, etl_model_rows: rows, etl_model_bytes: bytes };
+    if (!error) values.etl_model_duration_seconds = seconds;
+    return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model: model.name });
   });
-  const lost = (await Promise.allSettled(pushed)).find((push) => push.status === "rejected");
-  if (lost)
-    run.log("warning", {
-      warning: "models' metrics were not pushed; the run itself is not affected",
-      error: lost.reason.message,
-    });
-  throwFailed(outcomes);
-}
-
-function throwFailed(outcomes: Outcome[]): void {
-  const failed = outcomes.filter(({ error }) => error);
+  await Promise.all(pushed).catch(({ message: error }: Error) => {
+    run.log("warning", { warning: "models' metrics were not pushed; the run itself is not affected", error });
+  });
   if (!failed.length) return;
   const lines = failed.map(({ model, error }) => `  ${model.name}: ${error?.message}`);
   throw new Error(
-    `${failed.length} of ${outcomes.length} models failed, and are published as they were before:\n${lines.join("\n")}\nNext: mend them, then: make views`,
+    `${failed.length} of ${outcomes.length} models failed, and are published as they were before:\n${lines.join("\n")}\nNext: correct them, then: make views`,
   );
 }

@@ -11,9 +11,10 @@ import { join } from "node:path";
 import { gunzipSync, gzipSync } from "node:zlib";
 import { addDays, readManifest } from "../../shared/events/archive.ts";
 import { getStream, listObjects, removeObjects } from "../../shared/events/s3.ts";
-import { table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
+import { table } from "../../shared/table.ts";
 import { loadData } from "../data/load.ts";
-import { createShop, rowsFlags } from "../lib/shop.ts";
+import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { python } from "../stack/python.ts";
 import { say } from "../stack/stack.ts";
@@ -60,8 +61,8 @@ const floor = (FROM: string, TO: string) =>
 const ours = (FROM: string, TO: string) =>
   measure({
     command: process.execPath,
-    args: [rowsFlags(), join(root, "scripts/events.ts")],
-    env: { ...shop.env, FROM, TO, BACKFILL: "1", FORCE: "1" },
+    args: [join(root, "scripts/ops/backfill-events.ts")],
+    env: { ...shop.env, FROM, TO, FORCE: "1" },
   });
 
 const clear = async (writes: string): Promise<void> =>

@@ -2,7 +2,8 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 import { appendFileSync, readFileSync } from "node:fs";
-import { table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
+import { table } from "../../shared/table.ts";
 import { running } from "../stack/process.ts";
 import { say } from "../stack/stack.ts";
 

@@ -17,7 +17,6 @@ import postgres from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import {
   checkKeys,
-  compareCounts,
   createStaging,
   loadLines,
   mergeStaging,
@@ -25,9 +24,10 @@ import {
   openDestination,
 } from "../../shared/bigquery/load.ts";
 import { copyJsonLines } from "../../shared/copy.ts";
-import { table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { readSelect } from "../../shared/source.ts";
+import { table } from "../../shared/table.ts";
 import { createShop, rowsFlags } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
@@ -138,7 +138,7 @@ await runPipeline("orders", env, async (run) => {
   const [create, staging] = await timed(() => createStaging(run, destination, 1));
   await using stream = await copy();
   const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
-  compareCounts(stream.sent.rows, loaded);
+  if (loaded !== stream.sent.rows) throw new Error(`${loaded} rows of ${stream.sent.rows} were loaded`);
   const [keys] = await timed(() => checkKeys(run, destination, staging));
   const [merge] = await timed(() => mergeStaging(run, destination, staging));
   const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());

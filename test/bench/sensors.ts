@@ -20,9 +20,10 @@ import {
   createReadingsTopic,
   putConnector,
 } from "../../scripts/ops/lib/kafka-connect.ts";
-import { table, thousands } from "../../shared/log.ts";
+import { thousands } from "../../shared/log.ts";
 import { namesOf } from "../../shared/sensors/connector.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
+import { table } from "../../shared/table.ts";
 import { createSource } from "../data/source.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";

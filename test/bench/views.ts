@@ -4,7 +4,8 @@
  * interleaved. Absolute times are this machine's.
  */
 import { join } from "node:path";
-import { readModels } from "../../shared/views/build.ts";
+import { pipelines } from "../../shared/pipelines.ts";
+import { readModels } from "../../shared/views/models.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -16,7 +17,7 @@ await loadData(shop.env.STACK_ADMIN_DATABASE_URL ?? "", { only: ["orders", "user
 for (const pipeline of ["orders", "users"]) await shop.succeed(`scripts/${pipeline}.ts`);
 
 const defaultDataset = { projectId: shop.env.BIGQUERY_PROJECT, datasetId: shop.dataset };
-const bodies = readModels().map(({ sql }) =>
+const bodies = readModels(pipelines()).map(({ sql }) =>
   JSON.stringify({ query: sql, useLegacySql: false, timeoutMs: 600_000, defaultDataset }),
 );
 const url = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/queries`;

@@ -10,17 +10,12 @@ import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
-import {
-  asRead,
-  bigqueryLayout,
-  bigqueryStatements,
-  bigqueryVersions,
-  isCompared,
-} from "../../scripts/ops/lib/checksum.ts";
-import { type Contract, pipelines, readContract } from "../../shared/bigquery/contract.ts";
-import { deleteStatement, duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
+import { differenceFields, sweepStatements, verifyStatements } from "../../scripts/ops/lib/verify.ts";
+import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
+import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
 import { root, UsageError } from "../../shared/env.ts";
-import { readModels, tablesRead } from "../../shared/views/build.ts";
+import { pipelines } from "../../shared/pipelines.ts";
+import { readModels, tablesRead } from "../../shared/views/models.ts";
 import { freePort } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";
 
@@ -70,38 +65,29 @@ function generated(contract: Contract, staging: string): Statement[] {
   return [
     { file: contract.file, sql, generated: "MERGE" },
     { file: contract.file, sql: duplicateKeysStatement(contract, at(staging)), generated: "key check" },
-    // Of other types a run says that there is no safe mapping.
-    ...(contract.fields.every(isCompared) ? verification(contract, at, staging, version || "updated_at") : []),
+    ...verification(contract, at, staging, version || "updated_at"),
   ];
 }
 
-/** What make verify and make sweep ask, and with what they mend. */
+/** What make verify and make sweep ask, and with what they repair. */
 function verification(
   contract: Contract,
   at: (table: string) => string,
   staging: string,
   version: string,
 ): Statement[] {
-  const { file, fields, key, pipeline } = contract;
-  const columns = fields.map(({ name, mode }) => ({
-    name,
-    type: "",
-    sql: "",
-    array: mode === "REPEATED",
-    of: undefined,
-  }));
-  const layout = bigqueryLayout(fields, key, columns, version);
-  const { sums, rows } = bigqueryStatements(layout, at(pipeline));
-  const { condition } = asRead(layout, []);
+  const { file, pipeline } = contract;
+  const tables = [at(pipeline), at(staging), at(differencesOf(pipeline))];
+  const watermark = "2017-01-01T00:00:00.000001+00";
+  const { insert, after } = verifyStatements(contract, tables, version, watermark);
+  const of = (command: string, statements: Record<string, string>): Statement[] =>
+    Object.entries(statements).map(([name, sql]) => ({ file, sql, generated: `${command}, ${name}` }));
   return [
-    // The parameter's type comes with the request; the analyser takes it for one value.
-    { file, sql: sums.replace("@left_out", "['']"), generated: "checksums" },
-    { file, sql: rows, generated: "rows" },
-    { file, sql: `SELECT ${bigqueryVersions(layout)} FROM ${at(pipeline)}`, generated: "keys" },
-    { file, sql: mergeStatement(contract, at(pipeline), at(staging), version, condition), generated: "repair" },
-    { file, sql: deleteStatement(at(pipeline), { condition }), generated: "DELETE" },
+    ...of("verify", { insert, ...after(watermark) }),
+    ...of("sweep", sweepStatements(contract, tables, version, watermark)),
   ];
 }
+const differencesOf = (pipeline: string): string => `${pipeline}_differences`;
 
 /** BigQuery takes a path in one pair of backticks for one name, and so does the analyser. */
 const path = (table: string): string => `my-project.raw.${table}`;
@@ -176,9 +162,12 @@ const statements: Statement[] = [];
 for (const pipeline of pipelines()) {
   try {
     const contract = readContract(pipeline);
-    const columns = contract.fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
+    const typed = (fields: Contract["fields"]): Column[] =>
+      fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
+    const columns = typed(contract.fields);
     const staging = `${pipeline}_staging`;
     for (const table of [pipeline, staging]) addTable(table, columns);
+    addTable(differencesOf(pipeline), typed(differenceFields(contract)));
     statements.push(...generated(contract, staging));
   } catch (error) {
     faults.push(`schemas/bigquery/${pipeline}.json:1:1: ${(error as Error).message}`); // not JSON, or no Table resource
@@ -188,7 +177,7 @@ for (const pipeline of pipelines()) {
 // What make views refuses; and its order, in which each view must find the tables of those that it reads.
 let order: string[] = [];
 try {
-  if (list("views/*.sql").length) order = readModels().map(({ file }) => file);
+  if (list("views/*.sql").length) order = readModels(pipelines()).map(({ file }) => file);
 } catch (error) {
   if (!(error instanceof UsageError)) throw error;
   faults.push(
@@ -207,7 +196,9 @@ async function compareReads({ file, sql }: Statement): Promise<void> {
   const read = new Set(answer.tableName?.map(({ tableNameSegment }) => tableNameSegment?.join(".") ?? ""));
   const found = tablesRead(sql, known);
   for (const name of known.filter((one) => read.has(one) && !found.includes(one)))
-    faults.push(`${file}:1:1: reads ${name}, which make views does not see: name it behind FROM or JOIN`);
+    faults.push(
+      `${file}:1:1: reads ${name}, which make views does not find behind FROM or JOIN: write JOIN, not a comma`,
+    );
   for (const name of found)
     if (!read.has(name))
       faults.push(

@@ -4,7 +4,7 @@
  *   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
  *   const gate = hold();
  *   proxy.fault(s3Steps.putManifest, gate);
- *   const run = shop.start("scripts/events.ts", { S3_ENDPOINT: proxy.url });
+ *   const run = shop.start("scripts/ops/backfill-events.ts", { FROM, TO, S3_ENDPOINT: proxy.url });
  *   await gate.reached;
  */
 import assert from "node:assert/strict";
@@ -16,17 +16,13 @@ import { getStream, listObjects, listUploads } from "../../shared/events/s3.ts";
 import { createProxy, type Fault, type HttpProxy } from "./faults.ts";
 import type { Shop } from "./shop.ts";
 
-/** The requests of a run, as `METHOD path?query`, decoded. A part of up to 5 MB is one putPart. */
+/** The requests of a run, as `METHOD path?query`, decoded. A part is one putPart. */
 export const s3Steps = {
   list: /^GET .+[?&]list-type=2/,
   getManifest: /^GET .+\/manifest\.json\?/,
   putManifest: /^PUT .+\/manifest\.json\?/,
   getPart: /^GET .+\.ndjson\.gz\?/,
   putPart: /^PUT .+\.ndjson\.gz\?x-id=PutObject/,
-  createUpload: /^POST .+\.ndjson\.gz\?uploads/,
-  uploadPart: /^PUT .+\.ndjson\.gz\?partNumber=/,
-  completeUpload: /^POST .+\.ndjson\.gz\?uploadId=/,
-  abortUpload: /^DELETE .+\.ndjson\.gz\?.*uploadId=/,
   deleteObjects: /^POST .+\?delete/,
   anything: /./,
 };

@@ -129,6 +129,8 @@ export interface ShopOptions {
   lag?: number;
   /** With its database in ClickHouse. */
   clickhouse?: boolean;
+  /** The encoding of its source database, if not UTF8. */
+  encoding?: string;
   /** A Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop). */
   pushgateway?: boolean;
 }
@@ -140,6 +142,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     lag = 0,
     clickhouse: wantsClickHouse = false,
     pushgateway = false,
+    encoding = "UTF8",
   } = options;
   const text = textColumns[pipeline];
   const name = `test_${randomBytes(5).toString("hex")}`;
@@ -164,7 +167,9 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   if (gateway) env.PUSHGATEWAY_URL = gateway.url;
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
-  await server.unsafe(`create database ${name}`);
+  await server.unsafe(
+    `create database ${name}${encoding === "UTF8" ? "" : ` template template0 encoding ${encoding} locale 'C'`}`,
+  );
   await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
   const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];

@@ -9,6 +9,13 @@ local-bigquery, with seven things of it made fast. What it does is the same, but
 - It looks for a table in duckdb_tables() and for its columns in duckdb_columns(), which list all there are.
 - It asks each query's connection for its temporary tables, by a look through all tables. Only a session's has any.
 - DuckDB looks for pandas on every folder of Python's path, for each statement anew.
+
+And four things done as Google's BigQuery does them:
+- A copy brings descriptions, policy tags, partitioning and clustering, and removes the row access policies of what it replaces.
+- A query with WRITE_TRUNCATE_DATA replaces the rows only, and with ALLOW_FIELD_ADDITION adds columns.
+- A query with maximumBytesBilled is refused before it runs where it would be billed more, and counts what it is billed: the size of the
+  tables that it names, at least 10 MiB each.
+- The table that a CREATE TABLE makes is not among its referencedTables.
 """
 
 import contextlib
@@ -19,11 +26,13 @@ import time
 sys.modules["pandas"] = None
 
 import duckdb
-from local_bigquery.catalog import metadata, tables
+from local_bigquery.catalog import metadata, names, row_access, tables
 from local_bigquery.cli import main
-from local_bigquery.engine import database
+from local_bigquery.engine import database, results
 from local_bigquery.errors import BigQueryError
-from local_bigquery.jobs import query, store
+from local_bigquery.jobs import copy, query, runner, store
+from local_bigquery.models import Table
+from sqlglot import exp
 
 SECONDS = 180
 
@@ -167,6 +176,65 @@ def execute_query(cursor, *args, session=None, **options):
 
 
 query.execute = execute_query
+
+
+write = tables.write
+
+
+def write_data(cur, sql, params, reference, config, *args, **options):
+    if config.writeDisposition != "WRITE_TRUNCATE_DATA":
+        return write(cur, sql, params, reference, config, *args, **options)
+    with database.writing(*reference):
+        cur.begin()
+        try:
+            tables.evolve(cur, reference, cur.sql(sql, params=params), config.schemaUpdateOptions, "Invalid schema update. ")
+            cur.execute(f"DELETE FROM {tables.name(*reference)}")
+            results.materialise(cur, sql, tables.name(*reference), params, append=True)
+            cur.commit()
+        except BaseException:
+            cur.rollback()
+            raise
+    return False
+
+
+tables.write = write_data
+
+
+def copy_whole(cur, config, upload):
+    copied = copy.run(cur, config, upload)
+    if config.writeDisposition == "WRITE_TRUNCATE":
+        source, destination = tables.reference(config.sourceTable), tables.reference(config.destinationTable)
+        parts = ("schema", "description", *tables.LAYOUT)
+        stored = metadata.load(Table, *destination) or tables.defaults(*destination)
+        tables.record(*destination, stored.without(*parts).merged(tables.load(*source).only(*parts)))
+        row_access.delete(*destination)
+    return copied
+
+
+runner.HANDLERS["copy"] = copy_whole
+
+run_statement = query._statement
+MIB = 2**20
+
+
+def run_within_limit(cur, tree, context, destination, config, dry_run, isolated):
+    made = names.reference(tree.find(exp.Table), context.project_id, context.dataset_id) if isinstance(tree, exp.Create) else None
+    if not config.maximumBytesBilled:
+        return run_statement(cur, tree, context, destination, config, dry_run, isolated)
+    named = {names.reference(table, context.project_id, context.dataset_id) for table in tree.find_all(exp.Table)} - {made}
+    sizes = [int(tables.load(*table).numBytes) for table in named if tables.exists(*table)]
+    billed = sum(max(10, -(-size // MIB)) * MIB for size in sizes)
+    if billed > int(config.maximumBytesBilled):
+        raise BigQueryError(
+            "bytesBilledLimitExceeded",
+            f"Query exceeded limit for bytes billed: {config.maximumBytesBilled}. {billed} or higher required.",
+        )
+    statistics = run_statement(cur, tree, context, destination, config, dry_run, isolated)
+    read = [table for table in statistics.referencedTables or [] if tables.reference(table) != made]
+    return statistics.replace(totalBytesProcessed=str(sum(sizes)), totalBytesBilled=str(billed), referencedTables=read)
+
+
+query._statement = run_within_limit
 
 
 def expire_jobs():

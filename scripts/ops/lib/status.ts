@@ -5,9 +5,9 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../../shared/alerts.ts";
-import { watermarked } from "../../../shared/bigquery/contract.ts";
 import { type Env, isSet, readEnv } from "../../../shared/env.ts";
-import { duration, thousands } from "../../../shared/log.ts";
+import { thousands } from "../../../shared/log.ts";
+import { watermarked } from "../../../shared/pipelines.ts";
 import { describeHolder } from "../../../shared/run.ts";
 import { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
@@ -15,6 +15,7 @@ import { connectVariables, isRunning, namesOf } from "../../../shared/sensors/co
 import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession } from "../../../shared/session.ts";
+import { duration } from "../../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark, type Watermark } from "../../../shared/watermark.ts";
 
 /** A part that has not answered by then is shown as such. */
