@@ -93,11 +93,15 @@ dead-letters: setup ## The sensors' messages that are no valid change, and why (
 
 .PHONY: replay-dead-letters
 replay-dead-letters: setup ## Try the dead letters again
-	@REPLAY=1 node scripts/ops/dead-letters.ts
+	@node scripts/ops/replay-dead-letters.ts
 
 .PHONY: resnapshot
-resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, then SWAP=1 (README, "Rebuilding the table")
+resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (README, "Rebuilding the table")
 	@node scripts/ops/resnapshot.ts
+
+.PHONY: swap-readings
+swap-readings: setup ## Let readers see the rebuilt sensor_readings
+	@node scripts/ops/swap-readings.ts
 
 .PHONY: migrate
 migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)

@@ -19,14 +19,17 @@
 import { readEnv, UsageError } from "../shared/env.ts";
 import { log } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
+import { kafkaVariables } from "../shared/sensors/broker.ts";
 import {
-  checkDefinitions,
+  checkMigrations,
   clickhouseVariables,
   connectClickHouse,
   insertRowBinary,
   landingRows,
-  waitOut,
+  readingColumns,
+  retryUntilUp,
 } from "../shared/sensors/clickhouse.ts";
+import { connectVariables } from "../shared/sensors/connector.ts";
 import {
   checkReadings,
   consumerVariables,
@@ -35,75 +38,67 @@ import {
   findDeadLetters,
   stopSignals,
 } from "../shared/sensors/consumer.ts";
-import { takeEpoch, writeOffsets } from "../shared/sensors/epoch.ts";
-import { connectKafka, consume, kafkaVariables, topicState, withAdmin } from "../shared/sensors/kafka.ts";
-import { connectorVariables } from "../shared/sensors/kafka-connect.ts";
+import { takeEpoch, topicState, writeOffsets } from "../shared/sensors/epoch.ts";
+import { connectKafka, consume, withAdmin } from "../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../shared/session.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv({
-    ...consumerVariables,
-    ...clickhouseVariables,
-    ...kafkaVariables,
-    CONNECT_URL: connectorVariables.CONNECT_URL,
-  });
+  const env = readEnv({ ...consumerVariables, ...clickhouseVariables, ...kafkaVariables, ...connectVariables });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
   const { stop, abandon } = stopSignals();
   const etl = connect(env.ETL_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
   const client = connectClickHouse(env);
   const broker = connectKafka(env, "etl-sensors");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));
-
-  // 1. Check the source's columns and ClickHouse's tables before a message moves.
   await checkSession("ETL_DATABASE_URL", etl);
-  await using report = await createReport(env, broker, await checkReadings(env));
-  const away = report.waiting;
-  await waitOut(
-    () => checkDefinitions(client, database),
-    async () => {},
-    stop.signal,
-    away,
-  ).catch((error: Error) => {
-    if (!stop.signal.aborted) throw error; // stopped while ClickHouse was away: nothing is under way
+  await using report = await createReport(env, where);
+  const { waiting } = report;
+
+  // 1. Check that ClickHouse has what schemas/clickhouse makes, and the source its columns, before a message moves.
+  const check = () => checkMigrations(client, database).then(() => readingColumns(client));
+  const columns = await retryUntilUp(check, async () => {}, stop.signal, waiting).catch((error: Error) => {
+    if (!stop.signal.aborted) throw error;
+    return []; // stopped while ClickHouse was away: nothing is under way
   });
+  if (columns.length) report.unknownColumns(await checkReadings(env, columns));
 
   let epoch = 0;
   const limitPoison = createPoisonLimit(env.SENSORS_POISON_SHARE);
-  await consume(
-    broker,
-    { topic, groupId, signal: stop.signal },
-    {
-      // 2. After each rebalance: the epoch, whose partitions and offsets the topic must still have.
-      join: async () => {
-        const now = await takeEpoch(etl, topic, database, where);
-        if (now.database !== database)
-          throw new UsageError(
-            `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make resnapshot SWAP=1`,
-          );
-        epoch = now.number;
-      },
-      // 3. Each batch: insert its bytes as they are, by one insert; see what the views parked; stop where that is too much.
-      batch: async (batch, beat) => {
-        const place = { topic, epoch, partition: batch.partition };
-        const started = performance.now();
-        const rows = landingRows(place, batch.messages);
-        if (rows.length)
-          await waitOut((stop) => insertRowBinary(client, "sensor_landing", rows, stop), beat, abandon, away);
-        const parked = await waitOut(() => findDeadLetters(client, place, batch), beat, abandon, away);
-        report.inserted(batch, parked.length, (performance.now() - started) / 1000);
-        limitPoison(batch.messages.length, parked);
-      },
-      // 4. Only then is its offset committed; schema etl remembers it, to tell a topic that was made anew.
-      commit: (partition, next) =>
-        writeOffsets(etl, topic, [{ partition, next }]).catch(({ message }: Error) =>
-          log({ step: "warning", warning: "schema etl does not know how far this is; Kafka does", error: message }),
-        ),
-      fetch: async () => {
-        report.fetched();
-        if (env.UNTIL && (await where()).every(({ lag }) => lag === 0)) stop.abort();
-      },
+  await consume(broker, env, stop.signal, {
+    // 2. After each rebalance: the epoch, whose partitions and offsets the topic must still have.
+    join: async () => {
+      const now = await takeEpoch(etl, topic, database, where);
+      if (now.database !== database)
+        throw new UsageError(
+          `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make swap-readings`,
+        );
+      epoch = now.number;
     },
-  );
+    // 3. Each batch: insert its bytes as they are, by one insert; count its dead letters; stop where they are too many.
+    batch: async (batch, heartbeat) => {
+      const place = { topic, epoch, partition: batch.partition };
+      const started = performance.now();
+      const rows = landingRows(place, batch.messages);
+      if (rows.length)
+        await retryUntilUp(
+          (until) => insertRowBinary(client, "sensor_landing", rows, until),
+          heartbeat,
+          abandon,
+          waiting,
+        );
+      const dead = await retryUntilUp(() => findDeadLetters(client, place, batch), heartbeat, abandon, waiting);
+      report.inserted(batch, dead.length, (performance.now() - started) / 1000);
+      limitPoison(batch.messages.length, dead);
+    },
+    // 4. Only then is its offset committed; schema etl remembers it, to tell a topic that was created again.
+    commit: (partition, next) =>
+      writeOffsets(etl, topic, [{ partition, next }]).catch(({ message }: Error) =>
+        log({ step: "warning", warning: "schema etl does not know how far this is; Kafka does", error: message }),
+      ),
+    fetch: async () => {
+      if (env.UNTIL && (await where()).every(({ lag }) => lag === 0)) stop.abort();
+    },
+  });
 
   // 5. Report.
   report.done();

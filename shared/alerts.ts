@@ -24,7 +24,7 @@ export function readIntervals(): Map<string, number> {
 
 /** From where on ops/alerts.yml calls a metric an alert. */
 export function readThreshold(metric: string): number {
-  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
+  const [, limit] = new RegExp(`\\b${metric}(?:\\{[^}]*\\})?(?:\\[\\w+\\])?\\)* > ([\\d.e]+)`).exec(rules()) ?? [];
   if (limit === undefined) throw new Error(`ops/alerts.yml has no alert of the form ${metric} > NUMBER`);
   return Number(limit);
 }

@@ -100,7 +100,7 @@ test("a shop without sensors, or without an archive, is not told to have them; h
   await assertFails(
     undefined,
     { ...without(ofSensors), CLICKHOUSE_URL: shop.env.CLICKHOUSE_URL, S3_BUCKET: undefined },
-    /sensors: variables: .*REPLICATION_DATABASE_URL is missing: .*SENSORS_TOPIC is missing: .*CONNECT_URL is missing/,
+    /sensors: variables: .*CONNECT_URL is missing.*REPLICATION_DATABASE_URL is missing.*SENSORS_TOPIC is missing/,
     /kafka: variables: .*KAFKA_BROKERS is missing: .* Example: KAFKA_BROKERS=kafka-1\.example\.com:9092/,
     /clickhouse: variables: .*CLICKHOUSE_DATABASE is missing/,
   );
@@ -343,7 +343,7 @@ const breaks: Record<string, Break[]> = {
       "sensors",
       "alter publication etl_sensors drop table sensor_readings",
       "alter publication etl_sensors add table sensor_readings",
-      /sensors: wal_level, role and publication: .*publication etl_sensors is not there, or lacks public\.sensor_readings; Run sql\/replication\.sql/,
+      /sensors: wal_level, role and publication: .*publication etl_sensors does not exist, or lacks public\.sensor_readings; Run sql\/replication\.sql/,
     ],
     [
       "refuses the heartbeat",
@@ -493,7 +493,7 @@ test("S3: another bucket, a wrong key, an object that may not be put or not be d
   );
 });
 
-test("ClickHouse: a wrong password, a view that is gone, an insert that is refused", async () => {
+test("ClickHouse: a wrong password, a file that was not applied, a view that is gone, an insert that is refused", async () => {
   await assertFails(
     "sensors",
     { CLICKHOUSE_PASSWORD: "wrong" },
@@ -502,14 +502,15 @@ test("ClickHouse: a wrong password, a view that is gone, an insert that is refus
   await assertFails(
     "sensors",
     { CLICKHOUSE_DATABASE: "nowhere" },
-    /clickhouse: tables and views .* no database nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
+    /clickhouse: the files of schemas\/clickhouse .*001_sensor_readings\.sql and 6 more files were not applied to .* nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
   );
   await shop.clickhouse.command({ query: "DROP VIEW sensor_dead_letters_view" });
   await assertFails(
     "sensors",
     {},
-    /clickhouse: tables and views .*sensor_dead_letters_view is not there .* Run: make migrate/,
+    /clickhouse: the files of schemas\/clickhouse .* has lost sensor_dead_letters_view, .* Run there: DROP TABLE etl_migrations, then: make migrate/,
   );
+  await shop.clickhouse.command({ query: "DROP TABLE etl_migrations" });
   await shop.succeed("scripts/ops/migrate.ts");
   await using proxy = await createProxy(shop.env.CLICKHOUSE_URL);
   proxy.fault(/^POST/, async ({ request, response, send, reply }) => {

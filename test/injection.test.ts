@@ -8,8 +8,8 @@ import { bigqueryVariables } from "../shared/bigquery/client.ts";
 import { name, readEnv, required } from "../shared/env.ts";
 import { bucketVariables } from "../shared/events/s3.ts";
 import { pipelineVariables } from "../shared/run.ts";
+import { kafkaVariables } from "../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../shared/sensors/clickhouse.ts";
-import { kafkaVariables } from "../shared/sensors/kafka.ts";
 import { viewsVariables } from "../shared/views/build.ts";
 import { scratchCopy } from "./lib/scratch.ts";
 import { createSensors, type Sensors } from "./lib/sensors.ts";
@@ -190,7 +190,7 @@ test("values of rows are values: every hostile text arrives as it is", async () 
   assert.equal(count, hostile.length);
 });
 
-test("readings whose texts are hostile arrive as they are, and hostile messages are parked as they are", async () => {
+test("readings whose texts are hostile arrive as they are, and hostile messages become dead letters as they are", async () => {
   for (const value of hostile)
     await shop.admin`insert into sensor_readings (sensor_id, metric, value) values (${value}, ${value}, 1)`;
   await sensors.produce(hostile.map((value) => ({ key: value, value })));
@@ -201,7 +201,7 @@ test("readings whose texts are hostile arrive as they are, and hostile messages 
   assert.deepEqual((await sensors.deadLetters()).map(({ value }) => value).sort(), [...hostile].sort());
   const letters = await shop.succeed("scripts/ops/dead-letters.ts");
   assertNotForged(letters);
-  await shop.succeed("scripts/ops/dead-letters.ts", { REPLAY: "1" });
+  await shop.succeed("scripts/ops/replay-dead-letters.ts");
 });
 
 test("columns, types and a table's applications with hostile names are only names", async () => {

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { globSync, readFileSync, writeFileSync } from "node:fs";
+import { globSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, test } from "node:test";
 import { DeleteBucketCommand } from "@aws-sdk/client-s3";
@@ -102,7 +102,7 @@ await test("migrate without schema etl says which file a superuser has to run", 
   await shop.admin.unsafe("alter schema aside rename to etl");
   assert.match(
     stderr,
-    /schema etl is not there\. Run sql\/roles\.sql in that database as a superuser, then: make migrate/,
+    /schema etl does not exist\. Run sql\/roles\.sql in that database as a superuser, then: make migrate/,
   );
   assert.equal(code, 1);
 });
@@ -116,11 +116,76 @@ await test("an applied file of sql/etl that was edited is an error that says wha
   assert.equal(code, 2);
   assert.match(
     stderr,
-    /sql\/etl\/001_metadata\.sql was applied at \S+ \S+ and has been edited since: .* Restore it \(git checkout\), and put the change into a new file/,
+    /sql\/etl\/001_metadata\.sql was applied at \S+ \S+ and has been edited since\. Run: git checkout sql\/etl\/001_metadata\.sql, and put the change into a new file/,
   );
   writeFileSync(join(scratch.folder, "sql/etl/002_more.sql"), "alter table etl.runs add column more int;");
   assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["apply what=sql/etl/002_more.sql", "done"]);
   assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+});
+
+const clickhouseFiles = globSync("schemas/clickhouse/*.sql", { cwd: root }).sort();
+/** The engine's own words for all that it has, but the record's times. */
+async function clickhouseObjects(): Promise<string[]> {
+  const query = `SELECT name, create_table_query AS sql FROM system.tables WHERE database = currentDatabase() ORDER BY name`;
+  const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
+  return (await answer.json<{ name: string; sql: string }>()).map(({ name, sql }) => `${name}: ${sql}`);
+}
+
+await test("a database of ClickHouse that an older version made is taken over: what exists stays with its rows, views get their SELECT, and every file is recorded", async () => {
+  const { clickhouse } = shop;
+  const run = async (query: string): Promise<void> => void (await clickhouse.command({ query }));
+  const before = await clickhouseObjects();
+  await run("INSERT INTO sensor_readings (id, recorded_at, _version) VALUES (1, 0, 1)");
+  await run("DROP TABLE etl_migrations SYNC");
+  // What older versions had: no TTL, other SELECTs, and not yet every view.
+  await run("ALTER TABLE sensor_dead_letters REMOVE TTL");
+  await run("ALTER TABLE sensor_readings_view MODIFY QUERY SELECT after.id AS id FROM sensor_changes");
+  await run("DROP VIEW sensor_dead_letters_view SYNC");
+  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [...clickhouseFiles.map((what) => `would-apply what=${what}`), "done"]);
+  const applied = await shop.succeed(migrate);
+  assert.deepEqual(steps(applied.stderr), [...clickhouseFiles.map((what) => `apply what=${what}`), "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+  assert.deepEqual(await clickhouseObjects(), before);
+  const rows = await clickhouse.query({
+    query: "SELECT toInt32(id) AS id FROM sensor_readings",
+    format: "JSONEachRow",
+  });
+  assert.deepEqual(await rows.json(), [{ id: 1 }]);
+
+  // A column that no view fills, as the recipe of older versions made it, is not passed over: its rows would be NULL from now on.
+  await run("DROP TABLE etl_migrations SYNC");
+  await run("ALTER TABLE sensor_readings ADD COLUMN quality Nullable(Int64)");
+  const { code, stderr } = await shop.run(migrate);
+  assert.match(stderr, /sensor_readings has a column that no view fills\. README, "When the schema changes"/);
+  assert.equal(code, 1);
+  await run(
+    "ALTER TABLE sensor_readings MODIFY COLUMN quality DEFAULT JSONExtract(_unknown['quality'], 'Nullable(Int64)')",
+  );
+  await shop.succeed(migrate);
+  await run("ALTER TABLE sensor_readings DROP COLUMN quality");
+});
+
+await test("a file of schemas/clickhouse that is killed between its statements is applied again, as a whole", async () => {
+  const file = "schemas/clickhouse/008_two.sql";
+  const broken =
+    "ALTER TABLE sensor_readings ADD COLUMN IF NOT EXISTS one UInt8 DEFAULT 1;\nSELECT throwIf(1, 'killed here');\n";
+  writeFileSync(join(scratch.folder, file), broken);
+  const { code, stderr } = await shop.run(migrate);
+  assert.equal(code, 1, stderr);
+  assert.match(stderr, /killed here/);
+  writeFileSync(join(scratch.folder, file), broken.replace("throwIf(1, ", "throwIf(0, "));
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), [`apply what=${file}`, "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+});
+
+await test("a file whose name has no number is refused", async () => {
+  const file = join(scratch.folder, "schemas/clickhouse/more.sql");
+  writeFileSync(file, "SELECT 1;");
+  const { code, stderr } = await shop.run(migrate);
+  rmSync(file);
+  assert.match(stderr, /error: "schemas\/clickhouse\/more\.sql" must be named NNN_NAME\.sql/);
+  assert.equal(code, 2);
 });
 
 await test("a new nullable column, a relaxed mode and a description are printed, then applied; rows and runs stay right", async () => {
@@ -150,7 +215,7 @@ await test("a new nullable column, a relaxed mode and a description are printed,
   // Everything else that the table now has, and the contract has not.
   writeFileSync(contract, committed);
   await assertRefused([
-    /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE\. .* create the table anew/,
+    /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE\. .* create the table again/,
     /column \S+\.note is not in schemas\/bigquery\/orders\.json\. SQL: ALTER TABLE \S+\.orders DROP COLUMN note;/,
   ]);
 });
@@ -165,7 +230,7 @@ await test("what could lose data or needs a decision is refused, all of it at on
   await assertRefused([
     /column \S+\.item_count: expected NUMERIC NULLABLE .*, found INTEGER NULLABLE\. SQL: ALTER TABLE \S+\.orders ALTER COLUMN item_count SET DATA TYPE NUMERIC;/,
     /column \S+\.must is STRING REQUIRED in \S+ and not there: .* Add it as NULLABLE/,
-    /table \S+\.orders: expected timePartitioning {"type":"DAY","field":"created_at"} .* create it anew/,
+    /table \S+\.orders: expected timePartitioning {"type":"DAY","field":"created_at"} .* create a new one/,
   ]);
 });
 

@@ -10,6 +10,7 @@ import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { test } from "node:test";
 import { type Scratch, scratchCopy } from "./lib/scratch.ts";
+import { until } from "./lib/shop.ts";
 import { type Env, localEnv, root } from "./stack/env.ts";
 
 /** A fenced block of a recipe, with the sentences before it and what it is written in. */
@@ -318,4 +319,78 @@ test("users is orders, step for step: what is shown of one under kills and fault
       .replaceAll(/ {2,}/g, " ")
       .replace(/(\* schedule) \w+/, "$1");
   assert.equal(steps("users"), steps("orders"));
+});
+
+await test("the recipe for a column of the readings, followed to the letter, fills it for what is there and for what comes, as does each type's DEFAULT", async () => {
+  using scratch = scratchCopy(["test", "ops"]);
+  const { createSensors } = (await import(
+    join(scratch.folder, "test/lib/sensors.ts")
+  )) as typeof import("./lib/sensors.ts");
+  await using sensors = await createSensors({ connector: false, partitions: 1 });
+  const { shop } = sensors;
+  const change = (op: "c" | "d", id: number, more: object) => {
+    const row = { id, sensor_id: "S", metric: "m", value: 1.5, recorded_at: "2024-01-01T00:00:00.000000Z", ...more };
+    const value = op === "c" ? { before: null, after: row, op } : { before: row, after: null, op };
+    return { key: JSON.stringify({ id }), value: JSON.stringify(value) };
+  };
+  await shop.admin`alter table sensor_readings add quality smallint`;
+  await sensors.produce([change("c", 1, { quality: 7 }), change("c", 2, { quality: null }), change("c", 3, {})]);
+  const consumer = await sensors.consumer();
+  await consumer.line(/step=warning .* columns=quality$/);
+  const rows = async (columns: string): Promise<unknown[]> => {
+    const query = `SELECT toInt32(id) AS id, ${columns} FROM sensor_readings FINAL ORDER BY sensor_readings.id`;
+    return await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json();
+  };
+  await until("they are there", async () => (await rows("1")).length === 3);
+
+  const { prose, blocks } = recipe("Adding a column of the readings");
+  const [file, shellBlock, ...others] = blocks;
+  assert.deepEqual(others, []);
+  apply(scratch, file ?? assert.fail("no file"));
+  assert.deepEqual(commands(shellBlock ?? assert.fail("no commands")), ["make check", "make migrate"]);
+  await check(scratch, "test/check/clickhouse.ts");
+  const migrated = await shell(scratch, shop.env, "make migrate");
+  assert.equal(migrated.code, 0, migrated.output);
+  assert.match(migrated.output, /step=apply what=schemas\/clickhouse\/008_quality\.sql$/m);
+  // By the consumer that still runs, and by one that starts.
+  await sensors.produce([change("c", 4, { quality: 9 }), change("d", 1, { quality: 7 })]);
+  const expected = [
+    { id: 2, quality: null },
+    { id: 3, quality: null },
+    { id: 4, quality: 9 },
+  ];
+  await until(
+    "the deletion is there",
+    async () => JSON.stringify(await rows("toInt32(quality) AS quality")) === JSON.stringify(expected),
+  );
+  consumer.child.kill("SIGTERM");
+  await consumer.ended;
+  await sensors.produce([change("c", 5, { quality: -1 })]);
+  const { stderr } = await shop.succeed("scripts/sensors.ts", { UNTIL: "caught-up" });
+  assert.doesNotMatch(stderr, /step=warning/);
+  assert.deepEqual(await rows("toInt32(quality) AS quality"), [...expected, { id: 5, quality: -1 }]);
+
+  // Each type of the table, with a value as Debezium writes it, and one of another type: NULL, or its text.
+  const defaults = [...prose.matchAll(/^\| .* \| `(\w+\(.+) DEFAULT (.+)` \|$/gm)];
+  const values: [unknown, unknown, unknown][] = [
+    [7, "7", "x"],
+    ['a "b"\n', 'a "b"\n', 7],
+    [true, "true", "x"],
+    ["NaN", "nan", "x"],
+    ["2024-01-01T00:00:00.123456Z", "2024-01-01 00:00:00.123456", "x"],
+  ];
+  assert.equal(defaults.length, values.length);
+  await shop.admin`alter table sensor_readings add n0 bigint, add n1 text, add n2 bool, add n3 float8, add n4 timestamptz`;
+  for (const [at, [, type, expression]] of defaults.entries())
+    await shop.clickhouse.command({
+      query: `ALTER TABLE sensor_readings ADD COLUMN n${at} ${type} DEFAULT ${expression?.replace("'name'", `'n${at}'`)}`,
+    });
+  const named = (which: 0 | 2) => Object.fromEntries(values.map((value, at) => [`n${at}`, value[which]]));
+  await sensors.produce([change("c", 6, named(0)), change("c", 7, named(2))]);
+  await sensors.catchUp();
+  const found = (await rows(values.map((_, at) => `toString(n${at}) AS n${at}`).join())) as Record<string, unknown>[];
+  assert.deepEqual(found.slice(-2), [
+    { id: 6, ...Object.fromEntries(values.map(([, text], at) => [`n${at}`, text])) },
+    { id: 7, n0: null, n1: "7", n2: null, n3: null, n4: null },
+  ]);
 });

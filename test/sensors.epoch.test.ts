@@ -1,11 +1,10 @@
-// Epochs: a topic whose offsets no longer order the changes stops the consumer, and a rebuild from a fresh snapshot mends it,
+// Epochs: a topic whose offsets no longer order the changes stops the consumer, and a rebuild from a fresh snapshot repairs it,
 // wherever it is killed. And the connector, by which the snapshot comes.
 import assert from "node:assert/strict";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import postgres from "postgres";
-import { takeEpoch } from "../shared/sensors/epoch.ts";
-import { type PartitionState, topicState } from "../shared/sensors/kafka.ts";
+import { type PartitionState, takeEpoch, topicState } from "../shared/sensors/epoch.ts";
 import { answer, createProxy, ending } from "./lib/faults.ts";
 import { type Consumer, createSensors, type Sensors } from "./lib/sensors.ts";
 import { random, type Shop, until } from "./lib/shop.ts";
@@ -14,6 +13,7 @@ import type { Env } from "./stack/env.ts";
 const soak = process.env.SOAK === "1";
 const consumerScript = "scripts/sensors.ts";
 const resnapshot = "scripts/ops/resnapshot.ts";
+const swap = "scripts/ops/swap-readings.ts";
 const connector = "scripts/ops/connector.ts";
 
 /** Runs a script that has to exit with `code`, having said all of `says`. */
@@ -65,7 +65,7 @@ const rebuildOf = ({ shop }: Sensors): string => `${shop.env.CLICKHOUSE_DATABASE
 /** The README's steps 3 and 4: with all consumers stopped, after make resnapshot. */
 async function rebuild(sensors: Sensors): Promise<void> {
   await sensors.catchUp({ CLICKHOUSE_DATABASE: rebuildOf(sensors) });
-  await sensors.shop.succeed(resnapshot, { SWAP: "1" });
+  await sensors.shop.succeed(swap);
 }
 
 async function assertEqual(sensors: Sensors): Promise<void> {
@@ -81,7 +81,7 @@ async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promis
   await admin.deleteTopics({ topics: [topic] });
   await until("the topic is gone", async () => !(await admin.listTopics()).includes(topic));
   // Where it is there already, an attempt whose answer failed has made it.
-  await until("the topic is made anew", () =>
+  await until("the topic is created again", () =>
     admin.createTopics({ topics: [{ topic, numPartitions, replicationFactor: 1 }], waitForLeaders: true }).then(
       () => true,
       () => false,
@@ -90,7 +90,7 @@ async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promis
 }
 
 suite("sensors", { concurrency: true }, () => {
-  test("a topic made anew stops the consumer; after a resnapshot nothing loses to old versions, and deleted rows are gone", async () => {
+  test("a topic that was created again stops the consumer; after a resnapshot nothing loses to old versions, and deleted rows are gone", async () => {
     await using sensors = await createSensors();
     const { shop, topic } = sensors;
     await insert(sensors, 1, 300);
@@ -104,14 +104,14 @@ suite("sensors", { concurrency: true }, () => {
     await shop.admin`update sensor_readings set value = 100 where id <= 100`;
     await shop.admin`delete from sensor_readings where id > 250`;
     const before = await sensors.readings();
-    const anew = new RegExp(`^error: .*partition \\d of topic ${topic}.*the topic was made anew`, "m");
-    await fails(shop, consumerScript, 2, [anew, remedy]);
+    const again = new RegExp(`^error: .*partition \\d of topic ${topic}.*the topic was created again`, "m");
+    await fails(shop, consumerScript, 2, [again, remedy]);
     // Deleting the topic has deleted the group's offsets; the check is not by these alone.
     const { SENSORS_GROUP: groupId = "" } = shop.env;
     const zero = [0, 1, 2].map((partition) => ({ partition, offset: "0" }));
     await sensors.admin.setOffsets({ groupId, topic, partitions: zero });
     const behind =
-      /^error: partition \d of topic .* ends at offset \d+, and \d+ was reached before: the topic was made anew\./m;
+      /^error: partition \d of topic .* ends at offset \d+, and \d+ was reached before: the topic was created again\./m;
     await fails(shop, consumerScript, 2, [behind, remedy], { UNTIL: "caught-up" });
     assert.deepEqual(await sensors.readings(), before);
     assert.deepEqual(await sensors.deadLetters(), []);
@@ -126,7 +126,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   for (const [what, change, says] of [
-    ["is made anew", (sensors: Sensors) => remakeTopic(sensors), /the topic was made anew/],
+    ["is created again", (sensors: Sensors) => remakeTopic(sensors), /the topic was created again/],
     [
       "gets another partition",
       async ({ admin, topic }: Sensors) =>
@@ -161,7 +161,7 @@ suite("sensors", { concurrency: true }, () => {
       assert.match(ended.stderr, says);
       assert.match(ended.stderr, remedy);
       assert.equal(ended.code, 2, ended.stderr);
-      if (what === "is made anew") assert.deepEqual(await sensors.readings(), before);
+      if (what === "is created again") assert.deepEqual(await sensors.readings(), before);
     });
 
   test("a consumer that joins while another commits a partition for the first time does not take its offset for a lost one", async () => {
@@ -192,18 +192,12 @@ suite("sensors", { concurrency: true }, () => {
     await insert(sensors, 1, 2000);
     const consumer = await sensors.consumer();
     await sensors.equal();
-    await fails(shop, resnapshot, 2, [
-      new RegExp(
-        `the group ${shop.env.SENSORS_GROUP} has 1 consumers \\(etl-sensors at .+\\)\\. Stop them first \\(systemctl stop etl-sensors\\)`,
-      ),
-    ]);
-    await fails(shop, resnapshot, 2, [`there is no rebuild of ${topic} to swap in. Begin one: make resnapshot`, ""], {
-      SWAP: "1",
-    }).catch(async (error: Error) => assert.match(error.message, /Stop them first/));
+    const running = new RegExp(
+      `the group ${shop.env.SENSORS_GROUP} has 1 consumers \\(etl-sensors at .+\\)\\. Stop them first: systemctl stop etl-sensors`,
+    );
+    for (const script of [resnapshot, swap]) await fails(shop, script, 2, [running]);
     await stop(consumer);
-    await fails(shop, resnapshot, 2, [`there is no rebuild of ${topic} to swap in. Begin one: make resnapshot`], {
-      SWAP: "1",
-    });
+    await fails(shop, swap, 2, [`there is no rebuild of ${topic} to swap in. Run: make resnapshot`]);
 
     // Readers, all the while, and close upon one another while the tables are swapped.
     const counts = new Set<number>();
@@ -223,7 +217,7 @@ suite("sensors", { concurrency: true }, () => {
         await readers;
       },
     };
-    // While the connector is stopped: what nobody tells Kafka of. And a TRUNCATE, which is parked.
+    // While the connector is stopped: what nobody tells Kafka of. And a TRUNCATE, which is dead-lettered.
     const url = new URL(`/connectors/etl-${database}-sensor_readings`, shop.env.CONNECT_URL);
     assert.equal((await fetch(`${url}/stop`, { method: "PUT" })).status, 204);
     await shop.admin`truncate sensor_readings`;
@@ -231,18 +225,16 @@ suite("sensors", { concurrency: true }, () => {
     await using _held = await holdSlot(sensors);
     await shop.succeed(resnapshot);
     const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuildOf(sensors)}`;
-    await fails(shop, resnapshot, 2, [/^error: [\d,]+ messages are not in \w+_rebuild yet\. Next: /m, next], {
-      SWAP: "1",
-    });
-    const mid = `epoch 2 of ${topic} belongs into database ${rebuildOf(sensors)}, not ${database}: the table is being rebuilt there. Next: ${next}, then make resnapshot SWAP=1`;
+    await fails(shop, swap, 2, [/^error: [\d,]+ messages are not in \w+_rebuild yet\. Next: /m, next]);
+    const mid = `epoch 2 of ${topic} belongs into database ${rebuildOf(sensors)}, not ${database}: the table is being rebuilt there. Next: ${next}, then make swap-readings`;
     await fails(shop, consumerScript, 2, [mid]);
     await insert(sensors, 3001, 3010);
     await sensors.catchUp({ CLICKHOUSE_DATABASE: rebuildOf(sensors) });
     assert.equal((await sensors.readings()).length, 2000);
     pause = 1;
-    const swap = await shop.succeed(resnapshot, { SWAP: "1" });
+    const { stderr } = await shop.succeed(swap);
     assert.match(
-      swap.stderr,
+      stderr,
       new RegExp(
         `step=done swapped=${database}\\.sensor_readings epoch=2 before=${rebuildOf(sensors)}\\.sensor_readings`,
       ),
@@ -255,7 +247,7 @@ suite("sensors", { concurrency: true }, () => {
       [...counts].filter((count) => count !== 2000 && count < 1500),
       [],
     );
-    await fails(shop, resnapshot, 2, [`there is no rebuild of ${topic} to swap in`], { SWAP: "1" });
+    await fails(shop, swap, 2, [`there is no rebuild of ${topic} to swap in`]);
     assert.equal((await sensors.readings()).length, after);
     const again = await sensors.consumer();
     await assertEqual(sensors);
@@ -275,20 +267,20 @@ suite("sensors", { concurrency: true }, () => {
     await shop.succeed(resnapshot);
     const span = performance.now() - whole;
     const killed: string[] = [];
-    const killAt = async (script: string, env: Env, ms: number): Promise<void> => {
-      const run = shop.start(script, env);
+    const killAt = async (script: string, ms: number): Promise<void> => {
+      const run = shop.start(script);
       await Promise.race([run.ended, delay(ms)]);
       run.child.kill("SIGKILL");
       const { stderr, signal } = await run.ended;
       killed.push(`${ms} ms of ${Math.round(span)}: ${signal} ${stderr.match(/step=\w+/g)?.at(-1)}`);
     };
-    for (let kills = 0; kills < (soak ? 30 : 3); kills++) await killAt(resnapshot, {}, below(span));
+    for (let kills = 0; kills < (soak ? 30 : 3); kills++) await killAt(resnapshot, below(span));
     const before = await sensors.readings();
     await shop.succeed(resnapshot);
     assert.deepEqual(await sensors.readings(), before, killed.join("\n"));
     await sensors.catchUp({ CLICKHOUSE_DATABASE: rebuildOf(sensors) });
-    for (let kills = 0; kills < (soak ? 30 : 3); kills++) await killAt(resnapshot, { SWAP: "1" }, 200 + below(1500));
-    const last = await shop.run(resnapshot, { SWAP: "1" });
+    for (let kills = 0; kills < (soak ? 30 : 3); kills++) await killAt(swap, 200 + below(1500));
+    const last = await shop.run(swap);
     if (last.code !== 0) assert.match(last.stderr, /there is no rebuild/);
     assert.deepEqual(await sensors.readings(), await sensors.source(), killed.join("\n"));
     const consumer = await sensors.consumer();
@@ -358,8 +350,8 @@ suite("sensors", { concurrency: true }, () => {
     await shop.admin`alter table sensor_readings replica identity default`;
     await fails(shop, connector, 2, [
       "the source is not ready for Debezium:",
-      "  table public.sensor_readings is not there, or not REPLICA IDENTITY FULL",
-      "  publication etl_sensors is not there, or lacks public.etl_heartbeat",
+      "  table public.sensor_readings does not exist, or is not REPLICA IDENTITY FULL",
+      "  publication etl_sensors does not exist, or lacks public.etl_heartbeat",
       "Run sql/replication.sql in that database as a superuser, then: make connector",
     ]);
     await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`;
@@ -391,7 +383,7 @@ suite("sensors", { concurrency: true }, () => {
     await fails(shop, connector, 1, [
       new RegExp(`^error: (connector ${name} failed:|Kafka Connect refused PUT)`, "m"),
       /is no longer available on the server|slot/,
-      "Mend what it says, then: make connector",
+      "Fix it, then: make connector",
     ]);
     // What the slot would have kept is lost: a fresh snapshot has it. Also where somebody has deleted the connector.
     await fetch(new URL(`/connectors/${name}`, shop.env.CONNECT_URL), { method: "DELETE" });

@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { buffer } from "node:stream/consumers";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
-import { topicState } from "../shared/sensors/kafka.ts";
+import { topicState } from "../shared/sensors/epoch.ts";
 import {
   createProxy,
   ending,

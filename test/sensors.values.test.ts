@@ -203,7 +203,7 @@ suite("sensors", { concurrency: true }, () => {
     });
   });
 
-  test("a time that ClickHouse cannot hold is parked with its reason, and never arrives as another", async () => {
+  test("a time that ClickHouse cannot hold is dead-lettered with its reason, and never arrives as another", async () => {
     await using sensors = await createSensors();
     const { admin } = sensors.shop;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'good', i, '2024-01-01Z' from generate_series(1, 20) i`;
@@ -213,9 +213,9 @@ suite("sensors", { concurrency: true }, () => {
       await admin`update sensor_readings set recorded_at = ${time}::text::timestamptz where id = ${1 + at}`;
     }
     await sensors.drained();
-    const parked = await sensors.deadLetters();
+    const dead = await sensors.deadLetters();
     assert.deepEqual(
-      parked
+      dead
         .map(({ key, reason }) => [Number(JSON.parse(key ?? "").id), reason])
         .sort(([a], [b]) => Number(a) - Number(b)),
       [...beyond.keys()]
@@ -232,7 +232,7 @@ suite("sensors", { concurrency: true }, () => {
     assertSame(await sensors.readings(), await sensors.source());
   });
 
-  test("a TRUNCATE is parked as a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {
+  test("a TRUNCATE becomes a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {
     await using sensors = await createSensors();
     const { admin } = sensors.shop;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'before', i, '2024-01-01Z' from generate_series(1, 20) i`;
@@ -242,10 +242,10 @@ suite("sensors", { concurrency: true }, () => {
     await admin`truncate sensor_readings`;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) values (1, 'after', 1, '2024-01-02Z')`;
     await sensors.drained();
-    const [parked, ...more] = await sensors.deadLetters();
+    const [dead, ...more] = await sensors.deadLetters();
     assert.deepEqual(more, []);
-    assert.match(parked?.reason ?? "", /^TRUNCATE: .*make resnapshot/);
-    assert.equal(JSON.parse(parked?.value ?? "").op, "t");
+    assert.match(dead?.reason ?? "", /^TRUNCATE: .*make resnapshot/);
+    assert.equal(JSON.parse(dead?.value ?? "").op, "t");
     const byId = (a: Reading, b: Reading): number => Number(a.id) - Number(b.id);
     const all = [...before, ...(await sensors.source())].sort(byId);
     // Two of them have the id 1: what is inserted after a TRUNCATE does not meet the row that was there.

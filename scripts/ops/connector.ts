@@ -5,32 +5,24 @@
  *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say
  *   the connector    named after the topic; what differs per installation is added here: the source's address and role, the
  *                    topic's prefix, and the slot, etl_PREFIX
- *   safe to re-run   yes: a connector that is as the file says goes on as it was
+ *   safe to re-run   yes: a connector that is as the file says stays as it was
  *
  *   make connector
  */
-
 import { readEnv } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { kafkaVariables } from "../../shared/sensors/kafka.ts";
-import {
-  awaitRunning,
-  checkReplication,
-  connectorConfig,
-  connectorVariables,
-  createReadingsTopic,
-  namesOf,
-  putConnector,
-} from "../../shared/sensors/kafka-connect.ts";
+import { kafkaVariables } from "../../shared/sensors/broker.ts";
+import { namesOf } from "../../shared/sensors/connector.ts";
+import * as kafkaConnect from "./lib/kafka-connect.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv({ ...connectorVariables, ...kafkaVariables });
-  const config = connectorConfig(env);
-  await checkReplication(env);
-  if (await createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
-  await putConnector(env, config);
-  await awaitRunning(env);
+  const env = readEnv({ ...kafkaConnect.connectorVariables, ...kafkaVariables });
+  const config = kafkaConnect.connectorConfig(env);
+  await kafkaConnect.checkReplication(env);
+  if (await kafkaConnect.createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
+  await kafkaConnect.putConnector(env, config);
+  await kafkaConnect.awaitRunning(env);
   const { connector, slot } = namesOf(env);
   log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING" });
 });

@@ -38,32 +38,31 @@ import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
+import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import {
   type ClickHouseEnv,
-  checkDefinitions,
+  checkMigrations,
   clickhouseVariables,
   connectClickHouse,
   insertRowBinary,
+  readingColumns,
 } from "../../shared/sensors/clickhouse.ts";
+import { isRunning, namesOf, sourceTable } from "../../shared/sensors/connector.ts";
 import { checkReadings } from "../../shared/sensors/consumer.ts";
-import { connectKafka, kafkaVariables, topicState, withAdmin } from "../../shared/sensors/kafka.ts";
-import {
-  checkReplication,
-  connectorVariables,
-  isRunning,
-  namesOf,
-  sourceTable,
-} from "../../shared/sensors/kafka-connect.ts";
+import { topicState } from "../../shared/sensors/epoch.ts";
+import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect, quote } from "../../shared/session.ts";
 import { readSelect, type SchemaCheck } from "../../shared/source.ts";
 import { readBound } from "../../shared/watermark.ts";
+import { checkReplication, connectorVariables } from "./lib/kafka-connect.ts";
 
 /** Prints the check's line. @returns whether it is ok. `work` returns what else is worth knowing, or throws what to do. */
 type Check = (name: string, work: () => Promise<unknown>) => Promise<boolean>;
 
 const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVariables;
 const viewsVariables = { ...bigqueryVariables, BIGQUERY_VIEWS_DATASET: required(nameReader) };
-const captureVariables = { SOURCE_DATABASE_URL, ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC };
+const { SENSORS_TOPIC } = kafkaVariables;
+const captureVariables = { SOURCE_DATABASE_URL, ...connectorVariables, ...clickhouseVariables, SENSORS_TOPIC };
 
 const session = { application: "etl:doctor", timeoutSeconds: 30 };
 /** One that hangs, or asks again and again, must not keep the others from being said. */
@@ -375,7 +374,10 @@ async function checkCapture(check: Check, env: Env<typeof captureVariables>): Pr
   const { connector, slot } = namesOf(env);
   const { REPLICATION_DATABASE_URL: url } = env;
   const replication = connect(url, session);
-  await check("columns and replica identity", () => checkReadings(env));
+  await check(
+    "columns and replica identity",
+    async () => checkReadings(env, await readingColumns(connectClickHouse(env)).catch(() => [])), // ClickHouse's own lines say why
+  );
   if (await check("connection", () => checkConnection("REPLICATION_DATABASE_URL", replication, url))) {
     await check("wal_level, role and publication", () => checkReplication(env));
     await check("role may read the table, and write the heartbeat", async () => {
@@ -435,8 +437,8 @@ async function checkClickHouse(check: Check, env: ClickHouseEnv): Promise<void> 
     await answer.text();
   };
   if (!(await check("connection", connection))) return;
-  const definitions = (): Promise<void> => checkDefinitions(client, env.CLICKHOUSE_DATABASE);
-  if (!(await check("tables and views are those of schemas/clickhouse", definitions))) return;
+  const migrations = (): Promise<void> => checkMigrations(client, env.CLICKHOUSE_DATABASE);
+  if (!(await check("the files of schemas/clickhouse are applied", migrations))) return;
   await check("rows may be inserted", () =>
     insertRowBinary(client, "sensor_landing", Buffer.alloc(0), AbortSignal.timeout(30_000)),
   );

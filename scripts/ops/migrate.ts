@@ -8,43 +8,42 @@
  *                    that a person would run
  *   the models' dataset  BIGQUERY_VIEWS_DATASET: created where it is missing; make views fills it
  *   the bucket       S3_BUCKET: created where it is missing; left out where the variable is not set
- *   ClickHouse       schemas/clickhouse/*.sql in CLICKHOUSE_DATABASE: created, or changed by what loses nothing (a new column, another
- *                    SELECT of a view); any other difference is refused. Left out where CLICKHOUSE_URL is not set
+ *   ClickHouse       schemas/clickhouse/*.sql in CLICKHOUSE_DATABASE: as sql/etl, and recorded there in etl_migrations. A database that
+ *                    an older version made is taken over: each file keeps what exists, and replaces the views' SELECTs. Left out where
+ *                    CLICKHOUSE_URL is not set
  *   safe to re-run   yes: what is there already is left as it is; a second migrate waits for the first
  *
  *   make migrate             do it
  *   make migrate DRY_RUN=1   say what would be done
  */
-import { createHash } from "node:crypto";
-import { readdirSync, readFileSync } from "node:fs";
-import { join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
-import type { Sql } from "postgres";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { type Contract, describeField, readContract } from "../../shared/bigquery/contract.ts";
-import { flag, isSet, name, optional, postgresUrl, readEnv, required, root, UsageError } from "../../shared/env.ts";
+import { flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { checkSession, connect } from "../../shared/session.ts";
+import { applyMigrations, inClickHouse, inPostgres, type Step } from "./lib/migrations.ts";
 
 await main(import.meta, async () => {
   // Each library only where it is used: they load slowly.
   const s3 = isSet("S3_BUCKET") ? await import("../../shared/events/s3.ts") : undefined;
   const clickhouse = isSet("CLICKHOUSE_URL") ? await import("../../shared/sensors/clickhouse.ts") : undefined;
-  const bucketEnv = s3 && readEnv(s3.bucketVariables);
-  const clickhouseEnv = clickhouse && readEnv(clickhouse.clickhouseVariables);
-  const env = readEnv({
+  const own = {
     ETL_DATABASE_URL: required(postgresUrl),
     ...bigqueryVariables,
     BIGQUERY_VIEWS_DATASET: required(name),
     DRY_RUN: optional(flag, false),
-  });
+  };
+  readEnv({ ...own, ...s3?.bucketVariables, ...clickhouse?.clickhouseVariables }); // every fault at once
+  const env = readEnv(own);
+  const bucketEnv = s3 && readEnv(s3.bucketVariables);
+  const clickhouseEnv = clickhouse && readEnv(clickhouse.clickhouseVariables);
   const leaveOut = (what: string, variable: string): void =>
     log({ step: "left-out", what, because: `${variable} is not set` });
-  /** Says what is to be done, and does it unless this is a dry run. */
-  const apply = async (what: string, work: () => Promise<unknown>): Promise<void> => {
+  const apply: Step = async (what, work) => {
     log({ step: env.DRY_RUN ? "would-apply" : "apply", what });
     if (!env.DRY_RUN) await work();
   };
@@ -56,17 +55,10 @@ await main(import.meta, async () => {
   await etl`select pg_advisory_lock(hashtextextended('etl:migrate', 0))`;
 
   // 2. The etl tables.
-  const [schema] = await etl`select to_regclass('etl.migrations') as migrations, to_regnamespace('etl') as etl`;
-  if (!schema?.etl) {
-    throw new Error("schema etl is not there. Run sql/roles.sql in that database as a superuser, then: make migrate");
-  }
-  const applied = schema.migrations
-    ? await etl<Applied[]>`select file, sha256, date_trunc('second', applied_at)::text as at from etl.migrations`
-    : [];
-  for (const file of readdirSync(join(root, "sql/etl")).sort()) {
-    const text = readFileSync(join(root, "sql/etl", file), "utf8");
-    if (!isApplied(file, text, applied)) await apply(`sql/etl/${file}`, () => applyFile(etl, file, text));
-  }
+  const [schema] = await etl`select to_regnamespace('etl') as etl`;
+  if (!schema?.etl)
+    throw new Error("schema etl does not exist. Run sql/roles.sql in that database as a superuser, then: make migrate");
+  await applyMigrations("sql/etl", inPostgres(etl), apply);
 
   // 3. The datasets, and the tables of the raw one.
   const bigquery = connectBigQuery(env);
@@ -103,7 +95,18 @@ await main(import.meta, async () => {
 
   // 5. ClickHouse.
   if (clickhouse && clickhouseEnv) {
-    refused.push(...(await clickhouse.migrateClickHouse(clickhouseEnv, clickhouseEnv.CLICKHOUSE_DATABASE, apply)));
+    const { CLICKHOUSE_DATABASE: database, CLICKHOUSE_URL: url } = clickhouseEnv;
+    await using server = clickhouse.connectClickHouse(clickhouseEnv, "default");
+    await using client = clickhouse.connectClickHouse(clickhouseEnv);
+    const databases = await server.query({ query: "SHOW DATABASES", format: "TabSeparated" }).catch((error: Error) => {
+      throw new Error(
+        `ClickHouse at ${new URL(url).host} (CLICKHOUSE_URL): ${error.message.trim()}. Next: make doctor`,
+      );
+    });
+    if (!(await databases.text()).split("\n").includes(database))
+      await apply(`create database ${database}`, () => server.command({ query: `CREATE DATABASE ${database}` }));
+    const target = inClickHouse(client, () => clickhouse.appliedMigrations(client));
+    await applyMigrations("schemas/clickhouse", target, apply);
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
   await etl.end();
   if (refused.length) {
@@ -113,35 +116,6 @@ await main(import.meta, async () => {
   }
   log({ step: "done" });
 });
-
-interface Applied {
-  file: string;
-  sha256: string;
-  at: string;
-}
-
-function checksum(text: string): string {
-  return createHash("sha256").update(text).digest("hex");
-}
-
-function isApplied(file: string, text: string, applied: Applied[]): boolean {
-  const before = applied.find((migration) => migration.file === file);
-  if (before && before.sha256 !== checksum(text)) {
-    throw new UsageError(
-      `sql/etl/${file} was applied at ${before.at} and has been edited since: an applied file is not applied again. Restore it (git checkout), and put the change into a new file with the next number.`,
-    );
-  }
-  return before !== undefined;
-}
-
-async function applyFile(etl: Sql, file: string, text: string): Promise<void> {
-  await etl.begin(async (sql) => {
-    await sql`create table if not exists etl.migrations (
-      file text primary key, sha256 text not null, applied_at timestamptz not null default now())`;
-    await sql.unsafe(text);
-    await sql`insert into etl.migrations (file, sha256) values (${file}, ${checksum(text)})`;
-  });
-}
 
 /** A field's type as SQL has it, without its mode: INTEGER NULLABLE → INT64 */
 function sqlType(field: string): string {
@@ -167,7 +141,7 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
       if ((now.description ?? "") !== (field.description ?? "")) additions.push(`describe ${column}`);
     } else if (is.replace("REQUIRED", "NULLABLE") === wanted) additions.push(`relax ${column} from ${is} to ${wanted}`);
     else if (is.replace("NULLABLE", "REQUIRED") === wanted)
-      refused.push(`${difference}. BigQuery cannot make a column REQUIRED again: create the table anew`);
+      refused.push(`${difference}. BigQuery cannot make a column REQUIRED again: create the table again`);
     else
       refused.push(
         `${difference}. SQL: ALTER TABLE ${name} ALTER COLUMN ${field.name} SET DATA TYPE ${sqlType(wanted)};`,
@@ -188,7 +162,7 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
     const same = Object.entries(wanted).every(([key, value]) => isDeepStrictEqual(is[key as keyof typeof is], value));
     if (!same) {
       refused.push(
-        `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${contract.file}), found ${JSON.stringify(is)}. A table keeps these for its life: create it anew, and copy its rows`,
+        `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${contract.file}), found ${JSON.stringify(is)}. A table keeps these for its life: create a new one, and copy its rows`,
       );
     }
   }

@@ -1,12 +1,11 @@
 /**
- * ClickHouse: inserts that wait out a server that is away, and the committed definitions of schemas/clickhouse.
+ * ClickHouse: a client, the record of schemas/clickhouse, retries while a server is away or overloaded, and inserts of raw messages.
  */
-import { readdirSync, readFileSync } from "node:fs";
-import { join } from "node:path";
 import { Readable } from "node:stream";
-import { setTimeout as delay } from "node:timers/promises";
+import { setTimeout as delay, setInterval as ticks } from "node:timers/promises";
 import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
-import { type Env, httpUrl, like, name, optional, required, root, secret, UsageError } from "../env.ts";
+import { type Env, httpUrl, like, name, optional, required, secret, UsageError } from "../env.ts";
+import { type Applied, pendingMigrations, readMigrations } from "../migrations.ts";
 
 export const clickhouseVariables = {
   CLICKHOUSE_URL: required(httpUrl),
@@ -40,237 +39,116 @@ export async function select<T>(
   return await answer.json<T>();
 }
 
-/** Overload, or a server that is starting, stopping or full: codes of ClickHouse's src/Common/ErrorCodes.cpp. */
-const passing: Record<string, string> = {
-  159: "TIMEOUT_EXCEEDED",
-  164: "READONLY",
-  202: "TOO_MANY_SIMULTANEOUS_QUERIES",
-  209: "SOCKET_TIMEOUT",
-  210: "NETWORK_ERROR",
-  236: "ABORTED",
-  241: "MEMORY_LIMIT_EXCEEDED",
-  242: "TABLE_IS_READ_ONLY",
-  243: "NOT_ENOUGH_SPACE",
-  252: "TOO_MANY_PARTS",
-  319: "UNKNOWN_STATUS_OF_INSERT",
-  394: "QUERY_WAS_CANCELLED",
-  999: "KEEPER_EXCEPTION",
-};
+/** The files of schemas/clickhouse that were applied to the client's database; none where there is no such database. */
+export async function appliedMigrations(client: ClickHouseClient): Promise<Applied[]> {
+  const applied = select<Applied>(client, "SELECT file, sha256, toString(applied_at) AS at FROM etl_migrations");
+  return await applied.catch((error: Error & { code?: string }) => {
+    if (error instanceof ClickHouseError && ["60", "81"].includes(error.code)) return []; // UNKNOWN_TABLE, UNKNOWN_DATABASE
+    throw error;
+  });
+}
 
-/**
- * Whether the server is away or overloaded, so that the same request will be answered later. What is no answer of ClickHouse's own
- * comes from the network or from a proxy before it.
- */
-function isPassing(error: unknown): boolean {
-  if (error instanceof ClickHouseError) return error.code in passing;
+/** @throws UsageError where a file of schemas/clickhouse was not applied, or was edited since, or a table or view of theirs is gone. */
+export async function checkMigrations(client: ClickHouseClient, database: string): Promise<void> {
+  const applied = await appliedMigrations(client);
+  const [first, ...more] = pendingMigrations("schemas/clickhouse", applied);
+  if (first)
+    throw new UsageError(
+      `${first.folder}/${first.file}${more.length ? ` and ${more.length} more files were` : " was"} not applied to ClickHouse's database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`,
+    );
+  const objects = new Set<string>();
+  for (const { sql } of readMigrations("schemas/clickhouse"))
+    for (const [, verb, name = ""] of sql.matchAll(/^(CREATE|DROP) [A-Z ]+ EXISTS (\w+)/gm))
+      verb === "CREATE" ? objects.add(name) : objects.delete(name);
+  for (const { name } of await select<{ name: string }>(client, "SHOW TABLES")) objects.delete(name);
+  if (objects.size)
+    throw new UsageError(
+      `ClickHouse's database ${database} has lost ${[...objects].join(", ")}, which schemas/clickhouse made. Run there: DROP TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
+    );
+}
+
+export interface Column {
+  name: string;
+  type: string;
+}
+/** The columns of sensor_readings that are the contract with the source, in their order. @throws UsageError without the table. */
+export async function readingColumns(client: ClickHouseClient): Promise<Column[]> {
+  const columns = await select<Column>(
+    client,
+    `SELECT name, type FROM system.columns
+     WHERE database = currentDatabase() AND table = 'sensor_readings' AND NOT startsWith(name, '_') ORDER BY position`,
+  );
+  if (!columns.length) throw new UsageError("ClickHouse has no table sensor_readings. Run: make migrate");
+  return columns;
+}
+
+/** Overload, or a server that is starting, stopping or full: names of ClickHouse's src/Common/ErrorCodes.cpp. */
+const retryable = new RegExp(
+  "^(TIMEOUT_EXCEEDED|READONLY|TOO_MANY_SIMULTANEOUS_QUERIES|SOCKET_TIMEOUT|NETWORK_ERROR|ABORTED|MEMORY_LIMIT_EXCEEDED|TABLE_IS_READ_ONLY" +
+    "|NOT_ENOUGH_SPACE|TOO_MANY_PARTS|UNKNOWN_STATUS_OF_INSERT|QUERY_WAS_CANCELLED|KEEPER_EXCEPTION)$",
+);
+
+/** An error that ClickHouse did not raise is the network's or a proxy's, and can be retried. */
+function isRetryable(error: unknown): boolean {
+  if (error instanceof ClickHouseError) return retryable.test(error.type ?? "");
   return !(error instanceof TypeError || error instanceof RangeError || error instanceof UsageError);
 }
 
+const RETRY_SECONDS = 60;
+
 /**
- * Does `work` again until the server answers, for as long as it takes; in between and meanwhile `beat` is called each second.
- * @throws Error of a server that answers with any other error, of `beat`, and once `signal` aborts.
+ * Repeats `work` until the server is up and takes it, for a minute at most; `heartbeat` is called each second meanwhile.
+ * @param onWait gets the error of each attempt that is repeated, and nothing once one of them has succeeded.
+ * @throws Error after a minute, of a server that refuses the work, of `heartbeat`, and once `signal` aborts.
  */
-export async function waitOut<T>(
+export async function retryUntilUp<T>(
   work: (signal: AbortSignal) => Promise<T>,
-  beat: () => Promise<void>,
+  heartbeat: () => Promise<void>,
   signal: AbortSignal,
   onWait: (error?: Error) => void,
 ): Promise<T> {
-  for (let attempt = 0; ; attempt++) {
-    const stop = new AbortController();
-    const all = AbortSignal.any([signal, stop.signal]);
-    try {
-      const result = await beating(work(all), beat, all);
-      if (attempt) onWait();
-      return result;
-    } catch (error) {
-      stop.abort(); // nothing of this attempt goes on beside the next
-      if (signal.aborted || !isPassing(error)) throw refused(error);
-      onWait(error as Error);
-      await beating(delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal }), beat, signal);
-    }
+  const [end, minute] = [new AbortController(), AbortSignal.timeout(RETRY_SECONDS * 1000)];
+  const over = AbortSignal.any([signal, minute, end.signal]);
+  let last: Error | undefined;
+  const attempts = async (): Promise<T> => {
+    for (let attempt = 0; ; attempt++)
+      try {
+        const result = await work(over);
+        if (last) onWait();
+        return result;
+      } catch (error) {
+        if (over.aborted || !isRetryable(error)) throw refused(error);
+        last = error as Error;
+        onWait(last);
+        await delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal: over });
+      }
+  };
+  const heartbeats = async (): Promise<never> => {
+    for await (const _ of ticks(1000, undefined, { signal: over })) await heartbeat();
+    throw over.reason;
+  };
+  try {
+    return await Promise.race([attempts(), heartbeats()]);
+  } catch (error) {
+    if (!minute.aborted || signal.aborted) throw error;
+    throw new Error(
+      `ClickHouse has not answered for ${RETRY_SECONDS} s (${last?.message.trim().slice(0, 300) || "no answer at all"}). What was not inserted is not committed; the next start reads it again. Next: make doctor`,
+    );
+  } finally {
+    end.abort();
   }
 }
 
 function refused(error: unknown): unknown {
   if (!(error instanceof ClickHouseError)) return error;
   return new Error(
-    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). Nothing of this batch was committed. Mend it (make migrate creates what is missing), then start the consumer again`,
+    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). The batch was not committed; the next start reads it again. Next: make doctor; ops/runbook.md#etlsensorsdown says how to get a dropped table back`,
     { cause: error },
   );
 }
 
-async function beating<T>(work: Promise<T>, beat: () => Promise<void>, signal: AbortSignal): Promise<T> {
-  const end = new AbortController();
-  const either = AbortSignal.any([signal, end.signal]);
-  const beats = async (): Promise<never> => {
-    for (;;) {
-      await delay(1000, undefined, { signal: either });
-      await beat();
-    }
-  };
-  return await Promise.race([work, beats()]).finally(() => end.abort());
-}
-
-/** A definition in schemas/clickhouse: one object a file, in the order of their numbers. */
-export interface Definition {
-  /** From the project's root, for messages. */
-  file: string;
-  name: string;
-  kind: "table" | "view";
-  statement: string;
-  /** Engine Null: nothing in it can be lost. */
-  stores: boolean;
-  /** Of a table: its columns as ClickHouse writes them. */
-  columns: { name: string; type: string }[];
-  /** Of a view: its SELECT. */
-  select: string;
-  /** Of a table: when its rows go, as ClickHouse writes it, or "". */
-  ttl: string;
-}
-
-export function readDefinitions(): Definition[] {
-  return readdirSync(join(root, "schemas/clickhouse"))
-    .filter((entry) => entry.endsWith(".sql"))
-    .sort()
-    .map((entry) => {
-      const file = `schemas/clickhouse/${entry}`;
-      const statement = readFileSync(join(root, file), "utf8").replace(/;\s*$/, "");
-      const [, view, name = ""] = /^CREATE (?:TABLE|(MATERIALIZED VIEW)) (\w+)/m.exec(statement) ?? [];
-      if (!name)
-        throw new UsageError(`${JSON.stringify(file)} must be CREATE TABLE NAME or CREATE MATERIALIZED VIEW NAME`);
-      const body = /\(\n(.*?)\n\)\n/s.exec(statement)?.[1] ?? "";
-      const columns = view ? [] : [...body.matchAll(/^ {2}(\w+) (.+?),?$/gm)];
-      return {
-        file,
-        name,
-        kind: view ? "view" : "table",
-        stores: !/^ENGINE = Null$/m.test(statement),
-        statement,
-        columns: columns.map(([, column = "", type = ""]) => ({ name: column, type })),
-        select: view ? statement.replace(/^.*?\bAS\n/s, "") : "",
-        ttl: ttlOf(statement),
-      };
-    });
-}
-
-const ttlOf = (statement: string): string => /\bTTL (.+?)(?=\n|$| SETTINGS )/.exec(statement)?.[1] ?? "";
-
-/** Where the database is not what the definitions say. */
-interface Difference {
-  /** In words: expected, found. Undefined where it is no difference to a consumer. */
-  fault: string | undefined;
-  /** What brings it there and loses nothing, in words and as a statement. Undefined where that is a person's to decide. */
-  remedy: string | undefined;
-  query: string;
-}
-
-/** In the order of the definitions' numbers: what a view reads and writes comes before it. */
-async function compareDefinitions(client: ClickHouseClient, database: string): Promise<Difference[]> {
-  const differences: Difference[] = [];
-  const differ = (fault: string | undefined, remedy?: string, query = ""): void =>
-    void differences.push({ fault, remedy, query });
-  const tables = await select<{ name: string; as_select: string; engine_full: string }>(
-    client,
-    "SELECT name, as_select, engine_full FROM system.tables WHERE database = {database: String}",
-    { database },
-  );
-  const columns = await select<{ table: string; name: string; type: string }>(
-    client,
-    "SELECT table, name, type FROM system.columns WHERE database = {database: String}",
-    { database },
-  );
-  for (const { name: table, file, kind, statement, stores, columns: wanted, select: query, ttl } of readDefinitions()) {
-    const at = `${database}.${table}`;
-    const there = tables.find(({ name }) => name === table);
-    if (!there) differ(`${at} is not there (${file})`, `create ${kind} ${at}`, statement);
-    else if (kind === "view") {
-      if ((await canonical(client, query)) !== (await canonical(client, there.as_select, database)))
-        differ(
-          `view ${at}: its SELECT is not that of ${file}`,
-          `replace the SELECT of view ${at}`,
-          `ALTER TABLE ${table} MODIFY QUERY\n${query}`,
-        );
-    } else {
-      if (ttl && ttlOf(there.engine_full) !== ttl)
-        differ(undefined, `keep rows of ${at} until ${ttl}`, `ALTER TABLE ${table} MODIFY TTL ${ttl}`);
-      const actual = columns.filter((column) => column.table === table);
-      for (const { name, type } of wanted) {
-        const found = actual.find((column) => column.name === name)?.type;
-        const fault = `column ${at}.${name}: expected ${type} (${file}), found ${found ?? "no such column"}`;
-        // New columns come last: tables and views bind them by name.
-        if (found === undefined)
-          differ(fault, `add column ${at}.${name} ${type}`, `ALTER TABLE ${table} ADD COLUMN ${name} ${type}`);
-        else if (found !== type && !stores)
-          differ(fault, `change column ${at}.${name} ${type}`, `ALTER TABLE ${table} MODIFY COLUMN ${name} ${type}`);
-        else if (found !== type) differ(fault);
-      }
-      for (const { name } of actual)
-        if (!wanted.some((column) => column.name === name))
-          differ(`column ${at}.${name}: is there, but ${file} has no such column`);
-    }
-  }
-  return differences;
-}
-
-/** A SELECT in ClickHouse's own writing; system.tables has it so, with the database before each table's name. */
-async function canonical(client: ClickHouseClient, query: string, database?: string): Promise<string> {
-  const [row] = await select<{ text: string }>(client, "SELECT formatQuerySingleLine({query: String}) AS text", {
-    query,
-  });
-  const text = row?.text ?? "";
-  return database === undefined
-    ? text
-    : text.replaceAll(`FROM ${database}.`, "FROM ").replaceAll(`FROM \`${database}\`.`, "FROM ");
-}
-
 /**
- * @throws UsageError that lists every difference between the database and schemas/clickhouse.
- */
-export async function checkDefinitions(client: ClickHouseClient, database: string): Promise<void> {
-  const differences = await compareDefinitions(client, database).catch((error: Error) => {
-    if ((error as ClickHouseError).code !== "81") throw error;
-    throw new UsageError(`ClickHouse has no database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`);
-  });
-  const faults = differences.flatMap(({ fault }) => fault ?? []);
-  if (!faults.length) return;
-  throw new UsageError(
-    `ClickHouse differs from schemas/clickhouse, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun: make migrate. What it refuses is yours to decide; README, "When the schema changes".`,
-  );
-}
-
-/**
- * Brings a database to the definitions, by what loses nothing: it creates what is missing, adds columns, and replaces a view's
- * SELECT at one instant. A view is never dropped: what is inserted before it is there again would be lost.
- * @returns what it refuses, in words.
- */
-export async function migrateClickHouse(
-  env: ClickHouseEnv,
-  database: string,
-  apply: (what: string, work: () => Promise<unknown>) => Promise<void>,
-): Promise<string[]> {
-  await using server = connectClickHouse(env, "default");
-  await using client = connectClickHouse(env, database);
-  try {
-    const [there] = await select(server, "SELECT name FROM system.databases WHERE name = {database: String}", {
-      database,
-    });
-    const create = { query: `CREATE DATABASE IF NOT EXISTS ${database}` };
-    if (!there) await apply(`create database ${database}`, () => server.command(create));
-    const differences = await compareDefinitions(server, database);
-    for (const { remedy, query } of differences) if (remedy) await apply(remedy, () => client.command({ query }));
-    return differences.flatMap(({ fault, remedy }) => (remedy ? [] : (fault ?? [])));
-  } catch (error) {
-    if (error instanceof ClickHouseError || error instanceof UsageError) throw error;
-    const { host } = new URL(env.CLICKHOUSE_URL);
-    throw new Error(
-      `ClickHouse at ${host} (CLICKHOUSE_URL) does not answer: ${(error as Error).message}. For the local stack: make up`,
-    );
-  }
-}
-
-/**
- * Messages of one partition as RowBinary rows of sensor_landing (schemas/clickhouse/3_sensor_landing.sql): their bytes as they are.
+ * Messages of one partition as RowBinary rows of sensor_landing (schemas/clickhouse/003_sensor_landing.sql): their bytes as they are.
  * A tombstone, whose value is null, is no row.
  */
 export function landingRows(
@@ -302,7 +180,7 @@ export function landingRows(
 }
 
 /**
- * One insert of RowBinary rows, which is there as a whole when this resolves.
+ * Inserts RowBinary rows by one insert, which is complete when this resolves.
  * @throws ClickHouseError where the server refuses it.
  */
 export async function insertRowBinary(

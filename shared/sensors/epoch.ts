@@ -1,10 +1,30 @@
 /**
  * The epoch of a topic: the high bits of every version that its messages write. Kafka's offsets order the changes only while
- * the topic and its partitions stay what they were; a new epoch makes what comes then win over all that came before.
+ * the topic and its partitions stay what they were; what comes in a new epoch wins over all that came before.
  */
 import type { Sql, TransactionSql } from "postgres";
 import { UsageError } from "../env.ts";
-import type { PartitionState } from "./kafka.ts";
+import { type Admin, committedOffsets, topicOffsets } from "./kafka.ts";
+
+export interface PartitionState {
+  partition: number;
+  /** The offset after the last message, and the group's committed one; -1 where it has none. */
+  end: bigint;
+  committed: bigint;
+  /** Messages that the group has not committed yet. */
+  lag: number;
+}
+
+/** Where a topic and a group's reading of it are, by partition. */
+export async function topicState(admin: Admin, topic: string, groupId: string): Promise<PartitionState[]> {
+  const [ends, offsets] = await Promise.all([topicOffsets(admin, topic), committedOffsets(admin, topic, groupId)]);
+  const states = ends.map(({ partition, high, low }) => {
+    const [end, committed] = [BigInt(high), offsets.get(partition) ?? -1n];
+    const from = committed > BigInt(low) ? committed : BigInt(low);
+    return { partition, end, committed, lag: end > from ? Number(end - from) : 0 };
+  });
+  return states.sort((a, b) => a.partition - b.partition);
+}
 
 export interface Epoch {
   number: number;
@@ -52,39 +72,17 @@ export async function takeEpoch(
     const { end = 0n, committed = -1n } = partitions.find((one) => one.partition === partition) ?? {};
     if (end < BigInt(next))
       throw new UsageError(
-        `partition ${partition} of topic ${topic} ends at offset ${end}, and ${next} was reached before: the topic was made anew. ${remedy}`,
+        `partition ${partition} of topic ${topic} ends at offset ${end}, and ${next} was reached before: the topic was created again. ${remedy}`,
       );
     if (committed < 0n && BigInt(next) > 0n)
       throw new UsageError(
-        `the group has no offset in partition ${partition} of topic ${topic}, and ${next} was reached before: the topic was made anew, or the group's offsets expired. ${remedy}`,
+        `the group has no offset in partition ${partition} of topic ${topic}, and ${next} was reached before: the topic was created again, or the group's offsets expired. ${remedy}`,
       );
   }
   return epoch as Epoch;
 }
 
-/**
- * Begins the next epoch, whose messages are those from each partition's end on, and whose rows belong into `database`.
- * @param partitions empty where the topic is not there yet.
- */
-export async function beginEpoch(
-  etl: Sql,
-  topic: string,
-  database: string,
-  partitions: PartitionState[],
-): Promise<Epoch> {
-  const ends = partitions.map(({ partition, end }) => ({ partition, next: end }));
-  return await etl.begin(async (sql) => {
-    const [epoch] = await sql<Epoch[]>`
-      insert into etl.topics as t (topic, epoch, database) values (${topic}, 1, ${database})
-      on conflict (topic) do update set epoch = t.epoch + 1, database = excluded.database, started_at = now()
-      returning epoch as number, database`;
-    await sql`delete from etl.topic_offsets where topic = ${topic}`;
-    await writeOffsets(sql, topic, ends);
-    return epoch as Epoch;
-  });
-}
-
-/** How far partitions are inserted. Never back: another consumer may be further by now. */
+/** How far partitions are inserted. Never back: another consumer may have reached more by now. */
 export async function writeOffsets(
   etl: Sql | TransactionSql,
   topic: string,
@@ -94,9 +92,4 @@ export async function writeOffsets(
     await etl`
       insert into etl.topic_offsets as o (topic, partition, next_offset) values (${topic}, ${partition}, ${String(next)})
       on conflict (topic, partition) do update set next_offset = greatest(o.next_offset, excluded.next_offset), updated_at = now()`;
-}
-
-/** The epoch's rows belong into the database that readers see, from now on. */
-export async function settleEpoch(etl: Sql, topic: string, database: string): Promise<void> {
-  await etl`update etl.topics set database = ${database} where topic = ${topic}`;
 }

@@ -13,16 +13,16 @@ import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { thousands } from "../../shared/log.ts";
-import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import {
   awaitRunning,
   checkReplication,
   connectorConfig,
   createReadingsTopic,
-  namesOf,
   putConnector,
-} from "../../shared/sensors/kafka-connect.ts";
+} from "../../scripts/ops/lib/kafka-connect.ts";
+import { thousands } from "../../shared/log.ts";
+import { namesOf } from "../../shared/sensors/connector.ts";
+import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { table } from "../../shared/table.ts";
 import { createSource } from "../data/source.ts";
 import { createSensors } from "../lib/sensors.ts";
@@ -397,6 +397,7 @@ async function replicate({ variables }: Awaited<ReturnType<typeof startSource>>,
     ...{ ...variables, CONNECT_URL, KAFKA_BROKERS: [KAFKA_BROKERS], KAFKA_TLS: false },
     ...{ KAFKA_SASL_MECHANISM: undefined, KAFKA_USERNAME: undefined, KAFKA_PASSWORD: undefined },
     SENSORS_TOPIC: `bench_${randomBytes(5).toString("hex")}.public.sensor_readings`,
+    SENSORS_GROUP: "bench",
   };
   const { prefix, connector, slot } = namesOf(env);
   const kafka = connectKafka(env, "bench");

@@ -1,12 +1,14 @@
 /**
- * make check: schemas/clickhouse, executed by the engine itself in a throw-away database, in the order of the files; then a message of
- * each kind goes through the views. Prints all faults as file:line: message; exit code 1 where there are any.
+ * make check: schemas/clickhouse, executed by the engine itself in a throw-away database, in the order of the files, and each statement twice,
+ * as after a migrate that was killed; then a message of each kind goes through the views. Prints all faults as file:line: message; exit
+ * code 1 where there are any.
  */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Session } from "chdb";
-import { readDefinitions } from "../../shared/sensors/clickhouse.ts";
+import { statementsOf } from "../../scripts/ops/lib/migrations.ts";
+import { readMigrations } from "../../shared/migrations.ts";
 import { say } from "../stack/stack.ts";
 
 const folder = mkdtempSync(join(tmpdir(), "etl-check-clickhouse-"));
@@ -24,18 +26,9 @@ const attempt = (file: string, query: string): string => {
 
 session.query("CREATE DATABASE check");
 session.query("USE check");
-const definitions = readDefinitions();
-for (const { file, name, kind, statement, columns } of definitions) {
-  attempt(file, statement);
-  if (kind === "view") continue;
-  const actual = attempt(
-    file,
-    `SELECT name, type FROM system.columns WHERE database = 'check' AND table = '${name}' ORDER BY position`,
-  );
-  const written = columns.map((column) => `${column.name}\t${column.type.replaceAll("'", "\\'")}`).join("\n");
-  if (actual !== written)
-    faults.push(`${file}:1: a column's type is not written as ClickHouse writes it, one a line: ${actual}`);
-}
+const migrations = readMigrations("schemas/clickhouse");
+for (const { folder: within, file, sql } of migrations)
+  for (const statement of statementsOf(sql)) for (const _ of ["once", "twice"]) attempt(`${within}/${file}`, statement);
 const row = (id: number): string =>
   `{"id":${id},"sensor_id":"JFK","metric":"temp","value":1.5,"recorded_at":"2013-01-01T06:00:00.000000Z"}`;
 const messages = [
@@ -53,5 +46,5 @@ if (counts !== "2\t1") faults.push(`schemas/clickhouse:1: two changes and one de
 session.cleanup();
 rmSync(folder, { recursive: true, force: true });
 for (const fault of faults) say(fault);
-say(`check: ClickHouse executed ${definitions.length} files: ${faults.length} faults`);
+say(`check: ClickHouse executed ${migrations.length} files: ${faults.length} faults`);
 process.exit(faults.length ? 1 : 0);

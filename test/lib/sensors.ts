@@ -6,7 +6,8 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
-import { connectKafka, createTopic, type Kafka, topicState } from "../../shared/sensors/kafka.ts";
+import { topicState } from "../../shared/sensors/epoch.ts";
+import { connectKafka, createTopic, type Kafka } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
 import { connectClickHouse, createShop, type Process, random, type Shop, type ShopOptions, until } from "./shop.ts";
 
@@ -76,7 +77,7 @@ export function assertSame(actual: Reading[], expected: Reading[]): void {
   );
 }
 
-/** All that was committed has arrived, nothing was parked, and both sides are the same now: not only sooner or later. */
+/** All that was committed has arrived, nothing is a dead letter, and both sides are the same now: not only sooner or later. */
 export async function assertExact(sensors: Sensors, seconds?: number): Promise<void> {
   await sensors.drained(seconds);
   assert.deepEqual(await sensors.deadLetters(), []);

@@ -9,10 +9,11 @@ import { type Env, isSet, readEnv } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import { watermarked } from "../../../shared/pipelines.ts";
 import { describeHolder } from "../../../shared/run.ts";
+import { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../../shared/sensors/clickhouse.ts";
-import { readEpoch } from "../../../shared/sensors/epoch.ts";
-import { connectKafka, kafkaVariables, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
-import { connectorVariables, isRunning, namesOf } from "../../../shared/sensors/kafka-connect.ts";
+import { connectVariables, isRunning, namesOf } from "../../../shared/sensors/connector.ts";
+import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
+import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession } from "../../../shared/session.ts";
 import { duration } from "../../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark, type Watermark } from "../../../shared/watermark.ts";
@@ -247,7 +248,7 @@ async function judgeSensors(status: Status, etl: Sql, source: Sql): Promise<void
 const sensorsVariables = {
   ...clickhouseVariables,
   ...kafkaVariables,
-  CONNECT_URL: connectorVariables.CONNECT_URL,
+  ...connectVariables,
 };
 type SensorsEnv = Env<typeof sensorsVariables>;
 

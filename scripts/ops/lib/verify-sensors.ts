@@ -15,15 +15,17 @@ import { copyJsonLines } from "../../../shared/copy.ts";
 import type { Env } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import { newRunId, type Run } from "../../../shared/run.ts";
+import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import {
-  checkDefinitions,
+  checkMigrations,
   type clickhouseVariables,
   connectClickHouse,
-  readDefinitions,
+  readingColumns,
   select,
 } from "../../../shared/sensors/clickhouse.ts";
-import { connectKafka, type kafkaVariables, topicState, withAdmin } from "../../../shared/sensors/kafka.ts";
-import { namesOf, sourceTable } from "../../../shared/sensors/kafka-connect.ts";
+import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
+import { topicState } from "../../../shared/sensors/epoch.ts";
+import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { type Comparison, type Difference, type Kind, kinds, type verifyVariables } from "./verify.ts";
 
 type SensorsEnv = Env<typeof clickhouseVariables> & Env<typeof kafkaVariables> & Env<typeof verifyVariables>;
@@ -41,9 +43,8 @@ const settings = { join_use_nulls: 1 as const };
  */
 export async function compareReadings(run: Run, env: SensorsEnv): Promise<Comparison> {
   await using client = connectClickHouse(env);
-  await checkDefinitions(client, env.CLICKHOUSE_DATABASE);
-  const table = readDefinitions().find(({ name }) => name === "sensor_readings");
-  const columns = table?.columns.filter(({ name }) => !name.startsWith("_")) ?? [];
+  await checkMigrations(client, env.CLICKHOUSE_DATABASE);
+  const columns = await readingColumns(client);
   const at = (name: string): string => `verify_${run.id}_${name}`;
   const keep = async (name: string, query: string): Promise<number> => {
     const create = `CREATE TABLE ${at(name)} ENGINE = MergeTree ORDER BY id AS ${query}`;

@@ -1,6 +1,10 @@
 -- Changes to rows. One that moves its sorting key deletes the row under the old one, and only such: two rows with one key and
--- one version would be a draw. A row that moves to a time that cannot be held is parked, and is gone here: it is no longer what it was.
-CREATE MATERIALIZED VIEW sensor_readings_view TO sensor_readings AS
+-- one version would be a draw.
+-- A row that moves to a time that cannot be held is dead-lettered, and is gone here: it is no longer what it was.
+CREATE MATERIALIZED VIEW IF NOT EXISTS sensor_readings_view TO sensor_readings AS
+SELECT 0 AS id FROM sensor_changes WHERE throwIf(1, 'schemas/clickhouse is half applied. Run: make migrate');
+
+ALTER TABLE sensor_readings_view MODIFY QUERY
 SELECT
   row.1.id AS id,
   row.1.sensor_id AS sensor_id,

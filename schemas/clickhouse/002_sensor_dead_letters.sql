@@ -1,5 +1,5 @@
 -- Messages that are no valid change. A message that comes twice is there once: read it with FINAL.
-CREATE TABLE sensor_dead_letters (
+CREATE TABLE IF NOT EXISTS sensor_dead_letters (
   topic LowCardinality(String),
   epoch UInt16,
   partition UInt32,
@@ -12,6 +12,7 @@ CREATE TABLE sensor_dead_letters (
   parked_at DateTime64(3, 'UTC')
 )
 ENGINE = ReplacingMergeTree(attempt)
-ORDER BY (topic, epoch, partition, offset)
--- As long as schema etl keeps its runs by default (RETENTION_DAYS).
-TTL toDateTime(parked_at) + toIntervalDay(400);
+ORDER BY (topic, epoch, partition, offset);
+
+-- As long as schema etl keeps its runs by default (RETENTION_DAYS). Older versions made the table without it.
+ALTER TABLE sensor_dead_letters MODIFY TTL toDateTime(parked_at) + toIntervalDay(400);

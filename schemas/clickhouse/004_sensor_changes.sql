@@ -1,5 +1,5 @@
 -- A message that was read once, for both of the views that write. Stores nothing.
-CREATE TABLE sensor_changes (
+CREATE TABLE IF NOT EXISTS sensor_changes (
   topic String,
   epoch UInt16,
   partition UInt32,

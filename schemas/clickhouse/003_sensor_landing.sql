@@ -1,5 +1,5 @@
 -- What the consumer inserts: a message as it is, and where it was. Stores nothing; the views below make rows of it.
-CREATE TABLE sensor_landing (
+CREATE TABLE IF NOT EXISTS sensor_landing (
   topic String,
   epoch UInt16,
   partition UInt32,

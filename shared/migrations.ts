@@ -1,0 +1,45 @@
+/**
+ * Numbered files of SQL (sql/etl, schemas/clickhouse), each applied once, in the order of its number, and recorded by name and checksum
+ * where its objects are.
+ */
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { root, UsageError } from "./env.ts";
+
+/** A file as it was recorded. `at`: when, for messages. */
+export interface Applied {
+  file: string;
+  sha256: string;
+  at: string;
+}
+/** A file of `folder`: "sql/etl" and "001_metadata.sql". */
+export interface Migration {
+  folder: string;
+  file: string;
+  sql: string;
+  sha256: string;
+}
+
+/** The files of a folder, in the order of their numbers. @throws UsageError for a name without one. */
+export function readMigrations(folder: string): Migration[] {
+  const files = readdirSync(join(root, folder)).filter((file) => /^[^.].*\.sql$/s.test(file));
+  return files.sort().map((file) => {
+    if (!/^\d{3}_\w+\.sql$/.test(file))
+      throw new UsageError(`${JSON.stringify(`${folder}/${file}`)} must be named NNN_NAME.sql, as 008_quality.sql`);
+    const sql = readFileSync(join(root, folder, file), "utf8");
+    return { folder, file, sql, sha256: createHash("sha256").update(sql).digest("hex") };
+  });
+}
+
+/** The files that are not applied yet. @throws UsageError for one that was edited after it was applied. */
+export function pendingMigrations(folder: string, applied: Applied[]): Migration[] {
+  return readMigrations(folder).filter(({ file, sha256 }) => {
+    const before = applied.find((one) => one.file === file);
+    if (before && before.sha256 !== sha256)
+      throw new UsageError(
+        `${folder}/${file} was applied at ${before.at} and has been edited since. Run: git checkout ${folder}/${file}, and put the change into a new file with the next number`,
+      );
+    return !before;
+  });
+}
