@@ -12,7 +12,7 @@ import { topicState } from "../shared/sensors/epoch.ts";
 import { createProxy, ending, type Fault, loseAnswer, reset, withhold } from "./lib/faults.ts";
 import { type Consumer, createSensors, kafkaAt, type Sensors } from "./lib/sensors.ts";
 import { createServers } from "./lib/servers.ts";
-import { type Result, until } from "./lib/shop.ts";
+import { type Process, type Result, until } from "./lib/shop.ts";
 import { root } from "./stack/env.ts";
 
 const soak = process.env.SOAK === "1";
@@ -44,7 +44,7 @@ async function committed({ admin, shop, topic }: Sensors): Promise<number> {
  * Waits until the group has no lag and that many rows are there. Not by offsets: a producer whose broker was away sends again what it
  * got no answer for. Its patience is for a group that has to be told anew who is in it: Kafka waits out sessions and rebalances.
  */
-async function arrived(sensors: Sensors, rows: number, consumer: Consumer): Promise<void> {
+async function arrived(sensors: Sensors, rows: number, consumer: Process): Promise<void> {
   const { admin, shop, topic } = sensors;
   const state = () => topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
   const all = async (): Promise<boolean> =>
@@ -71,7 +71,7 @@ async function healthz(consumer: Consumer): Promise<string> {
   return `${answer.status} ${await answer.text()}`;
 }
 
-async function stop(consumer: Consumer): Promise<Result> {
+async function stop(consumer: Process): Promise<Result> {
   const from = performance.now();
   consumer.child.kill("SIGTERM");
   const result = await ending(consumer, 20);
@@ -80,12 +80,18 @@ async function stop(consumer: Consumer): Promise<Result> {
   return result;
 }
 
-/** Starts a consumer again that has ended with 1, as its unit tells systemd to, however often that comes. */
-async function restarted(sensors: Sensors, env = {}): Promise<Consumer> {
+/** Starts a consumer again that has ended with 1, as its unit tells systemd to, until one is given its partitions. */
+async function restarted(sensors: Sensors, env = {}): Promise<Process> {
   const unit = readFileSync(join(root, "ops/etl-sensors.service"), "utf8");
   for (const line of ["Restart=always", "StartLimitIntervalSec=0", "RestartPreventExitStatus=2"])
     assert.ok(unit.split("\n").includes(line), `${line} in:\n${unit}`);
-  return await sensors.consumer(env);
+  for (let starts = 1; ; starts++) {
+    const run = sensors.shop.start(consumerScript, env);
+    if (await run.line(/step=assigned/).catch(() => undefined)) return run;
+    const { code, stderr } = await run.ended;
+    assert.equal(code, 1, stderr);
+    assert.ok(starts < 5, stderr);
+  }
 }
 
 /** A TCP proxy in front of a server. */
@@ -604,9 +610,9 @@ suite("faults", { concurrency: true }, () => {
     test("Kafka away for longer than a minute, hanging or killed: exit 1, nothing committed; started again, it ends exact", async () => {
       await using sensors = await createSensors({ connector: false, servers: servers.env });
       const away = /^error: Kafka \(KAFKA_BROKERS\) has not answered for 60 s\. .* Next: make doctor$/m;
-      let consumer = await sensors.consumer();
-      const ends = async (run: { ended: Promise<Result>; child: Consumer["child"] }): Promise<void> => {
-        const { code, stderr } = await ending(run as Consumer, 120);
+      let consumer: Process = await sensors.consumer();
+      const ends = async (run: Process): Promise<void> => {
+        const { code, stderr } = await ending(run, 120);
         assert.equal(code, 1, stderr);
         assert.match(stderr, away);
       };
