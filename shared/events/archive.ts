@@ -413,7 +413,7 @@ function reportDay(run: Run, manifest: Manifest, started: number): void {
   run.totals.rows += rows;
   run.totals.bytes += bytes;
   if (!terminal())
-    run.log("day", { day, rows, bytes, parts: parts.length, seconds: (run.seconds() - started).toFixed(3) });
+    run.log("day", { day, rows, bytes, parts: parts.length, seconds: Number((run.seconds() - started).toFixed(3)) });
 }
 
 function showProgress(run: Run, done: number, skipped: number, days: number): void {

@@ -159,7 +159,7 @@ export async function createReport(env: ConsumerEnv, lag: () => Promise<Partitio
       const now = performance.now();
       if (now - said < 10_000) return;
       const perSecond = Math.round((total.rows - saidRows) / ((now - said) / 1000));
-      log({ step: "inserted", ...total, rows_per_second: perSecond, event_age_seconds: age?.toFixed(1) });
+      log({ step: "inserted", ...total, rows_per_second: perSecond, event_age_seconds: age && Number(age.toFixed(1)) });
       [said, saidRows] = [now, total.rows];
     },
     /** ClickHouse is away, or is up again. */
@@ -175,7 +175,7 @@ export async function createReport(env: ConsumerEnv, lag: () => Promise<Partitio
       log({
         step: "done",
         ...total,
-        seconds: seconds.toFixed(3),
+        seconds: Number(seconds.toFixed(3)),
         rows_per_second: Math.round(total.rows / seconds),
         peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
       });

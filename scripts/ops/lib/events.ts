@@ -73,7 +73,7 @@ export async function eachDay(
     progress(`${command}: ${day}, ${totals.days}/${days.length} days, ${thousands(totals.rows)} rows`);
   }
   progress("");
-  const seconds = ((performance.now() - started) / 1000).toFixed(3);
+  const seconds = Math.round(performance.now() - started) / 1000;
   say(faults.length ? "failed" : "done", { ...totals, differ: faults.length, seconds });
   if (faults.length) throw new Error(`${faults.length} of ${days.length} days differ:\n${faults.join("\n")}`);
 }
