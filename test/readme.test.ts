@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
 import { globSync, readFileSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { test } from "node:test";
 import { promisify } from "node:util";
 import { localEnv, root } from "./stack/env.ts";
@@ -91,18 +91,45 @@ test("every test that the README names beside a promise is there", () => {
   }
 });
 
+/** The names of the variables that the scripts and the toolkit declare. */
+const declaredVariables = (): Set<string> =>
+  new Set(
+    globSync("{scripts,shared}/**/*.ts", { cwd: root }).flatMap((file) =>
+      [...readFileSync(join(root, file), "utf8").matchAll(/\b([A-Z][A-Z0-9_]+): (?:required|optional)\(/g)].map(
+        ([, name = ""]) => name,
+      ),
+    ),
+  );
+
 /** Variables that are a command's arguments. */
 const given =
   "FROM TO PIPELINE JSON DRY_RUN FORCE ALLOW_SHRINK CLEAN CONCURRENCY MAX_ROWS_PER_SECOND UNTIL LIMIT ONLY ALLOW_STALE REPAIR CONFIRM".split(
     " ",
   );
 
-test("every variable of .env.example is in the README's table or belongs to a later pipeline, and the other way round", () => {
+test("every variable that the code reads is explained in .env.example and, unless it is an argument, in the README's table; and no other is", () => {
   const example = new Set(readFileSync(join(root, ".env.example"), "utf8").match(/(?<=^(?:# )?)[A-Z_0-9]+(?==)/gm));
-  for (const name of readFileSync(join(root, "shared/env.ts"), "utf8").match(/^ {2}([A-Z_]+)(?=: variable)/gm) ?? []) {
-    const variable = name.trim();
-    if (given.includes(variable)) continue;
+  const read = declaredVariables();
+  assert.ok(read.size > 40);
+  for (const variable of read) {
     assert.ok(example.has(variable), `.env.example has no ${variable}`);
-    assert.ok(readme.includes(`\`${variable}\``), `README has no ${variable}`);
+    if (!given.includes(variable)) assert.ok(readme.includes(`\`${variable}\``), `README has no ${variable}`);
   }
+  // What the clients read themselves, and what only the local stack does.
+  const others = ["GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE", "PROMETHEUS_URL", "STACK_ADMIN_DATABASE_URL"];
+  for (const variable of example)
+    assert.ok(read.has(variable) || others.includes(variable), `nothing reads ${variable}`);
+});
+
+test("each script runs by itself: ./scripts/orders.ts --help prints its header", { concurrency: 2 }, async (t) => {
+  const scripts = globSync(["scripts/*.ts", "scripts/ops/*.ts"], { cwd: root });
+  assert.ok(scripts.length > 15);
+  await Promise.all(
+    scripts.map((script) =>
+      t.test(script, async () => {
+        const { stdout } = await promisify(execFile)(join(root, script), ["--help"], { cwd: root });
+        assert.match(stdout, new RegExp(`^${basename(script, ".ts")}: `));
+      }),
+    ),
+  );
 });

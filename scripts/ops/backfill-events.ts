@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * backfill-events: archives the events of any days, as make events does each day.
  *

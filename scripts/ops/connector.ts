@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * connector: puts schemas/debezium/sensor_readings.json to Kafka Connect, and waits until it runs.
  *

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * dead-letters: the messages of the sensors' topic that are no valid change: where they were, when, why, and how they begin.
  *

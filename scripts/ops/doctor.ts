@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * doctor: checks a set-up before its first run, one line a check: `ok`, or `FAIL` with what to do. What a run checks first is
  * checked by the same code; it goes on past what fails, and exits 1 if anything did.

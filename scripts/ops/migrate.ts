@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * migrate: creates and evolves what the pipelines need, from the committed files. What it does is printed first.
  *

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * replay-dead-letters: sends the dead letters of the topic's current epoch through the views again, as they are and with the versions that
  * they had, so that none wins over newer data. Those that now are changes are dead letters no more; the rest stays.

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * resnapshot: rebuilds sensor_readings from a fresh snapshot, beside the table that readers see. For a topic that was created again or
  * has other partitions, a TRUNCATE at the source, a lost slot, or doubt.

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * restore-events: puts archived events into etl.events_restored.
  *

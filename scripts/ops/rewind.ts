@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * rewind: sets a pipeline's watermark back, so that its next run reads the rows since then again.
  *

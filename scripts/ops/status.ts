@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * status: where each pipeline is. Reads schema etl, the source's open transactions, and, where they are configured, Kafka, Kafka
  * Connect, ClickHouse and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing.

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * swap-readings: lets readers see the sensor_readings that make resnapshot has begun and a consumer has filled, by EXCHANGE TABLES, at one
  * instant. The old table stays in the database …_rebuild until the next rebuild.

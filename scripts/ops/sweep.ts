@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * sweep: removes from the destination the rows that were deleted at the source, which no cursor sees.
  *

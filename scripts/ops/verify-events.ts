@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * verify-events: reads the archive of events back.
  *

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S npx tsx
 /**
  * verify: proves that source and destination hold the same rows. Every row of the source is loaded beside the table, as a run would load
  * it, and the destination's engine compares the two, column by column.
