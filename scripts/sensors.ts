@@ -70,7 +70,9 @@ await main(import.meta, async () => {
       const now = await takeEpoch(etl, topic, database, where);
       if (now.database !== database)
         throw new UsageError(
-          `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make swap-readings`,
+          `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is ` +
+            `being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make ` +
+            `swap-readings`,
         );
       epoch = now.number;
     },

@@ -70,7 +70,8 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   }
   if (faults.length)
     throw new UsageError(
-      `wrong environment or arguments, nothing was done:\n${faults.join("\n")}\nSet them in ${file} or in the environment (.env.example has them all).`,
+      `wrong environment or arguments, nothing was done:\n${faults.join("\n")}\nSet them in ${file} or in the ` +
+        `environment (.env.example has them all).`,
     );
   return env as Env<V>;
 }

@@ -38,7 +38,8 @@ export function pendingMigrations(folder: string, applied: Applied[]): Migration
     const before = applied.find((one) => one.file === file);
     if (before && before.sha256 !== sha256)
       throw new UsageError(
-        `${folder}/${file} was applied at ${before.at} and has been edited since. Run: git checkout ${folder}/${file}, and put the change into a new file with the next number`,
+        `${folder}/${file} was applied at ${before.at} and has been edited since. Run: git checkout ` +
+          `${folder}/${file}, and put the change into a new file with the next number`,
       );
     return !before;
   });

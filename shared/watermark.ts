@@ -86,15 +86,31 @@ export function distrust(pipeline: string, stored: Watermark, bound: Bound): str
   const next = `Next: ${runbook}`;
   const restored = "it was restored or failed over, and rows that were synced since may be gone there";
   if (stored.server !== bound.server)
-    return `${where} is not the server that the watermark ${stored.watermark} was taken from (${bound.server}, expected ${stored.server}): ${restored}. ${next}`;
+    return (
+      `${where} is not the server that the watermark ${stored.watermark} was taken from (${bound.server}, expected ` +
+      `${stored.server}): ${restored}. ${next}`
+    );
   if (stored.database_oid && stored.database_oid !== bound.database_oid)
-    return `${where} is another one than the watermark ${stored.watermark} was taken from (oid ${bound.database_oid}, expected ${stored.database_oid}): ${restored}. ${next}`;
+    return (
+      `${where} is another one than the watermark ${stored.watermark} was taken from (oid ${bound.database_oid}, ` +
+      `expected ${stored.database_oid}): ${restored}. ${next}`
+    );
   if (stored.wal && bound.wal && stored.wal > bound.wal)
-    return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when the watermark ${stored.watermark} was set: ${restored}. ${next}`;
+    return (
+      `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when the watermark ` +
+      `${stored.watermark} was set: ${restored}. ${next}`
+    );
   if (stored.watermark > bound.now)
-    return `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, or the watermark ahead, and rows written meanwhile would be missed. Next: correct the clock, or ${runbook}`;
+    return (
+      `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, ` +
+      `or the watermark ahead, and rows written meanwhile would be missed. Next: correct the clock, or ${runbook}`
+    );
   if (stored.watermark > bound.bound && bound.holder && !bound.prepared)
-    return `an open transaction of ${where} began before the watermark ${stored.watermark} and was not seen then, so its rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, make rewind PIPELINE=${pipeline} TO=${bound.bound}; and raise WATERMARK_LAG_SECONDS`;
+    return (
+      `an open transaction of ${where} began before the watermark ${stored.watermark} and was not seen then, so its ` +
+      `rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, make rewind ` +
+      `PIPELINE=${pipeline} TO=${bound.bound}; and raise WATERMARK_LAG_SECONDS`
+    );
   return undefined;
 }
 
@@ -178,7 +194,8 @@ export async function advance(
   if (moved.count !== 1) {
     const now = await readWatermark(etl, pipeline);
     throw new Error(
-      `another run moved the watermark of ${pipeline} (expected ${chunk.from}, found ${now?.watermark ?? "none"}): nothing is lost, the rows of this run are upserted. Next: make status`,
+      `another run moved the watermark of ${pipeline} (expected ${chunk.from}, found ` +
+        `${now?.watermark ?? "none"}): nothing is lost, the rows of this run are upserted. Next: make status`,
     );
   }
   run.watermark = chunk.to;

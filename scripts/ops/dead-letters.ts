@@ -34,6 +34,7 @@ await main(import.meta, async () => {
   else if (!reasons.length) process.stdout.write(`no dead letters of ${topic}\n`);
   else
     process.stdout.write(
-      `${table(letters)}\n\n${table(reasons)}\n\nNext: fix the source, or the views by a new file in schemas/clickhouse (make migrate), then: make replay-dead-letters\n`,
+      `${table(letters)}\n\n${table(reasons)}\n\nNext: fix the source, or the views by a new file in ` +
+        `schemas/clickhouse (make migrate), then: make replay-dead-letters\n`,
     );
 });

@@ -276,7 +276,8 @@ async function checkReadOnly(source: Sql): Promise<void> {
     );
   if (read_only !== "on")
     throw new Error(
-      `its transactions are not read-only to begin with. Run as a superuser: alter role ${quote(role)} set default_transaction_read_only = on;`,
+      `its transactions are not read-only to begin with. Run as a superuser: alter role ${quote(role)} set ` +
+        `default_transaction_read_only = on;`,
     );
 }
 
@@ -316,13 +317,15 @@ async function checkSetByDatabase(
   const { inserts, updates, disabled, dated } = found ?? {};
   if (appendOnly && !dated && !inserts)
     throw new Error(
-      `${table}.${cursor} has no default of now(), and no trigger. Run as its owner: alter table ${table} alter ${cursor} set default now();`,
+      `${table}.${cursor} has no default of now(), and no trigger. Run as its owner: alter table ${table} alter ` +
+        `${cursor} set default now();`,
     );
   if (appendOnly || (updates && (inserts || dated))) return;
   throw new Error(
     disabled
       ? `its trigger ${disabled} is disabled. Run as its owner: alter table ${table} enable trigger ${quote(disabled)};`
-      : `${table} has no trigger that sets ${cursor} before each insert and update of a row. Create it as in test/data/schema.sql (set_updated_at)`,
+      : `${table} has no trigger that sets ${cursor} before each insert and update of a row. Create it as in ` +
+          `test/data/schema.sql (set_updated_at)`,
   );
 }
 

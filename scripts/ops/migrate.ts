@@ -163,7 +163,8 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
     const same = Object.entries(wanted).every(([key, value]) => isDeepStrictEqual(is[key as keyof typeof is], value));
     if (!same) {
       refused.push(
-        `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${contract.file}), found ${JSON.stringify(is)}. A table keeps these for its life: create a new one, and copy its rows`,
+        `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${contract.file}), found ` +
+          `${JSON.stringify(is)}. A table keeps these for its life: create a new one, and copy its rows`,
       );
     }
   }

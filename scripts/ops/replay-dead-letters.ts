@@ -41,19 +41,22 @@ await main(import.meta, async () => {
       clickhouse_settings: { wait_end_of_query: 1, lightweight_deletes_sync: "2" },
     });
   await replay(
-    `INSERT INTO sensor_dead_letters SELECT topic, epoch, partition, offset, {marked: UInt32}, reason, key, value, parked_at FROM sensor_dead_letters FINAL WHERE ${ours}`,
+    "INSERT INTO sensor_dead_letters SELECT topic, epoch, partition, offset, {marked: UInt32}, reason, key, " +
+      `value, parked_at FROM sensor_dead_letters FINAL WHERE ${ours}`,
   );
 
   // 3. Through the views again: those that fail again are dead letters under the next number.
   const marked = `${ours} AND attempt = {marked: UInt32}`;
   await replay(
-    `INSERT INTO sensor_landing SELECT topic, epoch, partition, offset, {failed: UInt32}, key, value FROM sensor_dead_letters FINAL WHERE ${marked}`,
+    "INSERT INTO sensor_landing SELECT topic, epoch, partition, offset, {failed: UInt32}, key, value FROM " +
+      `sensor_dead_letters FINAL WHERE ${marked}`,
   );
 
   // 4. The others of them are changes now.
   const changes = await count(marked, marks);
   await replay(
-    `DELETE FROM sensor_dead_letters WHERE ${ours} AND (partition, offset) IN (SELECT partition, offset FROM sensor_dead_letters FINAL WHERE ${marked})`,
+    `DELETE FROM sensor_dead_letters WHERE ${ours} AND (partition, offset) IN (SELECT partition, offset FROM ` +
+      `sensor_dead_letters FINAL WHERE ${marked})`,
   );
   const { letters: left } = await count(ours);
   const counts = { epoch: place.epoch, dead_letters: before.letters, now_changes: changes.letters, left };

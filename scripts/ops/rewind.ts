@@ -55,7 +55,8 @@ await main(import.meta, async () => {
   if (!lock?.taken) {
     const holder = await describeHolder(etl, pipeline);
     throw new Error(
-      `a run of ${pipeline} is going (${Object.values(holder).join(", ")}): wait for its end, then: make rewind PIPELINE=${pipeline} TO=${to}`,
+      `a run of ${pipeline} is going (${Object.values(holder).join(", ")}): wait for its end, then: make rewind ` +
+        `PIPELINE=${pipeline} TO=${to}`,
     );
   }
 

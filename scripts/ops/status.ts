@@ -80,7 +80,8 @@ function details({ reasons, lock, lock_since, days, sensors }: Status): string[]
     const bytes = sensors.slot_retained_bytes;
     const wal = bytes === null ? "unknown" : `${thousands(bytes / 1e6)} MB`;
     lines.push(
-      `lag ${of(sensors.lag)} · consumers ${of(sensors.consumers)} · dead letters ${of(sensors.dead_letters)} · WAL kept for the slot ${wal}`,
+      `lag ${of(sensors.lag)} · consumers ${of(sensors.consumers)} · dead letters ${of(sensors.dead_letters)} · ` +
+        `WAL kept for the slot ${wal}`,
     );
   }
   return lines;

@@ -38,7 +38,8 @@ await main(import.meta, async () => {
   const { PIPELINE: pipeline } = env;
   if (pipeline === "sensors" || pipeline === "events")
     throw new UsageError(
-      `PIPELINE=${pipeline}: nothing is to be swept there: ${pipeline === "sensors" ? "deletions of readings come by the log" : "events are never deleted at the source, or only once they are archived"}.`,
+      `PIPELINE=${pipeline}: nothing is to be swept there: ` +
+        `${pipeline === "sensors" ? "deletions of readings come by the log" : "events are never deleted at the source, or only once they are archived"}.`,
     );
   if (!pipelines().includes(pipeline))
     throw new UsageError(`PIPELINE=${pipeline}: there is no such pipeline; there are: ${pipelines().join(", ")}`);
@@ -76,7 +77,9 @@ await main(import.meta, async () => {
       // 3. Refuse.
       if (gone > env.SWEEP_MAX_SHARE * rows && !env.CONFIRM)
         throw new UsageError(
-          `nothing was deleted: ${thousands(gone)} of ${thousands(rows)} rows of ${pipeline} are not at the source, more than SWEEP_MAX_SHARE=${env.SWEEP_MAX_SHARE} of them. Is SOURCE_DATABASE_URL the right database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`,
+          `nothing was deleted: ${thousands(gone)} of ${thousands(rows)} rows of ${pipeline} are not at the ` +
+            `source, more than SWEEP_MAX_SHARE=${env.SWEEP_MAX_SHARE} of them. Is SOURCE_DATABASE_URL the right ` +
+            `database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`,
         );
 
       // 4. Delete.

@@ -55,7 +55,8 @@ async function verifyDay(of: Day): Promise<{ manifest: Manifest | undefined; fau
   if (damage && source.rows >= manifest.rows) return failed(`${damage}. Next: ${again} FORCE=1`);
   if (damage)
     return failed(
-      `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: bring the object back from the bucket's versions or a copy`,
+      `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: bring the object back from the ` +
+        `bucket's versions or a copy`,
     );
   const both = `${source.rows} rows at the source (ids ${range(source)}), ${manifest.rows} in the archive (ids ${range(manifest)})`;
   if (source.rows > manifest.rows)

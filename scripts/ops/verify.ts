@@ -137,11 +137,13 @@ await main(import.meta, async () => {
     if (all > shown.length) lines.push(`  … and ${thousands(all - shown.length)} more (LIMIT=)`);
     if (newer)
       lines.push(
-        `${thousands(newer)} are newer at the destination than anything of theirs at the source: was it restored from an older backup? ops/runbook.md, "After a restore, a failover or a clock set back"`,
+        `${thousands(newer)} are newer at the destination than anything of theirs at the source: was it restored ` +
+          `from an older backup? ops/runbook.md, "After a restore, a failover or a clock set back"`,
       );
     if (counts.unreachable)
       lines.push(
-        `${thousands(counts.unreachable)} have an updated_at in the future, and no run reads them. At the source run: update public.${pipeline} set updated_at = now() where updated_at > now(); then make ${pipeline}`,
+        `${thousands(counts.unreachable)} have an updated_at in the future, and no run reads them. At the source ` +
+          `run: update public.${pipeline} set updated_at = now() where updated_at > now(); then make ${pipeline}`,
       );
     const extra = all === counts.extra ? `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}` : "";
     const next = [

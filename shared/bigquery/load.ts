@@ -188,7 +188,9 @@ export async function checkKeys(run: Run, to: Destination, staging: Staging): Pr
   const [twice] = await ask(run, to, duplicateKeysStatement(to.contract, address(to, staging.name)));
   if (!twice) return;
   throw new UsageError(
-    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
+    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was ` +
+      `merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in ` +
+      `that file.`,
   );
 }
 

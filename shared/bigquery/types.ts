@@ -123,7 +123,9 @@ export function jsonLines(pipeline: string, fields: Field[], key: string[], sele
     const column = columns.find(({ name }) => name === field.name) as Column;
     const name = quote(field.name);
     const refused = refusedWhere(column, field);
-    const message = `'column ${field.name.replaceAll("'", "''")} of ${pipeline}, row ' || ${row} || ': ' || coalesce(left(${name}::text, 200), 'NULL')`;
+    const message =
+      `'column ${field.name.replaceAll("'", "''")} of ${pipeline}, row ' || ${row} || ': ' || ` +
+      `coalesce(left(${name}::text, 200), 'NULL')`;
     const value = refused ? `(case when ${refused} then ${raise(message, column.sql)} else ${name} end)` : name;
     const write = types[column.type]?.[apiType(field.type)] as Write;
     // BigQuery has no NULL arrays: it reads one as an empty one.

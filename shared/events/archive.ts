@@ -332,7 +332,9 @@ async function publish(
   const { day, rows } = manifest;
   if (before && rows < before.manifest.rows && !env.ALLOW_SHRINK)
     throw new Error(
-      `${day} has ${rows} rows at the source and ${before.manifest.rows} in the archive, which may be the only copy of the others: it stays as it is. If they are to go: make backfill-events FROM=${day} TO=${addDays(day)} FORCE=1 ALLOW_SHRINK=1`,
+      `${day} has ${rows} rows at the source and ${before.manifest.rows} in the archive, which may be the only ` +
+        `copy of the others: it stays as it is. If they are to go: make backfill-events FROM=${day} ` +
+        `TO=${addDays(day)} FORCE=1 ALLOW_SHRINK=1`,
     );
   run.signal.throwIfAborted();
   keys.commit();

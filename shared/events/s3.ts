@@ -92,7 +92,8 @@ export async function bucketExists(bucket: Bucket): Promise<boolean> {
       if (name === "NoSuchBucket") return false;
       if (($metadata?.httpStatusCode ?? 500) < 500 || name === "CredentialsProviderError")
         throw new UsageError(
-          `bucket ${bucket.name} (S3_BUCKET) may not be used: ${name} ${message}. Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy`,
+          `bucket ${bucket.name} (S3_BUCKET) may not be used: ${name} ${message}. Check AWS_ACCESS_KEY_ID, ` +
+            `AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy`,
         );
       return naming(bucket, "", Promise.reject(error));
     },

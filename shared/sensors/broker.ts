@@ -43,7 +43,8 @@ export function namedFault(error: Error): Error {
   const { name, message } = error;
   if (isCertificate(error))
     return new Error(
-      `cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. Use a host name that the certificate holds; name the file of your own authority in NODE_EXTRA_CA_CERTS.`,
+      `cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. Use a host name that the certificate holds; ` +
+        `name the file of your own authority in NODE_EXTRA_CA_CERTS.`,
     );
   if (!name.includes("SASL")) return error;
   return new Error(

@@ -63,7 +63,8 @@ export async function checkMigrations(client: ClickHouseClient, database: string
   for (const { name } of await select<{ name: string }>(client, "SHOW TABLES")) objects.delete(name);
   if (objects.size)
     throw new UsageError(
-      `ClickHouse's database ${database} has lost ${[...objects].join(", ")}, which schemas/clickhouse made. Run there: DROP TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
+      `ClickHouse's database ${database} has lost ${[...objects].join(", ")}, which schemas/clickhouse made. Run ` +
+        `there: DROP TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
     );
 }
 
@@ -132,7 +133,9 @@ export async function retryUntilUp<T>(
   } catch (error) {
     if (!minute.aborted || signal.aborted) throw error;
     throw new Error(
-      `ClickHouse has not answered for ${RETRY_SECONDS} s (${last?.message.trim().slice(0, 300) || "no answer at all"}). What was not inserted is not committed; the next start reads it again. Next: make doctor`,
+      `ClickHouse has not answered for ${RETRY_SECONDS} s ` +
+        `(${last?.message.trim().slice(0, 300) || "no answer at all"}). What was not inserted is not committed; the ` +
+        `next start reads it again. Next: make doctor`,
     );
   } finally {
     end.abort();
@@ -142,7 +145,9 @@ export async function retryUntilUp<T>(
 function refused(error: unknown): unknown {
   if (!(error instanceof ClickHouseError)) return error;
   return new Error(
-    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). The batch was not committed; the next start reads it again. Next: make doctor; ops/runbook.md#etlsensorsdown says how to get a dropped table back`,
+    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). The batch was not ` +
+      "committed; the next start reads it again. Next: make doctor; ops/runbook.md#etlsensorsdown says how to get a " +
+      `dropped table back`,
     { cause: error },
   );
 }

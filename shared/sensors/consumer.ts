@@ -58,7 +58,9 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
     );
   if (faults.length)
     throw new UsageError(
-      `the source differs from ClickHouse's sensor_readings, nothing was ingested:\n${faults.join("\n")}\nChange the source back, or sensor_readings by a new file in schemas/clickhouse; README, "When the schema changes".`,
+      `the source differs from ClickHouse's sensor_readings, nothing was ingested:\n${faults.join("\n")}\nChange ` +
+        `the source back, or sensor_readings by a new file in schemas/clickhouse; README, "When the schema ` +
+        `changes".`,
     );
   const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
   if (wanted.length && unknown.length)
@@ -101,7 +103,9 @@ export function createPoisonLimit(share: number): (messages: number, dead: numbe
     const last = Math.min(message, POISON_MESSAGES.last);
     if (last < POISON_MESSAGES.least || bad.length <= share * last) return;
     throw new Error(
-      `${thousands(bad.length)} of the last ${thousands(last)} messages are no valid change (limit: SENSORS_POISON_SHARE=${share}). The last batch was not committed; the next start reads it again. Next: make dead-letters (says why)`,
+      `${thousands(bad.length)} of the last ${thousands(last)} messages are no valid change (limit: ` +
+        `SENSORS_POISON_SHARE=${share}). The last batch was not committed; the next start reads it again. Next: ` +
+        `make dead-letters (says why)`,
     );
   };
   return (messages, dead) => {

@@ -63,7 +63,10 @@ export async function takeEpoch(
     select partition, next_offset as next from etl.topic_offsets where topic = ${topic} order by partition`;
   // Kafka is asked after that: another consumer, of another partition, commits there first. Asked before, it could be behind.
   const partitions = await where();
-  const remedy = `Its offsets no longer order the changes, and rows could lose to older ones. Nothing was inserted. Stop all consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the table")`;
+  const remedy =
+    "Its offsets no longer order the changes, and rows could lose to older ones. Nothing was inserted. Stop all " +
+    `consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the ` +
+    `table")`;
   if (known.length !== partitions.length)
     throw new UsageError(
       `topic ${topic} has ${partitions.length} partitions, and had ${known.length} when epoch ${epoch?.number} began. ${remedy}`,
@@ -72,11 +75,13 @@ export async function takeEpoch(
     const { end = 0n, committed = -1n } = partitions.find((one) => one.partition === partition) ?? {};
     if (end < BigInt(next))
       throw new UsageError(
-        `partition ${partition} of topic ${topic} ends at offset ${end}, and ${next} was reached before: the topic was created again. ${remedy}`,
+        `partition ${partition} of topic ${topic} ends at offset ${end}, and ${next} was reached before: the ` +
+          `topic was created again. ${remedy}`,
       );
     if (committed < 0n && BigInt(next) > 0n)
       throw new UsageError(
-        `the group has no offset in partition ${partition} of topic ${topic}, and ${next} was reached before: the topic was created again, or the group's offsets expired. ${remedy}`,
+        `the group has no offset in partition ${partition} of topic ${topic}, and ${next} was reached before: the ` +
+          `topic was created again, or the group's offsets expired. ${remedy}`,
       );
   }
   return epoch as Epoch;

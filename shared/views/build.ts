@@ -138,7 +138,8 @@ async function runQuery(build: Build, model: string, job: string, query: string,
     const [, bytes] = /bytes billed.* (\d+) or higher/.exec(error.message) ?? [];
     if (!bytes) throw error;
     throw new Error(
-      `it would be billed ${bytes} bytes; MAX_BYTES_BILLED is ${maximumBytesBilled}. Let it read less, or run: make views ONLY=${model} MAX_BYTES_BILLED=${bytes}`,
+      `it would be billed ${bytes} bytes; MAX_BYTES_BILLED is ${maximumBytesBilled}. Let it read less, or run: ` +
+        `make views ONLY=${model} MAX_BYTES_BILLED=${bytes}`,
     );
   });
   billed.set(model, (billed.get(model) ?? 0) + Number(done.statistics.query.totalBytesBilled));
@@ -198,12 +199,15 @@ export async function publishModel(build: Build, model: Model, made: TableMetada
   const [rows, rowsBefore] = [Number(made.numRows), Number(before.numRows)];
   if (!env.ALLOW_SHRINK && (rows === 0 || rows * 2 < rowsBefore))
     throw new Error(
-      `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ${exists ? thousands(rowsBefore) : "does not exist"}. If that is right: make views ONLY=${name} ALLOW_SHRINK=1`,
+      `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ` +
+        `${exists ? thousands(rowsBefore) : "does not exist"}. If that is right: make views ONLY=${name} ` +
+        `ALLOW_SHRINK=1`,
     );
   const lost = exists ? lostParts(before, made) : [];
   if (lost.length)
     throw new Error(
-      `${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: DROP TABLE ${to}.${name} (its access policies go with it); then: make views ONLY=${name}`,
+      `${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: DROP TABLE ${to}.${name} ` +
+        `(its access policies go with it); then: make views ONLY=${name}`,
     );
   if (!exists) await runJob(build, job, copy(build, dataset, to, name));
   else
@@ -319,6 +323,7 @@ export async function reportModels(build: Build, outcomes: Outcome[]): Promise<v
   if (!failed.length) return;
   const lines = failed.map(({ model, error }) => `  ${model.name}: ${error?.message}`);
   throw new Error(
-    `${failed.length} of ${outcomes.length} models failed, and are published as they were before:\n${lines.join("\n")}\nNext: correct them, then: make views`,
+    `${failed.length} of ${outcomes.length} models failed, and are published as they were ` +
+      `before:\n${lines.join("\n")}\nNext: correct them, then: make views`,
   );
 }

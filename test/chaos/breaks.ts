@@ -15,7 +15,7 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
   guard: {
     about: "the MERGE's version guard: a row is replaced, whichever version is there",
     edit: ({ edit }) => {
-      edit("shared/bigquery/load.ts", (code) => code.replace(/replaced: string = .+,/, 'replaced: string = "TRUE",'));
+      edit("shared/bigquery/load.ts", (code) => code.replace(/const replaced = compared\n[^;]*;/, 'const replaced = "TRUE";'));
     },
   },
   commit: {

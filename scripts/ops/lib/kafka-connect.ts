@@ -142,7 +142,8 @@ async function awaitStatus(
     if (status && done(status)) return;
   }
   throw new Error(
-    `connector ${namesOf(env).connector} is not ${wanted} after 90 s: ${JSON.stringify(status)}. Read its worker's log, then: make connector`,
+    `connector ${namesOf(env).connector} is not ${wanted} after 90 s: ${JSON.stringify(status)}. Read its ` +
+      `worker's log, then: make connector`,
   );
 }
 
