@@ -15,7 +15,9 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
   guard: {
     about: "the MERGE's version guard: a row is replaced, whichever version is there",
     edit: ({ edit }) => {
-      edit("shared/bigquery/load.ts", (code) => code.replace(/const replaced = compared\n[^;]*;/, 'const replaced = "TRUE";'));
+      edit("shared/bigquery/load.ts", (code) =>
+        code.replace(/const replaced = compared\n[^;]*;/, 'const replaced = "TRUE";'),
+      );
     },
   },
   commit: {
@@ -23,7 +25,7 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
     edit: ({ edit }) => {
       const commit =
         "await commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition: batch.partition, offset: String(BigInt(batch.lastOffset()) + 1n) }] }] });";
-      edit("shared/sensors/kafka.ts", (code) => code.replace("await on.batch(", `${commit} await on.batch(`));
+      edit("shared/sensors/kafka.ts", (code) => code.replace("await work.batch(", `${commit} await work.batch(`));
     },
   },
   manifest: {
