@@ -102,16 +102,14 @@ suite("archive", { concurrency: true }, () => {
     const needs = `make backfill-events needs FROM and TO: the first day, and the day after the last. ${example}`;
     const start = "The start, inclusive. Example: FROM=2017-01-01";
     const both = "a re-run needs both";
+    const pair = "Example: FROM=2017-01-01 TO=2017-02-01";
     const wrong = (fault: string): string =>
       `wrong environment or arguments, nothing was done:\n  ${fault}\nSet them in ${shop.env.ENV_FILE} or in the environment (.env.example has them all).`;
     const noDay = wrong(`FROM is not a date of the calendar. ${start}`);
     const cases: [variables: Env, text: string][] = [
       [{}, needs],
-      [{ FROM: "2017-01-01" }, wrong(`FROM was given without TO: ${both}. ${start}`)],
-      [
-        { TO: "2017-01-01" },
-        wrong(`TO was given without FROM: ${both}. The end, exclusive. Example: TO=2017-02-01T12:00:00Z`),
-      ],
+      [{ FROM: "2017-01-01" }, wrong(`FROM was given without the other: ${both}. ${pair}`)],
+      [{ TO: "2017-01-01" }, wrong(`TO was given without the other: ${both}. ${pair}`)],
       [
         { FROM: "2017-01-01", TO: "2017-01-01" },
         "FROM and TO are both 2017-01-01, and TO is exclusive: there is no day between them. For that day: TO=2017-01-02",
@@ -123,7 +121,7 @@ suite("archive", { concurrency: true }, () => {
       [
         { FROM: "2017-01-03", TO: "2017-01-01" },
         wrong(
-          `FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: swap them; FROM is inclusive, TO exclusive. ${start}`,
+          `FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: FROM is inclusive, TO exclusive. ${pair}`,
         ),
       ],
       [
