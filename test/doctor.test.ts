@@ -31,7 +31,7 @@ async function run(PIPELINE: string | undefined, variables: Env = {}): Promise<{
   const lines = stdout.trimEnd().split("\n");
   for (const line of lines.slice(0, -1)) assert.match(line, /^(ok {4}|FAIL {2}|- {5})\S/);
   const failed = lines.filter((line) => line.startsWith("FAIL"));
-  const end = failed.length ? `${failed.length} failed. Mend what they say, then: make doctor` : "all is well";
+  const end = failed.length ? `${failed.length} checks failed. Fix the lines marked FAIL, then run: make doctor` : "all is well";
   assert.equal(lines.at(-1), end, stderr);
   assert.equal(code, failed.length ? 1 : 0);
   assert.doesNotMatch(stdout, /^\s+at |undefined|\[object/m);
