@@ -93,7 +93,7 @@ export async function checkColumns(
     fault(
       cursor,
       "finite times, since it is the cursor",
-      "infinity or -infinity in at least one row. Give those rows a time",
+      "infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
     );
   const unknown = columns
     .map(({ name }) => name)

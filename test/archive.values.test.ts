@@ -281,7 +281,7 @@ suite("archive", { concurrency: true }, () => {
       "alter table public.events alter created_at drop not null",
       "alter table public.events alter created_at set not null",
       [
-        'created_at: expected NOT NULL, since it is the cursor and a row without it would never be read, found a nullable column. Run: alter table public.events alter "created_at" set not null;',
+        "created_at: expected NOT NULL, since it is the cursor and a row without it would never be read, found a nullable column. Run: alter table public.events alter created_at set not null;",
       ],
     );
     refuses(

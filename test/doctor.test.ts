@@ -31,7 +31,9 @@ async function run(PIPELINE: string | undefined, variables: Env = {}): Promise<{
   const lines = stdout.trimEnd().split("\n");
   for (const line of lines.slice(0, -1)) assert.match(line, /^(ok {4}|FAIL {2}|- {5})\S/);
   const failed = lines.filter((line) => line.startsWith("FAIL"));
-  const end = failed.length ? `${failed.length} checks failed. Fix the lines marked FAIL, then run: make doctor` : "all is well";
+  const end = failed.length
+    ? `${failed.length} checks failed. Fix the lines marked FAIL, then run: make doctor`
+    : "all is well";
   assert.equal(lines.at(-1), end, stderr);
   assert.equal(code, failed.length ? 1 : 0);
   assert.doesNotMatch(stdout, /^\s+at |undefined|\[object/m);
@@ -101,7 +103,7 @@ test("a shop without sensors, or without an archive, is not told to have them; h
     undefined,
     { ...without(ofSensors), CLICKHOUSE_URL: shop.env.CLICKHOUSE_URL, S3_BUCKET: undefined },
     /sensors: variables: .*CONNECT_URL is missing.*REPLICATION_DATABASE_URL is missing.*SENSORS_TOPIC is missing/,
-    /kafka: variables: .*KAFKA_BROKERS is missing: .* Example: KAFKA_BROKERS=kafka-1\.example\.com:9092/,
+    /kafka: variables: .*KAFKA_BROKERS is missing\. .* Example: KAFKA_BROKERS=/,
     /clickhouse: variables: .*CLICKHOUSE_DATABASE is missing/,
   );
 });
