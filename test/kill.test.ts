@@ -321,7 +321,7 @@ stepsOfPipeline((pipeline) => {
     assert.match(
       stderr,
       new RegExp(
-        `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\+00\\)`,
+        `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\.000000\\+00\\)`,
       ),
     );
     await assertHeals(shop, last);

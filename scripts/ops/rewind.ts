@@ -86,7 +86,7 @@ await main(import.meta, async () => {
   say(env.DRY_RUN ? "would-rewind" : "rewind", {
     from: stored.watermark,
     to,
-    rows_to_read_again: again?.rows ?? "not counted: it takes too long",
+    rows_to_read_again: again ? Number(again.rows) : "not counted: it takes too long",
   });
 
   // 3. Set it, and keep the history.
