@@ -61,8 +61,8 @@ export function copyJsonLines(
     lines: lines(),
     sent,
     [Symbol.asyncDispose]: async () => {
-      socket?.on("error", () => {}).destroy(); // over TLS postgres.js still writes its goodbye
       await session.end({ timeout: 0 });
+      socket?.destroy(); // not before: over TLS the goodbye would fail where nobody listens
     },
   };
 }

@@ -169,7 +169,7 @@ suite("walks", () => {
     const ahead = await shop.run(script);
     assert.match(
       ahead.stderr,
-      /it was set back, or the watermark was set ahead, .* Next: correct the clock, or make rewind PIPELINE=orders/,
+      /it was set back, or the watermark ahead, .* Next: correct the clock, or ops\/runbook\.md, .* make rewind PIPELINE=orders/,
     );
     assert.equal(ahead.code, 1);
     const status = await shop.run("scripts/ops/status.ts");

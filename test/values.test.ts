@@ -408,8 +408,10 @@ const refusedByEngine: [what: string, column: string, value: string, says: RegEx
   ["a byte that is not UTF-8", "text", "'caf' || chr(233)", /invalid byte sequence for encoding/],
 ];
 await suite("a row that the source or BigQuery refuses", () => {
+  const scratch = scratchCopy(); // the other suite has changed its own
   let shop: Shop;
   before(async () => {
+    widen(scratch);
     // An old database: SQL_ASCII takes any byte, and no client is told which they are.
     shop = await createShop({ folder: scratch.folder, encoding: "SQL_ASCII" });
     await shop.admin.unsafe("create type mood as enum ('sad', 'it''s ok', 'happy')");
@@ -417,7 +419,10 @@ await suite("a row that the source or BigQuery refuses", () => {
     await shop.admin.unsafe(`alter table ${shop.table} ${added.join(", ")}`);
     await shop.insertRows(1, 250);
   });
-  after(() => shop?.[Symbol.asyncDispose]());
+  after(async () => {
+    await shop?.[Symbol.asyncDispose]();
+    scratch[Symbol.dispose]();
+  });
 
   for (const [what, column, value, says] of refusedByEngine)
     test(`is named by its key, in log2(n) steps: ${what}`, async () => {

@@ -33,7 +33,7 @@ function open(url: string, application: string, settings: Record<string, string>
 async function begin(sql: Sql): Promise<{ start: string; pid: number }> {
   await sql.unsafe("begin");
   const [row] = await sql`
-    select replace((now() at time zone 'utc')::text, ' ', 'T') || '+00' as start, pg_backend_pid() as pid`;
+    select to_char(now() at time zone 'utc', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as start, pg_backend_pid() as pid`;
   return row as unknown as { start: string; pid: number };
 }
 
