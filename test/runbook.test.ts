@@ -173,7 +173,7 @@ suite("walks", () => {
     );
     assert.equal(ahead.code, 1);
     const status = await shop.run("scripts/ops/status.ts");
-    assert.match(status.stdout, /^orders: its watermark is after the source's clock/m);
+    assert.match(status.stdout, /^orders: the clock of source database \w+ says \S+, which is before the watermark/m);
     assert.equal(status.code, 1);
     await follow(shop, steps);
     await assertEqual();
