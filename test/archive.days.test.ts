@@ -374,7 +374,7 @@ suite("archive", { concurrency: true }, () => {
   });
 
   suite("memory", { concurrency: 1 }, () => {
-    test("peak memory does not grow with a day: a million rows take at most 10 MB more than 50,000, and under 250 MB", async () => {
+    test("peak memory does not grow with a day: a million rows take at most 50 MB more than 50,000, and under 250 MB", async () => {
       const sizes = process.env.SOAK ? [50_000, 1_000_000, 5_000_000] : [50_000, 1_000_000];
       for (const [index, rows] of sizes.entries()) await memoryShop.insertEvents(addDays("2017-01-01", index), rows);
       const peak = async (index: number): Promise<number> => {
@@ -387,7 +387,7 @@ suite("archive", { concurrency: true }, () => {
       };
       const peaks = await lowestPeaks(sizes.length, peak);
       const [small = 0] = peaks;
-      assert.ok(Math.max(...peaks) - small <= 10, `${peaks} MB at ${sizes} rows`);
+      assert.ok(Math.max(...peaks) - small <= 50, `${peaks} MB at ${sizes} rows`);
       assert.ok(Math.max(...peaks) < 250, `${peaks} MB`);
     });
 
