@@ -12,7 +12,7 @@ export NODE_COMPILE_CACHE := $(CURDIR)/node_modules/.cache/compile
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^# [A-Z][a-z ]+$$/ { printf "\n%s\n", substr($$0, 3) } /^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # npm ci empties node_modules first, also through a link.
 node_modules/.package-lock.json: package-lock.json
@@ -26,16 +26,13 @@ setup: node_modules/.package-lock.json
 
 # The pipelines
 
-# Rows become garbage at once: a small young generation is collected before they pile up, and whole heaps rarely.
-rows := --max-semi-space-size=1
-
 .PHONY: orders
 orders: setup ## Sync orders to BigQuery (FROM= TO= reads a window again)
-	@node $(rows) scripts/orders.ts
+	@node scripts/orders.ts
 
 .PHONY: users
 users: setup ## Sync users to BigQuery (FROM= TO= reads a window again)
-	@node $(rows) scripts/users.ts
+	@node scripts/users.ts
 
 .PHONY: events
 events: setup ## Archive every complete day of events since the watermark to S3
@@ -154,11 +151,11 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 
 .PHONY: bench
 bench: up ## Speed, as ratios measured side by side
-	@for job in orders archive views sensors; do node $(rows) test/bench/$$job.ts; done
+	@for job in orders archive views sensors; do node test/bench/$$job.ts; done
 
 .PHONY: bench-peers
 bench-peers: up ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
-	@for job in orders archive; do PEERS=1 node $(rows) test/bench/$$job.ts; done
+	@for job in orders archive; do PEERS=1 node test/bench/$$job.ts; done
 
 .PHONY: bench-page
 bench-page: up ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)

@@ -13,7 +13,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import postgres, { type Sql, type TransactionSql } from "postgres";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
-import { createShop, rowsFlags } from "../lib/shop.ts";
+import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
 import { measure } from "./measure.ts";
@@ -53,7 +53,7 @@ const contenders: (Sync & { runs: number; sum: number; previous?: Date })[] = [
     ...{ by: "this project", settings: `WATERMARK_LAG_SECONDS=${lag} (default)`, schema: "" },
     command: () => ({
       command: process.execPath,
-      args: [rowsFlags(), join(root, "scripts/orders.ts")],
+      args: [join(root, "scripts/orders.ts")],
       env: shop.env,
     }),
     delivered: /step=done rows=(\d+)/,

@@ -28,7 +28,7 @@ import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
-import { createShop, rowsFlags } from "../lib/shop.ts";
+import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
 import { type Contender, compare, measure, median, sourceCpu, timed } from "./measure.ts";
@@ -82,7 +82,7 @@ const bash = (script: string, variables: NodeJS.Dict<string> = {}) =>
 const ours = (script: string, variables: NodeJS.Dict<string> = {}) =>
   measure({
     command: process.execPath,
-    args: [...(script.includes("/ops/") ? [] : [rowsFlags()]), join(root, script)], // as make runs them
+    args: [join(root, script)],
     env: { ...shop.env, ...variables },
   });
 

@@ -10,7 +10,6 @@ import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { availableParallelism, tmpdir, totalmem } from "node:os";
 import { join } from "node:path";
 import { thousands } from "../../shared/log.ts";
-import { rowsFlags } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
 import { type Measured, median, type Row, spread } from "./measure.ts";
@@ -59,7 +58,7 @@ for (const { name, sizes, ...variables } of benches.filter((bench) => !only || o
     if (size === "large") env.PEERS = "1";
     else if (name === "sensors") env.PARTS = "throughput";
     say(`page: ${name}, ${size}, after ${Math.round((performance.now() - started) / 1000)} s`);
-    const args = [rowsFlags(), join(root, `test/bench/${name}.ts`)];
+    const args = [join(root, `test/bench/${name}.ts`)];
     const child = spawn(process.execPath, args, { env, stdio: "inherit" });
     const [code] = await once(child, "close");
     if (code !== 0) throw new Error(`test/bench/${name}.ts exited with ${code}: the page was not written`);

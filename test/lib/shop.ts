@@ -2,11 +2,9 @@
  * A shop of one's own for a test: a source database with schema etl, a BigQuery dataset and a Pushgateway group, on the
  * local stack's servers, and the scripts run against it as real processes, in the roles that production uses.
  */
-import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
-import { readFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
@@ -436,13 +434,6 @@ export function random(seed: number): (below: number) => number {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
     return Math.floor((state / 2 ** 32) * below);
   };
-}
-
-/** How make runs what moves rows: the flags of node in the Makefile. */
-export function rowsFlags(): string {
-  return (
-    /^rows := (.+)$/m.exec(readFileSync(join(root, "Makefile"), "utf8"))?.[1] ?? assert.fail("the Makefile has no rows")
-  );
 }
 
 /**
