@@ -1,5 +1,5 @@
 // Faults that are really made, and the alerts that Prometheus shows for them: the real rules on the real Pushgateway and consumer,
-// with time passing 600 times (the consumer: 120 times) as fast.
+// with time passing 600 times (the consumer: 60 times) as fast.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -136,7 +136,7 @@ describe("the consumer of sensors", () => {
   before(async () => {
     sensors = await createSensors({ connector: false });
     METRICS_PORT = String(await freePort());
-    prometheus = await startPrometheus({ sensors: `127.0.0.1:${METRICS_PORT}` }, 120);
+    prometheus = await startPrometheus({ sensors: `127.0.0.1:${METRICS_PORT}` }, 60);
   });
   after(async () => {
     await prometheus?.[Symbol.asyncDispose]();
