@@ -213,7 +213,7 @@ async function record(
  * Each attempt gets its number, from 1: nothing of an earlier one is used again.
  */
 export async function withRetry<T>(
-  run: Run,
+  run: Pick<Run, "signal" | "log">,
   isTransient: (error: unknown) => boolean,
   attempt: (number: number) => Promise<T>,
 ): Promise<T> {

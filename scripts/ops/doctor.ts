@@ -213,7 +213,7 @@ async function checkSourceDatabase(
       const run: SchemaCheck = { pipeline, source, log: () => {} };
       if (archived) {
         const etl = connect(readEnv({ ETL_DATABASE_URL }).ETL_DATABASE_URL, session);
-        await checkArchivable(Object.assign(run, { etl }), from);
+        await checkArchivable(Object.assign(run, { etl }));
       } else await checkSource(run, readContract(pipeline), from);
       return run.unknownColumns?.length ? `not synced: ${run.unknownColumns}` : "";
     });

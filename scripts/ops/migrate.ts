@@ -90,8 +90,7 @@ await main(import.meta, async () => {
   // 4. The bucket.
   if (s3 && bucketEnv) {
     const bucket = s3.connectS3(bucketEnv);
-    if (!(await s3.bucketExists(bucket)))
-      await apply(`create bucket ${bucket.name}`, () => s3.createBucket(bucket, bucketEnv.AWS_REGION));
+    if (!(await s3.bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => s3.createBucket(bucket));
   } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.
