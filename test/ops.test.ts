@@ -220,7 +220,9 @@ test("rewind sets the watermark back, says what is read again, keeps it in etl.r
     assert.deepEqual([await shop.watermark(pipeline), await history()], state);
 
     const { stderr } = await shop.succeed(rewind, { PIPELINE: pipeline, TO: to });
-    assert.ok(stderr.includes(`step=rewind from=${before} to=${to}+00 rows_to_read_again=1227`), stderr);
+    const [second, micros = ""] = before.replace("+00", "").split(".");
+    const from = `${second}.${micros.padEnd(6, "0")}+00`; // Postgres's text leaves trailing zeros out
+    assert.ok(stderr.includes(`step=rewind from=${from} to=${to}+00 rows_to_read_again=1227`), stderr);
     assert.ok(stderr.includes(`step=done watermark=${to}+00 next="make ${pipeline}"`), stderr);
     assert.equal(await shop.watermark(pipeline), `${to}+00`);
     const [kept] = await rows(`select state, rows::text, host <> '' and pid > 0 and finished_at is not null as whole,
