@@ -15,7 +15,7 @@ import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, listUploads, removeObjects } from "../../shared/events/s3.ts";
 import { createSource } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
-import { stackPath } from "../stack/stack.ts";
+import { pushgatewayProgram } from "../stack/pushgateway.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
 export const textColumns = { orders: "status", users: "age_band" };
@@ -356,7 +356,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
 
 async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
   const port = await freePort();
-  const child = spawn(stackPath("bin", "pushgateway"), [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
+  const child = spawn(pushgatewayProgram, [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
   const url = `http://127.0.0.1:${port}`;
   await until("Pushgateway ready", () =>
     fetch(`${url}/-/ready`).then(
