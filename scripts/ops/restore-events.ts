@@ -6,7 +6,6 @@
  *
  *   safe to re-run   yes: it replaces a day's rows in one transaction
  */
-import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import type { Sql } from "postgres";
 import { readEnv } from "../../shared/env.ts";
@@ -18,17 +17,18 @@ import { dayVariables, eachDay, openReading, readDay, readPart } from "./lib/eve
 await main(import.meta, async () => {
   const env = readEnv(dayVariables);
   const reading = await openReading("restore-events", env);
+  const { bucket } = reading;
   await using etl = connect(env.ETL_DATABASE_URL, reading.session);
   await checkSession("ETL_DATABASE_URL", etl);
   await eachDay(reading, async (day) => {
     const window = `FROM=${day} TO=${addDays(day)}`;
-    const manifest = await readDay(reading.bucket, day, async ({ parts }) => {
-      // 1. The day's lines into a table of this session; nothing is restored before all of them are checked.
+    const manifest = await readDay(bucket, day, async ({ parts }) => {
+      // 1. The day's lines into a table of this session: nothing is restored before all of them are checked.
       await etl`drop table if exists lines`;
       await etl`create temp table lines (line text)`;
       for (const part of parts) {
         const copy = await etl`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
-        await pipeline(Readable.from(readPart(reading, part)), copy);
+        await pipeline(readPart(bucket, part), copy);
       }
       // 2. Those in the place of the day's rows.
       await replaceDay(etl, day);
@@ -36,7 +36,8 @@ await main(import.meta, async () => {
       if (error.name !== "Damaged") throw error;
       throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);
     });
-    return { manifest, fault: manifest ? undefined : `is not archived. Next: make backfill-events ${window}` };
+    if (!manifest) throw new Error(`is not archived. Next: make backfill-events ${window}`);
+    return manifest;
   });
 });
 

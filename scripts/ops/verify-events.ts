@@ -24,7 +24,7 @@ import {
   readSource,
   startOf,
 } from "../../shared/events/archive.ts";
-import { listObjects, removeObjects } from "../../shared/events/s3.ts";
+import { type Bucket, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, connect } from "../../shared/session.ts";
@@ -36,101 +36,39 @@ const DAY_SECONDS = 86_400;
 await main(import.meta, async () => {
   const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
   const reading = await openReading("verify-events", env);
-  await using source = connect(env.SOURCE_DATABASE_URL, reading.session);
-  await using etl = connect(env.ETL_DATABASE_URL, reading.session);
+  const { bucket, session, log } = reading;
+  await using source = connect(env.SOURCE_DATABASE_URL, session);
+  await using etl = connect(env.ETL_DATABASE_URL, session);
   await Promise.all([checkSession("SOURCE_DATABASE_URL", source), checkSession("ETL_DATABASE_URL", etl)]);
-  const select = await checkArchivable({ pipeline: "events", source, etl, log: reading.log });
+  const select = await checkArchivable({ pipeline: "events", source, etl, log });
   await eachDay(reading, async (day) => {
-    // 1. The archive by itself: each part against its manifest.
-    const archived = await verifyParts(reading, day);
+    // 1. What killed runs left.
+    await findStrays(reading, day, env.CLEAN);
 
-    // 2. Against the source: first by count, then by the hash of the day's lines, read as the archive reads them.
+    // 2. The archive by itself: each part against its manifest.
+    const archived = await verifyParts(bucket, day);
+
+    // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
     const there = await readSource(source, day);
-    const hashSource = async (): Promise<string> => {
-      const hash = createHash("sha256");
-      const { id, created_at: from } = startOf(day);
+    return await compareDay(reading, day, archived, there, async () => {
+      const [hash, { id, created_at: from }] = [createHash("sha256"), startOf(day)];
       const settings = { "etl.after": id, "etl.rows": String(Number.MAX_SAFE_INTEGER) };
       const window = { from, to: midnight(addDays(day)) };
-      await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, { ...reading.session, settings }, window);
+      await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, { ...session, settings }, window);
       for await (const piece of stream.lines) {
         hash.update(piece);
         progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(there.rows)} rows at the source`);
       }
       return hash.digest("hex");
-    };
-    const fault = await findFault(reading, day, archived, there, hashSource);
-
-    // 3. What killed runs left.
-    await findStrays(reading, day, env.CLEAN);
-    return { manifest: archived.manifest, fault };
+    });
   });
 });
 
-/** A day's manifest, and the hash of its raw lines or what is wrong with it. */
-interface Archived {
-  manifest?: Manifest | undefined;
-  sha256?: string;
-  damage?: string;
-}
-
-async function verifyParts(reading: Reading, day: string): Promise<Archived> {
-  const archived: Archived = {};
-  try {
-    await readDay(reading.bucket, day, async (manifest) => {
-      archived.manifest = manifest;
-      const hash = createHash("sha256");
-      for (const part of manifest.parts) for await (const piece of readPart(reading, part)) hash.update(piece);
-      archived.sha256 = hash.digest("hex");
-      const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
-      if (rows !== manifest.rows)
-        throw damaged(manifestKey(reading.bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
-    });
-  } catch (error) {
-    if ((error as Error).name !== "Damaged") throw error;
-    archived.damage = (error as Error).message;
-  }
-  return archived;
-}
-
-/** @returns what is wrong with the day, with the next command, or undefined. */
-async function findFault(
-  { log }: Reading,
-  day: string,
-  { manifest, sha256, damage }: Archived,
-  source: Pick<Manifest, "rows" | "min_id" | "max_id">,
-  hashSource: () => Promise<string>,
-): Promise<string | undefined> {
-  const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
-  if (!manifest) return `${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`;
-  if (damage && source.rows < manifest.rows)
-    return (
-      `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: bring the object back from the ` +
-      `bucket's versions or a copy`
-    );
-  if (damage) return `${damage}. Next: ${again} FORCE=1`;
-  const both = `${source.rows} rows at the source, ${manifest.rows} in the archive`;
-  if (source.rows > manifest.rows)
-    return `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
-  if (!source.rows && manifest.rows) {
-    log("note", { day, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` });
-    return undefined;
-  }
-  if (source.rows < manifest.rows)
-    return `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
-  if ((await hashSource()) !== sha256)
-    return `its ${source.rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
-  const ids = ({ min_id, max_id }: typeof source): string => `ids ${min_id} to ${max_id}`;
-  if (ids(source) !== ids(manifest))
-    return `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`;
-  return undefined;
-}
-
-/** Objects of the day that no manifest names: a killed run's, or of one that is going. */
+/** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */
 async function findStrays({ bucket, log }: Reading, day: string, clean: boolean): Promise<void> {
   const objects = await Array.fromAsync(listObjects(bucket, dayPrefix(bucket, day)));
-  if (!objects.length) return;
   // After the list: what it names was not stray. One that cannot be read may name any of them.
-  const found = await readManifest(bucket, day).catch(() => null);
+  const found = objects.length ? await readManifest(bucket, day).catch(() => null) : null;
   if (found === null) return;
   const named = new Set([manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
   for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
@@ -141,4 +79,67 @@ async function findStrays({ bucket, log }: Reading, day: string, clean: boolean)
       log("removed", stray);
     } else log("stray", { ...stray, next: "CLEAN=1 deletes it once it is older than a day" });
   }
+}
+
+/** A day's manifest, with the hash of its raw lines or with what is wrong with it. */
+interface Archived {
+  manifest?: Manifest | undefined;
+  sha256?: string;
+  damage?: string;
+}
+
+async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
+  const archived: Archived = {};
+  try {
+    await readDay(bucket, day, async (manifest) => {
+      archived.manifest = manifest;
+      const hash = createHash("sha256");
+      for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
+      archived.sha256 = hash.digest("hex");
+      const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
+      if (rows !== manifest.rows)
+        throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+    });
+  } catch (error) {
+    if ((error as Error).name !== "Damaged") throw error;
+    archived.damage = (error as Error).message;
+  }
+  return archived;
+}
+
+/** @throws Error that says what is wrong with the day, with the next command. */
+async function compareDay(
+  { log }: Reading,
+  day: string,
+  { manifest, sha256, damage }: Archived,
+  source: Pick<Manifest, "rows" | "min_id" | "max_id">,
+  hashSource: () => Promise<string>,
+): Promise<Manifest> {
+  const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
+  if (!manifest)
+    throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
+  const both = `${source.rows} rows at the source, ${manifest.rows} in the archive`;
+  const ids = ({ min_id, max_id }: typeof source): string => `ids ${min_id} to ${max_id}`;
+  const fault = async (): Promise<string | undefined> => {
+    if (damage && source.rows < manifest.rows)
+      return (
+        `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: restore the object from the ` +
+        `bucket's versions or a copy, then: make verify-events FROM=${day} TO=${addDays(day)}`
+      );
+    if (damage) return `${damage}. Next: ${again} FORCE=1`;
+    if (source.rows > manifest.rows)
+      return `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
+    if (!source.rows && manifest.rows)
+      log("note", { day, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` });
+    else if (source.rows < manifest.rows)
+      return `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
+    else if ((await hashSource()) !== sha256)
+      return `its ${source.rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
+    else if (ids(source) !== ids(manifest))
+      return `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`;
+    return undefined;
+  };
+  const found = await fault();
+  if (found) throw new Error(found);
+  return manifest;
 }

@@ -47,7 +47,7 @@ interface S3Error extends Error {
 }
 
 /** Milliseconds for a request and its answer. A body of so many bytes adds to it what a link of 100 KB/s needs. */
-const deadline = (bytes: number): number => 60_000 + bytes / 100;
+const deadline = (bytes: number): number => 20_000 + Math.round(bytes / 100);
 
 export function connectS3(
   env: Pick<Env<typeof bucketVariables>, "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION">,
@@ -65,8 +65,8 @@ export function connectS3(
 /** Names the bucket and the object in the error's text; what else it carries stays. */
 async function naming<T>({ name }: Bucket, key: string, work: Promise<T>): Promise<T> {
   return await work.catch((error: S3Error) => {
-    const status = error.$metadata?.httpStatusCode;
-    error.message = `s3://${name}/${key}: ${[error.name, status, error.message || error.code].filter(Boolean).join(" ")}`;
+    const what = [error.name, error.$metadata?.httpStatusCode, error.message || error.code];
+    error.message = `s3://${name}/${key}: ${what.filter((word) => word && word !== "Error").join(" ")}`;
     throw error;
   });
 }
@@ -75,16 +75,17 @@ async function naming<T>({ name }: Bucket, key: string, work: Promise<T>): Promi
 export async function bucketExists(bucket: Bucket): Promise<boolean> {
   // Not HeadBucket: its errors have no text.
   const list = new ListObjectsV2Command({ Bucket: bucket.name, Prefix: `${bucket.prefix}events/`, MaxKeys: 1 });
-  try {
-    await naming(bucket, "", bucket.client.send(list));
-    return true;
-  } catch (error) {
-    const { name, message, $metadata } = error as S3Error;
-    if (name === "NoSuchBucket") return false;
-    if (($metadata?.httpStatusCode ?? 500) >= 500 && name !== "CredentialsProviderError") throw error;
-    const check = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy";
-    throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) may not be used: ${message}. ${check}`);
-  }
+  return await bucket.client.send(list).then(
+    () => true,
+    (error: S3Error) => {
+      const { name, message, $metadata } = error;
+      if (name === "NoSuchBucket") return false;
+      if (($metadata?.httpStatusCode ?? 500) >= 500 && name !== "CredentialsProviderError")
+        return naming(bucket, "", Promise.reject(error));
+      const check = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy";
+      throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) may not be used: ${name} ${message}. ${check}`);
+    },
+  );
 }
 
 /** @throws UsageError where the bucket does not exist or may not be used, with what to do. */
@@ -98,15 +99,24 @@ export async function createBucket(bucket: Bucket): Promise<void> {
   await naming(bucket, "", bucket.client.send(new CreateBucketCommand({ Bucket: bucket.name })));
 }
 
-/** The object with its ETag, or undefined where there is none. @param bytes how large it is, if that is known. */
+/**
+ * The object with its ETag, or undefined where it does not exist. The client repeats a request; a body that is cut or stalls is read again here.
+ * @param bytes how large it is, if that is known.
+ */
 export async function get(bucket: Bucket, key: string, bytes = 0): Promise<{ body: Buffer; etag: string } | undefined> {
-  const abortSignal = AbortSignal.timeout(deadline(bytes));
-  const read = async (): Promise<{ body: Buffer; etag: string }> => {
+  const read = async (attempt: number): Promise<{ body: Buffer; etag: string }> => {
+    const abortSignal = AbortSignal.timeout(deadline(bytes));
     const request = new GetObjectCommand({ Bucket: bucket.name, Key: key });
     const { Body, ETag = "" } = await bucket.client.send(request, { abortSignal });
-    return { body: await buffer(Body as Readable), etag: ETag };
+    try {
+      return { body: await buffer(Body as Readable), etag: ETag };
+    } catch (error) {
+      if (attempt < 4) return await read(attempt + 1);
+      const how = abortSignal.aborted ? `was not complete after ${deadline(bytes) / 1000} s` : "was cut off";
+      throw new Error(`its body ${how}, four times: ${(error as Error).message}`);
+    }
   };
-  return await naming(bucket, key, read()).catch((error: S3Error) => {
+  return await naming(bucket, key, read(1)).catch((error: S3Error) => {
     if (error.name === "NoSuchKey") return undefined;
     throw error;
   });

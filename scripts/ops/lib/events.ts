@@ -2,19 +2,23 @@
 import { createHash } from "node:crypto";
 import { createGunzip } from "node:zlib";
 import { type Env, UsageError } from "../../../shared/env.ts";
-import { bytesOf, daysBetween, type Manifest, type Part, readManifest } from "../../../shared/events/archive.ts";
+import {
+  addDays,
+  bytesOf,
+  daysBetween,
+  type Manifest,
+  type Part,
+  readManifest,
+} from "../../../shared/events/archive.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get } from "../../../shared/events/s3.ts";
-import { log, progress, thousands } from "../../../shared/log.ts";
-import { newRunId, pipelineVariables, withRetry } from "../../../shared/run.ts";
+import { type Fields, log, progress, thousands } from "../../../shared/log.ts";
+import { newRunId, pipelineVariables } from "../../../shared/run.ts";
 import type { SessionOptions } from "../../../shared/session.ts";
 
 export const dayVariables = { ...pipelineVariables, ...bucketVariables };
 
 /** FROM and TO as the days they are. @throws UsageError where they are no dates, or no day lies between them. */
-export function readDays(
-  { FROM, TO }: Partial<Pick<Env<typeof dayVariables>, "FROM" | "TO">>,
-  command: string,
-): string[] {
+export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "TO">, command: string): string[] {
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
   if (!FROM || !TO || FROM === TO)
     throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
@@ -26,10 +30,11 @@ export function readDays(
 
 /** What the days of a command are read with. */
 export interface Reading {
+  command: string;
   days: string[];
   bucket: Bucket;
   session: SessionOptions;
-  log(step: string, fields?: object): void;
+  log(step: string, fields?: Fields): void;
 }
 
 /** @throws UsageError where FROM and TO are no days, or the bucket may not be used. */
@@ -37,33 +42,38 @@ export async function openReading(command: string, env: Env<typeof dayVariables>
   const [days, run, bucket] = [readDays(env, command), newRunId(), connectS3(env)];
   await checkBucket(bucket);
   const session = { application: `etl:${command} run=${run}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
-  return { days, bucket, session, log: (step, fields = {}) => log({ step, run, ...fields }) };
+  return { command, days, bucket, session, log: (step, fields) => log({ step, run, ...fields }) };
 }
 
 /**
- * Reads each day back, and continues past one with a fault.
- * @param read returns the day's manifest, if it has one, and what is wrong with the day, if anything.
- * @throws Error at the end that lists the days with a fault.
+ * Reads each day back, and continues past one that fails.
+ * @param read returns the day's manifest, or throws what is wrong with the day.
+ * @throws Error at the end that lists the days that failed, each with the next command.
  */
 export async function eachDay(
-  { days, log }: Reading,
-  read: (day: string) => Promise<{ manifest: Manifest | undefined; fault?: string | undefined }>,
+  { command, days, log }: Reading,
+  read: (day: string) => Promise<Manifest>,
 ): Promise<void> {
   const started = performance.now();
   const totals = { days: 0, rows: 0, bytes: 0 };
   const faults: string[] = [];
   for (const day of days) {
-    const { manifest, fault } = await read(day);
-    if (fault) faults.push(`  ${day}: ${fault}`);
+    try {
+      const { rows, parts } = await read(day);
+      totals.rows += rows;
+      totals.bytes += bytesOf(parts);
+    } catch (error) {
+      const { message } = error as Error;
+      const next = /\bmake /.test(message) ? "" : `. Next: make ${command} FROM=${day} TO=${addDays(day)}`;
+      faults.push(`  ${day}: ${message}${next}`);
+    }
     totals.days += 1;
-    totals.rows += manifest?.rows ?? 0;
-    totals.bytes += bytesOf(manifest?.parts ?? []);
-    progress(`${day}: ${totals.days}/${days.length} days, ${thousands(totals.rows)} rows`);
+    progress(`${totals.days}/${days.length} days, ${thousands(totals.rows)} rows`);
   }
   progress("");
   const seconds = Math.round(performance.now() - started) / 1000;
-  log(faults.length ? "failed" : "done", { ...totals, differ: faults.length, seconds });
-  if (faults.length) throw new Error(`${faults.length} of ${days.length} days differ:\n${faults.join("\n")}`);
+  log(faults.length ? "failed" : "done", { ...totals, failed: faults.length, seconds });
+  if (faults.length) throw new Error(`${faults.length} of ${days.length} days failed:\n${faults.join("\n")}`);
 }
 
 /** Reads a day by its manifest. Where that is replaced meanwhile, and its parts deleted, reads the new one. */
@@ -85,28 +95,25 @@ export async function readDay(
   }
 }
 
-/** Names the object; the day's manifest and its parts do not agree. */
-export const damaged = (key: string, how: string): Error =>
-  Object.assign(new Error(`${key}: ${how}`), { name: "Damaged" });
+/** Names the object: the day's manifest and its parts do not agree. */
+export const damaged = ({ name }: Bucket, key: string, how: string): Error =>
+  Object.assign(new Error(`s3://${name}/${key}: ${how}`), { name: "Damaged" });
 
 /**
  * The raw lines of a part, in pieces that may end inside one.
  * @throws Error named Damaged where the part does not exist, or is not what its manifest says.
  */
-export async function* readPart({ bucket, log }: Reading, part: Part): AsyncGenerator<Buffer> {
-  const { signal } = new AbortController();
-  const cut = (error: unknown): boolean => !(error as { $metadata?: object }).$metadata; // what S3 refuses, it refuses again
-  const object = await withRetry({ signal, log }, cut, () => get(bucket, part.key, part.bytes));
-  if (!object) throw damaged(part.key, "it does not exist");
-  const check = (is: Partial<Part>): void => {
-    for (const [field, found] of Object.entries(is))
-      if (found !== part[field as keyof Part])
-        throw damaged(part.key, `expected ${field} ${part[field as keyof Part]} (its manifest), found ${found}`);
+export async function* readPart(bucket: Bucket, part: Part): AsyncGenerator<Buffer> {
+  const object = await get(bucket, part.key, part.bytes);
+  if (!object) throw damaged(bucket, part.key, "it does not exist");
+  const check = <F extends keyof Part>(field: F, found: Part[F]): void => {
+    if (found !== part[field])
+      throw damaged(bucket, part.key, `expected ${field} ${part[field]} (its manifest), found ${found}`);
   };
-  check({ bytes: object.body.length, sha256: createHash("sha256").update(object.body).digest("hex") });
-  const raw = createHash("sha256");
+  check("bytes", object.body.length);
+  check("sha256", createHash("sha256").update(object.body).digest("hex"));
+  const [raw, gunzip] = [createHash("sha256"), createGunzip({ chunkSize: 2 ** 16 })];
   let rows = 0;
-  const gunzip = createGunzip();
   gunzip.end(object.body);
   try {
     for await (const piece of gunzip as AsyncIterable<Buffer>) {
@@ -117,7 +124,8 @@ export async function* readPart({ bucket, log }: Reading, part: Part): AsyncGene
     }
   } catch (error) {
     const { code, message } = error as Error & { code?: string };
-    throw code?.startsWith("Z_") ? damaged(part.key, `it does not decompress (${message})`) : error;
+    throw code?.startsWith("Z_") ? damaged(bucket, part.key, `it does not decompress (${message})`) : error;
   }
-  check({ rows, sha256_raw: raw.digest("hex") });
+  check("rows", rows);
+  check("sha256_raw", raw.digest("hex"));
 }
