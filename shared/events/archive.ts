@@ -182,6 +182,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
       parts.push({ key, ...read.is });
       putting = put(bucket, key, read.body, undefined, { run: run.id });
       await putting;
+      read.body.buffer.transfer(0); // frees it at once: the collector would keep it beside the next part's
       after = read.next;
     }
     const manifest = await countDay(archive, { day, parts }, before);
@@ -202,7 +203,7 @@ async function readPart(
   { run, env, select, concurrency }: Archive,
   day: string,
   after: Position,
-): Promise<{ body: Buffer; is: Omit<Part, "key">; next: Position | undefined } | undefined> {
+): Promise<{ body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined } | undefined> {
   const started = performance.now();
   const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
   const window = { from: after.created_at, to: midnight(addDays(day)) };
