@@ -60,10 +60,9 @@ await main(import.meta, async () => {
     // 5. For each model, after those that it needs: build, check, publish.
     const outcomes = await eachModel(build, models, async (model) => {
       return await withRetry(run, isTransient, async (attempt) => {
-        const made = await buildModel(build, model, attempt);
+        await buildModel(build, model, attempt);
         await runChecks(build, model, attempt);
-        await publishModel(build, model, made, attempt);
-        return made;
+        return await publishModel(build, model, attempt);
       });
     });
 

@@ -141,11 +141,9 @@ async function runStatement(
   }
 }
 
-/** Builds the model in the build dataset. @returns its table. */
-export async function buildModel(build: Build, model: Model, attempt: number): Promise<TableMetadata> {
+/** Builds the model in the build dataset. */
+export async function buildModel(build: Build, model: Model, attempt: number): Promise<void> {
   await runStatement(build, model, model, `build_${attempt}`);
-  const [metadata] = await build.bigquery.dataset(build.dataset).table(model.name).getMetadata();
-  return metadata;
 }
 
 /** Runs the model's checks. @throws Error with each that returned rows, and the first of these. */
@@ -165,12 +163,13 @@ export async function runChecks(build: Build, model: Model, attempt: number): Pr
  * WRITE_TRUNCATE_DATA, which keeps its row access policies, policy tags, descriptions and labels, and may add columns; a copy would remove
  * the policies. See docs.cloud.google.com/bigquery/docs: reference/auditlogs/rest/Shared.Types/BigQueryAuditMetadata.WriteDisposition,
  * reference/rest/v2/Job (schemaUpdateOptions), using-row-level-security-with-features (Copy jobs).
- * @throws Error where rows, columns or layout must not replace the published ones, with the command that lets them.
+ * @throws Error where rows, columns or layout must not replace the published ones, with the command that lets them. @returns rows.
  */
-export async function publishModel(build: Build, model: Model, made: TableMetadata, attempt: number): Promise<void> {
+export async function publishModel(build: Build, model: Model, attempt: number): Promise<number> {
   const { bigquery, dataset, env } = build;
   const [{ name, file }, to, job] = [model, env.BIGQUERY_VIEWS_DATASET, `publish_${attempt}`];
   const published = bigquery.dataset(to).table(name);
+  const [made]: [TableMetadata, unknown] = await bigquery.dataset(dataset).table(name).getMetadata();
   const [exists] = await published.exists();
   const [before]: [TableMetadata?, unknown?] = exists ? await published.getMetadata() : [];
   const [rows, rowsBefore] = [Number(made.numRows), Number(before?.numRows ?? 0)];
@@ -199,6 +198,7 @@ export async function publishModel(build: Build, model: Model, made: TableMetada
     return { ...field, description };
   });
   await published.setMetadata({ description: made.description, schema: { fields }, expirationTime: null } as object);
+  return rows;
 }
 
 /** What a new table must have too to replace the published one. A change inside a column is BigQuery's to refuse. */
@@ -223,20 +223,20 @@ function describe({ model, rows, bytes, seconds, error }: Outcome) {
   return { model: model.name, rows, checks: model.checks.length, bytes_billed: bytes, seconds, published };
 }
 
-/** Does `work` for each model once those that it needs are published; one that fails holds back only those that need it. */
+/** Does `work`, which returns rows, for each model once those that it needs are published; one that fails holds back only those that need it. */
 export async function eachModel(
   { run, billed }: Build,
   models: Model[],
-  work: (model: Model) => Promise<TableMetadata>,
+  work: (model: Model) => Promise<number>,
 ): Promise<Outcome[]> {
   const outcomes = new Map<string, Promise<Outcome>>();
   const one = async (model: Model): Promise<Outcome> => {
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
     const started = run.seconds();
     const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
-    const made = missing.length ? Promise.reject(new Error(`it needs ${missing.join(", ")}`)) : work(model);
-    const ended = await made.then(
-      ({ numRows }) => ({ rows: Number(numRows) }),
+    const done = missing.length ? Promise.reject(new Error(`it needs ${missing.join(", ")}`)) : work(model);
+    const ended = await done.then(
+      (rows) => ({ rows }),
       (error: Error) => ({ rows: 0, error }),
     );
     const [bytes, seconds] = [billed.get(model.name) ?? 0, Math.round(1000 * (run.seconds() - started)) / 1000];
