@@ -24,7 +24,7 @@ export const pipelines = Object.keys(textColumns) as Pipeline[];
 
 /**
  * Whose tests are run of what the script's steps hold, whatever the table's columns are: those of orders, and with SOAK=1 of each pipeline.
- * The scripts are the same, step for step (recipes.test.ts).
+ * The scripts are the same, step for step (docs/recipes.test.ts).
  */
 export const ofSteps: Pipeline[] = process.env.SOAK === "1" ? pipelines : ["orders"];
 
