@@ -93,7 +93,7 @@ replay-dead-letters: setup ## Try the dead letters again
 	@node scripts/ops/replay-dead-letters.ts
 
 .PHONY: resnapshot
-resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (README, "Rebuilding the table")
+resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (scripts/README.md, "Rebuilding the table")
 	@node scripts/ops/resnapshot.ts
 
 .PHONY: swap-readings
@@ -158,11 +158,11 @@ bench-peers: up ## The same of orders and archive beside dlt, Sling and ingestr 
 	@for job in orders archive; do PEERS=1 node test/bench/$$job.ts; done
 
 .PHONY: bench-page
-bench-page: up ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)
+bench-page: up ## All benches, small and large, with the peers: writes test/README.md's table (about 15 minutes)
 	@node test/bench/page.ts
 
 .PHONY: bench-lossless
-bench-lossless: up ## Late commits, read by this project and its peers: writes README.md's table
+bench-lossless: up ## Late commits, read by this project and its peers: writes test/README.md's table
 	@node test/bench/lossless.ts
 
 # The compiler knows what a file imports.

@@ -4,7 +4,7 @@
  * transaction of up to 400 ms; five more insert 10 rows at a time and stay open for 10 s each time, five for 90 s. As in many a
  * shop, a row's updated_at is now(): the start of its transaction. Meanwhile each tool runs again and again, in turn, and at
  * the end, when all has committed, twice more. Then what each has is compared with the source, by key and updated_at, and the
- * table written into README.md, between <!-- bench-lossless --> and <!-- /bench-lossless --> (README= names another file).
+ * table written into test/README.md, between <!-- bench-lossless --> and <!-- /bench-lossless --> (README= names another file).
  */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";

@@ -1,6 +1,6 @@
 /**
  * make bench-page: runs the benches at a tenth of their size and at their size, and writes their results as one table into
- * README.md, between <!-- bench --> and <!-- /bench -->. Takes about a quarter of an hour; leave the machine alone meanwhile.
+ * test/README.md, between <!-- bench --> and <!-- /bench -->. Takes about a quarter of an hour; leave the machine alone meanwhile.
  * SCALE= (default 1) of the sizes, RUNS= (default 3), PEER_RUNS= (default 1); BENCHES=orders,archive,views,sensors does some of it,
  * and README= names another file, for a trial.
  */
@@ -122,4 +122,4 @@ write to a Postgres rather than to the local BigQuery, and their floor is psql i
 ${sensors}
 `;
 writeSection("bench", text);
-say(`page: README.md is written, after ${Math.round((performance.now() - started) / 60_000)} minutes`);
+say(`page: test/README.md is written, after ${Math.round((performance.now() - started) / 60_000)} minutes`);

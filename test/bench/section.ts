@@ -1,4 +1,4 @@
-/** What a bench writes into the README: the text between <!-- NAME --> and <!-- /NAME -->. README= names another file, for a trial. */
+/** What a bench writes into test/README.md: the text between <!-- NAME --> and <!-- /NAME -->. README= names another file, for a trial. */
 import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { root } from "../stack/env.ts";
@@ -9,7 +9,7 @@ export function markdown([head = [], ...lines]: (string | number)[][]): string {
 }
 
 export function writeSection(name: string, text: string): void {
-  const file = process.env.README ?? join(root, "README.md");
+  const file = process.env.README ?? join(root, "test/README.md");
   const readme = readFileSync(file, "utf8");
   const [before, rest, more] = readme.split(`<!-- ${name} -->`);
   const after = rest?.split(`<!-- /${name} -->`)[1];
