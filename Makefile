@@ -157,12 +157,8 @@ bench: up ## Speed, as ratios measured side by side
 bench-peers: up ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
 	@for job in orders archive; do PEERS=1 node test/bench/$$job.ts; done
 
-.PHONY: bench-page
-bench-page: up ## All benches, small and large, with the peers: writes test/README.md's table (about 15 minutes)
-	@node test/bench/page.ts
-
 .PHONY: bench-lossless
-bench-lossless: up ## Late commits, read by this project and its peers: writes test/README.md's table
+bench-lossless: up ## Late commits, read by this project and its peers
 	@node test/bench/lossless.ts
 
 # The compiler knows what a file imports.

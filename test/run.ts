@@ -10,6 +10,7 @@ import { join } from "node:path";
 import { finished } from "node:stream/promises";
 import { run } from "node:test";
 import { spec } from "node:test/reporters";
+import postgres from "postgres";
 import { localEnv, root } from "./stack/env.ts";
 import { parts } from "./stack/parts.ts";
 import { running } from "./stack/process.ts";
@@ -66,6 +67,14 @@ const under =
     return files;
   };
 
+/** The databases that earlier runs cloned their shops from: each run makes its own. */
+async function dropTemplates(): Promise<void> {
+  const server = postgres(env.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
+  for (const { datname } of await server`select datname from pg_database where datname like 'test\\_template\\_%'`)
+    await server.unsafe(`drop database ${datname} with (force)`);
+  await server.end();
+}
+
 // Ctrl-C reaches the children as well; what is left to do here is to begin no further file, and to stop the stack.
 for (const signal of ["SIGINT", "SIGTERM"])
   process.on(signal, () => {
@@ -76,6 +85,7 @@ for (const signal of ["SIGINT", "SIGTERM"])
 say("test: starting the local stack (make up)");
 let code = await node([join("test", "stack", "up.ts"), "--without=real-data"]);
 if (code === 0) {
+  await dropTemplates();
   const named = process.argv.slice(2);
   const all = globSync("test/**/*.test.ts", { cwd: root }).sort();
   const files = named.length ? named.flatMap(under(all)) : spread(all);
