@@ -1,9 +1,10 @@
 // The READMEs: their commands, samples, links and lists hold what they say. Needs the local stack (make up).
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
-import { existsSync, globSync } from "node:fs";
+import { existsSync, globSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
-import { test } from "node:test";
+import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
 import {
   blocksOf,
@@ -16,7 +17,8 @@ import {
   sectionsOf,
   targets,
 } from "../lib/documents.ts";
-import { localEnv, root } from "../stack/env.ts";
+import { createSensors, type Sensors } from "../lib/sensors.ts";
+import { type Env, localEnv, root } from "../stack/env.ts";
 import { python } from "../stack/python.ts";
 import { stackPath } from "../stack/stack.ts";
 
@@ -33,28 +35,65 @@ function shape(text: string): string {
     .trim();
 }
 
-test("every command in a shell block of a README works, and the samples are what they print", async () => {
-  const commands = shells.filter(({ attributes }) => !Object.keys(attributes).length).flatMap(commandsOf);
-  // As a newcomer's shell would, on the local stack whatever .env says. A test runner in it is no part of this one.
-  const { NODE_TEST_CONTEXT: _, ...env } = localEnv();
-  let output = "";
-  for (const command of commands) {
-    const options = { cwd: root, env: env as NodeJS.ProcessEnv, maxBuffer: 100 * 1024 * 1024 };
-    const { stdout, stderr } = await promisify(execFile)("bash", ["-ec", command], options);
-    output += `${stderr}${stdout}\n`;
-  }
-  assert.ok(commands.includes("make demo"));
-  const printed = new Set(output.split("\n").map(shape));
-  const samples = readmes.flatMap((file) => [
-    ...read(file).matchAll(/^<!-- sample: (\w+) -->\n```\n([\s\S]*?)^```$/gm),
-  ]);
-  assert.deepEqual(samples.map(([, name]) => name).sort(), ["demo", "log", "status"]);
-  for (const [, name, sample] of samples)
-    for (const line of (sample as string).trim().split("\n"))
-      assert.ok(
-        printed.has(shape(line)),
-        `sample "${name}": no command printed a line like\n${line}\nthat is\n${shape(line)}`,
-      );
+suite("a newcomer's hour, in databases of its own on the local stack", () => {
+  let sensors: Sensors;
+  let env: Env;
+  const folder = mkdtempSync(join(tmpdir(), "etl-readme-"));
+  before(async () => {
+    sensors = await createSensors();
+    const { METRICS_PORT, WATERMARK_LAG_SECONDS } = localEnv();
+    env = { ...sensors.shop.env, METRICS_PORT, WATERMARK_LAG_SECONDS };
+    // For make demo, which takes nothing else from its caller: its make up must find the stack as it runs.
+    const file = join(folder, "env");
+    const lines = [...exampleVariables()].flatMap((name) =>
+      env[name] === undefined ? [] : `${name}="${env[name]}"\n`,
+    );
+    writeFileSync(file, lines.join(""));
+    Object.assign(env, { DEMO_ENV_FILE: file, NODE_TEST_CONTEXT: undefined }); // a test runner in it is no part of this one
+  });
+  after(async () => {
+    rmSync(folder, { recursive: true });
+    await sensors?.[Symbol.asyncDispose]();
+  });
+
+  test("every command in a shell block of a README works, and the samples are what they print", async () => {
+    const commands = shells.filter(({ attributes }) => !Object.keys(attributes).length).flatMap(commandsOf);
+    assert.ok(commands.includes("make demo"));
+    let output = "";
+    for (const command of commands) {
+      const here = command.replace("shop_rebuild", `${env.CLICKHOUSE_DATABASE}_rebuild`);
+      const options = { cwd: root, env: env as NodeJS.ProcessEnv, maxBuffer: 100 * 1024 * 1024 };
+      const { stdout, stderr } = await promisify(execFile)("bash", ["-ec", here], options);
+      output += `${stderr}${stdout}\n`;
+    }
+    const printed = new Set(output.split("\n").map(shape));
+    const samples = readmes.flatMap((file) => [
+      ...read(file).matchAll(/^<!-- sample: (\w+) -->\n```\n([\s\S]*?)^```$/gm),
+    ]);
+    assert.deepEqual(samples.map(([, name]) => name).sort(), ["demo", "log", "status"]);
+    for (const [, name, sample] of samples)
+      for (const line of (sample as string).trim().split("\n"))
+        assert.ok(
+          printed.has(shape(line)),
+          `sample "${name}": no command printed a line like\n${line}\nthat is\n${shape(line)}`,
+        );
+  });
+
+  test("the DuckDB statements of scripts/README.md read a day of the archive by its manifest", async () => {
+    const block = blocksOf(read("scripts/README.md")).find(({ language }) => language === "duckdb");
+    // The local S3 server's objects are files; DuckDB would have to download its extension for S3.
+    const archive = stackPath("s3", env.S3_BUCKET ?? "", env.S3_PREFIX ?? "");
+    const text = (block ?? assert.fail("no block")).text.replaceAll("s3://archive/events/", `${archive}events/`);
+    const statements = text
+      .replaceAll("s3://archive/", stackPath("s3", "archive/"))
+      .split(";\n")
+      .filter((one) => one.trim());
+    const program = `import duckdb, sys\nfor text in sys.argv[1:]: answer = duckdb.execute(text).fetchall()\nprint(*answer[0])`;
+    const { stdout } = await promisify(execFile)(python, ["-c", program, ...statements]);
+    const manifest = readFileSync(`${archive}events/dt=2017-01-18/manifest.json`, "utf8");
+    const { rows, min_id, max_id } = JSON.parse(manifest);
+    assert.equal(stdout.trim(), `${rows} ${min_id} ${max_id}`);
+  });
 });
 
 test("what a README says that CI runs is in .ci/run", () => {
@@ -62,18 +101,6 @@ test("what a README says that CI runs is in .ci/run", () => {
   const commands = shells.filter(({ attributes }) => attributes.run === "ci").flatMap(commandsOf);
   assert.ok(commands.includes("make test"));
   for (const command of commands) assert.ok(ci.includes(command), command);
-});
-
-test("the DuckDB statements of scripts/README.md read a day of the archive by its manifest", async () => {
-  const block = blocksOf(read("scripts/README.md")).find(({ language }) => language === "duckdb");
-  // The local S3 server's objects are files; DuckDB would have to download its extension for S3.
-  const text = (block ?? assert.fail("no block")).text.replaceAll("s3://archive/", `${stackPath("s3", "archive")}/`);
-  const statements = text.split(";\n").filter((statement) => statement.trim());
-  const program = `import duckdb, sys\nfor text in sys.argv[1:]: answer = duckdb.execute(text).fetchall()\nprint(*answer[0])`;
-  const { stdout } = await promisify(execFile)(python, ["-c", program, ...statements]);
-  const manifest = stackPath("s3", "archive", "events", "dt=2017-01-18", "manifest.json");
-  const { rows, min_id, max_id } = (await import(manifest, { with: { type: "json" } })).default;
-  assert.equal(stdout.trim(), `${rows} ${min_id} ${max_id}`);
 });
 
 test("every make target and variable that a document names exists, as does every target that the code names", () => {
