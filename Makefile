@@ -93,7 +93,7 @@ replay-dead-letters: setup ## Try the dead letters again
 	@node scripts/ops/replay-dead-letters.ts
 
 .PHONY: resnapshot
-resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (README, "Rebuilding the table")
+resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (scripts/README.md, "Rebuilding the table")
 	@node scripts/ops/resnapshot.ts
 
 .PHONY: swap-readings

@@ -126,5 +126,5 @@ async function describe(source: Sql, select: string): Promise<Column[]> {
 /** All faults of one side, in one error. */
 export const differs = (side: string, faults: string[], next: string): UsageError =>
   new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}\n${next}; README, "When the schema changes".`,
+    `the ${side} differs from the contract, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}\n${next}; schemas/README.md, "When the schema changes".`,
   );
