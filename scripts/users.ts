@@ -48,8 +48,8 @@ await main(import.meta, async () => {
         await using staging = await createStaging(run, destination, attempt);
         const sent = await loadChunk(run, env.SOURCE_DATABASE_URL, lines, destination, staging, chunk); // extract, load, count
         await checkKeys(run, destination, staging);
-        const merged = await mergeStaging(run, destination, staging);
-        return { ...sent, ...merged };
+        const { inserted, updated } = await mergeStaging(run, destination, staging);
+        return { ...sent, inserted, updated };
       });
       await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);

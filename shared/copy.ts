@@ -18,9 +18,9 @@ export interface RowStream extends AsyncDisposable {
 const NEWLINE = 10;
 
 /**
- * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot).
- * JSON text holds no control characters, so that as CSV with two of them for quote and delimiter it passes as it is.
- * The lines throw a SourceError, and never just end, when the server dies, is cancelled or resets the connection.
+ * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot). JSON text
+ * holds no control characters, so that as CSV with two of them for quote and delimiter it passes as it is. The lines throw a SourceError,
+ * and never just end, when the server dies, is cancelled or resets the connection.
  */
 export function copyJsonLines(url: string, select: string, options: SessionOptions, { from, to }: Window): RowStream {
   // Destroying a socket of our own is the only way to end a COPY whose reader failed: postgres.js's end() and cancel() wait for it,

@@ -32,11 +32,10 @@ export type Variables = Record<string, Variable<unknown>>;
 export type Env<V extends Variables> = { [K in keyof V]: V[K] extends Variable<infer T> ? T : never };
 
 export const required = <T>(read: Reader<T>): Variable<T> => ({ read });
-export function optional<T>(read: Reader<T>): Variable<T | undefined>;
-export function optional<T>(read: Reader<T>, fallback: T): Variable<T>;
-export function optional<T>(read: Reader<T>, fallback?: T): Variable<T | undefined> {
-  return { read, fallback: { value: fallback } };
-}
+export const optional = <T, F extends T | undefined = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> => ({
+  read,
+  fallback: { value: fallback as F },
+});
 
 /** Whether it is set to anything. An empty variable counts as absent. */
 export const isSet = (name: string): boolean => Boolean(process.env[name]);
@@ -62,7 +61,7 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   const { FROM, TO } = env as { FROM?: string; TO?: string };
   if ("FROM" in variables && !faults.length && (!FROM !== !TO || (FROM ?? "") > (TO ?? ""))) {
     const why = FROM && TO ? `FROM ${FROM} is after TO ${TO}` : `${FROM ? "FROM" : "TO"} was given without the other`;
-    faults.push(`${why}: a re-run needs both, inclusive and exclusive. Example: FROM=2017-01-01 TO=2017-02-01`);
+    faults.push(`${why}: a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01`);
   }
   if (!faults.length) return env as Env<V>;
   throw new UsageError(
@@ -146,8 +145,8 @@ const everywhere = {
 };
 
 /**
- * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise.
- * As text in UTC with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
+ * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise. As text in UTC
+ * with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
  */
 export function timestamp(value: string): string {
   const time = /(?:[T ]((?:[01]\d|2[0-3]):\d\d(?::\d\d(?:\.(\d{1,6}))?)?)(?:Z|([+-](?:0\d|1[0-5])):?(\d\d)?)?)?/;
@@ -157,6 +156,6 @@ export function timestamp(value: string): string {
   const utc = new Date(`${day}T${clock.replace(/\..*/, "")}${hours}:${minutes}`);
   const iso = [calendar, utc].map((date) => (Number.isNaN(date.getTime()) ? "" : date.toISOString()));
   if (iso[0]?.slice(0, 10) !== day || !/^(?!0000)\d{4}-/.test(iso[1] ?? ""))
-    throw new Error("must be a time of the years 0001 to 9999 and look like 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+    throw new Error("must be a time of the years 0001 to 9999, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z");
   return `${iso[1]?.slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
 }

@@ -1,4 +1,4 @@
-/** The frame of every script: --help, signals, and errors that become exit codes: 0 done, 1 failed, 2 wrong arguments, environment or schema. */
+/** The frame of every script: --help, signals, exit codes (0 done, 1 failed, 2 wrong arguments, environment or schema). */
 import { readFileSync } from "node:fs";
 import { UsageError } from "./env.ts";
 import { type Fields, json, log, logError } from "./log.ts";

@@ -63,8 +63,8 @@ export interface Run {
 }
 
 /**
- * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held
- * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
+ * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held does neither, and a
+ * re-run by hand pushes nothing, since it says nothing of the schedule.
  * @throws what `body` throws, or an Error that says what stopped it: a signal, or the deadline.
  */
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
@@ -146,20 +146,19 @@ async function within5s(promise: Promise<unknown>): Promise<void> {
   await Promise.race([quiet, delay(5000, undefined, { ref: false })]);
 }
 
-async function push(run: Run, url: string, failed: boolean): Promise<void> {
+async function push({ pipeline, metrics, totals, log, seconds }: Run, url: string, failed: boolean): Promise<void> {
   const now = Date.now() / 1000;
-  const { metrics, totals, watermark } = run;
-  metrics.etl_last_run_timestamp_seconds = now;
-  if (failed) metrics.etl_last_failure_timestamp_seconds = now;
-  else {
-    metrics.etl_last_success_timestamp_seconds = now;
-    metrics.etl_rows = totals.rows;
-    metrics.etl_bytes = totals.bytes;
-    metrics.etl_duration_seconds = run.seconds();
-    if (watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(watermark.replace("+00", "Z")) / 1000;
-  }
-  await pushMetrics(url, run.pipeline, metrics).catch(({ message }: Error) =>
-    run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
+  const outcome = failed
+    ? { etl_last_failure_timestamp_seconds: now }
+    : {
+        etl_last_success_timestamp_seconds: now,
+        etl_rows: totals.rows,
+        etl_bytes: totals.bytes,
+        etl_duration_seconds: seconds(),
+      };
+  const pushed = pushMetrics(url, pipeline, { ...metrics, ...outcome, etl_last_run_timestamp_seconds: now });
+  await pushed.catch(({ message }: Error) =>
+    log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
   );
 }
 
@@ -176,8 +175,8 @@ export function reportChunk(
 }
 
 /**
- * Records the run's end. After a success it also deletes runs and archived days older than RETENTION_DAYS, keeping the newest run of
- * each state; days that a backfill has yet to archive stay.
+ * Records the run's end. After a success it also deletes runs and archived days older than RETENTION_DAYS, keeping the newest run of each
+ * state; days that a backfill has yet to archive stay.
  */
 async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
   const { pipeline, etl, totals, window, watermark } = run;
@@ -199,8 +198,8 @@ async function record(run: Run, state: "succeeded" | "failed", days: number, err
 }
 
 /**
- * Calls `attempt` up to four times, waiting about 1, 2 and 4 s in between, as long as its errors are transient.
- * Each attempt gets its number, from 1: nothing of an earlier one is used again.
+ * Calls `attempt` up to four times, waiting about 1, 2 and 4 s in between, as long as its errors are transient. Each attempt gets its
+ * number, from 1: nothing of an earlier one is used again.
  */
 export async function withRetry<T>(
   run: Run,

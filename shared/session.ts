@@ -15,8 +15,8 @@ export interface SessionOptions {
 }
 
 /**
- * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
- * It is never replaced (max_lifetime): that would quietly lose its advisory lock.
+ * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`. It is
+ * never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
 export function connect(url: string, options: SessionOptions, extra: object = {}): Sql & AsyncDisposable {
   const session = postgres(url, {
@@ -52,8 +52,8 @@ export function connect(url: string, options: SessionOptions, extra: object = {}
 }
 
 /**
- * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it
- * is the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
+ * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it is
+ * the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
  */
 function checkedTls(url: string): { ssl?: object } {
   const { hostname, searchParams } = URL.parse(url) ?? {};

@@ -69,10 +69,10 @@ export async function checkColumns(
   if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
   const columns = await describe(source, `select * from ${table}`);
   const known = (name: string): boolean => wanted.some((column) => column.name === name);
-  let missing: string | undefined;
+  const missing: string[] = [];
   const found = await describe(source, select).catch((error: Error & { code?: string }) => {
     if (error.code !== "42703") throw error; // undefined_column
-    missing = `sql/${pipeline}.sql: ${error.message}`;
+    missing.push(`sql/${pipeline}.sql: ${error.message}`);
     return columns.filter(({ name }) => known(name)); // the others are still worth checking, as the table has them
   });
   const fault = (column: string, expected: string, is: string): void =>
@@ -83,7 +83,7 @@ export async function checkColumns(
     if (is) fault(name, `${expected} (${file})`, is);
   }
   for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  if (missing && !faults.length) faults.push(missing);
+  if (!faults.length) faults.push(...missing);
   const infinite = `select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`;
   if (!faults.length && (await source.unsafe(infinite)).count)
     fault(
@@ -96,7 +96,7 @@ export async function checkColumns(
     .filter((name) => !known(name) && !found.some(({ of }) => of === name));
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
-    throw differs("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
+    throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
   }
   run.metrics.etl_unknown_source_columns = unknown.length;
   const warning = `${table} has columns that are not in ${file}, and are not synced`;
@@ -117,8 +117,8 @@ async function describe(source: Sql, select: string): Promise<Column[]> {
     left join pg_attribute a on a.attrelid = d."table" and a.attnum = d.number`;
 }
 
-/** All faults of one side, in one error. */
-export const differs = (side: string, faults: string[], next: string): UsageError =>
+/** All differences of one side, in one error. */
+export const driftError = (side: string, faults: string[], next: string): UsageError =>
   new UsageError(
     `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; README, "When the schema changes".`,
   );

@@ -88,8 +88,8 @@ export function distrust(pipeline: string, stored: Watermark, bound: Bound): str
 }
 
 /**
- * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter,
- * or empty: a later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
+ * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter, or empty: a
+ * later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the next command.
  */
 export async function takeWindow(
@@ -121,8 +121,8 @@ export async function takeWindow(
 }
 
 /**
- * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where
- * that equals `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
+ * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where that equals
+ * `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
  */
 export async function nextChunk(
   run: Run,
@@ -169,4 +169,5 @@ export async function advance(run: Run, { from, to }: Window, origin: Origin): P
     );
   }
   run.watermark = to;
+  run.metrics.etl_watermark_timestamp_seconds = Date.parse(to.replace("+00", "Z")) / 1000;
 }

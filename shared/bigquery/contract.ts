@@ -1,12 +1,13 @@
 /**
- * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it, with the table and the cursor that sql/NAME.sql
- * reads as its `source`. Before a run moves a row, what that SELECT returns and what the destination has are compared with it.
+ * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it, with the table and the cursor that
+ * sql/NAME.sql reads as its `source`. Before a run moves a row, what that SELECT returns and what the destination has are compared with
+ * it.
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { checkColumns, differs, readSelect, type SchemaCheck, type Source } from "../source.ts";
+import { checkColumns, driftError, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { apiType, type Field, jsonLines, unmappable } from "./types.ts";
 
 export interface Contract {
@@ -47,8 +48,8 @@ export function readContract(pipeline: string): Contract {
 export type JsonSelect = (select: string, fields?: Field[]) => string;
 
 /**
- * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
- * contract does not know is a warning and a metric.
+ * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the contract does
+ * not know is a warning and a metric.
  * @returns the SELECT around another of JSON lines with the contract's fields, each written as its BigQuery type reads it.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
@@ -77,7 +78,7 @@ export function checkDestination({ fields, file }: Contract, table: string, actu
     if (!fields.some((field) => field.name === name))
       faults.push(`column ${table}.${name}: exists, but ${file} has no such field`);
   if (faults.length)
-    throw differs("destination", faults, "For additions: make migrate. Anything else is your decision");
+    throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

@@ -44,8 +44,8 @@ export interface Staging extends AsyncDisposable {
 }
 
 /**
- * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
- * well or not; where that fails it is left to its expiry.
+ * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends, well or not;
+ * where that fails it is left to its expiry.
  */
 export async function createStaging(run: Run, to: Destination, attempt: number | string): Promise<Staging> {
   const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
@@ -101,8 +101,8 @@ export async function loadChunk(
 
 /**
  * Streams JSON lines into the staging table as one load job, whose id follows from the attempt.
- * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare
- * this with the rows sent.
+ * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare this with the rows
+ * sent.
  */
 export async function loadLines(
   run: Run,
@@ -187,11 +187,10 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
   `\`${bigquery.projectId}.${dataset}.${table}\``;
 
 /**
- * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
- * run that was slow, or a window read again, never puts an old version back.
+ * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
+ * slow, or a window read again, never puts an old version back.
  * @param staging a table, or a subquery in parentheses.
- * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one,
- * newer or not.
+ * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
  */
 export function mergeStatement(
   { fields, key, source }: Contract,
@@ -215,23 +214,13 @@ export function mergeStatement(
 }
 
 /** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
-export async function mergeStaging(
-  run: Run,
-  to: Destination,
-  staging: Staging,
-): Promise<{ inserted: number; updated: number }> {
-  const merge = mergeStatement(to.contract, address(to, to.table), address(to, staging.name));
-  const { inserted, updated } = await change(run, to, `etl_${staging.name}_merge`, merge);
-  return { inserted, updated };
-}
+export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Promise<Changed> =>
+  change(run, to, `etl_${name}_merge`, mergeStatement(to.contract, address(to, to.table), address(to, name)));
+
+type Changed = Record<"inserted" | "updated" | "deleted", number>;
 
 /** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns rows changed. */
-export async function change(
-  run: Run,
-  { bigquery }: Destination,
-  jobId: string,
-  sql: string,
-): Promise<Record<"inserted" | "updated" | "deleted", number>> {
+export async function change(run: Run, { bigquery }: Destination, jobId: string, sql: string): Promise<Changed> {
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
   await bigquery.createQueryJob({ ...traceable(run, sql), jobId }).catch(ignoreAlreadyThere);

@@ -1,6 +1,6 @@
 /**
- * From Postgres to BigQuery: which type goes to which, how a value is written into a JSON line, and which values have no place there.
- * In the SQL here ? is the value: a column, or an array's element. An array's elements go as its type does, into a REPEATED field.
+ * From Postgres to BigQuery: which type goes to which, how a value is written into a JSON line, and which values have no place there. In
+ * the SQL here ? is the value: a column, or an array's element. An array's elements go as its type does, into a REPEATED field.
  */
 import type { TableField } from "@google-cloud/bigquery";
 import { quote } from "../session.ts";
@@ -17,8 +17,8 @@ const special = "? in ('NaN', 'Infinity', '-Infinity')";
 const outside = "not ? >= '0001-01-01' or not ? < '10000-01-01'";
 const unsized = "not abs(?) < 1e{whole} or ? <> round(?, {decimals})"; // NaN is above every number
 /**
- * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of
- * up to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
+ * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of up
+ * to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
  */
 const wideNumber = `case when ?::jsonb::text ~ '${"[0-9.]".repeat(16)}' then exists (
   select from (select n::numeric as n from jsonb_path_query(?::jsonb, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
@@ -28,10 +28,10 @@ const wideNumber = `case when ?::jsonb::text ~ '${"[0-9.]".repeat(16)}' then exi
     else n <> n::float8::text::numeric end) else false end`;
 
 /**
- * Postgres types | the BigQuery types that hold their values | how a value is written into a JSON line | where a value has no place in the
- * field: BigQuery would round it, or refuse it without naming the row. A row that holds one is refused by name.
- * INT64 and NUMERIC go as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may
- * hold raw newlines; jsonb's null becomes NULL in a JSON field, and stays 'null' in a STRING field.
+ * Postgres types | the BigQuery types that hold their values | how a value is written into a JSON line | where a value has no place in
+ * the field: BigQuery would round it, or refuse it without naming the row. A row that holds one is refused by name. INT64 and NUMERIC go
+ * as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may hold raw newlines; jsonb's null
+ * becomes NULL in a JSON field, and stays 'null' in a STRING field.
  */
 const types: [from: string, to: string, write: string, refuse?: string][] = [
   ["int2 int4 int8", "INTEGER", "?::text"],
@@ -93,8 +93,8 @@ function refusedWhere({ type, array, declared }: Column, field: Field, refuse = 
 const filled = (template: string, value: string): string => template.replaceAll("?", () => value);
 
 /**
- * The SELECT around `select` of JSON lines, in which each field's column is written as its BigQuery type reads it. A row with a value that
- * has no place there, or none where the field is REQUIRED, raises an error that names it.
+ * The SELECT around `select` of JSON lines, in which each field's column is written as its BigQuery type reads it. A row with a value
+ * that has no place there, or none where the field is REQUIRED, raises an error that names it.
  * @param key columns of the primary key, for the row's name.
  */
 export function jsonLines(pipeline: string, fields: Field[], key: string[], select: string, columns: Column[]): string {
