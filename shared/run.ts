@@ -170,7 +170,7 @@ export function reportChunk(
 ): void {
   progress("");
   const { chunks, rows, bytes } = run.totals;
-  run.totals = { chunks: chunks + 1, rows: rows + done.rows, bytes: bytes + done.bytes };
+  run.totals = { rows: rows + done.rows, bytes: bytes + done.bytes, chunks: chunks + 1 };
   run.log("chunk", { chunk: chunks + 1, from, to, ...done, seconds: run.seconds() });
 }
 

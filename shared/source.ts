@@ -84,12 +84,12 @@ export async function checkColumns(
   }
   for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
   if (!faults.length) faults.push(...missing);
-  const infinite = `select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`;
-  if (!faults.length && (await source.unsafe(infinite)).count)
+  const infinite = `${quote(cursor)} in ('infinity', '-infinity')`;
+  if (!faults.length && (await source.unsafe(`select from ${table} where ${infinite} limit 1`)).count)
     fault(
       cursor,
-      "finite times, since no window of the cursor ends after another",
-      "infinity in a row. Give it a time",
+      "finite times, since it is the cursor",
+      `infinity. Run: update ${table} set ${cursor} = now() where ${infinite};`,
     );
   const unknown = columns
     .map(({ name }) => name)
