@@ -1,6 +1,6 @@
 /** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. */
 
-/** Name → value. */
+/** Name → value; ops/README.md, "Metrics", says what they are. */
 export type Metrics = Record<string, number>;
 
 /**

@@ -120,5 +120,5 @@ async function describe(source: Sql, select: string): Promise<Column[]> {
 /** All differences of one side, in one error. */
 export const driftError = (side: string, faults: string[], next: string): UsageError =>
   new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; README, "When the schema changes".`,
+    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; schemas/README.md, "When the schema changes".`,
   );
