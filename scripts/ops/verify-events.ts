@@ -40,7 +40,7 @@ await main(import.meta, async () => {
   await using source = connect(env.SOURCE_DATABASE_URL, session);
   await using etl = connect(env.ETL_DATABASE_URL, session);
   await Promise.all([checkSession("SOURCE_DATABASE_URL", source), checkSession("ETL_DATABASE_URL", etl)]);
-  const select = await checkArchivable({ pipeline: "events", source, etl, log });
+  const select = await checkArchivable({ pipeline: "events", source, etl, log, metrics: {} });
   await eachDay(reading, async (day) => {
     // 1. What killed runs left.
     await findStrays(reading, day, env.CLEAN);

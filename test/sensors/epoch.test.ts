@@ -62,7 +62,7 @@ async function holdSlot({ shop }: Sensors): Promise<AsyncDisposable> {
 
 const rebuildOf = ({ shop }: Sensors): string => `${shop.env.CLICKHOUSE_DATABASE}_rebuild`;
 
-/** The README's steps 3 and 4: with all consumers stopped, after make resnapshot. */
+/** Steps 3 and 4 of scripts/README.md: with all consumers stopped, after make resnapshot. */
 async function rebuild(sensors: Sensors): Promise<void> {
   await sensors.catchUp({ CLICKHOUSE_DATABASE: rebuildOf(sensors) });
   await sensors.shop.succeed(swap);
@@ -74,7 +74,7 @@ async function assertEqual(sensors: Sensors): Promise<void> {
 }
 
 const remedy =
-  /Its offsets no longer order the changes, and rows could lose to older ones\. Nothing was inserted\. Stop all consumers, then: make resnapshot \(a new epoch, and the table from a fresh snapshot; README, "Rebuilding the table"\)/;
+  /Its offsets no longer order the changes, and rows could lose to older ones\. Nothing was inserted\. Stop all consumers, then: make resnapshot \(a new epoch, and the table from a fresh snapshot; scripts\/README\.md, "Rebuilding the table"\)/;
 
 /** Deletes the topic and creates it again, empty. */
 async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promise<void> {
