@@ -10,7 +10,7 @@ import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
-import { differenceFields, sweepStatements, verifyStatements } from "../../scripts/ops/lib/verify.ts";
+import { verifyStatements } from "../../scripts/ops/lib/verify.ts";
 import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
 import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
 import { root, UsageError } from "../../shared/env.ts";
@@ -76,18 +76,11 @@ function verification(
   staging: string,
   version: string,
 ): Statement[] {
-  const { file, pipeline } = contract;
-  const tables = [at(pipeline), at(staging), at(differencesOf(pipeline))];
-  const watermark = "2017-01-01T00:00:00.000001+00";
-  const { insert, after } = verifyStatements(contract, tables, version, watermark);
-  const of = (command: string, statements: Record<string, string>): Statement[] =>
-    Object.entries(statements).map(([name, sql]) => ({ file, sql, generated: `${command}, ${name}` }));
-  return [
-    ...of("verify", { insert, ...after(watermark) }),
-    ...of("sweep", sweepStatements(contract, tables, version, watermark)),
-  ];
+  const tables = { table: at(contract.pipeline), staging: at(staging) };
+  const time = "2017-01-01T00:00:00.000001+00";
+  const statements = verifyStatements(contract, tables, version, { watermark: time, clock: time }, 20);
+  return Object.entries(statements).map(([name, sql]) => ({ file: contract.file, sql, generated: `verify, ${name}` }));
 }
-const differencesOf = (pipeline: string): string => `${pipeline}_differences`;
 
 /** BigQuery takes a path in one pair of backticks for one name, and so does the analyser. */
 const path = (table: string): string => `my-project.raw.${table}`;
@@ -167,7 +160,6 @@ for (const pipeline of pipelines()) {
     const columns = typed(contract.fields);
     const staging = `${pipeline}_staging`;
     for (const table of [pipeline, staging]) addTable(table, columns);
-    addTable(differencesOf(pipeline), typed(differenceFields(contract)));
     statements.push(...generated(contract, staging));
   } catch (error) {
     faults.push(`schemas/bigquery/${pipeline}.json:1:1: ${(error as Error).message}`); // not JSON, or no Table resource
