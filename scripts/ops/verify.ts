@@ -106,12 +106,14 @@ async function verifyTable(run: Run, env: Parameters<typeof beside>[1] & { REPAI
 }
 
 /** What the printed table says of it. */
-const columnsOf = (found: Verified): Record<string, string> => ({
-  rows: thousands(found.rows),
-  new: thousands(found.fresh),
-  ...Object.fromEntries(kinds.map((kind) => [kind, thousands(found.counts[kind])])),
-  repaired: found.repaired === undefined ? "-" : thousands(found.repaired),
-});
+function columnsOf(found: Verified): Record<string, string> {
+  return {
+    rows: thousands(found.rows),
+    new: thousands(found.fresh),
+    ...Object.fromEntries(kinds.map((kind) => [kind, thousands(found.counts[kind])])),
+    repaired: found.repaired === undefined ? "-" : thousands(found.repaired),
+  };
+}
 
 async function push(url: string, pipeline: string, differences: number): Promise<void> {
   const values: Metrics = { etl_verify_differences: differences };
