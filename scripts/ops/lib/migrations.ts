@@ -41,16 +41,17 @@ export const statementsOf = (sql: string): string[] =>
 
 /**
  * ClickHouse has no transactions for this: a file that was killed halfway is applied again, so each of its statements must allow that.
- * @param applied reads the record (appliedMigrations of shared/sensors/clickhouse.ts, which is loaded only where ClickHouse is used).
+ * @param applied reads the record: appliedMigrations of shared/sensors/clickhouse.ts, which is loaded only where ClickHouse is used.
  */
-export const inClickHouse = (client: ClickHouseClient, applied: Target["applied"]): Target => ({
-  applied,
+export const inClickHouse = (
+  client: ClickHouseClient,
+  applied: (client: ClickHouseClient) => Promise<Applied[]>,
+): Target => ({
+  applied: () => applied(client),
   apply: async ({ file, sql, sha256 }) => {
-    await client.command({
-      query: `CREATE TABLE IF NOT EXISTS etl_migrations (file String, sha256 String, applied_at DateTime('UTC') DEFAULT now())
-        ENGINE = MergeTree ORDER BY file`,
-    });
-    for (const query of statementsOf(sql)) await client.command({ query });
+    const record = `CREATE TABLE IF NOT EXISTS etl_migrations
+      (file String, sha256 String, applied_at DateTime('UTC') DEFAULT now()) ENGINE = MergeTree ORDER BY file`;
+    for (const query of [record, ...statementsOf(sql)]) await client.command({ query });
     await client.insert({ table: "etl_migrations", values: [{ file, sha256 }], format: "JSONEachRow" });
   },
 });
