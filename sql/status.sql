@@ -4,7 +4,7 @@ with pipelines as (
   select unnest(string_to_array(current_setting('etl.pipelines'), ' ')) as pipeline
 ), consumed as (
   -- Sensors have no runs: a commit of a batch is their success.
-  select max(updated_at) as at from etl.topic_offsets where topic = current_setting('etl.topic')
+  select max(updated_at) as at from etl.topic_offsets where topic = current_setting('etl.topic', true)
 )
 select p.pipeline,
   replace(w.watermark::text, ' ', 'T') as watermark,

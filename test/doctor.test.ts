@@ -212,7 +212,7 @@ const breaks: Record<string, Break[]> = {
       "events",
       inDatabase(`alter role etl_reader in database ${database} set default_transaction_read_only = off`),
       inDatabase(`alter role etl_reader in database ${database} reset default_transaction_read_only`),
-      /not read-only to begin with\. Run as a superuser: alter role "etl_reader" set default_transaction_read_only = on;$/,
+      /not read-only to begin with\. Run as a superuser: alter role etl_reader set default_transaction_read_only = on;$/,
     ],
   ],
   "track_activities is off": [
@@ -300,7 +300,7 @@ const breaks: Record<string, Break[]> = {
       "orders",
       "alter table orders disable trigger set_updated_at",
       "alter table orders enable trigger set_updated_at",
-      /its trigger set_updated_at is disabled\. Run as its owner: alter table public\.orders enable trigger "set_updated_at";$/,
+      /its trigger set_updated_at is disabled\. Run as its owner: alter table public\.orders enable trigger set_updated_at;$/,
     ],
     [
       "has one for inserts only",
