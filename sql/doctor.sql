@@ -1,10 +1,10 @@
 -- What make doctor asks Postgres about roles, indexes, triggers and the slot: a row a check; remedy is what to do where it is not ok, else
 -- what is worth knowing. It reads the catalogue only. etl.part is the URL whose role asks: source, metadata or replication. In psql:
---   set etl.part = 'source'; set etl.tables = 'orders users events'; \i sql/doctor.sql
+--   set etl.part = 'source'; set etl.tables = 'orders:public.orders:updated_at events:public.events:created_at'; \i sql/doctor.sql
 with tables as (
-  select name, 'public.' || name as path, to_regclass('public.' || name)::oid as relation,
-    case name when 'events' then 'created_at' else 'updated_at' end as cursor
-  from unnest(string_to_array(current_setting('etl.tables', true), ' ')) as name
+  select split_part(one, ':', 1) as name, split_part(one, ':', 2) as path, to_regclass(split_part(one, ':', 2))::oid as relation,
+    split_part(one, ':', 3) as cursor
+  from unnest(string_to_array(current_setting('etl.tables', true), ' ')) as one
 ), relations as (
   select oid, relkind, relnamespace, oid::regclass::text as name from pg_class
   where relnamespace not in (select oid from pg_namespace where nspname ~ '^pg_' or nspname = 'information_schema')

@@ -37,6 +37,7 @@ import {
 } from "../../shared/env.ts";
 import { checkArchivable } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
+import type { Fields } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
 import { pendingMigrations } from "../../shared/migrations.ts";
@@ -49,7 +50,7 @@ import { checkReadings } from "../../shared/sensors/consumer.ts";
 import { topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
-import { readSelect, type SchemaCheck } from "../../shared/source.ts";
+import { readSelect, type Source } from "../../shared/source.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { checkReplication, connectorVariables } from "./lib/kafka-connect.ts";
 import { inPostgres } from "./lib/migrations.ts";
@@ -62,6 +63,8 @@ const sourceVariables = { ETL_DATABASE_URL, SOURCE_DATABASE_URL };
 const viewsVariables = { ...bigqueryVariables, BIGQUERY_VIEWS_DATASET: required(nameReader) };
 const captureVariables = { ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC };
 const readingsVariables = { SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables };
+
+const eventsSource = { table: "public.events", cursor: "created_at", select: readSelect("events") };
 
 const session = { application: "etl:doctor", timeoutSeconds: 30 };
 /** A check that hangs must not keep the others from being printed. */
@@ -186,20 +189,22 @@ async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
 
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
 async function checkSourceDatabase(check: Check, env: Env<typeof sourceVariables>, tables: string[]): Promise<void> {
-  const settings = { "etl.lag_seconds": "0", "etl.tables": tables.join(" ") };
+  const sourceOf = (pipeline: string): Source => (pipeline === "events" ? eventsSource : readContract(pipeline).source);
+  const sources = tables.map((pipeline) => ({ pipeline, ...sourceOf(pipeline) }));
+  const named = sources.map(({ pipeline, table, cursor }) => [pipeline, table, cursor].join(":")).join(" ");
+  const settings = { "etl.lag_seconds": "0", "etl.tables": named };
   const source = await openSession(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, settings);
   if (!source) return;
+  const etl = connect(env.ETL_DATABASE_URL, session);
   const bound = async () => (await readBound(source)).holder ?? "none holds a watermark";
   await check("open transactions can be seen", bound);
-  const etl = connect(env.ETL_DATABASE_URL, session);
-  for (const pipeline of tables) {
-    const cursor = pipeline === "events" ? "created_at" : "updated_at";
+  for (const { pipeline, ...from } of sources) {
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
-      const from = { table: `public.${pipeline}`, cursor, select: readSelect(pipeline) };
-      const run: SchemaCheck = { pipeline, source, log: () => {} };
-      if (pipeline === "events") await checkArchivable(Object.assign(run, { etl }), from);
-      else await checkSource(run, readContract(pipeline), from);
-      return run.unknownColumns?.length ? `not synced: ${run.unknownColumns}` : "";
+      const unknown: unknown[] = [];
+      const log = (_step: string, fields: Fields = {}): void => void unknown.push(fields.columns);
+      const run = { pipeline, source, etl, log, metrics: {} };
+      await (pipeline === "events" ? checkArchivable(run, from) : checkSource(run, readContract(pipeline)));
+      return unknown.length ? `not synced: ${unknown}` : "";
     });
     await check(`${pipeline}: watermark`, async () => {
       const stored = await readWatermark(etl, pipeline);
@@ -226,12 +231,12 @@ async function dryRun(env: BigQueryEnv, query: string): Promise<void> {
 async function checkBigQuery(check: Check, env: BigQueryEnv, synced: string[]): Promise<void> {
   for (const pipeline of synced) {
     const contract = readContract(pipeline);
-    const destination = () => openDestination(env, contract, "updated_at");
+    const destination = () => openDestination(env, contract);
     if (!(await check(`${pipeline}: table is as ${contract.file} says`, destination))) continue;
     const target = `\`${env.BIGQUERY_PROJECT}.${env.BIGQUERY_DATASET}.${pipeline}\``;
     await check(`${pipeline}: staging tables may be created and merged (dry run)`, async () => {
       await dryRun(env, `CREATE TABLE ${target.replace(/`$/, "_staging_doctor`")} AS SELECT * FROM ${target}`);
-      await dryRun(env, mergeStatement(contract, target, target, "updated_at"));
+      await dryRun(env, mergeStatement(contract, target, target));
     });
   }
 }

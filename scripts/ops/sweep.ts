@@ -22,7 +22,7 @@ import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { runPipeline, takeLock } from "../../shared/run.ts";
-import { beside, compare, deleteExtra, distrusted, verifyVariables } from "./lib/verify.ts";
+import { beside, distrusted, verifyVariables } from "./lib/verify.ts";
 
 await main(import.meta, async () => {
   const others = " (deleted readings come by the log; events are deleted only once they are archived)";
@@ -44,7 +44,7 @@ await main(import.meta, async () => {
 
     await beside(run, env, "key", async (both) => {
       // 2. Find.
-      const found = await compare(run, both);
+      const found = await both.compare();
       const gone = found.counts.extra;
       const rows = found.rows + gone;
       const keys = found.shown.filter(({ kind }) => kind === "extra").map(({ name }) => name);
@@ -60,7 +60,7 @@ await main(import.meta, async () => {
 
       // 4. Delete.
       if (env.DRY_RUN) return;
-      run.totals.rows = await deleteExtra(run, both);
+      run.totals.rows = await both.deleteExtra();
       run.log("swept", { deleted: run.totals.rows, kept: gone - run.totals.rows });
     });
   });

@@ -31,7 +31,7 @@ import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
-import { beside, type Comparison, compare, distrusted, kinds, repair, total, verifyVariables } from "./lib/verify.ts";
+import { beside, type Comparison, distrusted, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
 type Verified = Comparison & { repaired?: number };
@@ -81,7 +81,7 @@ await main(import.meta, async () => {
   if (failures.length) throw new Error(failures.join("\n"));
 });
 
-async function verifyTable(run: Run, env: Parameters<typeof beside>[1] & { REPAIR: boolean }): Promise<Verified> {
+async function verifyTable(run: Run, env: VerifyEnv & { REPAIR: boolean }): Promise<Verified> {
   // 1. With REPAIR=1 the lock: no run writes meanwhile.
   if (env.REPAIR) await takeLock(run);
 
@@ -93,16 +93,16 @@ async function verifyTable(run: Run, env: Parameters<typeof beside>[1] & { REPAI
   // 3. Compare; with REPAIR=1 repair, and compare again.
   if (env.REPAIR)
     return await beside(run, env, "all", async (both) => {
-      const found = await compare(run, both);
+      const found = await both.compare();
       if (!total(found)) return { ...found, repaired: 0 };
-      const repaired = await repair(run, both);
+      const repaired = await both.repair();
       run.totals.rows += repaired;
-      return { ...(await compare(run, both)), repaired };
+      return { ...(await both.compare()), repaired };
     });
-  const found = await beside(run, env, "all", (both) => compare(run, both));
+  const found = await beside(run, env, "all", (both) => both.compare());
   if (!found.counts.missing) return found;
   run.log("again", { because: "rows are missing, which a sweep or a repair beside this may have removed" });
-  return await beside(run, env, "all", (both) => compare(run, both));
+  return await beside(run, env, "all", (both) => both.compare());
 }
 
 /** What the printed table says of it. */
@@ -125,17 +125,17 @@ async function push(url: string, pipeline: string, differences: number): Promise
 
 /** What differs, and what to do. */
 function describe(pipeline: string, found: Comparison, limit: number): string {
-  const { counts, newer } = found;
+  const { counts } = found;
   const all = total(found);
   const lines = found.shown.slice(0, limit).map(({ kind, name, columns, newer }) => {
     const what = kind === "different" ? `: ${columns.join(", ")}` : "";
     return `  ${kind.padEnd(11)}  ${name}${what}${newer ? "  (newer at the destination)" : ""}`;
   });
   if (all > lines.length) lines.push(`  … and ${thousands(all - lines.length)} more (LIMIT=)`);
-  if (newer)
+  if (found.shown.some(({ newer }) => newer))
     lines.push(
-      `${thousands(newer)} are newer at the destination than anything of theirs at the source: was it restored ` +
-        `from an older backup? ops/runbook.md, "After a restore, a failover or a clock set back"`,
+      "Newer than anything at the source: was it restored from an older backup? " +
+        'ops/runbook.md, "After a restore, a failover or a clock set back"',
     );
   if (counts.unreachable)
     lines.push(

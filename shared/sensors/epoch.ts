@@ -65,7 +65,7 @@ export async function takeEpoch(
   const partitions = await where();
   const remedy =
     "Its offsets no longer order the changes, and rows could lose to older ones. Nothing was inserted. Stop all " +
-    `consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the ` +
+    `consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; scripts/README.md, "Rebuilding the ` +
     `table")`;
   if (known.length !== partitions.length)
     throw new UsageError(

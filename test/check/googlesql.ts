@@ -5,7 +5,7 @@
  * The analyser stops at a statement's first fault.
  */
 import { spawn } from "node:child_process";
-import { existsSync, globSync, readFileSync } from "node:fs";
+import { globSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
@@ -55,31 +55,16 @@ function columnType({ name, type = "", mode, fields }: Field, file: string): Typ
   return { typeKind: "TYPE_STRING" };
 }
 
-/** The pipeline's statements: the MERGE, with the column that its script calls the cursor, and the check of the keys. */
+/** The pipeline's statements: the MERGE, the check of the keys, and what make verify and make sweep ask and write. */
 function generated(contract: Contract, staging: string): Statement[] {
-  const script = `scripts/${contract.pipeline}.ts`;
-  const version = existsSync(join(root, script)) && /\bcursor: "(\w+)"/.exec(read(script))?.[1];
-  if (!version) faults.push(`${script}:1:1: names no cursor: "…" to check the MERGE of ${contract.file} with`);
-  const at = (table: string): string => `\`${path(table)}\``;
-  const sql = mergeStatement(contract, at(contract.pipeline), at(staging), version || "updated_at");
-  return [
-    { file: contract.file, sql, generated: "MERGE" },
-    { file: contract.file, sql: duplicateKeysStatement(contract, at(staging)), generated: "key check" },
-    ...verification(contract, at, staging, version || "updated_at"),
-  ];
-}
-
-/** What make verify and make sweep ask, and with what they repair. */
-function verification(
-  contract: Contract,
-  at: (table: string) => string,
-  staging: string,
-  version: string,
-): Statement[] {
-  const tables = { table: at(contract.pipeline), staging: at(staging) };
+  const tables = { table: `\`${path(contract.pipeline)}\``, staging: `\`${path(staging)}\`` };
   const time = "2017-01-01T00:00:00.000001+00";
-  const statements = verifyStatements(contract, tables, version, { watermark: time, clock: time }, 20);
-  return Object.entries(statements).map(([name, sql]) => ({ file: contract.file, sql, generated: `verify, ${name}` }));
+  const statements = {
+    MERGE: mergeStatement(contract, tables.table, tables.staging),
+    "key check": duplicateKeysStatement(contract, tables.staging),
+    ...verifyStatements(contract, tables, { watermark: time, clock: time, shown: 20 }),
+  };
+  return Object.entries(statements).map(([generated, sql]) => ({ file: contract.file, sql, generated }));
 }
 
 /** BigQuery takes a path in one pair of backticks for one name, and so does the analyser. */

@@ -21,7 +21,6 @@ import {
   change,
   checkKeys,
   createStaging,
-  type Destination,
   loadChunk,
   mergeStatement,
   openDestination,
@@ -30,7 +29,6 @@ import { apiType, type Field, freeName } from "../../../shared/bigquery/types.ts
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { pipelineVariables, type Run, withRetry } from "../../../shared/run.ts";
-import { readSelect } from "../../../shared/source.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
 /** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
@@ -55,7 +53,6 @@ export interface Comparison {
   /** At or past the watermark on either side: the next run's. */
   fresh: number;
   counts: Record<Kind, number>;
-  newer: number;
   /** Of each kind the first LIMIT, by key. */
   shown: Difference[];
 }
@@ -68,19 +65,15 @@ export const verifyVariables = {
   ...bigqueryVariables,
   LIMIT: optional(number(1, 100_000), 20),
 };
-type VerifyEnv = Env<typeof verifyVariables>;
-
-/** The cursor of every pipeline to BigQuery. */
-const cursor = "updated_at";
+export type VerifyEnv = Env<typeof verifyVariables>;
 
 /** A table, and every row of its source beside it. */
 export interface Both {
-  to: Destination;
-  /** Of the staging table. */
-  name: string;
-  /** How many rows it has. */
-  rows: number;
-  statements: ReturnType<typeof verifyStatements>;
+  compare(): Promise<Comparison>;
+  /** Deletes the rows that the source has not. @returns how many. */
+  deleteExtra(): Promise<number>;
+  /** Makes the table's rows what the source has. @returns rows written and deleted. */
+  repair(): Promise<number>;
 }
 
 /**
@@ -89,11 +82,10 @@ export interface Both {
  */
 export async function distrusted({ pipeline, etl, source }: Run): Promise<string | undefined> {
   const stored = await readWatermark(etl, pipeline);
-  if (!stored)
-    throw new UsageError(
-      `${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`,
-    );
-  return distrust(pipeline, stored, await readBound(source));
+  if (stored) return distrust(pipeline, stored, await readBound(source));
+  throw new UsageError(
+    `${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`,
+  );
 }
 
 /**
@@ -108,71 +100,57 @@ export async function beside<T>(
   columns: "all" | "key",
   work: (both: Both) => Promise<T>,
 ): Promise<T> {
-  const { pipeline } = run;
-  const select = readSelect(pipeline);
-  const contract = readContract(pipeline);
-  const [lines, table] = await Promise.all([
-    checkSource(run, contract, { table: `public.${pipeline}`, cursor, select }),
-    openDestination(env, contract, cursor),
-  ]);
-  const fields = contract.fields.filter(({ name }) => columns === "all" || [...contract.key, cursor].includes(name));
+  const contract = readContract(run.pipeline);
+  const [lines, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
+  const needed = [...contract.key, contract.source.cursor];
+  const fields = contract.fields.filter(({ name }) => columns === "all" || needed.includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
-    const stored = await readWatermark(run.etl, pipeline);
+    const watermark = (await readWatermark(run.etl, run.pipeline))?.watermark ?? "";
     // What a run at work beside this one may bring until this has ended is no row of the future.
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     await using staging = await createStaging(run, to, attempt);
-    const rows = { url: env.SOURCE_DATABASE_URL, select, lines: (some: string) => lines(some, fields) };
-    const sent = await loadChunk(run, rows, to, staging, { from: "-infinity", to: "infinity" });
+    const sent = await loadChunk(run, env.SOURCE_DATABASE_URL, lines, to, staging, {
+      from: "-infinity",
+      to: "infinity",
+    });
     progress("");
     await checkKeys(run, to, staging);
     const tables = { table: address(to, to.table), staging: address(to, staging.name) };
-    const limits = { watermark: stored?.watermark ?? "", clock: clock?.at ?? "" };
-    const statements = verifyStatements(to.contract, tables, cursor, limits, env.LIMIT);
-    return await work({ to, name: staging.name, rows: sent.rows, statements });
+    const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
+    const job = (name: string): string => `etl_${staging.name}_${name}`;
+    return await work({
+      compare: async () => comparison(to.contract, sent.rows, await ask<Found>(run, to, sql.compare)),
+      deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
+      repair: async () => {
+        const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
+        const { inserted, updated } = await change(run, to, job("merge"), sql.merge);
+        run.log("repaired", { written: inserted + updated, deleted });
+        return inserted + updated + deleted;
+      },
+    });
   });
 }
 
-/** Compares the two. */
-export async function compare(run: Run, { to, rows, statements }: Both): Promise<Comparison> {
-  const { key, fields } = to.contract;
-  type Found = Record<string, string> & {
-    kind: Kind | "new";
-    newer: boolean;
-    total: number;
-    staged: number;
-    later: number;
-  };
-  const found = await ask<Found>(run, to, statements.compare);
+/** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
+type Found = Record<string, string> & { kind: Kind | "new"; newer: boolean; total: number; staged: number };
+
+function comparison({ key, fields }: Contract, rows: number, found: Found[]): Comparison {
   const of = (kind: string) => found.find((one) => one.kind === kind);
-  const differing = found.filter(({ kind }) => kind !== "new");
+  const differing = found.filter((one): one is Found & { kind: Kind } => one.kind !== "new");
   return {
     rows: rows - (of("new")?.staged ?? 0),
     fresh: of("new")?.total ?? 0,
     counts: Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Record<Kind, number>,
-    newer: kinds.reduce((sum, kind) => sum + (of(kind)?.later ?? 0), 0),
     shown: differing.map(({ kind, newer, columns, ...row }) => ({
-      kind: kind as Kind,
+      kind,
       newer,
       name: key.map((name, index) => `${name}=${row[`k${index}`]}`).join(", "),
       columns: kind === "different" ? (columns ?? "").split(",").map((index) => fields[Number(index)]?.name ?? "") : [],
     })),
   };
-}
-
-/** Deletes the rows that the source has not. @returns how many. */
-export async function deleteExtra(run: Run, { to, name, statements }: Both): Promise<number> {
-  return (await change(run, to, `etl_${name}_delete`, statements.deleteExtra)).deleted;
-}
-
-/** Makes the table's rows what the source has. @returns rows written and deleted. */
-export async function repair(run: Run, { to, name, statements }: Both): Promise<number> {
-  const { deleted } = await change(run, to, `etl_${name}_delete`, statements.deleteWrong);
-  const { inserted, updated } = await change(run, to, `etl_${name}_merge`, statements.merge);
-  run.log("repaired", { written: inserted + updated, deleted });
-  return inserted + updated + deleted;
 }
 
 /**
@@ -186,27 +164,24 @@ function isDistinct({ type, mode }: Field, a: string, b: string): string {
 
 /**
  * The statements of a comparison, a repair and a sweep, for make check too. Their text grows with the columns, their nesting does not.
- * @param limits the watermark, and a time of the source that no run reaches before the statements are done.
+ * @param limits the watermark, a time of the source that no run reaches before the statements are done, and keys to show of each kind.
  */
 export function verifyStatements(
   contract: Contract,
   { table, staging }: { table: string; staging: string },
-  version: string,
-  { watermark, clock }: { watermark: string; clock: string },
-  limit: number,
+  { watermark, clock, shown }: { watermark: string; clock: string; shown: number },
 ) {
-  const { key, fields } = contract;
-  const [s, t, d, compared] = ["s", "t", "d", "compared"].map((alias) => freeName(fields, alias)) as [
-    string,
-    ...string[],
-  ];
-  const at = (alias: string | undefined, name = ""): string => `${alias}.\`${name}\``;
+  const { key, fields, source } = contract;
+  const [s = "", t = "", d = "", compared = ""] = ["s", "t", "d", "compared"].map((alias) => freeName(fields, alias));
+  const at = (alias: string, name: string): string => `${alias}.\`${name}\``;
+  const [staged, version, first] = [at(s, source.cursor), at(t, source.cursor), key[0] ?? ""];
   const keys = key.map((_, index) => `k${index}`).join(", ");
-  const same = (a: string | undefined) => key.map((name, index) => `${at(a, name)} = ${d}.k${index}`).join(" AND ");
+  const same = (alias: string) => key.map((name, index) => `${at(alias, name)} = ${d}.k${index}`).join(" AND ");
   // Indexes instead of names: they would make the text twice as long.
   const distinct = fields.flatMap((field, index) =>
     key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${index}', NULL)`,
   );
+  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '')`;
   const each = (columns: string): string => `(SELECT *, CASE
   WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable'
   WHEN (staged >= TIMESTAMP '${watermark}' OR version >= TIMESTAMP '${watermark}')
@@ -218,27 +193,28 @@ FROM (
     MAX(staged) AS staged, MAX(version) AS version, MAX(columns) AS columns
   FROM (
     SELECT ${key.map((name, index) => `COALESCE(${at(s, name)}, ${at(t, name)}) AS k${index}`).join(", ")},
-      ${at(s, key[0])} IS NOT NULL AS in_source, ${at(t, key[0])} IS NOT NULL AS in_table,
-      ${at(s, version)} AS staged, ${at(t, version)} AS version, ${columns} AS columns
-    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t} ON ${key.map((name) => `${at(s, name)} = ${at(t, name)}`).join(" AND ")}
+      ${at(s, first)} IS NOT NULL AS in_source, ${at(t, first)} IS NOT NULL AS in_table,
+      ${staged} AS staged, ${version} AS version, ${columns} AS columns
+    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t}
+    ON ${key.map((name) => `${at(s, name)} = ${at(t, name)}`).join(" AND ")}
   ) AS pairs GROUP BY ${keys}
 ) AS keys)`;
-  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '')`;
-  const latest = `(SELECT MAX(${at(s, version)}) FROM ${staging} AS ${s})`;
   const deletes = (of: string): string => `DELETE FROM ${table} AS ${t} WHERE EXISTS (
   SELECT 1 FROM ${each("''")} AS ${d} WHERE ${same(t)} AND ${d}.kind IN (${of}))`;
   const rows = `(SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s}
   JOIN ${each(columns)} AS ${d} ON ${same(s)} WHERE ${d}.kind IN ('missing', 'different'))`;
+  const order = keys.replaceAll("k", "found.k");
   return {
-    compare: `SELECT kind, ${key.map((name, index) => `${keyText(contract, name, `k${index}`)} AS k${index}`).join(", ")}, columns, newer,
-  COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged, COUNTIF(newer) OVER kinds AS later
-FROM (SELECT *, COALESCE(version > COALESCE(staged, ${latest}), FALSE) AS newer FROM ${each(columns)} AS all_keys) AS found
-WHERE kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY kind ORDER BY ${keys.replaceAll("k", "found.k")}) <= ${limit}
-WINDOW kinds AS (PARTITION BY kind) ORDER BY ${keys.replaceAll("k", "found.k")}`,
+    compare: `SELECT kind, ${key.map((name, index) => `${keyText(contract, name, `k${index}`)} AS k${index}`).join(", ")}, columns,
+  COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE) AS newer,
+  COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged
+FROM ${each(columns)} AS found
+WHERE kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY kind ORDER BY ${order}) <= ${shown}
+WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
     deleteExtra: deletes("'extra'"),
     deleteWrong: deletes("'extra', 'twice'"),
     // After the DELETE the keys that were twice are missing.
-    merge: mergeStatement(contract, table, rows, version, compared),
+    merge: mergeStatement(contract, table, rows, compared),
   };
 }
 
