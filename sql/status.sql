@@ -7,14 +7,20 @@ with pipelines as (
   select max(updated_at) as at from etl.topic_offsets where topic = current_setting('etl.topic', true)
 )
 select p.pipeline,
+  -- Null before the first run, and where a pipeline has none: sensors, views.
   replace(w.watermark::text, ' ', 'T') as watermark,
   extract(epoch from now() - w.watermark)::float8 as watermark_age_seconds,
+  -- By schedule, not by hand.
   replace(date_trunc('second', success)::text, ' ', 'T') as last_success,
   extract(epoch from now() - success)::float8 as last_success_age_seconds,
   replace(date_trunc('second', last.started_at)::text, ' ', 'T') as last_run,
   extract(epoch from now() - last.started_at)::float8 as last_run_age_seconds,
+  -- succeeded, failed or running; make status calls running abandoned where nobody holds the lock.
   last.state as last_run_state, last.run_id as last_run_id, last.by_hand as last_run_by_hand, last.error as last_error,
-  ok.rows::float8 as rows, days
+  -- Of the last success.
+  ok.rows::float8 as rows,
+  -- Of events: the days that etl.chunks knows; at is the one at work.
+  days
 from pipelines p
 left join etl.watermarks w using (pipeline)
 left join lateral (

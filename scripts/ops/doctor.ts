@@ -22,19 +22,7 @@ import type { Sql } from "postgres";
 import { type BigQueryEnv, bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
-import {
-  type Env,
-  isSet,
-  name as nameReader,
-  oneOf,
-  optional,
-  readEnv,
-  redact,
-  required,
-  root,
-  UsageError,
-  type Variables,
-} from "../../shared/env.ts";
+import { isSet, oneOf, optional, readEnv, redact, root, UsageError } from "../../shared/env.ts";
 import { checkArchivable } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import type { Fields } from "../../shared/log.ts";
@@ -51,21 +39,15 @@ import { topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { readSelect, type Source } from "../../shared/source.ts";
+import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { checkReplication, connectorVariables } from "./lib/kafka-connect.ts";
-import { inPostgres } from "./lib/migrations.ts";
+import { appliedInPostgres } from "./lib/migrations.ts";
 
 /** Prints the check's line. @returns whether it is ok. `work` returns what else is worth knowing, or throws what to do. */
 type Check = (name: string, work: () => unknown) => Promise<boolean>;
 
 const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVariables;
-const sourceVariables = { ETL_DATABASE_URL, SOURCE_DATABASE_URL };
-const viewsVariables = { ...bigqueryVariables, BIGQUERY_VIEWS_DATASET: required(nameReader) };
-const captureVariables = { ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC };
-const readingsVariables = { SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables };
-
-const eventsSource = { table: "public.events", cursor: "created_at", select: readSelect("events") };
-
 const session = { application: "etl:doctor", timeoutSeconds: 30 };
 /** A check that hangs must not keep the others from being printed. */
 const DEADLINE_SECONDS = 40;
@@ -84,39 +66,31 @@ await main(import.meta, async () => {
   const synced = checked.filter((name) => pipelines().includes(name));
   const tables = checked.filter((name) => synced.includes(name) || name === "events");
   const has = (name: string): boolean => checked.includes(name);
-
+  const sections: [title: string, needed: boolean, work: (check: Check) => Promise<unknown>][] = [
+    ["etl", true, checkMetadata],
+    ["source", tables.length > 0 || has("sensors"), (check) => checkSourceDatabase(check, tables)],
+    ["bigquery", synced.length > 0, (check) => checkBigQuery(check, synced)],
+    ["views", has("views"), checkViews],
+    ["s3", has("events"), checkS3],
+    ["sensors", has("sensors"), checkCapture],
+    ["kafka", has("sensors"), checkKafka],
+    ["clickhouse", has("sensors"), checkClickHouse],
+    ["pushgateway", true, checkPushgateway],
+  ];
   let failures = 0;
-  const sections: Promise<string[]>[] = [];
-  /** Sections run side by side, since a server that does not answer takes its time; each prints its lines together. */
-  function section<V extends Variables>(
-    title: string,
-    variables: V,
-    work: (check: Check, env: Env<V>) => unknown,
-  ): void {
+  // Side by side, since a server that does not answer takes its time; each section prints its lines together.
+  const printed = sections.map(async ([title, needed, work]) => {
     const lines: string[] = [];
     const check: Check = async (name, inner) => {
       const { ok, said } = await outcome(inner);
       if (!ok) failures += 1;
-      lines.push(redact(`${ok ? "ok  " : "FAIL"}  ${title}: ${name}${said && `: ${said}`}`));
+      lines.push(redact(`${ok ? "ok  " : "FAIL"}  ${title}: ${name}${said && `: ${said}`}\n`));
       return ok;
     };
-    const done = Promise.try(() => work(check, readEnv(variables)));
-    sections.push(done.catch((error) => check("variables", () => Promise.reject(error))).then(() => lines));
-  }
-  section("etl", { ETL_DATABASE_URL }, checkMetadata);
-  if (tables.length || has("sensors"))
-    section("source", sourceVariables, (check, env) => checkSourceDatabase(check, env, tables));
-  if (synced.length) section("bigquery", bigqueryVariables, (check, env) => checkBigQuery(check, env, synced));
-  if (has("views")) section("views", viewsVariables, checkViews);
-  if (has("events")) section("s3", bucketVariables, checkS3);
-  if (has("sensors")) {
-    section("sensors", captureVariables, checkCapture);
-    section("kafka", kafkaVariables, checkKafka);
-    section("clickhouse", readingsVariables, checkClickHouse);
-  }
-  section("pushgateway", { PUSHGATEWAY_URL }, checkPushgateway);
-
-  for (const lines of sections) process.stdout.write((await lines).map((line) => `${line}\n`).join(""));
+    if (needed) await work(check).catch((error) => check("variables", () => Promise.reject(error)));
+    return lines.join("");
+  });
+  for (const lines of printed) process.stdout.write(await lines);
   for (const name of Object.keys(own).filter((name) => !only && !has(name)))
     process.stdout.write(`-     ${name}: not checked, since none of ${own[name]?.join(", ")} is set\n`);
   const fix = `${failures} checks failed. Fix the lines marked FAIL, then run: make doctor`;
@@ -160,14 +134,14 @@ async function checkCatalogue(check: Check, sql: Sql, part: "source" | "metadata
     await check(name, () => (ok ? remedy : Promise.reject(new Error(remedy))));
 }
 
-async function checkMetadata(check: Check, { ETL_DATABASE_URL: url }: { ETL_DATABASE_URL: string }): Promise<void> {
+async function checkMetadata(check: Check): Promise<void> {
+  const { ETL_DATABASE_URL: url } = readEnv({ ETL_DATABASE_URL });
   const etl = await openSession(check, "ETL_DATABASE_URL", url);
   if (!etl) return;
   await check("one session is one connection to Postgres", () => checkNoPooler(etl, connect(url, session)));
   await check("tables are those of sql/etl", async () => {
-    const missing = pendingMigrations("sql/etl", await inPostgres(etl).applied());
-    if (missing.length)
-      throw new Error(`not applied: ${missing.map(({ file }) => file).join(", ")}. Run: make migrate`);
+    const missing = pendingMigrations("sql/etl", await appliedInPostgres(etl)).map(({ file }) => file);
+    if (missing.length) throw new Error(`not applied: ${missing.join(", ")}. Run: make migrate`);
   });
   await checkCatalogue(check, etl, "metadata");
 }
@@ -188,8 +162,10 @@ async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
 }
 
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
-async function checkSourceDatabase(check: Check, env: Env<typeof sourceVariables>, tables: string[]): Promise<void> {
-  const sourceOf = (pipeline: string): Source => (pipeline === "events" ? eventsSource : readContract(pipeline).source);
+async function checkSourceDatabase(check: Check, tables: string[]): Promise<void> {
+  const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
+  const events = { table: "public.events", cursor: "created_at", select: readSelect("events") };
+  const sourceOf = (pipeline: string): Source => (pipeline === "events" ? events : readContract(pipeline).source);
   const sources = tables.map((pipeline) => ({ pipeline, ...sourceOf(pipeline) }));
   const named = sources.map(({ pipeline, table, cursor }) => [pipeline, table, cursor].join(":")).join(" ");
   const settings = { "etl.lag_seconds": "0", "etl.tables": named };
@@ -228,7 +204,8 @@ async function dryRun(env: BigQueryEnv, query: string): Promise<void> {
     });
 }
 
-async function checkBigQuery(check: Check, env: BigQueryEnv, synced: string[]): Promise<void> {
+async function checkBigQuery(check: Check, synced: string[]): Promise<void> {
+  const env = readEnv(bigqueryVariables);
   for (const pipeline of synced) {
     const contract = readContract(pipeline);
     const destination = () => openDestination(env, contract);
@@ -241,7 +218,8 @@ async function checkBigQuery(check: Check, env: BigQueryEnv, synced: string[]): 
   }
 }
 
-async function checkViews(check: Check, env: Env<typeof viewsVariables>): Promise<void> {
+async function checkViews(check: Check): Promise<void> {
+  const env = readEnv(viewsVariables);
   const { BIGQUERY_PROJECT: project, BIGQUERY_VIEWS_DATASET: dataset } = env;
   await check("models may be published (dry run)", async () => {
     const [exists] = await connectBigQuery(env).dataset(dataset).exists();
@@ -250,8 +228,8 @@ async function checkViews(check: Check, env: Env<typeof viewsVariables>): Promis
   });
 }
 
-async function checkS3(check: Check, env: Env<typeof bucketVariables>): Promise<void> {
-  const bucket = connectS3(env);
+async function checkS3(check: Check): Promise<void> {
+  const bucket = connectS3(readEnv(bucketVariables));
   if (!(await check("bucket", () => checkBucket(bucket)))) return;
   const key = `${bucket.prefix}events/doctor/${newRunId()}.json`;
   await check("an object may be put and deleted", async () => {
@@ -260,7 +238,8 @@ async function checkS3(check: Check, env: Env<typeof bucketVariables>): Promise<
   });
 }
 
-async function checkCapture(check: Check, env: Env<typeof captureVariables>): Promise<void> {
+async function checkCapture(check: Check): Promise<void> {
+  const env = readEnv({ ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC });
   const { connector, slot } = namesOf(env);
   const settings = { "etl.slot": slot };
   const replication = await openSession(check, "REPLICATION_DATABASE_URL", env.REPLICATION_DATABASE_URL, settings);
@@ -273,7 +252,8 @@ async function checkCapture(check: Check, env: Env<typeof captureVariables>): Pr
   });
 }
 
-async function checkKafka(check: Check, env: Env<typeof kafkaVariables>): Promise<void> {
+async function checkKafka(check: Check): Promise<void> {
+  const env = readEnv(kafkaVariables);
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const broker = connectKafka(env, "etl-doctor");
   await check(`topic ${topic} and group ${group}`, async () => {
@@ -283,7 +263,8 @@ async function checkKafka(check: Check, env: Env<typeof kafkaVariables>): Promis
 }
 
 /** What a consumer checks when it starts, and an insert without rows. */
-async function checkClickHouse(check: Check, env: Env<typeof readingsVariables>): Promise<void> {
+async function checkClickHouse(check: Check): Promise<void> {
+  const env = readEnv({ SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables });
   const client = clickhouse.connectClickHouse(env);
   const migrations = () =>
     clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => {
@@ -303,7 +284,8 @@ async function checkClickHouse(check: Check, env: Env<typeof readingsVariables>)
   });
 }
 
-async function checkPushgateway(check: Check, { PUSHGATEWAY_URL: url }: { PUSHGATEWAY_URL: string }): Promise<void> {
+async function checkPushgateway(check: Check): Promise<void> {
+  const { PUSHGATEWAY_URL: url } = readEnv({ PUSHGATEWAY_URL });
   await check("takes a push", async () => {
     try {
       await pushMetrics(url, "doctor", {});

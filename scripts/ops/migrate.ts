@@ -28,7 +28,7 @@ import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import type { ClickHouseEnv } from "../../shared/sensors/clickhouse.ts";
 import { checkSession, connect } from "../../shared/session.ts";
-import { applyMigrations, inClickHouse, inPostgres, type Step } from "./lib/migrations.ts";
+import { migrateClickHouse, migratePostgres, type Step } from "./lib/migrations.ts";
 
 const variables = {
   ETL_DATABASE_URL: required(postgresUrl),
@@ -60,7 +60,7 @@ await main(import.meta, async () => {
   const [schema] = await etl`select to_regnamespace('etl') as etl`;
   if (!schema?.etl)
     throw new Error("schema etl does not exist. Run sql/roles.sql in that database as a superuser, then: make migrate");
-  await applyMigrations("sql/etl", inPostgres(etl), apply);
+  await migratePostgres(etl, apply);
 
   // 3. The datasets, and the tables of the raw one.
   const refused = await migrateBigQuery(env, apply);
@@ -78,7 +78,7 @@ await main(import.meta, async () => {
     const clickhouseEnv = readEnv(clickhouse.clickhouseVariables);
     await using client = clickhouse.connectClickHouse(clickhouseEnv);
     await createDatabase(clickhouse.connectClickHouse(clickhouseEnv, "default"), clickhouseEnv, env.DRY_RUN);
-    await applyMigrations("schemas/clickhouse", inClickHouse(client, clickhouse.appliedMigrations), apply);
+    await migrateClickHouse(client, await clickhouse.appliedMigrations(client), apply);
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
 
   if (refused.length)

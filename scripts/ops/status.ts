@@ -38,43 +38,38 @@ import { checkSession, connect } from "../../shared/session.ts";
 import { duration, table } from "../../shared/table.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
-export interface Status {
-  pipeline: string;
+const states = ["ok", "new", "warn", "red"] as const;
+type State = (typeof states)[number];
+
+/** What schema etl knows of a pipeline: a row of sql/status.sql, which says what the keys mean. */
+type Known = Record<
+  "watermark" | "last_success" | "last_run" | "last_run_state" | "last_run_id" | "last_error",
+  string | null
+> &
+  Record<"watermark_age_seconds" | "last_success_age_seconds" | "last_run_age_seconds" | "rows", number | null> & {
+    pipeline: string;
+    last_run_by_hand: boolean | null;
+    days: (Record<"archived" | "failed" | "running", number> & Record<"first" | "last" | "at", string>) | null;
+  };
+
+export type Status = Known & {
   state: State;
   /** Why it is not ok, the worst first. */
   reasons: string[];
-  watermark: string | null;
-  watermark_age_seconds: number | null;
   /** How often it is meant to succeed (ops/alerts.yml). */
   interval_seconds: number | null;
-  /** By schedule, not by hand. Of sensors: the last commit of a batch. */
-  last_success: string | null;
-  last_success_age_seconds: number | null;
-  last_run: string | null;
-  last_run_age_seconds: number | null;
-  /** succeeded, failed, running, or abandoned: it says running, and nobody holds its lock. */
-  last_run_state: string | null;
-  last_run_id: string | null;
-  last_run_by_hand: boolean | null;
-  last_error: string | null;
-  /** Of the last success. */
-  rows: number | null;
   /** Who holds the pipeline's lock now, a run's id or an application, and since when. */
   lock: string | null;
   lock_since: string | null;
   /** Who holds the watermark: an open transaction of the source, in words. */
   held_by: string | null;
   hold_seconds: number;
-  /** Of events: the days that etl.chunks knows. */
-  days: { archived: number; failed: number; running: number; first: string; last: string; at: string | null } | null;
-  /** Null until a consumer has run; of a part that does not answer null, and a reason says why. */
-  sensors:
-    | (Record<"epoch" | "lag" | "consumers" | "dead_letters" | "slot_retained_bytes", number | null> &
-        Record<"connector_running" | "slot_active", boolean | null> & { topic: string })
-    | null;
-}
-const states = ["ok", "new", "warn", "red"] as const;
-type State = (typeof states)[number];
+  sensors: Sensors | null;
+};
+
+/** Of a part that does not answer null, and a reason says why. */
+type Sensors = Record<"lag" | "consumers" | "dead_letters" | "slot_retained_bytes", number | null> &
+  Record<"connector_running" | "slot_active", boolean | null> & { topic: string; epoch: number };
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
@@ -98,7 +93,7 @@ await main(import.meta, async () => {
 
 /** The state of all pipelines, by their names. @throws Error where schema etl cannot be read. */
 async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
-  const known = await etl.unsafe<Status[]>(readFileSync(join(root, "sql/status.sql"), "utf8"));
+  const known = await etl.unsafe<Known[]>(readFileSync(join(root, "sql/status.sql"), "utf8"));
   // The metadata is worth showing also when the source is down; that is when people look.
   const bound = await answer(
     "the source",
@@ -161,20 +156,19 @@ function blame(status: Status, state: State, reason: string): void {
 function judgeRuns(status: Status): void {
   // It says running, and another session has the lock, or none: it was killed, and could not say so.
   if (status.last_run_state === "running" && status.lock !== status.last_run_id) status.last_run_state = "abandoned";
-  const { interval_seconds: interval, last_success_age_seconds: age, last_run_state: last } = status;
-  const state = status.last_run_by_hand ? "warn" : "red";
+  const { interval_seconds: interval, last_success_age_seconds: age, last_run_state: last, days } = status;
+  const [state, absent]: [State, State] = status.last_run_by_hand ? ["warn", "new"] : ["red", "red"];
   if (interval === null)
     blame(status, "red", "ops/alerts.yml has no etl_expected_interval_seconds for it: nobody is told if it goes quiet");
-  if (last === null) blame(status, "new", "it never ran");
-  else if (interval !== null && age === null && last !== "running")
-    blame(status, status.last_run_by_hand ? "new" : "red", "it never succeeded by its schedule");
-  else if (interval !== null && age !== null && age > 2 * interval)
+  else if (last !== null && age === null && last !== "running")
+    blame(status, absent, "it never succeeded by its schedule");
+  else if (age !== null && age > 2 * interval)
     blame(status, "red", `its last success is ${duration(age)} ago, and its interval ${duration(interval)}`);
+  if (last === null) blame(status, "new", "it never ran");
   if (last === "failed") blame(status, state, `its last run failed: ${status.last_error}`);
   if (last === "abandoned")
     blame(status, state, `its last run, ${status.last_run_id}, was abandoned: it was killed, and the next run resumes`);
-  if (status.days?.failed)
-    blame(status, "warn", `${status.days.failed} days failed in a backfill or are to be archived again`);
+  if (days?.failed) blame(status, "warn", `${days.failed} days failed in a backfill or are to be archived again`);
 }
 
 /** Always on, so that lag, connector and slot tell what an interval would. */
