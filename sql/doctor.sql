@@ -65,17 +65,17 @@ with tables as (
 ), checks (part, check_name, ok, remedy) as (
   select 'source', 'track_activities is on', statements is null and current_setting('track_activities') = 'on', case
     when statements is not null then
-      'it is off for some sessions, whose open transactions no bound would see. Run as a superuser: ' || statements
+      'it is off for some sessions, whose open transactions no bound would see. Run as an administrator: ' || statements
     when current_setting('track_activities') <> 'on' then
-      'it is off for the server. Run as a superuser: alter system set track_activities = on; select pg_reload_conf();' end
+      'it is off for the server. Run as an administrator: alter system set track_activities = on; select pg_reload_conf();' end
   from hidden
   union all
   select 'source', 'role can write nothing', list = '{}' and current_setting('default_transaction_read_only') = 'on', case
     when list <> '{}' then format(
-      '%s has %s. Revoke that, or use the role of sql/roles.sql: run that file as a superuser in the source database',
+      '%s has %s. Revoke that, or use the role of sql/roles.sql: run that file as an administrator in the source database',
       current_user, array_to_string(list[1:10], ', ') || coalesce(' and ' || nullif(greatest(cardinality(list) - 10, 0), 0) || ' more', ''))
     when current_setting('default_transaction_read_only') <> 'on' then format('its transactions are not read-only to begin with. '
-      'Run as a superuser: alter role %I set default_transaction_read_only = on;', current_user) end
+      'Run as an administrator: alter role %I set default_transaction_read_only = on;', current_user) end
   from powers
   union all
   select 'source', format('%s: index on %s', name, cursor), valid is true, case
@@ -96,14 +96,14 @@ with tables as (
   union all
   select 'metadata', 'role may write them', tables is null,
     case when tables is not null then format(
-      '%s may not write %s. Run as a superuser: grant select, insert, update, delete on %2$s to %1$s;', current_user, tables) end
+      '%s may not write %s. Run as an administrator: grant select, insert, update, delete on %2$s to %1$s;', current_user, tables) end
   from (
     select string_agg(name, ', ' order by name) as tables from relations where relnamespace = to_regnamespace('etl') and relkind = 'r'
       and not (has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
         and has_table_privilege(oid, 'update') and has_table_privilege(oid, 'delete'))) unwritable
   union all
   select 'replication', 'role may read the table, and write the heartbeat', may is true,
-    case when may is not true then format('%s may not. Run sql/replication.sql as a superuser', current_user) end
+    case when may is not true then format('%s may not. Run sql/replication.sql as an administrator', current_user) end
   from (
     select has_table_privilege(to_regclass('public.sensor_readings'), 'select') and has_table_privilege(heartbeat, 'insert')
       and has_table_privilege(heartbeat, 'update') as may from to_regclass('public.etl_heartbeat') heartbeat) privileges

@@ -152,7 +152,8 @@ async function checkMetadata(check: Check): Promise<void> {
  */
 async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
   const pids: unknown[] = [];
-  for (const sql of [one, other, other, one]) pids.push((await sql.unsafe("select pg_backend_pid() as pid"))[0]?.pid); // unnamed: prepared statements stay on one connection
+  // Unnamed statements: a prepared one stays on its connection.
+  for (const sql of [one, other, other, one]) pids.push((await sql.unsafe("select pg_backend_pid() as pid"))[0]?.pid);
   const [mine, theirs, theirsAgain, mineAgain] = pids;
   if (mine !== theirs && mine === mineAgain && theirs === theirsAgain) return;
   throw new Error(

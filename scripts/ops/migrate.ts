@@ -59,7 +59,9 @@ await main(import.meta, async () => {
   // 2. The etl tables.
   const [schema] = await etl`select to_regnamespace('etl') as etl`;
   if (!schema?.etl)
-    throw new Error("schema etl does not exist. Run sql/roles.sql in that database as a superuser, then: make migrate");
+    throw new Error(
+      "schema etl does not exist. Run sql/roles.sql in that database as an administrator, then: make migrate",
+    );
   await migratePostgres(etl, apply);
 
   // 3. The datasets, and the tables of the raw one.
@@ -83,7 +85,7 @@ await main(import.meta, async () => {
 
   if (refused.length)
     throw new UsageError(
-      `these differences could lose data or need a decision, and were left as they are:\n${refused.map((line) => `  ${line}`).join("\n")}\n` +
+      `these differences could lose data or need a decision, and were left as they are:\n  ${refused.join("\n  ")}\n` +
         "Run the SQL there, or bring the contract back to the table; then: make migrate",
     );
   log({ step: "done" });

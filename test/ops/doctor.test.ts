@@ -168,7 +168,7 @@ const breaks: Record<string, Break[]> = {
       "views",
       "revoke insert on etl.runs from etl_metadata",
       "grant insert on etl.runs to etl_metadata",
-      /etl: role may write them: etl_metadata may not write etl\.runs\. Run as a superuser: grant .* on etl\.runs to etl_metadata;$/,
+      /etl: role may write them: etl_metadata may not write etl\.runs\. Run as an administrator: grant .* on etl\.runs to etl_metadata;$/,
     ],
   ],
   "the reading role can write": [
@@ -212,7 +212,7 @@ const breaks: Record<string, Break[]> = {
       "events",
       inDatabase(`alter role etl_reader in database ${database} set default_transaction_read_only = off`),
       inDatabase(`alter role etl_reader in database ${database} reset default_transaction_read_only`),
-      /not read-only to begin with\. Run as a superuser: alter role etl_reader set default_transaction_read_only = on;$/,
+      /not read-only to begin with\. Run as an administrator: alter role etl_reader set default_transaction_read_only = on;$/,
     ],
   ],
   "track_activities is off": [
@@ -237,7 +237,7 @@ const breaks: Record<string, Break[]> = {
       "orders",
       "revoke select on orders from etl_reader",
       "grant select on orders to etl_reader",
-      /source: orders: table .* role etl_reader may not read it\. Run as a superuser: grant select on public\.orders to etl_reader;$/,
+      /source: orders: table .* role etl_reader may not read it\. Run as an administrator: grant select on public\.orders to etl_reader;$/,
     ],
     [
       "has another type of column",
@@ -394,7 +394,7 @@ test("a role without pg_read_all_stats, one with powers, one in another role", a
     await assertFails(
       "orders",
       other,
-      /source: open transactions can be seen: .*Run as a superuser: grant pg_read_all_stats to test_/,
+      /source: open transactions can be seen: .*Run as an administrator: grant pg_monitor to test_/,
       /source: role can write nothing: \w+ has attribute createdb\./,
     );
     await shop.admin.unsafe(`alter role ${role} nocreatedb; grant pg_read_all_stats, pg_write_all_data to ${role}`);

@@ -96,13 +96,13 @@ await test("a bucket that is missing is created, one that may not be used is nam
   );
 });
 
-await test("migrate without schema etl says which file a superuser has to run", async () => {
+await test("migrate without schema etl says which file an administrator has to run", async () => {
   await shop.admin.unsafe("alter schema etl rename to aside");
   const { code, stderr } = await shop.run(migrate);
   await shop.admin.unsafe("alter schema aside rename to etl");
   assert.match(
     stderr,
-    /schema etl does not exist\. Run sql\/roles\.sql in that database as a superuser, then: make migrate/,
+    /schema etl does not exist\. Run sql\/roles\.sql in that database as an administrator, then: make migrate/,
   );
   assert.equal(code, 1);
 });

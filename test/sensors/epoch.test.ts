@@ -352,7 +352,7 @@ suite("sensors", { concurrency: true }, () => {
       "the source is not ready for Debezium:",
       "  table public.sensor_readings does not exist, or is not REPLICA IDENTITY FULL",
       "  publication etl_sensors does not exist, or lacks public.etl_heartbeat",
-      "Run sql/replication.sql in that database as a superuser, then: make connector",
+      "Run sql/replication.sql in that database as an administrator, then: make connector",
     ]);
     await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`;
     await shop.admin`alter table sensor_readings replica identity full`;

@@ -47,19 +47,25 @@ export async function checkReplication(env: ConnectorEnv): Promise<void> {
   await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
   const [found] = await source<{ level: string; replicates: boolean; full: boolean | null; tables: string[] }[]>`
-    select current_setting('wal_level') as level, (select rolreplication or rolsuper from pg_roles where rolname = current_user) as replicates,
+    select current_setting('wal_level') as level,
+      -- On Amazon's servers a role stands for the attribute.
+      (select rolreplication or rolsuper or coalesce(pg_has_role(to_regrole('rds_replication'), 'member'), false)
+       from pg_roles where rolname = current_user) as replicates,
       (select relreplident = 'f' from pg_class where oid = to_regclass(${sourceTable})) as full,
       array(select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors') as tables`;
   const faults = [];
   if (found?.level !== "logical")
-    faults.push(`wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server`);
+    faults.push(
+      `wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server (managed: by its parameters)`,
+    );
   if (!found?.replicates) faults.push("the role may not replicate");
   if (found?.full !== true) faults.push(`table ${sourceTable} does not exist, or is not REPLICA IDENTITY FULL`);
   for (const needed of [sourceTable, "public.etl_heartbeat"])
     if (!found?.tables.includes(needed)) faults.push(`publication etl_sensors does not exist, or lacks ${needed}`);
   if (faults.length)
     throw new UsageError(
-      `the source is not ready for Debezium:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun sql/replication.sql in that database as a superuser, then: make connector`,
+      `the source is not ready for Debezium:\n  ${faults.join("\n  ")}\n` +
+        "Run sql/replication.sql in that database as an administrator, then: make connector",
     );
 }
 
