@@ -43,7 +43,7 @@ sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTI
 	@node scripts/sensors.ts
 
 .PHONY: views
-views: setup ## Build, check and publish the models of views/ (ONLY= DRY_RUN=1 ALLOW_STALE=1 ALLOW_SHRINK=1)
+views: setup ## Build, check and publish the models of views/ (ONLY= ALLOW_STALE=1 ALLOW_SHRINK=1)
 	@node scripts/views.ts
 
 # Operations
