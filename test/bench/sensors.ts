@@ -14,11 +14,10 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
 import {
-  awaitRunning,
   checkReplication,
   connectorConfig,
   createReadingsTopic,
-  putConnector,
+  startConnector,
 } from "../../scripts/ops/lib/kafka-connect.ts";
 import { thousands } from "../../shared/log.ts";
 import { namesOf } from "../../shared/sensors/connector.ts";
@@ -423,8 +422,7 @@ async function replicate({ variables }: Awaited<ReturnType<typeof startSource>>,
     await checkReplication(env);
     const config = connectorConfig(env);
     await createReadingsTopic(env, config);
-    await putConnector(env, { ...config, "snapshot.mode": "no_data" });
-    await awaitRunning(env);
+    await startConnector(env, { ...config, "snapshot.mode": "no_data" });
     await until("the slot is read", async () => {
       const [row] =
         await admin`select from pg_replication_slots where slot_name = ${slot} and active and confirmed_flush_lsn is not null`;
