@@ -129,11 +129,11 @@ data: setup ## Load what is missing of the real data into the local source
 # Development
 
 .PHONY: test
-test: setup ## Set up, run all the tests on the local stack (TESTS= for some files)
+test: setup ## Set up, run all the tests on the local stack (TESTS=orders, a folder of test/, or files)
 	@node test/run.ts $${TESTS:-}
 
 .PHONY: soak
-soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS= for some files)
+soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS=orders, a folder of test/, or files)
 	@SOAK=1 node test/run.ts $${TESTS:-}
 
 .PHONY: chaos
@@ -147,7 +147,7 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 	@echo "check: unused exports, files and dependencies" >&2 && knip --no-progress --treat-config-hints-as-errors
 	@echo "check: layers; SQL, by Google's analyser, by Postgres and by ClickHouse" >&2; \
 	  faults=0; for part in layers googlesql postgres clickhouse; do node test/check/$$part.ts || faults=1; done; exit $$faults
-	@echo "check: alert rules" >&2 && node --test test/alerts.test.ts
+	@echo "check: alert rules" >&2 && node --test test/ops/alerts.test.ts
 
 .PHONY: bench
 bench: up ## Speed, as ratios measured side by side
@@ -157,12 +157,8 @@ bench: up ## Speed, as ratios measured side by side
 bench-peers: up ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
 	@for job in orders archive; do PEERS=1 node test/bench/$$job.ts; done
 
-.PHONY: bench-page
-bench-page: up ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)
-	@node test/bench/page.ts
-
 .PHONY: bench-lossless
-bench-lossless: up ## Late commits, read by this project and its peers: writes README.md's table
+bench-lossless: up ## Late commits, read by this project and its peers
 	@node test/bench/lossless.ts
 
 # The compiler knows what a file imports.

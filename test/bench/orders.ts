@@ -322,24 +322,3 @@ if (parts.includes("verify")) {
     { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
   ]);
 }
-
-if (parts.includes("steps")) {
-  // What Google's BigQuery counts for the MERGE, by its documented sizes of the types and its rule for DML on partitioned tables
-  // (cloud.google.com/bigquery/pricing, "Data size calculation"; "DML statements", q' + t'); the local server counts no bytes.
-  const widths: Record<string, string> = { INTEGER: "8", TIMESTAMP: "8", NUMERIC: "16", STRING: "2 + octet_length($)" };
-  const size = (names: string[]): string =>
-    contract.fields
-      .filter(({ name }) => names.includes(name))
-      .map(
-        ({ name, type }) =>
-          `coalesce(sum(case when ${name} is not null then ${widths[type]?.replace("$", name)} end), 0)`,
-      )
-      .join(" + ");
-  const every = contract.fields.map(({ name }) => name);
-  const [counted] = await shop.admin.unsafe(
-    `select (${size(["id", "updated_at"])})::float8 / count(*) as key, (${size(every)})::float8 / count(*) as row from orders`,
-  );
-  process.stdout.write(
-    `\nthe MERGE, in bytes as BigQuery counts them: ${counted?.key} for each order of the table (id and updated_at of every partition), and ${Math.round(counted?.row)} for each order of the months that it updates, and of the staging table\n`,
-  );
-}
