@@ -19,8 +19,8 @@ export interface PartitionState {
 
 /** Where a topic and a group's reading of it are, by partition. */
 export async function topicState(admin: Admin, topic: string, groupId: string): Promise<PartitionState[]> {
-  const offsets = await committedOffsets(admin, topic, groupId);
-  const states = (await topicOffsets(admin, topic)).map(({ partition, high, low }) => {
+  const [ends, offsets] = await Promise.all([topicOffsets(admin, topic), committedOffsets(admin, topic, groupId)]);
+  const states = ends.map(({ partition, high, low }) => {
     const state = { partition, low: BigInt(low), end: BigInt(high), committed: offsets.get(partition) ?? -1n };
     return { ...state, lag: Math.max(0, Number(state.end - (state.committed < 0n ? state.low : state.committed))) };
   });

@@ -45,7 +45,8 @@ export async function createReport(env: ReportEnv, lag: () => Promise<PartitionS
     waiting: (server: string, error?: Error): void => {
       metrics.away.set(error ? 1 : 0);
       if (error && !waitingSince) log({ step: "waiting", for: server, error: error.message.slice(0, 300) });
-      if (!error) log({ step: "back", waited_seconds: Math.round((performance.now() - waitingSince) / 1000) });
+      if (!error && waitingSince)
+        log({ step: "back", waited_seconds: Math.round((performance.now() - waitingSince) / 1000) });
       waitingSince = error ? waitingSince || performance.now() : 0;
     },
     done: (): void => {
