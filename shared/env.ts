@@ -32,11 +32,10 @@ export type Variables = Record<string, Variable<unknown>>;
 export type Env<V extends Variables> = { [K in keyof V]: V[K] extends Variable<infer T> ? T : never };
 
 export const required = <T>(read: Reader<T>): Variable<T> => ({ read });
-export function optional<T>(read: Reader<T>): Variable<T | undefined>;
-export function optional<T>(read: Reader<T>, fallback: T): Variable<T>;
-export function optional<T>(read: Reader<T>, fallback?: T): Variable<T | undefined> {
-  return { read, fallback: { value: fallback } };
-}
+export const optional = <T, F extends T | undefined = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> => ({
+  read,
+  fallback: { value: fallback as F },
+});
 
 /** Whether it is set to anything. An empty variable counts as absent. */
 export const isSet = (name: string): boolean => Boolean(process.env[name]);
@@ -52,28 +51,23 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   const env: Record<string, unknown> = {};
   for (const [name, { read, fallback }] of Object.entries({ ...variables, ...everywhere })) {
     try {
-      const text = process.env[name];
-      if (text) env[name] = read(text);
+      if (isSet(name)) env[name] = read(process.env[name] ?? "");
       else if (fallback) env[name] = fallback.value;
       else throw new Error("is missing");
     } catch (error) {
-      faults.push(`  ${name} ${(error as Error).message}${documented(name)}`);
+      faults.push(`${name} ${(error as Error).message}${documented(name)}`);
     }
   }
-  if ("FROM" in variables && !faults.length) {
-    const { FROM, TO } = env as { FROM?: string; TO?: string };
-    const example = "Example: FROM=2017-01-01 TO=2017-02-01";
-    if (!FROM !== !TO)
-      faults.push(`  ${FROM ? "FROM" : "TO"} was given without the other: a re-run needs both. ${example}`);
-    else if (FROM && TO && FROM > TO)
-      faults.push(`  FROM ${FROM} is after TO ${TO}: FROM is inclusive, TO exclusive. ${example}`);
+  const { FROM, TO } = env as { FROM?: string; TO?: string };
+  if ("FROM" in variables && !faults.length && (!FROM !== !TO || (FROM ?? "") > (TO ?? ""))) {
+    const why = FROM && TO ? `FROM ${FROM} is after TO ${TO}` : `${FROM ? "FROM" : "TO"} was given without the other`;
+    faults.push(`${why}: a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01`);
   }
-  if (faults.length)
-    throw new UsageError(
-      `wrong environment or arguments, nothing was done:\n${faults.join("\n")}\nSet them in ${file} or in the ` +
-        `environment (.env.example has them all).`,
-    );
-  return env as Env<V>;
+  if (!faults.length) return env as Env<V>;
+  throw new UsageError(
+    `wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\nSet them in ${file} or in the environment ` +
+      `(.env.example has them all).`,
+  );
 }
 
 /** What .env.example says of a variable: the comment above it, and its value. */
@@ -87,12 +81,6 @@ function documented(name: string): string {
 function trust(path: string): void {
   if (path !== atStart) setDefaultCACertificates([...getCACertificates("default"), readFileSync(path, "utf8")]);
 }
-
-/** What every command heeds. */
-const everywhere = {
-  LOG_FORMAT: optional((value) => like(/^(text|json)$/, "must be text or json")(value), "text"),
-  NODE_EXTRA_CA_CERTS: optional(trust),
-};
 
 const secrets = new Set<string>();
 
@@ -125,16 +113,16 @@ export const name = like(/^[\w-]+$/, "may hold letters, digits, _ and - only");
 export function number(least: number, most: number, whole = true): Reader<number> {
   return (value) => {
     const form = whole ? /^\d+$/ : /^\d+(\.\d+)?$/;
-    if (!form.test(value) || Number(value) < least || Number(value) > most)
-      throw new Error(`must be a ${whole ? "whole " : ""}number from ${least} to ${most}`);
-    return Number(value);
+    if (form.test(value) && Number(value) >= least && Number(value) <= most) return Number(value);
+    throw new Error(`must be a ${whole ? "whole " : ""}number from ${least} to ${most}`);
   };
 }
 
 function url(...protocols: string[]): Reader<string> {
   return (value) => {
-    if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    const { protocol, password, hostname, searchParams } = new URL(value);
+    const parsed = URL.parse(value);
+    if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
+    const { protocol, password, hostname, searchParams } = parsed;
     if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
     const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
     if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
@@ -150,21 +138,24 @@ function url(...protocols: string[]): Reader<string> {
 export const httpUrl = url("http:", "https:");
 export const postgresUrl = url("postgres:", "postgresql:");
 
+/** What every command heeds. */
+const everywhere = {
+  LOG_FORMAT: optional(like(/^(text|json)$/, "must be text or json"), "text"),
+  NODE_EXTRA_CA_CERTS: optional(trust),
+};
+
 /**
- * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise.
- * As text in UTC with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
+ * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise. As text in UTC
+ * with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
  */
 export function timestamp(value: string): string {
-  const form = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?(?:Z|([+-]\d\d)(?::?(\d\d))?)?)?$/;
-  const [match, day, time = "00:00", seconds = "00", micros = "", hours = "+00", minutes = "00"] =
-    form.exec(value.trim()) ?? [];
-  if (!match) throw new Error("must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+  const time = /(?:[T ]((?:[01]\d|2[0-3]):\d\d(?::\d\d(?:\.(\d{1,6}))?)?)(?:Z|([+-](?:0\d|1[0-5])):?(\d\d)?)?)?/;
+  const form = new RegExp(`^(\\d{4}-\\d\\d-\\d\\d)${time.source}$`);
+  const [, day, clock = "00:00", micros = "", hours = "+00", minutes = "00"] = form.exec(value.trim()) ?? [];
   const calendar = new Date(`${day}T00:00:00Z`);
-  if (Number.isNaN(calendar.getTime()) || calendar.toISOString().slice(0, 10) !== day)
-    throw new Error("is not a date of the calendar");
-  const utc = new Date(`${day}T${time}:${seconds}${hours}:${minutes}`);
-  if (time > "23:59" || Number.isNaN(utc.getTime())) throw new Error("is not a time of the day");
-  if (!/^[+-](0\d|1[0-5])$/.test(hours)) throw new Error("is not a time zone's offset");
-  if (utc.getUTCFullYear() < 1 || utc.getUTCFullYear() > 9999) throw new Error("is not in the years 0001 to 9999");
-  return `${utc.toISOString().slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
+  const utc = new Date(`${day}T${clock.replace(/\..*/, "")}${hours}:${minutes}`);
+  const iso = [calendar, utc].map((date) => (Number.isNaN(date.getTime()) ? "" : date.toISOString()));
+  if (iso[0]?.slice(0, 10) !== day || !/^(?!0000)\d{4}-/.test(iso[1] ?? ""))
+    throw new Error("must be a time of the years 0001 to 9999, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+  return `${iso[1]?.slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
 }

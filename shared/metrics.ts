@@ -1,13 +1,11 @@
-/**
- * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run.
- */
+/** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. */
 
-/** Name → value; README, "Metrics", says what they are. */
+/** Name → value; ops/README.md, "Metrics", says what they are. */
 export type Metrics = Record<string, number>;
 
 /**
- * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time,
- * because prom-client starts every gauge of a registry at 0, and pushing that would erase the last success.
+ * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time, because
+ * prom-client starts every gauge of a registry at 0, and pushing that would erase the last success.
  * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */

@@ -1,6 +1,4 @@
-/**
- * The life of a run: its id, its lock, its deadline, its record in etl.runs and its metrics.
- */
+/** The life of a run: its id, its lock, its deadline, its record in etl.runs and its metrics. */
 import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
@@ -9,7 +7,7 @@ import { type Env, httpUrl, number, optional, postgresUrl, redact, required, tim
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
 import { type Metrics, pushMetrics } from "./metrics.ts";
-import { checkSession, connect, type SessionOptions } from "./session.ts";
+import { checkSession, connect, type SessionOptions, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
@@ -57,16 +55,16 @@ export interface Run {
   state: "new" | "locked" | "skipped";
   /** Sums over the chunks, for the report. */
   totals: { chunks: number; rows: number; bytes: number };
-  /** The window and the watermark, once known, for the record and the metrics. */
-  window?: { from: string; to: string; holdSeconds: number };
+  /** The window and the watermark, once known, for the record. */
+  window?: Window;
   watermark?: string;
-  /** Columns of the source table that the contract does not know, once they have been compared. */
-  unknownColumns?: string[];
+  /** What is pushed at the end, whether the run succeeded or failed. */
+  metrics: Metrics;
 }
 
 /**
- * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held
- * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
+ * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held does neither, and a
+ * re-run by hand pushes nothing, since it says nothing of the schedule.
  * @throws what `body` throws, or an Error that says what stopped it: a signal, or the deadline.
  */
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
@@ -92,8 +90,7 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     if (run.state === "locked") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
   }
   if (run.state !== "skipped" && !run.byHand) await push(run, env.PUSHGATEWAY_URL, failure !== undefined);
-  const { totals, watermark } = run;
-  const seconds = run.seconds();
+  const [{ totals, watermark }, seconds] = [run, run.seconds()];
   if (failure) {
     run.log("failed", { rows: totals.rows, chunks: totals.chunks, seconds, watermark });
     throw failure;
@@ -138,6 +135,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     seconds: () => Math.round(performance.now() - started) / 1000,
     state: "new",
     totals: { rows: 0, bytes: 0, chunks: 0 },
+    metrics: {},
   };
   return run;
 }
@@ -148,69 +146,60 @@ async function within5s(promise: Promise<unknown>): Promise<void> {
   await Promise.race([quiet, delay(5000, undefined, { ref: false })]);
 }
 
-async function push(run: Run, url: string, failed: boolean): Promise<void> {
+async function push({ pipeline, metrics, totals, log, seconds }: Run, url: string, failed: boolean): Promise<void> {
   const now = Date.now() / 1000;
-  const metrics: Metrics = { etl_last_run_timestamp_seconds: now };
-  if (run.unknownColumns) metrics.etl_unknown_source_columns = run.unknownColumns.length;
-  if (run.window) metrics.etl_watermark_hold_seconds = run.window.holdSeconds;
-  if (failed) metrics.etl_last_failure_timestamp_seconds = now;
-  else {
-    metrics.etl_last_success_timestamp_seconds = now;
-    metrics.etl_rows = run.totals.rows;
-    metrics.etl_bytes = run.totals.bytes;
-    metrics.etl_duration_seconds = run.seconds();
-    if (run.watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(run.watermark.replace("+00", "Z")) / 1000;
-  }
-  await pushMetrics(url, run.pipeline, metrics).catch(({ message }: Error) =>
-    run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
+  const outcome = failed
+    ? { etl_last_failure_timestamp_seconds: now }
+    : {
+        etl_last_success_timestamp_seconds: now,
+        etl_rows: totals.rows,
+        etl_bytes: totals.bytes,
+        etl_duration_seconds: seconds(),
+      };
+  const pushed = pushMetrics(url, pipeline, { ...metrics, ...outcome, etl_last_run_timestamp_seconds: now });
+  await pushed.catch(({ message }: Error) =>
+    log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
   );
 }
 
 /** Adds a chunk to the run's totals and prints its line. @param done what the chunk moved. */
 export function reportChunk(
   run: Run,
-  chunk: { from: string; to: string },
+  { from, to }: Window,
   done: { rows: number; bytes: number; inserted: number; updated: number },
 ): void {
   progress("");
-  run.totals.chunks += 1;
-  run.totals.rows += done.rows;
-  run.totals.bytes += done.bytes;
-  run.log("chunk", { chunk: run.totals.chunks, from: chunk.from, to: chunk.to, ...done, seconds: run.seconds() });
+  const { chunks, rows, bytes } = run.totals;
+  run.totals = { rows: rows + done.rows, bytes: bytes + done.bytes, chunks: chunks + 1 };
+  run.log("chunk", { chunk: chunks + 1, from, to, ...done, seconds: run.seconds() });
 }
 
 /**
  * Records the run's end. After a success it also deletes runs and archived days older than RETENTION_DAYS, keeping the newest run of each
  * state; days that a backfill has yet to archive stay.
  */
-async function record(
-  run: Run,
-  state: "succeeded" | "failed",
-  days: number,
-  error: string | null = null,
-): Promise<void> {
+async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
   const { pipeline, etl, totals, window, watermark } = run;
   await etl`
-    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, error = ${error},
+    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, error = ${error ?? null},
       finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
       chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
     where run_id = ${run.id}`;
   if (error) return;
-  const old = etl`now() - make_interval(days => ${days})`;
-  try {
-    await etl`
-      delete from etl.runs where pipeline = ${pipeline} and started_at < ${old} and run_id not in (
-        select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
-        order by state, by_hand, started_at desc)`;
-    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`;
-  } catch (error) {
-    run.log("warning", { warning: `history older than ${days} days was not deleted`, error: (error as Error).message });
-  }
+  const forget = etl`
+    with days as (
+      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days}))
+    delete from etl.runs where pipeline = ${pipeline} and started_at < now() - make_interval(days => ${days}) and run_id not in (
+      select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
+      order by state, by_hand, started_at desc)`;
+  await forget.catch(({ message }: Error) =>
+    run.log("warning", { warning: `history older than ${days} days was not deleted`, error: message }),
+  );
 }
 
 /**
- * Calls `attempt` up to four times, waiting about 1, 2 and 4 s in between, as long as its errors are transient.
- * Each attempt gets its number, from 1: nothing of an earlier one is used again.
+ * Calls `attempt` up to four times, waiting about 1, 2 and 4 s in between, as long as its errors are transient. Each attempt gets its
+ * number, from 1: nothing of an earlier one is used again.
  */
 export async function withRetry<T>(
   run: Run,
@@ -233,7 +222,7 @@ export async function withRetry<T>(
 export const lockKey = (etl: Sql, pipeline: string) => etl`hashtextextended(${`etl:${pipeline}`}, 0)`;
 
 /**
- * Takes the pipeline's lock: a session advisory lock on the metadata database, which goes with its session, whatever becomes of the
+ * Takes the pipeline's lock: a session advisory lock on the metadata database, which ends with its session, whatever becomes of the
  * process. It saves work; with it lost, upsert and compare-and-set still keep everything right. A run by hand waits for it.
  * @returns false where another run holds it.
  */

@@ -15,8 +15,8 @@ export interface SessionOptions {
 }
 
 /**
- * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
- * max_lifetime is off because a session that postgres.js quietly replaces would lose its advisory lock.
+ * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`. It is
+ * never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
 export function connect(url: string, options: SessionOptions, extra: object = {}): Sql & AsyncDisposable {
   const session = postgres(url, {
@@ -27,8 +27,7 @@ export function connect(url: string, options: SessionOptions, extra: object = {}
     keep_alive: 30,
     fetch_types: false,
     onnotice: () => {},
-    // Whatever the role, the database or the server default to: text output that does not depend on them, no row silently
-    // filtered, and nothing that hangs for ever.
+    // Whatever the role, the database or the server default to: the same text, no row silently filtered, nothing that hangs for ever.
     connection: {
       application_name: options.application,
       TimeZone: "UTC",
@@ -53,14 +52,14 @@ export function connect(url: string, options: SessionOptions, extra: object = {}
 }
 
 /**
- * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it
- * is the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
+ * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it is
+ * the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
  */
 function checkedTls(url: string): { ssl?: object } {
-  if (!URL.canParse(url)) return {};
-  const { hostname, searchParams } = new URL(url);
-  if (!searchParams.get("sslmode")?.startsWith("verify-")) return {};
-  return { ssl: { host: hostname.replaceAll(/[[\]]/g, "") } };
+  const { hostname, searchParams } = URL.parse(url) ?? {};
+  return searchParams?.get("sslmode")?.startsWith("verify-")
+    ? { ssl: { host: hostname?.replaceAll(/[[\]]/g, "") } }
+    : {};
 }
 
 /**
@@ -79,16 +78,19 @@ export async function checkSession(variable: string, session: Sql): Promise<void
   await session`select 1`.catch(({ code = "", message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-    const remedy =
-      remedies[code] ?? "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
-    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy}`);
+    const otherwise = "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
+    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedies[code] ?? otherwise}`);
   });
 }
 
-/** An identifier as SQL writes it. */
-export function quote(name: string): string {
-  return `"${name.replaceAll('"', '""')}"`;
+/** Timestamps as `utc` writes them: from inclusive, '-infinity' before the first run; to exclusive. */
+export interface Window {
+  from: string;
+  to: string;
 }
+
+/** An identifier as SQL writes it. */
+export const quote = (name: string): string => `"${name.replaceAll('"', '""')}"`;
 
 /** SQL: a timestamptz as text of a fixed width, with microseconds. */
 export const utc = (sql: string): string => `to_char(${sql} at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')`;

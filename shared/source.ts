@@ -1,6 +1,4 @@
-/**
- * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns.
- */
+/** What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
@@ -41,7 +39,7 @@ export interface Column {
 }
 
 /** What is needed of a run to check its source. */
-export type SchemaCheck = Pick<Run, "pipeline" | "source" | "log" | "unknownColumns">;
+export type SchemaCheck = Pick<Run, "pipeline" | "source" | "log" | "metrics">;
 
 /** What a SELECT has to return: a column, what is expected of it, and in what one that exists differs. */
 export interface Expected {
@@ -51,8 +49,8 @@ export interface Expected {
 }
 
 /**
- * Compares the table and its cursor column, and what the SELECT returns, with what is expected of them by `file`. A column of the table
- * that is not expected is a warning and a metric.
+ * Compares the table and its cursor column, and what the SELECT returns, with what `file` expects. A column of the table that is not
+ * expected is a warning and a metric.
  * @returns the columns that the SELECT returns.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
@@ -63,19 +61,18 @@ export async function checkColumns(
   wanted: Expected[],
 ): Promise<Column[]> {
   const { source, pipeline } = run;
-  const checks = readFileSync(join(root, "sql/source_checks.sql"), "utf8");
-  const faulty = await source.begin("read only", async (sql) => {
+  const faults = await source.begin("read only", async (sql) => {
     await sql`select set_config('etl.source', ${table}, true), set_config('etl.source_cursor', ${cursor}, true)`;
-    return await sql.unsafe<{ fault: string }[]>(checks);
+    const rows = await sql.unsafe<{ fault: string }[]>(readFileSync(join(root, "sql/source_checks.sql"), "utf8"));
+    return rows.map(({ fault }) => fault);
   });
-  const faults = faulty.map(({ fault }) => fault);
   if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
   const columns = await describe(source, `select * from ${table}`);
   const known = (name: string): boolean => wanted.some((column) => column.name === name);
-  let missing: string | undefined;
-  const found = await describe(source, select).catch(({ code, message }: Error & { code?: string }) => {
-    if (code !== "42703") throw Object.assign(new Error(message), { code }); // undefined_column
-    missing = message;
+  const missing: string[] = [];
+  const found = await describe(source, select).catch((error: Error & { code?: string }) => {
+    if (error.code !== "42703") throw error; // undefined_column
+    missing.push(`sql/${pipeline}.sql: ${error.message}`);
     return columns.filter(({ name }) => known(name)); // the others are still worth checking, as the table has them
   });
   const fault = (column: string, expected: string, is: string): void =>
@@ -86,25 +83,22 @@ export async function checkColumns(
     if (is) fault(name, `${expected} (${file})`, is);
   }
   for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  if (
-    !faults.length &&
-    (await source.unsafe(`select from ${table} where ${quote(cursor)} in ('infinity', '-infinity') limit 1`)).count
-  )
+  if (!faults.length) faults.push(...missing);
+  const infinite = `${quote(cursor)} in ('infinity', '-infinity')`;
+  if (!faults.length && (await source.unsafe(`select from ${table} where ${infinite} limit 1`)).count)
     fault(
       cursor,
       "finite times, since it is the cursor",
-      "infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
+      `infinity. Run: update ${table} set ${cursor} = now() where ${infinite};`,
     );
   const unknown = columns
     .map(({ name }) => name)
     .filter((name) => !known(name) && !found.some(({ of }) => of === name));
-  if (missing && !faults.length) faults.push(`sql/${pipeline}.sql: ${missing}`);
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
-    const next = `Bring the source, sql/${pipeline}.sql and ${file} together`;
-    throw differs("source", faults, next);
+    throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
   }
-  run.unknownColumns = unknown;
+  run.metrics.etl_unknown_source_columns = unknown.length;
   const warning = `${table} has columns that are not in ${file}, and are not synced`;
   if (unknown.length) run.log("warning", { warning, columns: unknown.join() });
   return found;
@@ -123,8 +117,8 @@ async function describe(source: Sql, select: string): Promise<Column[]> {
     left join pg_attribute a on a.attrelid = d."table" and a.attnum = d.number`;
 }
 
-/** All faults of one side, in one error. */
-export const differs = (side: string, faults: string[], next: string): UsageError =>
+/** All differences of one side, in one error. */
+export const driftError = (side: string, faults: string[], next: string): UsageError =>
   new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n${faults.map((fault) => `  ${fault}`).join("\n")}\n${next}; README, "When the schema changes".`,
+    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; schemas/README.md, "When the schema changes".`,
   );

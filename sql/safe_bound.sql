@@ -38,14 +38,16 @@ select
   current_database() as database,
   -- Why no bound is safe, and what to do; null where one is.
   case
-    when pg_is_in_recovery() then 'it is a standby, and transactions open on its primary are not visible there. Point SOURCE_DATABASE_URL at the primary'
+    when pg_is_in_recovery() then
+      'it is a standby, and transactions open on its primary are not visible there. Point SOURCE_DATABASE_URL at the primary'
     -- Without pg_read_all_stats others' rows are there but empty, and the bound would silently be the clock alone.
     when not pg_has_role(current_user, 'pg_read_all_stats', 'usage') or exists (select from others where backend_type is null)
-      then format('role %1$I may not see when other sessions'' transactions began. Run as a superuser: grant pg_read_all_stats to %1$I;', current_user)
+      then format('role %1$I may not see when other sessions'' transactions began. '
+                  'Run as a superuser: grant pg_read_all_stats to %1$I;', current_user)
     else (
-      select format('pid %s, application "%s", role %s hides when its transaction began: track_activities is or was off, or it writes over '
-                    'a replication connection. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);)',
-                    pid, application_name, usename)
+      select format('pid %1$s, application "%2$s", role %3$s hides when its transaction began: track_activities is or was off, or it writes '
+                    'over a replication connection. Run: alter role %3$I reset track_activities; then end that session: '
+                    'select pg_terminate_backend(%1$s);', pid, application_name, usename)
       from pg_stat_activity
       where datname = current_database() and pid <> pg_backend_pid()
         and (state = 'disabled' and backend_type is distinct from 'walsender'

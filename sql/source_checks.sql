@@ -1,4 +1,5 @@
--- What makes a table unfit as a source, a row a fault, with what to do. The settings etl.source (with its schema) and etl.source_cursor say which. In psql:
+-- What makes a table unfit as a source, a row a fault, with what to do. The settings etl.source (with its schema) and etl.source_cursor
+-- say which. In psql:
 --   set etl.source = 'public.orders'; set etl.source_cursor = 'updated_at'; \i sql/source_checks.sql
 with asked as (
   select current_setting('etl.source') as name, current_setting('etl.source_cursor') as cursor

@@ -1,6 +1,7 @@
 /**
  * make demo: the pipelines on the real data and the local stack, and what happened as a table. May be run again at any time.
- * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source.
+ * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source. DEMO_ENV_FILE= names a copy of
+ * .env.example with other databases, datasets, prefixes and topics: docs/readme.test.ts leaves those of the demo alone.
  */
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
@@ -20,7 +21,7 @@ import { connectBucket, connectClickHouse, until } from "./lib/shop.ts";
 import { localEnv, root } from "./stack/env.ts";
 import { say } from "./stack/stack.ts";
 
-const env = localEnv();
+const env = localEnv(process.env.DEMO_ENV_FILE);
 const admin = env.STACK_ADMIN_DATABASE_URL ?? "";
 
 /**

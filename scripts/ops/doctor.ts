@@ -35,6 +35,7 @@ import {
 } from "../../shared/env.ts";
 import { checkArchivable } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
+import type { Fields } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pushMetrics } from "../../shared/metrics.ts";
 import { pipelines } from "../../shared/pipelines.ts";
@@ -210,12 +211,14 @@ async function checkSourceDatabase(
     const of = { table: `public.${pipeline}`, cursor };
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
       const from = { ...of, select: readSelect(pipeline) };
-      const run: SchemaCheck = { pipeline, source, log: () => {} };
+      const unknown: unknown[] = [];
+      const log = (_step: string, said: Fields = {}): void => void unknown.push(said.columns);
+      const run: SchemaCheck = { pipeline, source, log, metrics: {} };
       if (archived) {
         const etl = connect(readEnv({ ETL_DATABASE_URL }).ETL_DATABASE_URL, session);
         await checkArchivable(Object.assign(run, { etl }), from);
-      } else await checkSource(run, readContract(pipeline), from);
-      return run.unknownColumns?.length ? `not synced: ${run.unknownColumns}` : "";
+      } else await checkSource(run, readContract(pipeline));
+      return unknown.length ? `not synced: ${unknown}` : "";
     });
     await check(`${pipeline}: index on ${cursor}`, () => checkIndex(source, of));
     await check(`${pipeline}: the database sets ${cursor}`, () => checkSetByDatabase(source, of, archived));
@@ -344,12 +347,12 @@ async function dryRun(env: BigQueryEnv, query: string): Promise<void> {
 async function checkBigQuery(check: Check, env: BigQueryEnv, synced: string[]): Promise<void> {
   for (const pipeline of synced) {
     const contract = readContract(pipeline);
-    const there = async (): Promise<void> => void (await openDestination(env, contract, "updated_at"));
+    const there = async (): Promise<void> => void (await openDestination(env, contract));
     if (!(await check(`${pipeline}: table is as ${contract.file} says`, there))) continue;
     const address = (table: string): string => `\`${env.BIGQUERY_PROJECT}.${env.BIGQUERY_DATASET}.${table}\``;
     const target = address(pipeline);
     await check(`${pipeline}: may be merged into (dry run)`, () =>
-      dryRun(env, mergeStatement(contract, target, target, "updated_at")),
+      dryRun(env, mergeStatement(contract, target, target)),
     );
     await check(`${pipeline}: staging tables may be made (dry run)`, () =>
       dryRun(env, `CREATE TABLE ${address(`${pipeline}_staging_doctor`)} AS SELECT * FROM ${target}`),

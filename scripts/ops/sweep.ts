@@ -61,7 +61,7 @@ await main(import.meta, async () => {
       await using staging = await createStaging(run, to, attempt);
       await stageAll(run, env, to, table, staging);
       const tables = [to.table, staging.name].map((name) => address(to, name));
-      const statements = sweepStatements(table.to.contract, tables, to.version, watermark);
+      const statements = sweepStatements(table.to.contract, tables, watermark);
       const [{ rows, gone } = { rows: 0, gone: 0 }] = await ask<{ rows: number; gone: number }>(
         run,
         to,

@@ -1,6 +1,4 @@
-/**
- * BigQuery: the client, and which of its errors are worth another attempt.
- */
+/** BigQuery: the client, and which of its errors are worth another attempt. */
 import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";

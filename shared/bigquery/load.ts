@@ -1,15 +1,13 @@
-/**
- * BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key.
- */
+/** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
 import type { BigQuery, Job } from "@google-cloud/bigquery";
 import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
-import { quote } from "../session.ts";
+import { quote, type Window } from "../session.ts";
 import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, labels, ShortLoad } from "./client.ts";
-import { type Contract, checkDestination } from "./contract.ts";
+import { type Contract, checkDestination, type JsonSelect } from "./contract.ts";
 import { freeName, rowName } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
@@ -21,36 +19,24 @@ export interface Destination {
   contract: Contract;
   dataset: string;
   table: string;
-  /** The column that says which of two versions of a row is newer. */
-  version: string;
-}
-
-/** What a chunk without rows moved. */
-export const noRows = { rows: 0, bytes: 0, inserted: 0, updated: 0 };
-
-/** How rows are read: sql/NAME.sql, and around it, or around some of its rows, the SELECT of JSON lines. */
-export interface Extraction {
-  url: string;
-  select: string;
-  lines(select: string): string;
 }
 
 /**
  * The pipeline's table, compared with its contract.
  * @throws UsageError where it does not exist or differs.
  */
-export async function openDestination(env: BigQueryEnv, contract: Contract, version: string): Promise<Destination> {
+export async function openDestination(env: BigQueryEnv, contract: Contract): Promise<Destination> {
   const bigquery = connectBigQuery(env);
   const [dataset, table] = [env.BIGQUERY_DATASET, contract.pipeline];
   const where = `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table}`;
-  const asked = bigquery.dataset(dataset).table(table).getMetadata();
-  const [metadata] = await asked.catch(({ code, message }: { code?: number; message: string }) => {
+  const got = bigquery.dataset(dataset).table(table).getMetadata();
+  const [metadata] = await got.catch(({ code, message }: { code?: number; message: string }) => {
     if (code === 404) throw new UsageError(`${where} does not exist. Run: make migrate`);
     const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
     throw new Error(`cannot read the ${where}: ${message}. Check ${at}; for the local stack: make up`);
   });
   checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
-  return { bigquery, contract, dataset, table, version };
+  return { bigquery, contract, dataset, table };
 }
 
 export interface Staging extends AsyncDisposable {
@@ -58,8 +44,8 @@ export interface Staging extends AsyncDisposable {
 }
 
 /**
- * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
- * well or not; where that fails it is left to its expiry.
+ * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends, well or not;
+ * where that fails it is left to its expiry.
  */
 export async function createStaging(run: Run, to: Destination, attempt: number | string): Promise<Staging> {
   const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
@@ -80,27 +66,30 @@ export async function createStaging(run: Run, to: Destination, attempt: number |
 }
 
 /**
- * Extracts the rows of [from, to) into the staging table: one COPY, one load job, and the rows read compared with the rows loaded. A row
- * that the source or BigQuery refuses, for whatever reason, is named.
+ * Extracts the rows of [from, to) into the staging table: one COPY, one load job, and the rows read compared with the rows loaded.
+ * @param lines the SELECT of JSON lines around another.
  * @returns what was sent.
+ * @throws Error that names the row, where the source or BigQuery refuses one, for whatever reason.
  */
 export async function loadChunk(
   run: Run,
-  rows: Extraction,
+  url: string,
+  lines: JsonSelect,
   to: Destination,
   staging: Staging,
-  chunk: { from: string; to: string },
+  chunk: Window,
 ): Promise<RowStream["sent"]> {
+  const { fields, source, key } = to.contract;
   const load = async (select: string, into: Staging): Promise<RowStream["sent"]> => {
-    await using stream = copyJsonLines(rows.url, rows.lines(select), run.session, chunk);
+    await using stream = copyJsonLines(url, lines(select, fields), run.session, chunk);
     const loaded = await loadLines(run, to, into, stream);
     if (loaded !== stream.sent.rows) throw new ShortLoad(stream.sent.rows, loaded);
     return stream.sent;
   };
-  return await load(rows.select, staging).catch(async (error: Error) => {
+  return await load(source.select, staging).catch(async (error: Error) => {
     if (!isRefusal(error)) throw error;
     let step = 0;
-    throw await nameRefused(run, to.contract.key, rows.select, chunk, async (select) => {
+    throw await nameRefused(run, key, source.select, chunk, async (select) => {
       await using part = await createStaging(run, to, `${staging.name.split("_").at(-1)}_part_${++step}`);
       return await load(select, part).then(
         () => undefined,
@@ -112,8 +101,8 @@ export async function loadChunk(
 
 /**
  * Streams JSON lines into the staging table as one load job, whose id follows from the attempt.
- * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare
- * this with the rows sent.
+ * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare this with the rows
+ * sent.
  */
 export async function loadLines(
   run: Run,
@@ -155,7 +144,7 @@ async function nameRefused(
   run: Run,
   key: string[],
   select: string,
-  { from, to }: { from: string; to: string },
+  { from, to }: Window,
   load: (select: string) => Promise<Error | undefined>,
 ): Promise<Error> {
   const ask = async (value: string, rows: string): Promise<string | undefined> =>
@@ -167,7 +156,7 @@ async function nameRefused(
     `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
   let [first, count] = [0, Number(await ask("count(*)", select))];
   run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
-  for (; count > 1; ) {
+  while (count > 1) {
     const half = Math.ceil(count / 2);
     [first, count] = (await load(part(first, half))) ? [first, half] : [first + half, count - half];
   }
@@ -188,9 +177,8 @@ export async function checkKeys(run: Run, to: Destination, staging: Staging): Pr
   const [twice] = await ask(run, to, duplicateKeysStatement(to.contract, address(to, staging.name)));
   if (!twice) return;
   throw new UsageError(
-    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was ` +
-      `merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in ` +
-      `that file.`,
+    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. ` +
+      `Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
   );
 }
 
@@ -199,25 +187,24 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
   `\`${bigquery.projectId}.${dataset}.${table}\``;
 
 /**
- * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
- * run that was slow, or a window read again, never puts an old version back.
+ * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
+ * slow, or a window read again, never puts an old version back.
  * @param staging a table, or a subquery in parentheses.
- * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one,
- * newer or not.
+ * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
  */
 export function mergeStatement(
-  { fields, key }: Contract,
+  { fields, key, source }: Contract,
   target: string,
   staging: string,
-  version: string,
   compared?: string,
 ): string {
   const [t, s] = [freeName(fields, "t"), freeName(fields, "s")];
   const columns = fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !key.includes(column.slice(1, -1)));
+  const version = `\`${source.cursor}\``; // says which of two versions of a row is newer
   const replaced = compared
-    ? `${t}.\`${version}\` IS NOT DISTINCT FROM ${s}.\`${compared}\``
-    : `${s}.\`${version}\` >= ${t}.\`${version}\``;
+    ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\``
+    : `${s}.${version} >= ${t}.${version}`;
   return [
     `MERGE ${target} AS ${t} USING ${staging} AS ${s}`,
     `ON ${key.map((name) => `${t}.\`${name}\` = ${s}.\`${name}\``).join(" AND ")}`,
@@ -227,26 +214,16 @@ export function mergeStatement(
 }
 
 /** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
-export async function mergeStaging(
-  run: Run,
-  to: Destination,
-  staging: Staging,
-): Promise<{ inserted: number; updated: number }> {
-  const merge = mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version);
-  const { inserted, updated } = await change(run, to, `etl_${staging.name}_merge`, merge);
-  return { inserted, updated };
-}
+export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Promise<Changed> =>
+  change(run, to, `etl_${name}_merge`, mergeStatement(to.contract, address(to, to.table), address(to, name)));
+
+type Changed = Record<"inserted" | "updated" | "deleted", number>;
 
 /** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns rows changed. */
-export async function change(
-  run: Run,
-  { bigquery }: Destination,
-  jobId: string,
-  sql: string,
-): Promise<Record<"inserted" | "updated" | "deleted", number>> {
+export async function change(run: Run, { bigquery }: Destination, jobId: string, sql: string): Promise<Changed> {
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
-  await bigquery.createQueryJob({ ...named(run, sql), jobId }).catch(ignoreAlreadyThere);
+  await bigquery.createQueryJob({ ...traceable(run, sql), jobId }).catch(ignoreAlreadyThere);
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [{ status, statistics }] = await job.getMetadata();
   if (status?.state !== "DONE" || status.errorResult)
@@ -257,12 +234,11 @@ export async function change(
 
 /** The rows of a query that returns few. */
 export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: Destination, sql: string): Promise<T[]> {
-  const [rows] = await bigquery.query(named(run, sql));
-  return rows as T[];
+  return (await bigquery.query(traceable(run, sql)))[0] as T[];
 }
 
 /** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */
-const named = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
+const traceable = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
   query: `/* etl:${run.pipeline} run=${run.id} */\n${sql}`,
   labels: labels(run),
 });

@@ -36,7 +36,7 @@ export const archiveVariables = {
 /** A part ends before it would be larger, compressed, unless it is a single row. */
 const PART_BYTES = 32 * 2 ** 20;
 
-/** Of zlib's nine: README, "Speed and memory", has what the others cost. */
+/** Of zlib's nine: above it the compression, not Postgres, would set the pace. */
 const GZIP_LEVEL = 6;
 
 export interface Part {

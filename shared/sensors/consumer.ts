@@ -53,7 +53,7 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
   if (faults.length)
     throw new UsageError(
       `the source differs from ClickHouse's sensor_readings, nothing was ingested:\n${faults.join("\n")}\nChange ` +
-        `the source back, or sensor_readings by a new file in schemas/clickhouse; README, "When the schema ` +
+        `the source back, or sensor_readings by a new file in schemas/clickhouse; schemas/README.md, "When the schema ` +
         `changes".`,
     );
   const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));

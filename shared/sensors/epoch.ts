@@ -99,7 +99,7 @@ export async function takeEpoch(
   if (faults.length)
     throw new UsageError(
       `${faults[0]}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: ` +
-        `make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the table")`,
+        `make resnapshot (a new epoch, and the table from a fresh snapshot; scripts/README.md, "Rebuilding the table")`,
     );
   return epoch.number;
 }

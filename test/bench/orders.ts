@@ -26,7 +26,6 @@ import {
 import { copyJsonLines } from "../../shared/copy.ts";
 import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
-import { readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -60,7 +59,6 @@ const env = {
   FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
 };
 const contract = readContract("orders");
-const source = { table: "public.orders", cursor: "updated_at", select: readSelect("orders") };
 const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
 process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
 
@@ -106,7 +104,7 @@ function extractions(): Contender[] {
 }
 
 await runPipeline("orders", env, async (run) => {
-  select = (await checkSource(run, contract, source))(source.select);
+  select = (await checkSource(run, contract))(contract.source.select);
   const window = { from: "-infinity", to: "infinity" };
   const copy = (): ReturnType<typeof copyJsonLines> =>
     copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
@@ -134,7 +132,7 @@ await runPipeline("orders", env, async (run) => {
 
   if (!parts.includes("steps")) return;
   if (!extraction.length) await extract();
-  const destination = await openDestination(env, contract, source.cursor);
+  const destination = await openDestination(env, contract);
   const [create, staging] = await timed(() => createStaging(run, destination, 1));
   await using stream = await copy();
   const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
@@ -203,7 +201,7 @@ const pipe =
       `psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`,
       {
         ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
-        COPY: `copy (${source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
+        COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
         TARGET: target?.url,
         PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
       },

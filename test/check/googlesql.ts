@@ -5,7 +5,7 @@
  * The analyser stops at a statement's first fault.
  */
 import { spawn } from "node:child_process";
-import { existsSync, globSync, readFileSync } from "node:fs";
+import { globSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
@@ -55,36 +55,28 @@ function columnType({ name, type = "", mode, fields }: Field, file: string): Typ
   return { typeKind: "TYPE_STRING" };
 }
 
-/** The pipeline's statements: the MERGE, with the column that its script calls the cursor, and the check of the keys. */
+/** The pipeline's statements: the MERGE, and the check of the keys. */
 function generated(contract: Contract, staging: string): Statement[] {
-  const script = `scripts/${contract.pipeline}.ts`;
-  const version = existsSync(join(root, script)) && /\bcursor: "(\w+)"/.exec(read(script))?.[1];
-  if (!version) faults.push(`${script}:1:1: names no cursor: "…" to check the MERGE of ${contract.file} with`);
   const at = (table: string): string => `\`${path(table)}\``;
-  const sql = mergeStatement(contract, at(contract.pipeline), at(staging), version || "updated_at");
+  const sql = mergeStatement(contract, at(contract.pipeline), at(staging));
   return [
     { file: contract.file, sql, generated: "MERGE" },
     { file: contract.file, sql: duplicateKeysStatement(contract, at(staging)), generated: "key check" },
-    ...verification(contract, at, staging, version || "updated_at"),
+    ...verification(contract, at, staging),
   ];
 }
 
 /** What make verify and make sweep ask, and with what they repair. */
-function verification(
-  contract: Contract,
-  at: (table: string) => string,
-  staging: string,
-  version: string,
-): Statement[] {
+function verification(contract: Contract, at: (table: string) => string, staging: string): Statement[] {
   const { file, pipeline } = contract;
   const tables = [at(pipeline), at(staging), at(differencesOf(pipeline))];
   const watermark = "2017-01-01T00:00:00.000001+00";
-  const { insert, after } = verifyStatements(contract, tables, version, watermark);
+  const { insert, after } = verifyStatements(contract, tables, watermark);
   const of = (command: string, statements: Record<string, string>): Statement[] =>
     Object.entries(statements).map(([name, sql]) => ({ file, sql, generated: `${command}, ${name}` }));
   return [
     ...of("verify", { insert, ...after(watermark) }),
-    ...of("sweep", sweepStatements(contract, tables, version, watermark)),
+    ...of("sweep", sweepStatements(contract, tables, watermark)),
   ];
 }
 const differencesOf = (pipeline: string): string => `${pipeline}_differences`;

@@ -12,8 +12,6 @@ import postgres, { type Sql } from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import type { Run } from "../../shared/run.ts";
-import { readSelect } from "../../shared/source.ts";
 import { freePort } from "../lib/shop.ts";
 import { startCluster, stopCluster } from "../stack/postgres.ts";
 import { logPath, say } from "../stack/stack.ts";
@@ -36,15 +34,10 @@ async function attempt(file: string, use: (text: string) => Promise<unknown>): P
 }
 
 async function checkContract(sql: Sql, pipeline: string): Promise<void> {
-  const [script, contract] = [`scripts/${pipeline}.ts`, readContract(pipeline)];
-  const declared = /\btable: "([\w.]+)", cursor: "(\w+)"/.exec(readFileSync(join(root, script), "utf8"));
-  const [, table = "", cursor = ""] = declared ?? [];
-  if (!declared) return void faults.push(`${script}:1: names no table: "…", cursor: "…"`);
-  const run = { pipeline, source: sql, log: () => {} } as unknown as Run;
+  const contract = readContract(pipeline);
   try {
-    const select = readSelect(pipeline);
-    const lines = await checkSource(run, contract, { table, cursor, select });
-    await sql.unsafe(lines(select));
+    const lines = await checkSource({ pipeline, source: sql, log: () => {}, metrics: {} }, contract);
+    await sql.unsafe(lines(contract.source.select));
   } catch (error) {
     if (!(error instanceof UsageError || error instanceof postgres.PostgresError)) throw error;
     const what = error instanceof UsageError ? "" : "the SELECT made of it and its SELECT: ";

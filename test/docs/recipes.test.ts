@@ -1,70 +1,51 @@
 /**
- * The README's recipes, followed to the letter in a scratch copy: its snippets go into the files that the sentences before
- * them name, its commands are run there. Needs the local stack (make up).
+ * The READMEs' recipes, followed to the letter in a scratch copy: the blocks go where their attributes say (test/lib/documents.ts), the
+ * commands are run there. Needs the local stack (make up).
  */
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { test } from "node:test";
+import { type Block, blocksOf, commandsOf, read, readmes, sectionsOf } from "../lib/documents.ts";
 import { type Scratch, scratchCopy } from "../lib/scratch.ts";
 import { until } from "../lib/shop.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 
-/** A fenced block of a recipe, with the sentences before it and what it is written in. */
-interface Block {
-  before: string;
-  language: string;
-  lines: string[];
+/** The blocks of a recipe, and the section that has them. */
+function recipe(name: string): { prose: string; edits: Block[]; commands: string[][] } {
+  const sections = readmes.flatMap((file) => [...sectionsOf(read(file)).values()]);
+  const found = sections.filter((text) => blocksOf(text).some(({ attributes }) => attributes.recipe === name));
+  assert.equal(found.length, 1, `one section has the recipe ${name}`);
+  const [prose = ""] = found;
+  const blocks = blocksOf(prose);
+  assert.ok(blocks.every(({ attributes }) => attributes.recipe === name));
+  const commands = blocks.filter(({ language }) => language === "sh").map(commandsOf);
+  return { prose, edits: blocks.filter(({ attributes }) => attributes.file), commands };
 }
 
-function recipe(name: string): { prose: string; blocks: Block[] } {
-  const [, section] = readFileSync(join(root, "README.md"), "utf8").split(`\n## ${name}\n`);
-  const prose = (section ?? assert.fail(`the README has no section "${name}"`)).split("\n## ")[0] as string;
-  const blocks = [...prose.matchAll(/((?:^(?!```).+\n)+)\n^```(\w+)\n([\s\S]*?)\n^```$/gm)].map(
-    ([, before = "", language = "", content = ""]) => ({
-      before: before.replaceAll("\n", " "),
-      language,
-      lines: content.split("\n"),
-    }),
-  );
-  assert.equal(blocks.length, prose.match(/^```\w+$/gm)?.length, "each block has a sentence before it");
-  return { prose, blocks };
-}
-
-/** Puts a snippet where the sentence before it says. */
-function apply(scratch: Scratch, { before, lines }: Block): void {
-  const added = lines.join("\n");
-  const [, created] = /New file `(\S+)`/.exec(before) ?? [];
-  if (created) {
-    assert.ok(!existsSync(join(scratch.folder, created)));
-    writeFileSync(join(scratch.folder, created), `${added}\n`);
+/** Puts a block where its attributes say. */
+function apply(scratch: Scratch, { attributes: { file = "", at, after, replace }, text }: Block): void {
+  const added = text.replace(/\n$/, "");
+  const mark = after ?? replace;
+  if (!at && !mark) {
+    assert.ok(!existsSync(join(scratch.folder, file)));
+    writeFileSync(join(scratch.folder, file), text);
     return;
   }
-  const [, extended] = /At the end of `(\S+)`/.exec(before) ?? [];
-  if (extended) {
-    scratch.edit(extended, (content) => `${content}\n${added}\n`);
-    return;
-  }
-  const [, file = "", how = "", mark = ""] =
-    /In `(\S+)`, (after )?the line with `([^`]+)`/.exec(before) ?? assert.fail(`where does this go? ${before}`);
   scratch.edit(file, (content) => {
+    if (!mark) return `${content}\n${text}`;
     const found = content.split("\n").filter((line) => line.includes(mark));
     assert.equal(found.length, 1, `${file} has one line with ${mark}`);
     const [line = ""] = found;
-    if (how) return content.replace(line, () => `${line}\n${added}`);
-    // A line that was edited since the README was written would lose that edit.
+    if (after) return content.replace(line, () => `${line}\n${added}`);
+    // A line that was edited since the recipe was written would lose that edit.
     for (const name of line.match(/'[^']+'/g) ?? []) assert.ok(added.includes(name), `${added}\nis without ${name}`);
     return content.replace(line, () => added);
   });
-}
-
-/** The commands of a block, without their comments. */
-function commands({ language, lines }: Block): string[] {
-  assert.equal(language, "bash");
-  return lines.map((line) => line.replace(/\s+#.*$/, ""));
 }
 
 interface Done {
@@ -102,7 +83,7 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   using scratch = scratchCopy(["test", "ops"]);
   const { createShop } = await tools(scratch);
   await using shop = await createShop({ pushgateway: true });
-  const { prose, blocks } = recipe("Adding a column");
+  const { prose, edits, commands } = recipe("column");
   const run = (command: string): Promise<Done> => shell(scratch, shop.env, command);
   const succeed = async (command: string): Promise<string> => {
     const { code, output } = await run(command);
@@ -112,7 +93,7 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   const channels = (): Promise<Record<string, string | null>[]> =>
     shop.query("SELECT id, channel FROM orders ORDER BY id");
 
-  // Before: a warning and a metric, by the names that the README gives.
+  // Before: a warning and a metric, by the names that the recipe gives.
   await shop.insertRows(1, 4);
   await shop.admin`alter table orders add channel text default 'web'`;
   assert.match(
@@ -124,7 +105,6 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
 
   // 1. The edits.
-  const edits = blocks.filter(({ language }) => language !== "bash");
   for (const block of edits) apply(scratch, block);
   assert.equal(edits.length, 3);
   await shop.updateRows(1, 1, "early");
@@ -135,7 +115,7 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   assert.equal(await shop.watermark(), watermark);
 
   // 2. and 3. The commands.
-  const [migration, runs] = blocks.filter(({ language }) => language === "bash").map(commands);
+  const [migration, runs] = commands;
   const [checked, dry = "", migrate = "", ...others] = migration ?? [];
   assert.deepEqual([checked, others], ["make check", []]);
   await check(scratch, "test/check/googlesql.ts", "test/check/postgres.ts");
@@ -162,10 +142,11 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
     ["web", "web", "web", "web"],
   );
 
-  // A column that is renamed, then dropped, at the source: the two expressions that the README puts in its place.
-  const instead = [...prose.matchAll(/put `(.*? as status)` for `status` in `(\S+)`/g)];
-  assert.equal(instead.length, 2);
-  const changes = ["alter table orders rename status to state", "alter table orders drop state"];
+  // A column that is masked, then renamed, then dropped at the source: the expressions that the README puts in its place.
+  const masking = sectionsOf(read("schemas/README.md")).get("Leaving out or masking a column");
+  const instead = [...`${masking}${prose}`.matchAll(/put\s+`(.*? as status)`\s+for\s+`status` in `(\S+)`/g)];
+  assert.equal(instead.length, 3);
+  const changes = ["select", "alter table orders rename status to state", "alter table orders drop state"];
   let now = "status";
   for (const [at, change] of changes.entries()) {
     const [, expression = "", file = ""] = instead[at] ?? [];
@@ -178,9 +159,9 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   assert.deepEqual(
     await shop.query("SELECT status, item_count FROM orders ORDER BY id LIMIT 3"),
     [
-      ["early", "10"],
-      [null, "11"],
-      ["paid", "4"],
+      [createHash("sha256").update("early").digest("hex"), "10"],
+      ["paid", "11"],
+      [null, "12"],
     ].map(([status, item_count]) => ({ status, item_count })),
   );
   // Or, once it is in neither file, the SQL that migrate prints.
@@ -197,7 +178,7 @@ await test("the recipe for a pipeline, followed to the letter, makes one that sy
   using scratch = scratchCopy(["test", "ops"]);
   const { createShop, createSource } = await tools(scratch);
   await using shop = await createShop({ pushgateway: true });
-  const { prose, blocks } = recipe("Adding a pipeline");
+  const { prose, edits, commands } = recipe("pipeline");
   const run = async (command: string): Promise<string> => {
     const { code, output } = await shell(scratch, shop.env, command);
     assert.equal(code, 0, `${command}\n${output}`);
@@ -205,9 +186,9 @@ await test("the recipe for a pipeline, followed to the letter, makes one that sy
   };
 
   // 1. to 7. The edits and the copy. `make up` runs the two SQL files in this way.
-  const edits = blocks.filter(({ language }) => !["bash", "cron"].includes(language));
+  const schedule = edits.pop() ?? assert.fail("no block of cron");
   for (const block of edits) apply(scratch, block);
-  const [copy = [], done = []] = blocks.filter(({ language }) => language === "bash").map(commands);
+  const [copy = [], done = []] = commands;
   for (const command of copy) await run(command);
   // Its number is in the first paragraph: what is edited, and the crontab.
   assert.match(prose, /nine small edits/);
@@ -215,7 +196,7 @@ await test("the recipe for a pipeline, followed to the letter, makes one that sy
   const privilege = () => shop.admin`
     select has_table_privilege('etl_reader', 'public.stores', 'select') as reads,
            has_table_privilege('etl_reader', 'public.stores', 'insert, update, delete, truncate') as writes`;
-  await shop.admin.unsafe(edits[0]?.lines.join("\n") ?? "");
+  await shop.admin.unsafe(edits[0]?.text ?? "");
   assert.deepEqual([...(await privilege())], [{ reads: false, writes: false }]);
   await createSource(shop.env.STACK_ADMIN_DATABASE_URL ?? "", []);
   assert.deepEqual([...(await privilege())], [{ reads: true, writes: false }]);
@@ -246,10 +227,8 @@ await test("the recipe for a pipeline, followed to the letter, makes one that sy
   // wants it of every pipeline, but without timeout here: that would not see the shell's make.
   await shop.admin`update stores set city = 'Elsewhere', opened_on = null where id = 2`;
   await shop.admin`insert into stores (id, name) values (4, 'New')`;
-  const schedule = blocks.find(({ language }) => language === "cron") ?? assert.fail("no block of cron");
   apply(scratch, schedule);
-  const [line = "", ...more] = schedule.lines;
-  assert.deepEqual(more, []);
+  const line = schedule.text.trim();
   const form =
     /^\d+ \d+ \* \* \* +sleep \$\(\(RANDOM \\% \(JITTER \+ 1\)\)\); (cd \/srv\/etl && )timeout -k 60 \d+h (make stores >>\/var\/log\/etl\/stores\.log 2>&1)$/;
   const [, folder = "", command = ""] = form.exec(line) ?? assert.fail(line);
@@ -274,14 +253,11 @@ await test("the recipe for a model, followed to the letter, publishes it; a chec
   await shop.insertRows(1, 100);
   await shop.admin`update orders set created_at = created_at + id * interval '1 day'`;
   await Promise.all([shop.succeed("scripts/orders.ts"), shop.succeed("scripts/users.ts")]);
-  const { prose, blocks } = recipe("Adding a model");
+  const { prose, edits, commands } = recipe("model");
   assert.equal(prose.match(/^\d\. /gm)?.length, 2);
-  const edits = blocks.filter(({ language }) => language === "sql");
   for (const block of edits) apply(scratch, block);
   assert.equal(edits.length, 3);
-  const [checked, make = "", ...others] = blocks
-    .filter(({ language }) => language === "bash")
-    .flatMap((block) => commands(block));
+  const [checked, make = "", ...others] = commands.flat();
   assert.deepEqual([checked, others], ["make check", []]);
   await check(scratch, "test/check/googlesql.ts");
 
@@ -343,11 +319,9 @@ await test("the recipe for a column of the readings, followed to the letter, fil
   };
   await until("they are there", async () => (await rows("1")).length === 3);
 
-  const { prose, blocks } = recipe("Adding a column of the readings");
-  const [file, shellBlock, ...others] = blocks;
-  assert.deepEqual(others, []);
-  apply(scratch, file ?? assert.fail("no file"));
-  assert.deepEqual(commands(shellBlock ?? assert.fail("no commands")), ["make check", "make migrate"]);
+  const { prose, edits, commands } = recipe("readings-column");
+  for (const block of edits) apply(scratch, block);
+  assert.deepEqual(commands, [["make check", "make migrate"]]);
   await check(scratch, "test/check/clickhouse.ts");
   const migrated = await shell(scratch, shop.env, "make migrate");
   assert.equal(migrated.code, 0, migrated.output);

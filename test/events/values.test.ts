@@ -260,7 +260,7 @@ suite("archive", { concurrency: true }, () => {
         assert.ok(stderr.includes(text), `${text}\n${stderr}`);
         assert.ok(
           stderr.endsWith(
-            'Bring the source, sql/events.sql and sql/etl/002_events_restored.sql together; README, "When the schema changes".',
+            'Bring the source, sql/events.sql and sql/etl/002_events_restored.sql together; schemas/README.md, "When the schema changes".',
           ),
         );
         assert.deepEqual(await Array.fromAsync(listObjects(shop.bucket, shop.bucket.prefix)), []);

@@ -44,7 +44,7 @@ const commands: Record<string, Env[]> = {
   "scripts/ops/backfill-events.ts": [days],
   "scripts/ops/verify-events.ts": [days],
   "scripts/ops/restore-events.ts": [days],
-  "scripts/views.ts": [{ ONLY: "weekly_revenue", ALLOW_STALE: "1", ALLOW_SHRINK: "1", DRY_RUN: "1" }],
+  "scripts/views.ts": [{ ONLY: "weekly_revenue", ALLOW_STALE: "1", ALLOW_SHRINK: "1" }],
   "scripts/ops/connector.ts": [{}],
   "scripts/sensors.ts": [{ UNTIL: "caught-up" }],
   "scripts/ops/dead-letters.ts": [{}],

@@ -45,7 +45,7 @@ stepsOfPipeline((pipeline) => {
   };
 
   const file = `schemas/bigquery/${pipeline}.json`;
-  const next = `Bring the source, sql/${pipeline}.sql and ${file} together; README, "When the schema changes"`;
+  const next = `Bring the source, sql/${pipeline}.sql and ${file} together; schemas/README.md, "When the schema changes"`;
   /** Of a column: expected …, found …. */
   const fault = (column: string, expected: string, found: string): string =>
     `column ${table}.${column}: expected ${expected} (${file}), found ${found}`;

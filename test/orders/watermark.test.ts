@@ -326,7 +326,7 @@ stepsOfPipeline((pipeline) => {
       {
         code: 1,
         says: new RegExp(
-          `no bound is safe: pid ${pid}, application "dark app", role ${role.name} hides .*Run: alter role … reset track_activities; then end that session`,
+          `no bound is safe: pid ${pid}, application "dark app", role ${role.name} hides .*Run: alter role ${role.name} reset track_activities; then end that session`,
         ),
       },
       async () => {},
@@ -390,7 +390,7 @@ stepsOfPipeline((pipeline) => {
         {
           code: 2,
           says: new RegExp(
-            `column ${shop.table}\\.updated_at: .* found infinity or -infinity in at least one row, .*Give those rows a time`,
+            `column ${shop.table}\\.updated_at: .* found infinity\\. Run: update ${shop.table} set updated_at = now\\(\\) where`,
           ),
         },
         () => put([[9000, value]]),

@@ -74,7 +74,7 @@ async function assertEqual(sensors: Sensors): Promise<void> {
 }
 
 const remedy =
-  /Nothing was inserted: rows could be missing, or lose to older ones\. Stop all consumers, then run: make resnapshot \(a new epoch, and the table from a fresh snapshot; README, "Rebuilding the table"\)/;
+  /Nothing was inserted: rows could be missing, or lose to older ones\. Stop all consumers, then run: make resnapshot \(a new epoch, and the table from a fresh snapshot; scripts\/README\.md, "Rebuilding the table"\)/;
 
 /** Deletes the topic and creates it again, empty. */
 async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promise<void> {

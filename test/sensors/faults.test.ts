@@ -663,7 +663,7 @@ suite("faults", { concurrency: true }, () => {
       assert.doesNotMatch(stderr, /step=assigned|^\s+at /m);
       assert.equal(await committed(sensors), 0);
     };
-    const next = `Change the source back, or sensor_readings by a new file in schemas/clickhouse; README, "When the schema changes".`;
+    const next = `Change the source back, or sensor_readings by a new file in schemas/clickhouse; schemas/README.md, "When the schema changes".`;
     const expected = (column: string, type: string, found: string): string =>
       `  column public.sensor_readings.${column}: expected one for ${type} (ClickHouse's sensor_readings), found ${found}`;
 

@@ -30,7 +30,6 @@ import { apiType, type Field, freeName } from "../../../shared/bigquery/types.ts
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { pipelineVariables, type Run, withRetry } from "../../../shared/run.ts";
-import { readSelect } from "../../../shared/source.ts";
 import { distrust, readBound, readWatermark, type Watermark } from "../../../shared/watermark.ts";
 
 /** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
@@ -73,13 +72,9 @@ type TableEnv = Env<typeof verifyVariables>;
 /** A pipeline's table, on both sides. */
 export interface Table {
   to: Destination;
-  /** What sql/NAME.sql reads, and the SELECT of JSON lines around it. */
-  select: string;
+  /** The SELECT of JSON lines around another. */
   lines: JsonSelect;
 }
-
-/** The cursor of every pipeline to BigQuery. */
-const cursor = "updated_at";
 
 /**
  * The pipeline's table at the source and at the destination, both compared with the contract.
@@ -87,12 +82,8 @@ const cursor = "updated_at";
  */
 export async function openTable(run: Run, env: TableEnv): Promise<Table> {
   const contract = readContract(run.pipeline);
-  const select = readSelect(run.pipeline);
-  const [lines, to] = await Promise.all([
-    checkSource(run, contract, { table: `public.${run.pipeline}`, cursor, select }),
-    openDestination(env, contract, cursor),
-  ]);
-  return { to, select, lines };
+  const [lines, to] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
+  return { to, lines };
 }
 
 /** The watermark. @throws UsageError where there is none: nothing has been synced. */
@@ -119,12 +110,11 @@ export async function stageAll(
   run: Run,
   env: TableEnv,
   to: Destination,
-  { select, lines }: Table,
+  { lines }: Table,
   staging: Staging,
 ): Promise<number> {
-  const url = env.SOURCE_DATABASE_URL;
-  const rows = { url, select, lines: (some: string) => lines(some, to.contract.fields) };
-  const sent = await loadChunk(run, rows, to, staging, { from: "-infinity", to: "infinity" });
+  const window = { from: "-infinity", to: "infinity" };
+  const sent = await loadChunk(run, env.SOURCE_DATABASE_URL, lines, to, staging, window);
   progress("");
   await checkKeys(run, to, staging);
   return sent.rows;
@@ -150,7 +140,7 @@ export async function compareTable(
     const differing = { ...to, contract: { ...to.contract, fields: differenceFields(to.contract) } };
     await using differences = await createStaging(run, differing, `${attempt}_differences`);
     const tables = [to.table, staging.name, differences.name].map((name) => address(to, name));
-    const { insert, after } = verifyStatements(to.contract, tables, to.version, watermark);
+    const { insert, after } = verifyStatements(to.contract, tables, watermark);
     await change(run, to, `etl_${differences.name}_insert`, insert);
     // Read only now: a run that is at work meanwhile writes nothing that is later.
     const [clock] = await run.source<{ at: string }[]>`select clock_timestamp()::text as at`;
@@ -257,16 +247,16 @@ function naming({ fields, key }: Contract) {
 export function verifyStatements(
   contract: Contract,
   [table = "", staging = "", differences = ""]: string[],
-  version: string,
   watermark: string,
 ): { insert: string; after(clock: string): Record<"count" | "list" | "delete" | "merge", string> } {
   const { s, t, d, compared, at, keys, differs } = naming(contract);
   const w = `TIMESTAMP '${watermark}'`;
+  const version = contract.source.cursor;
   const insert = `INSERT INTO ${differences} (${keys}, in_source, in_table, staged, version, columns, newer, copies)
 SELECT * FROM (
   SELECT *, COALESCE(version > COALESCE(staged, (SELECT MAX(${at(s, version)}) FROM ${staging} AS ${s})), FALSE) AS newer,
     COUNT(*) OVER (PARTITION BY ${keys}) AS copies
-  FROM (${comparison(contract, table, staging, version)}) AS compared
+  FROM (${comparison(contract, table, staging)}) AS compared
 ) AS counted
 WHERE copies > 1 OR NOT in_source OR NOT in_table OR columns <> '' OR staged >= ${w} OR version >= ${w}`;
   const after = (clock: string) => {
@@ -290,16 +280,16 @@ FROM (${each}) AS e WHERE kind <> 'new' ORDER BY ${keys.replaceAll("k", "e.k")}`
   SELECT 1 FROM ${found} AS ${d}
   WHERE ${differs(t, d)} AND ${d}.version IS NOT DISTINCT FROM ${at(t, version)} AND ${d}.kind IN ('extra', 'twice'))`,
       // After the DELETE no row that was twice is matched, but one that has come since: it has another version, and stays.
-      merge: mergeStatement(contract, table, rows, version, compared),
+      merge: mergeStatement(contract, table, rows, compared),
     };
   };
   return { insert, after };
 }
 
 /** A row for each pair of rows with the same key. `columns` has the indexes of fields: names would make the text twice as long. */
-function comparison(contract: Contract, table: string, staging: string, version: string): string {
+function comparison(contract: Contract, table: string, staging: string): string {
   const { s, t, at, same } = naming(contract);
-  const { fields, key } = contract;
+  const { fields, key, source } = contract;
   const distinct = fields.flatMap((field, index) =>
     key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${index}', NULL)`,
   );
@@ -307,7 +297,7 @@ function comparison(contract: Contract, table: string, staging: string, version:
   return `
     SELECT ${key.map((name, index) => `COALESCE(${at(s, name)}, ${at(t, name)}) AS k${index}`).join(", ")},
       ${at(s, first)} IS NOT NULL AS in_source, ${at(t, first)} IS NOT NULL AS in_table,
-      ${at(s, version)} AS staged, ${at(t, version)} AS version,
+      ${at(s, source.cursor)} AS staged, ${at(t, source.cursor)} AS version,
       COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '') AS columns
     FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t} ON ${same(s, t)}
   `;
@@ -327,12 +317,11 @@ function keyText({ fields }: Contract, name: string, value: string): string {
 export function sweepStatements(
   contract: Contract,
   [table = "", staging = ""]: string[],
-  version: string,
   watermark: string,
 ): Record<"count" | "list" | "delete", string> {
-  const { key } = contract;
+  const { key, source } = contract;
   const { s, t, same } = naming(contract);
-  const settled = `${t}.\`${version}\` < TIMESTAMP '${watermark}'`;
+  const settled = `${t}.\`${source.cursor}\` < TIMESTAMP '${watermark}'`;
   const both = `FROM ${table} AS ${t} LEFT JOIN ${staging} AS ${s} ON ${same(s, t)}`;
   const gone = `${settled} AND ${s}.\`${key[0]}\` IS NULL`;
   const name = key.map((column) => keyText(contract, column, `${t}.\`${column}\``)).join(", '/', ");
