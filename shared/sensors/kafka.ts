@@ -145,10 +145,9 @@ export async function consume(
     leaving || !isTransient(error) ? leave(error) : delay(1000).then(read);
   // With restart kafkajs resumes by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
   consumer.on("consumer.crash", ({ payload: { error, restart } }) => restart || retryLater(error));
-  const committed = async (partition: number) => (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
   const eachBatch = async (payload: EachBatchPayload): Promise<void> => {
     if (leaving || !payload.isRunning() || payload.isStale()) return;
-    await moveBatch(payload, committed, reached, work).catch((error: Error) => {
+    await moveBatch(payload, { admin, groupId }, reached, work).catch((error: Error) => {
       if (isTransient(error)) throw error; // the batch comes again, to whoever has the partition then
       leave(error);
     });
@@ -158,9 +157,8 @@ export async function consume(
       await Promise.all([consumer.connect(), admin.connect()]);
       await consumer.subscribe({ topics: [topic], fromBeginning: true });
       if (leaving) return;
-      // Three at once: while one batch is inserted, another is made ready.
-      const options = { autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently: 3 };
-      await consumer.run({ ...options, eachBatch });
+      const partitionsConsumedConcurrently = 3; // while one batch is inserted, another is made ready
+      await consumer.run({ autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently, eachBatch });
     } catch (error) {
       retryLater(error as Error);
     }
@@ -192,7 +190,7 @@ const createConsumer = (kafka: Kafka, groupId: string, restartOnFailure: () => b
 
 async function moveBatch(
   { batch, heartbeat, commitOffsetsIfNecessary, resolveOffset }: EachBatchPayload,
-  committedOffset: (partition: number) => Promise<bigint>,
+  { admin, groupId }: { admin: Admin; groupId: string },
   reached: Map<number, bigint>,
   work: Work,
 ): Promise<void> {
@@ -202,7 +200,7 @@ async function moveBatch(
     commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition, offset: String(offset) }] }] });
   const first = BigInt(batch.firstOffset() ?? 0);
   // Kafka deletes a group's offsets with their topic: without them this is another topic, which may be as long as the old one was.
-  const committed = await committedOffset(partition);
+  const committed = (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
   if (committed !== reached.get(partition) || committed !== first) await work.join();
   if (committed < 0n) await commit(first); // so that from the first insert on there is one
   const lost = new AbortController();
