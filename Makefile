@@ -43,7 +43,7 @@ sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTI
 	@node scripts/sensors.ts
 
 .PHONY: views
-views: setup ## Make, check and publish the models of views/ (ONLY= ALLOW_STALE=1 ALLOW_SHRINK=1)
+views: setup ## Build, check and publish the models of views/ (ONLY= ALLOW_STALE=1 ALLOW_SHRINK=1)
 	@node scripts/views.ts
 
 # Operations
@@ -53,7 +53,7 @@ status: setup ## Where each pipeline is (JSON=1 for programs)
 	@node scripts/ops/status.ts
 
 .PHONY: doctor
-doctor: setup ## Check a set-up before its first run, and say what to fix (PIPELINE= for one)
+doctor: setup ## Check a set-up before its first run; say what to fix (PIPELINE= for one)
 	@node scripts/ops/doctor.ts
 
 .PHONY: rewind
@@ -77,15 +77,15 @@ verify-events: setup ## Read the archive back and compare it with manifests and 
 	@node scripts/ops/verify-events.ts
 
 .PHONY: restore-events
-restore-events: setup ## Put archived days into etl.events_restored: FROM= TO=
+restore-events: setup ## Restore archived days into etl.events_restored: FROM= TO=
 	@node scripts/ops/restore-events.ts
 
 .PHONY: connector
-connector: setup ## Put Debezium's connector to Kafka Connect, and wait until it runs
+connector: setup ## Register Debezium's connector with Kafka Connect, and wait until it runs
 	@node scripts/ops/connector.ts
 
 .PHONY: dead-letters
-dead-letters: setup ## The sensors' messages that are no valid change, and why (LIMIT=)
+dead-letters: setup ## Messages of sensors that are not valid changes, and why (LIMIT=)
 	@node scripts/ops/dead-letters.ts
 
 .PHONY: replay-dead-letters
@@ -101,7 +101,7 @@ swap-readings: setup ## Let readers see the rebuilt sensor_readings
 	@node scripts/ops/swap-readings.ts
 
 .PHONY: migrate
-migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)
+migrate: setup ## Create what is missing: tables, datasets, bucket (DRY_RUN=1 says what)
 	@node scripts/ops/migrate.ts
 
 # The local stack
@@ -137,7 +137,7 @@ soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS=orders, 
 	@SOAK=1 node test/run.ts $${TESTS:-}
 
 .PHONY: chaos
-chaos: setup ## All jobs under random faults on a stack of their own, then compared (MINUTES= SEED=; BREAK= shows that it can fail)
+chaos: setup ## All jobs under random faults on a separate stack, then compared (MINUTES= SEED=; BREAK= must fail)
 	@node test/chaos.ts
 
 .PHONY: check
