@@ -17,7 +17,7 @@ import { appliedMigrations, connectClickHouse } from "../../shared/sensors/click
 import { namesOf } from "../../shared/sensors/connector.ts";
 import { type Epoch, writeOffsets } from "../../shared/sensors/epoch.ts";
 import * as connector from "./lib/kafka-connect.ts";
-import { applyMigrations, inClickHouse } from "./lib/migrations.ts";
+import { migrateClickHouse } from "./lib/migrations.ts";
 import { openRebuild, tables } from "./lib/rebuild.ts";
 
 await main(import.meta, async () => {
@@ -52,8 +52,7 @@ await main(import.meta, async () => {
   await server.command({ query: `DROP DATABASE IF EXISTS ${rebuild} SYNC` });
   await server.command({ query: `CREATE DATABASE ${rebuild}` });
   await using client = connectClickHouse(env, rebuild);
-  const target = inClickHouse(client, () => appliedMigrations(client));
-  await applyMigrations("schemas/clickhouse", target, async (_, work) => void (await work()));
+  await migrateClickHouse(client, await appliedMigrations(client));
   for (const table of tables) await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${epoch}'` });
 
   // 4. The snapshot.

@@ -61,7 +61,7 @@ export async function compareReadings(run: Run, env: SensorsEnv): Promise<Compar
       "candidates",
       `SELECT DISTINCT id FROM (${joined(columns, at("source"))}) WHERE differs`,
     );
-    const found = { rows, fresh: 0, newer: 0, counts: countsOf([]), shown: [] };
+    const found = { rows, fresh: 0, counts: countsOf([]), shown: [] };
     if (!candidates) return found;
     run.log("again", { because: "what differs may be on its way", differences: candidates });
     await keep("before", versions(at("candidates")));
