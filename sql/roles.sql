@@ -23,6 +23,7 @@ declare
 begin
   foreach source_table in array array['public.orders', 'public.users', 'public.events', 'public.sensor_readings'] loop
     if to_regclass(source_table) is not null then
+      execute format('grant usage on schema %s to etl_reader', split_part(source_table, '.', 1));
       execute format('grant select on %s to etl_reader', source_table);
     end if;
   end loop;
