@@ -137,8 +137,8 @@ async function checkCatalogue(check: Check, sql: Sql, part: "source" | "metadata
 async function checkMetadata(check: Check): Promise<void> {
   const { ETL_DATABASE_URL: url } = readEnv({ ETL_DATABASE_URL });
   const etl = await openSession(check, "ETL_DATABASE_URL", url);
-  if (!etl) return;
-  await check("one session is one connection to Postgres", () => checkNoPooler(etl, connect(url, session)));
+  const direct = () => etl && checkNoPooler(etl, connect(url, session));
+  if (!etl || !(await check("one session is one connection to Postgres", direct))) return;
   await check("tables are those of sql/etl", async () => {
     const missing = pendingMigrations("sql/etl", await appliedInPostgres(etl)).map(({ file }) => file);
     if (missing.length) throw new Error(`not applied: ${missing.join(", ")}. Run: make migrate`);

@@ -17,11 +17,12 @@ import { describeHolder, lockKey, pipelineVariables, type Run, runPipeline } fro
 import { readSelect } from "../../shared/source.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
+const { FROM: _, ...others } = pipelineVariables;
 const PIPELINE = required(oneOf(watermarked()));
-const variables = { ...pipelineVariables, PIPELINE, TO: required(timestamp), DRY_RUN: optional(flag, false) };
+const variables = { ...others, PIPELINE, TO: required(timestamp), DRY_RUN: optional(flag, false) };
 
 await main(import.meta, async () => {
-  const { FROM, ...env } = readEnv(variables);
+  const env = readEnv(variables);
   const { PIPELINE: pipeline, TO: to } = env;
   // By hand: it says nothing of the pipeline's schedule.
   await runPipeline(pipeline, { ...env, DRY_RUN: true }, async (run) => {
