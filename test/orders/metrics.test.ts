@@ -153,7 +153,8 @@ stepsOfPipeline((pipeline) => {
     const { stderr } = await assertHeals(shop, changed);
     const metrics = await pushed(shop);
     assert.deepEqual(Object.keys(metrics).sort(), [...ofSuccess, ...always].sort());
-    const [, bytes, seconds] = /step=done rows=\d+ bytes=(\d+) chunks=1 bytes_billed=\d+ seconds=(\S+)/.exec(stderr) ?? [];
+    const [, bytes, seconds] =
+      /step=done rows=\d+ bytes=(\d+) chunks=1 bytes_billed=\d+ seconds=(\S+)/.exec(stderr) ?? [];
     assert.equal(metrics.etl_rows, changed);
     assert.equal(metrics.etl_bytes, Number(bytes));
     // Two queries: the check of the keys reads the staging table, the MERGE both tables; BigQuery bills at least 10 MiB of each.
