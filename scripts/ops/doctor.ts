@@ -23,7 +23,7 @@ import { type BigQueryEnv, bigqueryVariables, connectBigQuery } from "../../shar
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import { isSet, oneOf, optional, readEnv, redact, root, UsageError } from "../../shared/env.ts";
-import { checkArchivable } from "../../shared/events/archive.ts";
+import { checkArchivable, eventsSource } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import type { Fields } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -38,7 +38,6 @@ import { checkReadings } from "../../shared/sensors/consumer.ts";
 import { topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
-import { readSelect, type Source } from "../../shared/source.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { checkReplication, connectorVariables } from "./lib/kafka-connect.ts";
@@ -165,9 +164,10 @@ async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
 async function checkSourceDatabase(check: Check, tables: string[]): Promise<void> {
   const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
-  const events = { table: "public.events", cursor: "created_at", select: readSelect("events") };
-  const sourceOf = (pipeline: string): Source => (pipeline === "events" ? events : readContract(pipeline).source);
-  const sources = tables.map((pipeline) => ({ pipeline, ...sourceOf(pipeline) }));
+  const sources = tables.map((pipeline) => ({
+    pipeline,
+    ...(pipeline === "events" ? eventsSource : readContract(pipeline).source),
+  }));
   const named = sources.map(({ pipeline, table, cursor }) => [pipeline, table, cursor].join(":")).join(" ");
   const settings = { "etl.lag_seconds": "0", "etl.tables": named };
   const source = await openSession(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, settings);
@@ -175,12 +175,12 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
   const etl = connect(env.ETL_DATABASE_URL, session);
   const bound = async () => (await readBound(source)).holder ?? "none holds a watermark";
   await check("open transactions can be seen", bound);
-  for (const { pipeline, ...from } of sources) {
+  for (const { pipeline } of sources) {
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
       const unknown: unknown[] = [];
       const log = (_step: string, fields: Fields = {}): void => void unknown.push(fields.columns);
       const run = { pipeline, source, etl, log, metrics: {} };
-      await (pipeline === "events" ? checkArchivable(run, from) : checkSource(run, readContract(pipeline)));
+      await (pipeline === "events" ? checkArchivable(run) : checkSource(run, readContract(pipeline)));
       return unknown.length ? `not synced: ${unknown}` : "";
     });
     await check(`${pipeline}: watermark`, async () => {

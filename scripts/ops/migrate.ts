@@ -71,8 +71,7 @@ await main(import.meta, async () => {
   if (s3) {
     const bucketEnv = readEnv(s3.bucketVariables);
     const bucket = s3.connectS3(bucketEnv);
-    if (!(await s3.bucketExists(bucket)))
-      await apply(`create bucket ${bucket.name}`, () => s3.createBucket(bucket, bucketEnv.AWS_REGION));
+    if (!(await s3.bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => s3.createBucket(bucket));
   } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.
