@@ -61,8 +61,8 @@ try {
   for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
   await as(sql, "etl_metadata");
   for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
-  await as(sql, "etl_reader");
   for (const file of files("sql/*.sql").filter((path) => !setup.includes(path))) {
+    await as(sql, file === "sql/status.sql" ? "etl_metadata" : "etl_reader");
     await attempt(file, async (text) => {
       await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
       await sql.unsafe(text).describe(); // refuses a second statement
