@@ -98,19 +98,20 @@ export async function openArchive(run: Run, env: Archive["env"], concurrency = 1
   return { run, env, bucket, select, concurrency };
 }
 
+export const eventsSource: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
+
 /**
  * Compares the source with etl.events_restored, which archived days must fit into again.
  * @returns a SELECT of JSON lines.
  */
 export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<string> {
-  const source: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
   const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
   const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
-  const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", source, wanted);
-  return jsonLines(source.select, columns);
+  const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
+  return jsonLines(eventsSource.select, columns);
 }
 
 /**

@@ -38,12 +38,13 @@ function shape(text: string): string {
 suite("a newcomer's hour, in databases of its own on the local stack", () => {
   let sensors: Sensors;
   let env: Env;
-  const folder = mkdtempSync(join(tmpdir(), "etl-readme-"));
+  let folder: string;
   before(async () => {
     sensors = await createSensors();
     const { METRICS_PORT, WATERMARK_LAG_SECONDS } = localEnv();
     env = { ...sensors.shop.env, METRICS_PORT, WATERMARK_LAG_SECONDS };
     // For make demo, which takes nothing else from its caller: its make up must find the stack as it runs.
+    folder = mkdtempSync(join(tmpdir(), "etl-readme-"));
     const file = join(folder, "env");
     const lines = [...exampleVariables()].flatMap((name) =>
       env[name] === undefined ? [] : `${name}="${env[name]}"\n`,
@@ -52,7 +53,7 @@ suite("a newcomer's hour, in databases of its own on the local stack", () => {
     Object.assign(env, { DEMO_ENV_FILE: file, NODE_TEST_CONTEXT: undefined }); // a test runner in it is no part of this one
   });
   after(async () => {
-    rmSync(folder, { recursive: true });
+    if (folder) rmSync(folder, { recursive: true });
     await sensors?.[Symbol.asyncDispose]();
   });
 
@@ -60,7 +61,7 @@ suite("a newcomer's hour, in databases of its own on the local stack", () => {
     const commands = shells.filter(({ attributes }) => !Object.keys(attributes).length).flatMap(commandsOf);
     assert.ok(commands.includes("make demo"));
     let output = "";
-    for (const command of commands) {
+    for (const command of new Set(commands)) {
       const here = command.replace("shop_rebuild", `${env.CLICKHOUSE_DATABASE}_rebuild`);
       const options = { cwd: root, env: env as NodeJS.ProcessEnv, maxBuffer: 100 * 1024 * 1024 };
       const { stdout, stderr } = await promisify(execFile)("bash", ["-ec", here], options);

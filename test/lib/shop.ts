@@ -12,7 +12,7 @@ import { createInterface } from "node:readline";
 import { suite } from "node:test";
 import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { applyMigrations, inPostgres } from "../../scripts/ops/lib/migrations.ts";
+import { migratePostgres } from "../../scripts/ops/lib/migrations.ts";
 import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
@@ -368,7 +368,7 @@ async function templateDatabase(server: Sql, base: Env): Promise<string> {
     await server.unsafe(`create database ${name}_new`);
     await createSource(at(base.STACK_ADMIN_DATABASE_URL), []);
     const etl = postgres(at(base.ETL_DATABASE_URL), { max: 1, onnotice: () => {} });
-    await applyMigrations("sql/etl", inPostgres(etl), (_, apply) => apply().then(() => {}));
+    await migratePostgres(etl);
     await etl.end();
     await server.unsafe(`alter database ${name}_new rename to ${name}`);
   }
