@@ -346,7 +346,8 @@ export async function archiveDays(
 
 function reportDay(run: Run, { day, rows, parts }: Manifest, started: number): void {
   const [bytes, { totals }] = [bytesOf(parts), run];
-  run.totals = { rows: totals.rows + rows, bytes: totals.bytes + bytes, chunks: totals.chunks + 1 };
+  const sum = { rows: totals.rows + rows, bytes: totals.bytes + bytes, chunks: totals.chunks + 1 };
+  run.totals = { ...totals, ...sum };
   const seconds = Number((run.seconds() - started).toFixed(3));
   if (!terminal()) run.log("day", { day, rows, bytes, parts: parts.length, seconds });
 }
