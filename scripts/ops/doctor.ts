@@ -328,7 +328,7 @@ async function checkSetByDatabase(
     disabled
       ? `its trigger ${disabled} is disabled. Run as its owner: alter table ${table} enable trigger ${quote(disabled)};`
       : `${table} has no trigger that sets ${cursor} before each insert and update of a row. Create it as in ` +
-          `test/data/schema.sql (set_updated_at)`,
+          `sql/source.sql (set_updated_at)`,
   );
 }
 

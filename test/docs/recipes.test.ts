@@ -191,8 +191,8 @@ await test("the recipe for a pipeline, followed to the letter, makes one that sy
   const [copy = [], done = []] = commands;
   for (const command of copy) await run(command);
   // Its number is in the first paragraph: what is edited, and the crontab.
-  assert.match(prose, /nine small edits/);
-  assert.equal(edits.length + copy.length + 1, 9);
+  assert.match(prose, /ten small edits/);
+  assert.equal(edits.length + copy.length + 1, 10);
   const privilege = () => shop.admin`
     select has_table_privilege('etl_reader', 'public.stores', 'select') as reads,
            has_table_privilege('etl_reader', 'public.stores', 'insert, update, delete, truncate') as writes`;
