@@ -16,6 +16,7 @@ export interface RowStream extends AsyncDisposable {
 }
 
 const NEWLINE = 10;
+const LARGE = 2 ** 20;
 
 /**
  * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot). JSON text
@@ -43,11 +44,14 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
         const end = read.lastIndexOf(NEWLINE) + 1;
         rest.push(read.subarray(0, end || read.length));
         if (!end) continue;
-        const piece = Buffer.concat(rest);
-        rest = [read.subarray(end)];
+        const piece = rest.length > 1 ? Buffer.concat(rest) : read.subarray(0, end);
+        rest = end < read.length ? [read.subarray(end)] : [];
         for (let at = piece.indexOf(NEWLINE); at >= 0; at = piece.indexOf(NEWLINE, at + 1)) sent.rows += 1;
         sent.bytes += piece.length;
+        const large = piece.length > LARGE; // the stream reads ahead, which would be another large row in memory
+        if (large) socket?.pause();
         yield piece;
+        if (large) socket?.resume();
       }
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };

@@ -109,6 +109,9 @@ export function like(form: RegExp, otherwise: string): Reader<string> {
   };
 }
 export const name = like(/^[\w-]+$/, "may hold letters, digits, _ and - only");
+/** One of these names. @param besides what to say of a name that is none of them, and has another command. */
+export const oneOf = (names: string[], besides = ""): Reader<string> =>
+  like(new RegExp(`^(${names.join("|")})$`), `must be one of ${names.join(", ")}${besides}`);
 
 export function number(least: number, most: number, whole = true): Reader<number> {
   return (value) => {

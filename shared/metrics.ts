@@ -1,4 +1,5 @@
-/** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. */
+/** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. And HEARTBEAT_URL. */
+import { log } from "./log.ts";
 
 /** Name → value; ops/README.md, "Metrics", says what they are. */
 export type Metrics = Record<string, number>;
@@ -20,4 +21,27 @@ export async function pushMetrics(
   for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);
   const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
   await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
+}
+
+/**
+ * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus.
+ * @returns tells it of an event, after those before; takes at most 5 s each, and never throws.
+ */
+export function createHeartbeat(pipeline: string, url: string): (event: "start" | "success" | "fail") => Promise<void> {
+  let before = Promise.resolve();
+  const get = async (event: string): Promise<void> => {
+    const target = new URL(url.replaceAll("{pipeline}", pipeline));
+    if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
+    const { ok, status, body } = await fetch(target, { signal: AbortSignal.timeout(5000) });
+    await body?.cancel();
+    if (!ok) throw new Error(`HTTP status ${status}`);
+  };
+  return (event) => {
+    const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
+    const told = before.then(() => (url ? get(event) : undefined));
+    before = told.catch(({ message, cause }: Error) =>
+      log({ pipeline, step: "warning", warning, error: (cause as Error | undefined)?.message || message }),
+    );
+    return before;
+  };
 }

@@ -1,5 +1,5 @@
--- What Debezium needs at the source, for the sensors pipeline. Run it once as a superuser in the source database; it may be run
--- again at any time. Then give the role a password:
+-- What Debezium needs at the source, for the sensors pipeline. Run it once as an administrator (as sql/roles.sql) that owns
+-- public.sensor_readings, in the source database; it may be run again at any time. Then give the role a password:
 --   alter role etl_replicator password '…';
 do $$
 begin
@@ -10,7 +10,26 @@ end
 $$;
 
 -- It may replicate the server's WAL, which no grant can narrow to a database; of tables it may read the one for the snapshot.
-alter role etl_replicator nosuperuser nocreatedb nocreaterole replication nobypassrls;
+-- A role that was given powers loses them. Amazon's servers have a role in place of the attribute.
+do $$
+declare
+  statement text;
+begin
+  for statement in
+    select format('alter role etl_replicator %s', refusal) from pg_roles, unnest(
+      array[rolsuper, rolcreatedb, rolcreaterole, rolbypassrls],
+      array['nosuperuser', 'nocreatedb', 'nocreaterole', 'nobypassrls']) power (has, refusal)
+    where rolname = 'etl_replicator' and has
+  loop
+    execute statement;
+  end loop;
+  if to_regrole('rds_replication') is not null then
+    grant rds_replication to etl_replicator;
+  elsif not (select rolreplication from pg_roles where rolname = 'etl_replicator') then
+    alter role etl_replicator replication;
+  end if;
+end
+$$;
 grant select on public.sensor_readings to etl_replicator;
 
 -- Updates and deletes then carry the whole old row, which the destination needs to find it by its sorting key, and large

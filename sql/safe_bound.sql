@@ -43,7 +43,7 @@ select
     -- Without pg_read_all_stats others' rows are there but empty, and the bound would silently be the clock alone.
     when not pg_has_role(current_user, 'pg_read_all_stats', 'usage') or exists (select from others where backend_type is null)
       then format('role %1$I may not see when other sessions'' transactions began. '
-                  'Run as a superuser: grant pg_read_all_stats to %1$I;', current_user)
+                  'Run as an administrator: grant pg_monitor to %1$I;', current_user)
     else (
       select format('pid %1$s, application "%2$s", role %3$s hides when its transaction began: track_activities is or was off, or it writes '
                     'over a replication connection. Run: alter role %3$I reset track_activities; then end that session: '

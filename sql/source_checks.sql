@@ -13,10 +13,10 @@ with asked as (
 select format('source table %s: there is no such table, or it may not be seen. Is SOURCE_DATABASE_URL the right database?', name) as fault
 from source where oid is null
 union all
-select format('source table %s: role %s may not read it. Run as a superuser: grant select on %1$s to %2$s;', name, role)
+select format('source table %s: role %s may not read it. Run as an administrator: grant select on %1$s to %2$s;', name, role)
 from source where not has_table_privilege(oid, 'select')
 union all
-select format('source table %s: row-level security would hide rows from role %s. Run as a superuser: alter role %2$s bypassrls; '
+select format('source table %s: row-level security would hide rows from role %s. Run as an administrator: alter role %2$s bypassrls; '
               'or alter table %1$s disable row level security;', name, role)
 from source where row_security_active(oid)
 union all

@@ -6,58 +6,56 @@
  *
  *   safe to re-run   yes: it replaces a day's rows in one transaction
  */
-import { Readable } from "node:stream";
-import { finished, pipeline } from "node:stream/promises";
-import type { TransactionSql } from "postgres";
+import { pipeline } from "node:stream/promises";
+import type { Sql } from "postgres";
 import { readEnv } from "../../shared/env.ts";
-import { addDays, midnight, type Part } from "../../shared/events/archive.ts";
-import type { Bucket } from "../../shared/events/s3.ts";
+import { addDays, midnight } from "../../shared/events/archive.ts";
 import { main } from "../../shared/main.ts";
-import { dayVariables, eachDay, readDay, readPart } from "./lib/events.ts";
+import { checkSession, connect } from "../../shared/session.ts";
+import { dayVariables, eachDay, openReading, readDay, readPart } from "./lib/events.ts";
 
 await main(import.meta, async () => {
-  await eachDay("restore-events", "ETL_DATABASE_URL", readEnv(dayVariables), async (of) => {
-    const { day, bucket, sql: etl } = of;
+  const env = readEnv(dayVariables);
+  const reading = await openReading("restore-events", env);
+  const { bucket } = reading;
+  await using etl = connect(env.ETL_DATABASE_URL, reading.session);
+  await checkSession("ETL_DATABASE_URL", etl);
+  await eachDay(reading, async (day) => {
     const window = `FROM=${day} TO=${addDays(day)}`;
-    const manifest = await readDay(of, async ({ parts }) => {
-      await etl.begin(async (sql) => {
-        await sql`lock table etl.events_restored in share row exclusive mode`; // another restore waits
-        await sql`create temp table lines (line text) on commit drop`;
-        for (const part of parts) await copyPart(bucket, part, sql);
-        await replaceDay(sql, day);
-      });
+    const manifest = await readDay(bucket, day, async ({ parts }) => {
+      // 1. The day's lines into a table of this session: nothing is restored before all of them are checked.
+      await etl`drop table if exists lines`;
+      await etl`create temp table lines (line text)`;
+      for (const part of parts) {
+        const copy = await etl`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
+        await pipeline(readPart(bucket, part), copy);
+      }
+      // 2. Those in the place of the day's rows.
+      await replaceDay(etl, day);
     }).catch((error: Error) => {
-      if (error.name !== "NoSuchKey" && error.name !== "Damaged") throw error;
+      if (error.name !== "Damaged") throw error;
       throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);
     });
-    return { manifest, fault: manifest ? undefined : `is not archived. Next: make backfill-events ${window}` };
+    if (!manifest) throw new Error(`is not archived. Next: make backfill-events ${window}`);
+    return manifest;
   });
 });
 
-async function copyPart(bucket: Bucket, part: Part, sql: TransactionSql): Promise<void> {
-  const copy = await sql`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
-  try {
-    await readPart(bucket, part, (lines) => pipeline(Readable.from(lines), copy));
-  } catch (error) {
-    copy.destroy(error as Error); // the transaction cannot be rolled back while the COPY waits for lines
-    throw error;
-  } finally {
-    await finished(copy).catch(() => {});
-  }
-}
-
 /** Puts the rows of `lines` in the place of the day's. */
-async function replaceDay(sql: TransactionSql, day: string): Promise<void> {
-  await sql`
-    delete from etl.events_restored
-    where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;
-  const columns = await sql<{ name: string; type: string }[]>`
+async function replaceDay(etl: Sql, day: string): Promise<void> {
+  const columns = await etl<{ name: string; type: string }[]>`
     select quote_ident(attname) as name, format_type(atttypid, null) as type from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
   // jsonb_populate_record takes JSON's null for NULL.
   const values = columns.map(({ name, type }) => (type === "jsonb" ? `line -> '${name}'` : `r.${name}`));
-  await sql.unsafe(
-    `insert into etl.events_restored (${columns.map(({ name }) => name)}) select ${values}
-     from (select line::jsonb as line from lines) l, jsonb_populate_record(null::etl.events_restored, line) r`,
-  );
+  await etl.begin(async (sql) => {
+    await sql`lock table etl.events_restored in share row exclusive mode`; // another restore waits
+    await sql`
+      delete from etl.events_restored
+      where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;
+    await sql.unsafe(
+      `insert into etl.events_restored (${columns.map(({ name }) => name)}) select ${values}
+       from (select line::jsonb as line from lines) l, jsonb_populate_record(null::etl.events_restored, line) r`,
+    );
+  });
 }

@@ -1,4 +1,5 @@
-/** Debezium's connector: its names, and whether it runs. */
+/** Debezium's connector: its names, Kafka Connect's REST interface, and whether it runs. */
+import { setTimeout as delay } from "node:timers/promises";
 import { httpUrl, redact, required, UsageError } from "../env.ts";
 
 export const connectVariables = { CONNECT_URL: required(httpUrl) };
@@ -22,8 +23,8 @@ export function namesOf(env: { SENSORS_TOPIC: string }): Record<"prefix" | "conn
   };
 }
 
-/** What Kafka Connect answers to GET …/status. Source: https://kafka.apache.org/documentation/#connect_rest */
-export interface ConnectorStatus {
+/** What Kafka Connect answers to GET …/status. */
+interface ConnectorStatus {
   connector: { state: string; trace?: string };
   tasks: { id: number; state: string; trace?: string }[];
 }
@@ -31,22 +32,45 @@ export interface ConnectorStatus {
 export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
   tasks.length > 0 && [connector, ...tasks].every(({ state }) => state === "RUNNING");
 
-/** A request to /connectors/NAME/… @throws Error where Connect does not answer. */
-export async function askConnect(env: ConnectEnv, method: string, path: string, body?: object): Promise<Response> {
-  return await fetch(new URL(`/connectors/${namesOf(env).connector}${path}`, env.CONNECT_URL), {
-    method,
-    headers: { "content-type": "application/json" },
-    ...(body && { body: JSON.stringify(body) }),
-    signal: AbortSignal.timeout(60_000),
-  }).catch((error: Error) => {
-    const { code, message } = (error.cause ?? error) as { code?: string; message: string };
-    const away = `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}`;
-    throw new Error(redact(`${away}. For the local stack: make up`));
-  });
+/**
+ * A request to /connectors/NAME/…, repeated while Connect is rebalancing. https://kafka.apache.org/documentation/#connect_rest
+ * @returns the answer, or undefined where there is no such connector.
+ * @throws Error where Connect does not answer, or with its own words.
+ */
+export async function askConnect<T>(
+  env: ConnectEnv,
+  method: string,
+  path: string,
+  body?: object,
+): Promise<T | undefined> {
+  for (let attempt = 1; ; attempt++) {
+    const answer = await fetch(new URL(`/connectors/${namesOf(env).connector}${path}`, env.CONNECT_URL), {
+      method,
+      headers: { "content-type": "application/json" },
+      ...(body && { body: JSON.stringify(body) }),
+      signal: AbortSignal.timeout(60_000),
+    }).catch((error: Error) => {
+      const { code, message } = (error.cause ?? error) as { code?: string; message: string };
+      const away = `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}`;
+      throw new Error(redact(`${away}. For the local stack: make up`));
+    });
+    const text = await answer.text();
+    if (answer.status === 404) return undefined;
+    if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
+    // 409, or 500 for reads (Kafka 4, HerderRequestHandler.completeRequest).
+    const rebalancing = answer.status === 409 || text.includes("a rebalance is expected");
+    if (!rebalancing || attempt === 60) {
+      const { pathname } = new URL(answer.url);
+      throw new Error(`Kafka Connect refused ${method} ${pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
+    }
+    await delay(500);
+  }
 }
+
+export const connectorStatus = (env: ConnectEnv) => askConnect<ConnectorStatus>(env, "GET", "/status");
 
 /** Whether the connector and its task run. @throws Error where Connect does not answer. */
 export async function isRunning(env: ConnectEnv): Promise<boolean> {
-  const answer = await askConnect(env, "GET", "/status");
-  return answer.ok && allRunning((await answer.json()) as ConnectorStatus);
+  const status = await connectorStatus(env);
+  return status !== undefined && allRunning(status);
 }

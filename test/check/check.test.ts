@@ -103,7 +103,9 @@ await test("the MERGE quotes a reserved word; without the quotes, with another c
     /^schemas\/bigquery\/orders\.json: MERGE:4:\d+: Syntax error: Unexpected keyword ORDER\n {4}WHEN NOT MATCHED THEN INSERT \(id, /,
   );
   const wrong = await check("googlesql", (scratch) => {
-    scratch.edit("scripts/orders.ts", (code) => code.replace('cursor: "updated_at"', 'cursor: "changed_at"'));
+    scratch.edit("schemas/bigquery/orders.json", (json) =>
+      json.replace('"cursor": "updated_at"', '"cursor": "changed_at"'),
+    );
     scratch.editFields("users", (all) =>
       all.map((field) => (field.name === "id" ? { ...field, type: "JSON" } : field)),
     );
@@ -184,7 +186,7 @@ await test("Postgres: a contract that its source does not fulfil, and a fault in
   );
   const cast = await check("postgres", (scratch) => {
     scratch.edit("shared/bigquery/types.ts", (code) =>
-      code.replace("numeric: { NUMERIC: asText", "numeric: { NUMERIC: asBase64"),
+      code.replace('"NUMERIC BIGNUMERIC", "?::text"', '"NUMERIC BIGNUMERIC", "encode(?, \'base64\')"'),
     );
   });
   assert.deepEqual(cast, [

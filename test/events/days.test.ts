@@ -2,19 +2,12 @@
 // stack (make up).
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
-import { buffer } from "node:stream/consumers";
 import { after, suite, test } from "node:test";
 import { gunzipSync } from "node:zlib";
 import { DeleteBucketCommand, HeadObjectCommand } from "@aws-sdk/client-s3";
 import { addDays, readManifest } from "../../shared/events/archive.ts";
-import {
-  type Bucket,
-  createBucket,
-  getStream,
-  listObjects,
-  listUploads,
-  removeObjects,
-} from "../../shared/events/s3.ts";
+import { type Bucket, createBucket, listObjects, removeObjects } from "../../shared/events/s3.ts";
+import { readObject } from "../lib/s3.ts";
 import { connectBucket, createShop, lowestPeaks, type Result } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 
@@ -23,7 +16,6 @@ after(() => Promise.all([shop, memoryShop].map((one) => one[Symbol.asyncDispose]
 
 const script = "scripts/ops/backfill-events.ts";
 const sha256 = (bytes: Buffer): string => createHash("sha256").update(bytes).digest("hex");
-const read = async (bucket: Bucket, key: string): Promise<Buffer> => buffer(await getStream(bucket, key));
 const keysBelow = async (bucket: Bucket, prefix: string): Promise<string[]> =>
   (await Array.fromAsync(listObjects(bucket, prefix))).map(({ key }) => key).sort();
 const runOf = ({ stderr }: Result): string => /run=(\w+) step=/.exec(stderr)?.[1] ?? "";
@@ -59,13 +51,12 @@ async function assertArchived(day: string, run: Result, sizes: number[], bucket 
   const folder = `${bucket.prefix}events/dt=${day}/`;
   const parts = sizes.map((_, index) => `${folder}part-${String(index + 1).padStart(4, "0")}-${id}.ndjson.gz`);
   assert.deepEqual(await keysBelow(bucket, folder), [`${folder}manifest.json`, ...parts]);
-  assert.deepEqual(await Array.fromAsync(listUploads(bucket, folder)), []);
 
   const there = await shop.admin<{ id: string }[]>`
     select id::text from public.events
     where created_at >= ${`${day}Z`}::text::timestamptz and created_at < ${`${addDays(day)}Z`}::text::timestamptz
     order by events.created_at, events.id`;
-  const packed = await Promise.all(parts.map((key) => read(bucket, key)));
+  const packed = await Promise.all(parts.map((key) => readObject(bucket, key)));
   const raw = packed.map((bytes) => gunzipSync(bytes));
   const lines = raw.map((bytes) => bytes.toString().split("\n").slice(0, -1));
   const ids = lines.map((some) => some.map((line) => /^\{"id":(-?\d+),/.exec(line)?.[1]));
@@ -80,7 +71,7 @@ async function assertArchived(day: string, run: Result, sizes: number[], bucket 
   );
   assert.equal(ids.flat().length, there.length);
 
-  const { created_at, ...manifest } = JSON.parse((await read(bucket, `${folder}manifest.json`)).toString());
+  const { created_at, ...manifest } = JSON.parse((await readObject(bucket, `${folder}manifest.json`)).toString());
   const sorted = there.map((row) => BigInt(row.id)).sort((a, b) => (a < b ? -1 : 1));
   assert.deepEqual(manifest, {
     day,
@@ -117,14 +108,7 @@ suite("archive", { concurrency: true }, () => {
       [{}, needs],
       [{ FROM: "2017-01-01" }, wrong(`FROM was given without the other: ${both}. ${pair}`)],
       [{ TO: "2017-01-01" }, wrong(`TO was given without the other: ${both}. ${pair}`)],
-      [
-        { FROM: "2017-01-01", TO: "2017-01-01" },
-        "FROM and TO are both 2017-01-01, and TO is exclusive: there is no day between them. For that day: TO=2017-01-02",
-      ],
-      [
-        { FROM: "2016-12-31", TO: "2016-12-31" },
-        "FROM and TO are both 2016-12-31, and TO is exclusive: there is no day between them. For that day: TO=2017-01-01",
-      ],
+      [{ FROM: "2017-01-01", TO: "2017-01-01" }, needs],
       [
         { FROM: "2017-01-03", TO: "2017-01-01" },
         wrong(
@@ -217,7 +201,7 @@ suite("archive", { concurrency: true }, () => {
       assert.deepEqual(await keysBelow(shop.bucket, `${shop.bucket.prefix}events/dt=2020-03-02`), []);
       const { code, stderr } = await verify("2020-02-28", "2020-03-02");
       assert.equal(code, 0, stderr);
-      assert.match(stderr, /step=done run=\w+ days=3 rows=8 bytes=\d+ differ=0 /);
+      assert.match(stderr, /step=done run=\w+ days=3 rows=8 bytes=\d+ failed=0 /);
     });
 
     test("the end of a year, and years with odd names", async () => {
@@ -333,7 +317,7 @@ suite("archive", { concurrency: true }, () => {
       const day = "2017-05-01";
       const S3_BUCKET = shop.dataset.replaceAll("_", "-");
       const bucket = connectBucket({ ...shop.env, S3_BUCKET, S3_PREFIX: "" });
-      await createBucket(bucket, shop.env.AWS_REGION ?? "");
+      await createBucket(bucket);
       try {
         const result = await archive(day, addDays(day), { S3_BUCKET, S3_PREFIX: "//" });
         await assertArchived(day, result, [3], bucket);

@@ -12,9 +12,9 @@ import { createInterface } from "node:readline";
 import { suite } from "node:test";
 import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { applyMigrations, inPostgres } from "../../scripts/ops/lib/migrations.ts";
+import { migratePostgres } from "../../scripts/ops/lib/migrations.ts";
 import { readContract } from "../../shared/bigquery/contract.ts";
-import { type Bucket, connectS3, listObjects, listUploads, removeObjects } from "../../shared/events/s3.ts";
+import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { pushgatewayProgram } from "../stack/pushgateway.ts";
@@ -111,15 +111,10 @@ export const connectClickHouse = (env: Env): ClickHouseClient =>
 
 /** The bucket of an environment. */
 export function connectBucket(env: Env): Bucket {
-  const {
-    S3_ENDPOINT,
-    S3_BUCKET = "",
-    S3_PREFIX = "",
-    AWS_REGION = "",
-    AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY,
-  } = env;
-  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY });
+  const { S3_ENDPOINT, S3_BUCKET = "", S3_PREFIX = "", AWS_REGION = "" } = env;
+  const { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY } = env;
+  Object.assign(process.env, { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY }); // where S3's client looks for them
+  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION });
 }
 
 export interface ShopOptions {
@@ -344,7 +339,6 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
         if (datasetId.startsWith(name))
           await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
-      for await (const { abort } of listUploads(bucket, bucket.prefix)) await abort();
       await removeObjects(
         bucket,
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
@@ -374,7 +368,7 @@ async function templateDatabase(server: Sql, base: Env): Promise<string> {
     await server.unsafe(`create database ${name}_new`);
     await createSource(at(base.STACK_ADMIN_DATABASE_URL), []);
     const etl = postgres(at(base.ETL_DATABASE_URL), { max: 1, onnotice: () => {} });
-    await applyMigrations("sql/etl", inPostgres(etl), (_, apply) => apply().then(() => {}));
+    await migratePostgres(etl);
     await etl.end();
     await server.unsafe(`alter database ${name}_new rename to ${name}`);
   }

@@ -307,7 +307,7 @@ stepsOfPipeline((pipeline) => {
     await using reader = await createRole("blind", `grant select on ${shop.table} to ROLE`);
     const variables = { SOURCE_DATABASE_URL: reader.url };
     const says = new RegExp(
-      `role ${reader.name} may not see when .*Run as a superuser: grant pg_read_all_stats to ${reader.name};`,
+      `role ${reader.name} may not see when .*Run as an administrator: grant pg_monitor to ${reader.name};`,
     );
     await assertRefuses(
       { code: 1, says, variables },
