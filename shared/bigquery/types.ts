@@ -3,6 +3,7 @@
  * the SQL here ? is the value: a column, or an array's element. An array's elements go as its type does, into a REPEATED field.
  */
 import type { TableField } from "@google-cloud/bigquery";
+import { rowName } from "../refused.ts";
 import { quote } from "../session.ts";
 import type { Column } from "../source.ts";
 
@@ -119,7 +120,3 @@ export function jsonLines(pipeline: string, fields: Field[], key: string[], sele
 export function freeName(fields: Field[], wanted: string): string {
   return fields.some(({ name }) => name.toLowerCase() === wanted) ? freeName(fields, `${wanted}_`) : wanted;
 }
-
-/** SQL: a row's key as text, for example id=17. */
-export const rowName = (key: string[]): string =>
-  key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
