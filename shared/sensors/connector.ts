@@ -1,5 +1,6 @@
 /** Debezium's connector: its names, and whether it runs. */
-import { httpUrl, redact, required, UsageError } from "../env.ts";
+import { httpUrl, required, UsageError } from "../env.ts";
+import { ask } from "../http.ts";
 
 export const connectVariables = { CONNECT_URL: required(httpUrl) };
 export type ConnectEnv = { CONNECT_URL: string; SENSORS_TOPIC: string };
@@ -33,16 +34,9 @@ export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
 
 /** A request to /connectors/NAME/… @throws Error where Connect does not answer. */
 export async function askConnect(env: ConnectEnv, method: string, path: string, body?: object): Promise<Response> {
-  return await fetch(new URL(`/connectors/${namesOf(env).connector}${path}`, env.CONNECT_URL), {
-    method,
-    headers: { "content-type": "application/json" },
-    ...(body && { body: JSON.stringify(body) }),
-    signal: AbortSignal.timeout(60_000),
-  }).catch((error: Error) => {
-    const { code, message } = (error.cause ?? error) as { code?: string; message: string };
-    const away = `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}`;
-    throw new Error(redact(`${away}. For the local stack: make up`));
-  });
+  const headers = { "content-type": "application/json" };
+  const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
+  return await ask("CONNECT_URL", env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`, init, 60);
 }
 
 /** Whether the connector and its task run. @throws Error where Connect does not answer. */

@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import {
   allRunning,
@@ -18,7 +18,11 @@ import {
 import { connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../../shared/session.ts";
 
-export const connectorVariables = { ...connectVariables, REPLICATION_DATABASE_URL: required(postgresUrl) };
+export const connectorVariables = {
+  ...connectVariables,
+  REPLICATION_DATABASE_URL: required(postgresUrl),
+  REPLICATION_PASSWORD_REFERENCE: optional(like(/^\$\{\w+:.+\}$/, "must be PROVIDER:PATH:KEY in braces, behind a $")),
+};
 type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
@@ -34,7 +38,7 @@ export function connectorConfig(env: ConnectorEnv): Record<string, string> {
     "database.port": port || "5432",
     "database.dbname": decodeURIComponent(pathname.slice(1)),
     "database.user": decodeURIComponent(username),
-    "database.password": decodeURIComponent(password),
+    "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? decodeURIComponent(password),
     "database.sslmode": searchParams.get("sslmode") ?? "prefer",
   };
 }
@@ -110,6 +114,12 @@ async function request<T>(env: ConnectorEnv, method: string, path: string, body?
 
 const failedOf = (status?: ConnectorStatus) =>
   status && [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
+
+/** Whether Connect shows the database's password to everybody who may read the connector. */
+export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
+  const config = await request<Record<string, string>>(env, "GET", "/config");
+  return !/^\$\{/.test(config?.["database.password"] ?? "${");
+}
 
 /** Creates or changes the connector and lets it run. What has failed is restarted: an unchanged configuration does not do that. */
 export async function putConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
