@@ -1,4 +1,6 @@
 /** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. And HEARTBEAT_URL. */
+
+import { ask } from "./http.ts";
 import { log } from "./log.ts";
 
 /** Name → value; ops/README.md, "Metrics", says what they are. */
@@ -16,11 +18,20 @@ export async function pushMetrics(
   values: Metrics,
   within: Record<string, string> = {},
 ): Promise<void> {
-  const { Gauge, Pushgateway, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
+  const { Gauge, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
   const registry = new Registry();
   for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);
-  const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
-  await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
+  await askGateway(url, "POST", { pipeline, ...within }, await registry.metrics());
+}
+
+/** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
+export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
+
+async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
+  const path = ["metrics", ...Object.entries({ job: "etl", ...group }).flat()].map(encodeURIComponent).join("/");
+  const answer = await ask("PUSHGATEWAY_URL", url, path, { method, ...(body !== undefined && { body }) }, 5);
+  if (!answer.ok)
+    throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${(await answer.text()).slice(0, 300)}`);
 }
 
 /**
