@@ -127,7 +127,7 @@ suite("archive", { concurrency: true }, () => {
     for (const command of ["verify-events", "restore-events"]) {
       test(`make ${command} without FROM and TO`, async () => {
         const { code, stderr } = await shop.run(`scripts/ops/${command}.ts`);
-        assert.equal(stderr, `error: ${needs.replaceAll("backfill-events", command)}`);
+        assert.ok(stderr.startsWith(`error: make ${command} needs FROM and TO`), stderr);
         assert.equal(code, 2);
       });
     }
