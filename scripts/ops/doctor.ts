@@ -1,7 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
  * doctor: checks a set-up before its first run, one line a check: `ok`, or `FAIL` with what to do. What a run checks first is
- * checked by the same code; it goes on past what fails, and exits 1 if anything did.
+ * checked by the same code; it continues past what fails, and exits 1 if anything did.
  *
  *   the source        its connection and role, which may write nothing; open transactions can be seen; track_activities; of each
  *                     pipeline its columns, the index on its cursor, the trigger that keeps it, and the watermark (sql/doctor.sql)

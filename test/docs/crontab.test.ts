@@ -155,7 +155,7 @@ for (const { command, target } of jobs) {
   });
 }
 
-test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, and the next run goes on", async () => {
+test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, and the next run resumes", async () => {
   const { shop } = sensors;
   const { command = "" } = jobs.find(({ target }) => target === "orders") ?? {};
   await shop.updateRows(1, 10, "late");
