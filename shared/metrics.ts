@@ -23,12 +23,12 @@ export async function pushMetrics(
   await askGateway(url, "POST", { pipeline, ...within }, await registry.metrics());
 }
 
-/** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
-export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
-
 async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
   const path = ["metrics", ...Object.entries({ job: "etl", ...group }).flat()].map(encodeURIComponent).join("/");
   const answer = await ask("PUSHGATEWAY_URL", url, path, { method, ...(body !== undefined && { body }) }, 5);
-  if (!answer.ok)
-    throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${(await answer.text()).slice(0, 300)}`);
+  const text = await answer.text(); // its end, too, comes within the time
+  if (!answer.ok) throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
 }
+
+/** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
+export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
