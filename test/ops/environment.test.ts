@@ -38,10 +38,10 @@ async function behind(target = ""): Promise<HttpProxy & { below: string }> {
 }
 
 test("Kafka Connect and the Pushgateway with a login, below a path: connector, push, status and doctor", async () => {
-  await using connect = await behind(shop.servers.env.CONNECT_URL);
+  await using connect = await behind(shop.env.CONNECT_URL);
   await using gateway = await behind(shop.env.PUSHGATEWAY_URL);
   const env = { CONNECT_URL: connect.below, PUSHGATEWAY_URL: `${gateway.below}/` };
-  const connector = new URL(`connectors/etl-${shop.dataset}-sensor_readings`, shop.servers.env.CONNECT_URL);
+  const connector = new URL(`connectors/etl-${shop.dataset}-sensor_readings`, shop.env.CONNECT_URL);
   try {
     await shop.succeed("scripts/ops/connector.ts", env);
     await shop.succeed("scripts/orders.ts", env);
@@ -81,7 +81,7 @@ test("the connector's password by the worker's config provider: nobody reads it 
   const env = { ...servers.env, REPLICATION_PASSWORD_REFERENCE: `\${file:${secrets}:password}` };
   try {
     await shop.succeed("scripts/ops/connector.ts", env);
-    const shown = await fetch(new URL(`connectors/etl-${shop.dataset}-sensor_readings`, env.CONNECT_URL));
+    const shown = await fetch(new URL(`connectors/etl-${shop.dataset}-sensor_readings`, servers.env.CONNECT_URL));
     assert.doesNotMatch(await shown.text(), /local-only/);
     const { code, stdout } = await shop.run(doctor, { ...env, PIPELINE: "sensors" });
     assert.match(stdout, /^ok {4}sensors: connector \S+$/m);
