@@ -12,7 +12,7 @@ export NODE_COMPILE_CACHE := $(CURDIR)/node_modules/.cache/compile
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^# [A-Z][a-z ]+$$/ { printf "\n%s\n", substr($$0, 3) } /^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^# [A-Z][a-z ]+$$/ { printf "\n%s\n", substr($$0, 3) } /^[a-z0-9_-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # npm ci empties node_modules first, also through a link.
 node_modules/.package-lock.json: package-lock.json
@@ -79,6 +79,14 @@ verify-events: setup ## Read the archive back and compare it with manifests and 
 .PHONY: restore-events
 restore-events: setup ## Restore archived days into etl.events_restored: FROM= TO=
 	@node scripts/ops/restore-events.ts
+
+.PHONY: new-pipeline
+new-pipeline: setup ## Write a pipeline from a table to BigQuery: TABLE= EVERY=1d (NAME= CURSOR= KEY= DRY_RUN=1)
+	@node scripts/ops/new-pipeline.ts
+
+.PHONY: new-column
+new-column: setup ## Sync a column that the contract does not have: PIPELINE= COLUMN= (DRY_RUN=1)
+	@node scripts/ops/new-column.ts
 
 .PHONY: connector
 connector: setup ## Register Debezium's connector with Kafka Connect, and wait until it runs

@@ -17,14 +17,7 @@
  * Touches: reads the source as a read-only role; writes objects below events/ in the bucket, schema etl, and the Pushgateway.
  */
 import { readEnv, UsageError } from "../shared/env.ts";
-import {
-  addDays,
-  archiveDays,
-  archiveVariables,
-  daysBetween,
-  midnight,
-  openArchive,
-} from "../shared/events/archive.ts";
+import { addDays, archiveDays, archiveVariables, daysBetween, openArchive } from "../shared/events/archive.ts";
 import { main } from "../shared/main.ts";
 import { type Run, runPipeline, takeLock } from "../shared/run.ts";
 import { advance, takeWindow, type Window } from "../shared/watermark.ts";
@@ -46,9 +39,9 @@ await main(import.meta, async () => {
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest. The watermark
     // follows, up to the first day that failed.
-    await archiveDays(archive, days, new Map(), async (day) => {
-      await advance(run, { from: run.watermark ?? window.from, to: midnight(addDays(day)) }, window.origin);
-    });
+    await archiveDays(archive, days, new Map(), (end) =>
+      advance(run, { from: run.watermark ?? window.from, to: end }, window.origin),
+    );
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });
 });
@@ -59,9 +52,7 @@ async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   const bound = to.slice(0, 10);
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
-  const [oldest] = await run.source<
-    { day: string | null }[]
-  >`select min(created_at)::date::text as day from public.events`;
+  const [oldest] = await run.source`select min(created_at)::date::text as day from public.events`;
   if (oldest?.day && oldest.day < yesterday) {
     const next = `make backfill-events FROM=${oldest.day} TO=${yesterday}`;
     run.log("first-run", { archives: yesterday, older_days_from: oldest.day, next });

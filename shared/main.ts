@@ -14,7 +14,10 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
     });
   // Also what is thrown here: scripts await it at their top level.
   process.on("uncaughtException", (error) => setImmediate(() => !elsewhere.has(error) && fail(error)));
-  process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
+  process.removeAllListeners("warning").on("warning", ({ name, message }) => {
+    // kafkajs sets timers of a negative time, which does no harm.
+    if (name !== "TimeoutNegativeWarning") log({ step: "warning", warning: message });
+  });
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
     const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";

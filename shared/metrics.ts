@@ -1,6 +1,6 @@
-/** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. */
-
-import { ask } from "./http.ts";
+/** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. And HEARTBEAT_URL. */
+import { ask, below } from "./http.ts";
+import { log } from "./log.ts";
 
 /** Name → value; ops/README.md, "Metrics", says what they are. */
 export type Metrics = Record<string, number>;
@@ -25,10 +25,33 @@ export async function pushMetrics(
 
 async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
   const path = ["metrics", ...Object.entries({ job: "etl", ...group }).flat()].map(encodeURIComponent).join("/");
-  const answer = await ask("PUSHGATEWAY_URL", url, path, { method, ...(body !== undefined && { body }) }, 5);
+  const answer = await ask("PUSHGATEWAY_URL", below(url, path), { method, ...(body !== undefined && { body }) }, 5);
   const text = await answer.text(); // its end, too, comes within the time
   if (!answer.ok) throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
 }
 
 /** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
 export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
+
+/**
+ * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus.
+ * @returns tells it of an event, after those before; takes at most 5 s each, and never throws.
+ */
+export function createHeartbeat(pipeline: string, url: string): (event: "start" | "success" | "fail") => Promise<void> {
+  let before = Promise.resolve();
+  const get = async (event: string): Promise<void> => {
+    const target = new URL(url.replaceAll("{pipeline}", pipeline));
+    if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
+    const { ok, status, body } = await ask("HEARTBEAT_URL", target, {}, 5);
+    await body?.cancel();
+    if (!ok) throw new Error(`HTTP status ${status}`);
+  };
+  return (event) => {
+    const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
+    const told = before.then(() => (url ? get(event) : undefined));
+    before = told.catch(({ message, cause }: Error) =>
+      log({ pipeline, step: "warning", warning, error: (cause as Error | undefined)?.message || message }),
+    );
+    return before;
+  };
+}

@@ -3,18 +3,19 @@ import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
+import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
-import { type Metrics, pushMetrics } from "./metrics.ts";
+import { createHeartbeat, type Metrics, pushMetrics } from "./metrics.ts";
 import { checkSession, connect, type SessionOptions, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
   ETL_DATABASE_URL: required(postgresUrl),
-  PUSHGATEWAY_URL: required(httpUrl),
+  PUSHGATEWAY_URL: required(baseUrl),
   RUN_TIMEOUT_SECONDS: optional(number(1, 604_800, false), 1800),
   RETENTION_DAYS: optional(number(1, 36_500), 400),
+  HEARTBEAT_URL: optional(httpUrl, ""),
 };
 
 /** What every pipeline from Postgres reads. */
@@ -53,8 +54,10 @@ export interface Run {
   /** Seconds since the run began. */
   seconds(): number;
   state: "new" | "locked" | "skipped";
-  /** Sums over the chunks, for the report. */
-  totals: { chunks: number; rows: number; bytes: number };
+  /** Sums over the chunks, and what BigQuery billed, for the report. */
+  totals: { rows: number; bytes: number; chunks: number; bytes_billed: number };
+  /** Tells HEARTBEAT_URL, after what was told before. Never throws; takes at most 5 s. */
+  tell: ReturnType<typeof createHeartbeat>;
   /** The window and the watermark, once known, for the record. */
   window?: Window;
   watermark?: string;
@@ -89,7 +92,8 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     await within5s(Promise.allSettled([...undos].map((undo) => undo())));
     if (run.state === "locked") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
   }
-  if (run.state !== "skipped" && !run.byHand) await push(run, env.PUSHGATEWAY_URL, failure !== undefined);
+  if (run.state !== "skipped" && !run.byHand)
+    await Promise.all([push(run, env.PUSHGATEWAY_URL, failure !== undefined), run.tell(failure ? "fail" : "success")]);
   const [{ totals, watermark }, seconds] = [run, run.seconds()];
   if (failure) {
     run.log("failed", { rows: totals.rows, chunks: totals.chunks, seconds, watermark });
@@ -134,7 +138,8 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     log: (step, fields = {}) => log({ pipeline, run: id, step, ...fields }),
     seconds: () => Math.round(performance.now() - started) / 1000,
     state: "new",
-    totals: { rows: 0, bytes: 0, chunks: 0 },
+    totals: { rows: 0, bytes: 0, chunks: 0, bytes_billed: 0 },
+    tell: createHeartbeat(pipeline, env.HEARTBEAT_URL),
     metrics: {},
   };
   return run;
@@ -154,6 +159,7 @@ async function push({ pipeline, metrics, totals, log, seconds }: Run, url: strin
         etl_last_success_timestamp_seconds: now,
         etl_rows: totals.rows,
         etl_bytes: totals.bytes,
+        etl_bytes_billed: totals.bytes_billed,
         etl_duration_seconds: seconds(),
       };
   const pushed = pushMetrics(url, pipeline, { ...metrics, ...outcome, etl_last_run_timestamp_seconds: now });
@@ -169,9 +175,10 @@ export function reportChunk(
   done: { rows: number; bytes: number; inserted: number; updated: number },
 ): void {
   progress("");
-  const { chunks, rows, bytes } = run.totals;
-  run.totals = { rows: rows + done.rows, bytes: bytes + done.bytes, chunks: chunks + 1 };
-  run.log("chunk", { chunk: chunks + 1, from, to, ...done, seconds: run.seconds() });
+  run.totals.rows += done.rows;
+  run.totals.bytes += done.bytes;
+  run.totals.chunks += 1;
+  run.log("chunk", { chunk: run.totals.chunks, from, to, ...done, seconds: run.seconds() });
 }
 
 /**
@@ -181,8 +188,8 @@ export function reportChunk(
 async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
   const { pipeline, etl, totals, window, watermark } = run;
   await etl`
-    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, error = ${error ?? null},
-      finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
+    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes},
+      bytes_billed = ${totals.bytes_billed}, error = ${error ?? null}, finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
       chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
     where run_id = ${run.id}`;
   if (error) return;
@@ -243,6 +250,7 @@ export async function takeLock(run: Run): Promise<boolean> {
     insert into etl.runs (run_id, pipeline, state, host, pid)
     values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
   run.state = "locked";
+  if (!run.byHand) void run.tell("start"); // the work need not wait for it
   return true;
 }
 

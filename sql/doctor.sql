@@ -2,9 +2,11 @@
 -- what is worth knowing. It reads the catalogue only. etl.part is the URL whose role asks: source, metadata or replication. In psql:
 --   set etl.part = 'source'; set etl.tables = 'orders:public.orders:updated_at events:public.events:created_at'; \i sql/doctor.sql
 with tables as (
-  select split_part(one, ':', 1) as name, split_part(one, ':', 2) as path, to_regclass(split_part(one, ':', 2))::oid as relation,
-    split_part(one, ':', 3) as cursor
+  -- By the names in the catalogue: make new-pipeline asks before the role may use the schema.
+  select split_part(one, ':', 1) as name, split_part(one, ':', 2) as path, split_part(one, ':', 3) as cursor, c.oid as relation,
+    format('%I.%I', nspname, relname || '_set_' || split_part(one, ':', 3)) as function
   from unnest(string_to_array(current_setting('etl.tables', true), ' ')) as one
+  left join (pg_class c join pg_namespace n on n.oid = relnamespace) on format('%I.%I', nspname, relname) = split_part(one, ':', 2)
 ), relations as (
   select oid, relkind, relnamespace, oid::regclass::text as name from pg_class
   where relnamespace not in (select oid from pg_namespace where nspname ~ '^pg_' or nspname = 'information_schema')
@@ -89,8 +91,10 @@ with tables as (
       'Run as its owner: alter table %1$s alter %2$s set default now();', path, cursor)
     when disabled is not null then
       format('its trigger %I is disabled. Run as its owner: alter table %s enable trigger %1$I;', disabled, path)
-    else format('%s has no trigger that sets %s before each insert and update of a row. '
-      'Create it as in test/data/schema.sql (set_updated_at)', path, cursor) end
+    else format('%1$s has no trigger that sets %2$s before each insert and update of a row. Run as its owner: '
+      'create or replace function %3$s() returns trigger language plpgsql as '
+      '$x$begin new.%2$I := clock_timestamp(); return new; end$x$; '
+      'create or replace trigger set_%2$s before insert or update on %1$s for each row execute function %3$s();', path, cursor, function) end
   from tables join triggers using (name), lateral (
     select (inserts or exists (select from dated where dated.name = tables.name)) and (updates or name = 'events') as ok) judged
   union all
@@ -101,12 +105,6 @@ with tables as (
     select string_agg(name, ', ' order by name) as tables from relations where relnamespace = to_regnamespace('etl') and relkind = 'r'
       and not (has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
         and has_table_privilege(oid, 'update') and has_table_privilege(oid, 'delete'))) unwritable
-  union all
-  select 'replication', 'role may read the table, and write the heartbeat', may is true,
-    case when may is not true then format('%s may not. Run sql/replication.sql as an administrator', current_user) end
-  from (
-    select has_table_privilege(to_regclass('public.sensor_readings'), 'select') and has_table_privilege(heartbeat, 'insert')
-      and has_table_privilege(heartbeat, 'update') as may from to_regclass('public.etl_heartbeat') heartbeat) privileges
   union all
   select 'replication', 'slot ' || name, not elsewhere and not lost and not none_free, case
     when elsewhere then format('it is of database %s. Choose another prefix in SENSORS_TOPIC, then: make connector', database)

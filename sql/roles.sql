@@ -44,6 +44,7 @@ begin
   foreach source_table in array array['public.orders', 'public.users', 'public.events', 'public.sensor_readings'] loop
     continue when to_regclass(source_table) is null or has_table_privilege('etl_reader', source_table, 'select');
     begin
+      execute format('grant usage on schema %s to etl_reader', split_part(source_table, '.', 1));
       execute format('grant select on %s to etl_reader', source_table);
     exception when insufficient_privilege then
       raise warning 'run as the owner of %: grant select on % to etl_reader;', source_table, source_table;

@@ -28,6 +28,13 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
 /** A job's labels, by which it is found in the list of jobs. */
 export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
+/** Adds what a finished query job was billed to the run's total. Loads and copies are free. */
+export function addBilled(run: Run, statistics: { query?: { totalBytesBilled?: string } } | undefined): number {
+  const billed = Number(statistics?.query?.totalBytesBilled ?? 0);
+  run.totals.bytes_billed += billed;
+  return billed;
+}
+
 /** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;

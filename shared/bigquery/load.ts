@@ -1,12 +1,20 @@
 /** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
-import type { BigQuery, Job } from "@google-cloud/bigquery";
+import type { BigQuery, Job, QueryRowsResponse } from "@google-cloud/bigquery";
 import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
 import { quote, type Window } from "../session.ts";
-import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, labels, ShortLoad } from "./client.ts";
+import {
+  addBilled,
+  type BigQueryEnv,
+  connectBigQuery,
+  ignoreAlreadyThere,
+  isRefusal,
+  labels,
+  ShortLoad,
+} from "./client.ts";
 import { type Contract, checkDestination, type JsonSelect } from "./contract.ts";
 import { freeName, rowName } from "./types.ts";
 
@@ -228,13 +236,17 @@ export async function change(run: Run, { bigquery }: Destination, jobId: string,
   const [{ status, statistics }] = await job.getMetadata();
   if (status?.state !== "DONE" || status.errorResult)
     throw new Error(`BigQuery job ${jobId} ended without a result: ${status?.errorResult?.message ?? status?.state}`);
+  addBilled(run, statistics);
   const { insertedRowCount = 0, updatedRowCount = 0, deletedRowCount = 0 } = statistics.query.dmlStats ?? {};
   return { inserted: Number(insertedRowCount), updated: Number(updatedRowCount), deleted: Number(deletedRowCount) };
 }
 
 /** The rows of a query that returns few. */
 export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: Destination, sql: string): Promise<T[]> {
-  return (await bigquery.query(traceable(run, sql)))[0] as T[];
+  const [rows, , answer] = (await bigquery.query(traceable(run, sql))) as unknown as QueryRowsResponse;
+  const [{ statistics }] = await bigquery.job(answer?.jobReference?.jobId ?? "").getMetadata();
+  addBilled(run, statistics);
+  return rows as T[];
 }
 
 /** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */

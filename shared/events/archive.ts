@@ -2,7 +2,7 @@
  * The archive of events: a day of UTC is events/dt=YYYY-MM-DD/ with its parts and, last, manifest.json. A day is done when its
  * manifest exists; etl.chunks is progress, not truth. Readers go by manifests. A part is one object, held in memory until it is put.
  */
-import { createHash } from "node:crypto";
+import { createHash, hash } from "node:crypto";
 import { once } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import { createGzip } from "node:zlib";
@@ -56,10 +56,7 @@ export interface Manifest {
 type Stored = { manifest: Manifest; etag: string };
 
 /** Where a part of a day starts: after this row, in the order of created_at and id. */
-interface Position {
-  created_at: string;
-  id: string;
-}
+type Position = Record<"created_at" | "id", string>;
 
 /** Compressed bytes of a day's parts. */
 export const bytesOf = (parts: Part[]): number => parts.reduce((sum, { bytes }) => sum + bytes, 0);
@@ -111,11 +108,8 @@ export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Prom
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
-  const wanted = restored.map(({ name, sql }) => ({
-    name,
-    expected: sql,
-    differs: (column: Column) => (column.sql === sql ? undefined : column.sql),
-  }));
+  const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
+  const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
   const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
   return jsonLines(eventsSource.select, columns);
 }
@@ -175,16 +169,16 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   using _stopped = run.onStop(undo);
   try {
     for (let after: Position | undefined = startOf(day); after; ) {
-      const read = await readPart(archive, day, after);
-      if (!read) break;
+      const part = await readPart(archive, day, after);
+      if (!part) break;
       run.signal.throwIfAborted();
       // A part is never overwritten: its run is in its key. Where the key exists, the answer of this PUT was lost.
       const key = `${dayPrefix(bucket, day)}part-${String(parts.length + 1).padStart(4, "0")}-${run.id}.ndjson.gz`;
-      parts.push({ key, ...read.is });
-      putting = put(bucket, key, read.body, undefined, { run: run.id });
+      parts.push({ key, ...part.is });
+      putting = put(bucket, key, part.body, undefined, { run: run.id });
       await putting;
-      read.body.buffer.transfer(0); // frees it at once: the collector would keep it beside the next part's
-      after = read.next;
+      part.body.buffer.transfer(0); // frees it at once: the collector would keep it beside the next part's
+      after = part.next;
     }
     const manifest = await countDay(archive, { day, parts }, before);
     run.signal.throwIfAborted();
@@ -196,24 +190,22 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   }
 }
 
+/** `next`: its last row, where another part may follow. */
+type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined };
+
 /**
  * Reads and compresses as many rows of a day as fit into one part. Its COPY has ended then: a transaction of the source must not wait for S3.
- * @returns the part, and its last row where another part may follow; undefined where there are no rows.
+ * @returns undefined where there are no rows.
  */
-async function readPart(
-  { run, env, select, concurrency }: Archive,
-  day: string,
-  after: Position,
-): Promise<{ body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined } | undefined> {
-  const started = performance.now();
+async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {
+  const [{ run, env, select, concurrency }, started] = [archive, performance.now()];
   const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
   const window = { from: after.created_at, to: midnight(addDays(day)) };
   await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, session, window);
-  const [raw, packed] = [createHash("sha256"), createHash("sha256")];
-  let [body, bytes, rows] = [Buffer.alloc(0), 0, 0];
+  let [buffer, bytes, rows] = [Buffer.alloc(0), 0, 0];
+  const raw = createHash("sha256");
   const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
-    packed.update(piece);
-    bytes += piece.copy(body, bytes);
+    bytes += piece.copy(buffer, bytes);
   });
   let [last, full]: [Buffer | undefined, boolean] = [undefined, false];
   for await (const piece of stream.lines) {
@@ -222,7 +214,7 @@ async function readPart(
     full = rows > 0 && !fits();
     if (full) break; // the next part reads the piece again
     // One row may be larger than a part; gzip makes none a twentieth larger. Memory that is not written to costs nothing.
-    if (!last) body = Buffer.allocUnsafeSlow(Math.max(PART_BYTES, piece.length) * 1.05);
+    if (!last) buffer = Buffer.allocUnsafeSlow(Math.max(PART_BYTES, piece.length) * 1.05);
     const taken = new Promise<void>((done, fail) => gzip.write(piece, (error) => (error ? fail(error) : done())));
     raw.update(piece); // while gzip works, in a thread of its own
     await taken;
@@ -235,8 +227,9 @@ async function readPart(
   if (!last) return undefined;
   gzip.end();
   await once(gzip, "end");
-  const is = { rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") };
-  return { body: body.subarray(0, bytes), is, next: full || rows === env.CHUNK_ROWS ? position(last) : undefined };
+  const body = buffer.subarray(0, bytes);
+  const is = { rows, bytes, sha256: hash("sha256", body), sha256_raw: raw.digest("hex") };
+  return { body, is, next: full || rows === env.CHUNK_ROWS ? position(last) : undefined };
 }
 
 /** The last line's row. Its payload may be large: only the line's two ends are read. */
@@ -305,14 +298,14 @@ async function removeParts({ run, bucket }: Archive, day: string, parts: Part[])
 /**
  * Archives the days, and continues past one that fails.
  * @param failed days that have failed already, with the reason; those that fail are added.
- * @param archived is called after each day that is done, as long as none has failed.
+ * @param archived is called with the end of each day that is done, as long as none has failed.
  * @throws Error at the end that lists the days that failed.
  */
 export async function archiveDays(
   archive: Archive,
   days: string[],
   failed = new Map<string, string>(),
-  archived: (day: string) => Promise<void> = async () => {},
+  archived: (end: string) => Promise<void> = async () => {},
 ): Promise<void> {
   const { run, concurrency, env } = archive;
   const total = days.length + failed.size;
@@ -326,7 +319,7 @@ export async function archiveDays(
       await recordDay(run, day, started, manifest);
       if (manifest.run_id === run.id) reportDay(run, manifest, started);
       else skipped += 1;
-      if (!failed.size) await archived(day);
+      if (!failed.size) await archived(midnight(addDays(day)));
     } catch (error) {
       if (run.signal.aborted) throw error;
       const { message } = error as Error;
@@ -335,7 +328,11 @@ export async function archiveDays(
       await recordDay(run, day, started, { run_id: run.id, rows: 0, parts: [] }, redact(message));
     }
     done += 1;
-    showProgress(run, { done, skipped, days: days.length });
+    const [seconds, { rows, bytes }] = [run.seconds(), run.totals];
+    const bar = "#".repeat(Math.round((done / days.length) * 20)).padEnd(20, "-");
+    const speed = `${thousands(rows)} rows · ${thousands(bytes / 1e6)} MB · ${thousands(rows / seconds)} rows/s`;
+    const left = done > skipped ? duration((seconds / (done - skipped)) * (days.length - done)) : "?";
+    progress(`[${bar}] ${done}/${days.length} days · ${speed} · ${left} left`);
   };
   const queue = days.values();
   const worker = async (): Promise<void> => {
@@ -344,32 +341,24 @@ export async function archiveDays(
   await Promise.all(Array.from({ length: concurrency }, worker));
   progress("");
   run.log("days", { archived: run.totals.chunks, skipped, failed: failed.size });
-  if (!failed.size) return;
-  const list = [...failed.keys()].sort();
-  const forced = ` FORCE=1${env.ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}`;
-  throw new Error(
-    `${failed.size} of ${total} days failed${failed.size < total ? "; the others are archived" : ""}:\n` +
-      `${list.map((day) => `  ${day}: ${failed.get(day)}`).join("\n")}\n` +
-      `Next: make backfill-events FROM=${list[0]} TO=${addDays(list.at(-1) ?? "")}` +
-      `${env.FORCE ? forced : " (days that are done are skipped)"}`,
-  );
+  if (failed.size) throw daysFailed(failed, total, env);
 }
 
 function reportDay(run: Run, { day, rows, parts }: Manifest, started: number): void {
-  const bytes = bytesOf(parts);
-  run.totals.chunks += 1;
-  run.totals.rows += rows;
-  run.totals.bytes += bytes;
+  const [bytes, { totals }] = [bytesOf(parts), run];
+  run.totals = { ...totals, chunks: totals.chunks + 1, rows: totals.rows + rows, bytes: totals.bytes + bytes };
   const seconds = Number((run.seconds() - started).toFixed(3));
   if (!terminal()) run.log("day", { day, rows, bytes, parts: parts.length, seconds });
 }
 
-function showProgress(run: Run, { done, skipped, days }: Record<"done" | "skipped" | "days", number>): void {
-  const [seconds, { rows, bytes }] = [run.seconds(), run.totals];
-  const bar = "#".repeat(Math.round((done / days) * 20)).padEnd(20, "-");
-  const left = done > skipped ? ` · ${duration((seconds / (done - skipped)) * (days - done))} left` : "";
-  const speed = `${thousands(rows)} rows · ${thousands(bytes / 1e6)} MB · ${thousands(rows / seconds)} rows/s`;
-  progress(`[${bar}] ${done}/${days} days · ${speed}${left}`);
+/** The error that lists the days that failed, with the command that archives them. */
+function daysFailed(failed: Map<string, string>, total: number, { FORCE, ALLOW_SHRINK }: Archive["env"]): Error {
+  const days = [...failed.keys()].sort();
+  const others = failed.size < total ? "; the others are archived" : "";
+  const again = FORCE ? ` FORCE=1${ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}` : " (days that are done are skipped)";
+  const list = days.map((day) => `  ${day}: ${failed.get(day)}`).join("\n");
+  const next = `make backfill-events FROM=${days[0]} TO=${addDays(days.at(-1) ?? "")}${again}`;
+  return new Error(`${failed.size} of ${total} days failed${others}:\n${list}\nNext: ${next}`);
 }
 
 /** Records in etl.chunks how a day ended. Progress, for people: whether it is done, its manifest says. */

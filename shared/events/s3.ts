@@ -1,7 +1,7 @@
 /**
  * S3: objects and conditional writes. Every error names the bucket and the object.
  */
-import type { Readable } from "node:stream";
+import { addAbortSignal, type Readable } from "node:stream";
 import { buffer } from "node:stream/consumers";
 import { setTimeout as delay } from "node:timers/promises";
 import {
@@ -100,20 +100,19 @@ export async function createBucket(bucket: Bucket): Promise<void> {
 }
 
 /**
- * The object with its ETag, or undefined where it does not exist. The client repeats a request; a body that is cut or stalls is read again here.
- * @param bytes how large it is, if that is known.
+ * The object with its ETag, or undefined where it does not exist. The client repeats a request that fails; a body that is cut or stalls is
+ * read again here. @param bytes how large it is, if that is known.
  */
 export async function get(bucket: Bucket, key: string, bytes = 0): Promise<{ body: Buffer; etag: string } | undefined> {
   const read = async (attempt: number): Promise<{ body: Buffer; etag: string }> => {
-    const abortSignal = AbortSignal.timeout(deadline(bytes));
-    const request = new GetObjectCommand({ Bucket: bucket.name, Key: key });
-    const { Body, ETag = "" } = await bucket.client.send(request, { abortSignal });
+    const { Body, ETag = "" } = await bucket.client.send(new GetObjectCommand({ Bucket: bucket.name, Key: key }));
+    const signal = AbortSignal.timeout(deadline(bytes));
     try {
-      return { body: await buffer(Body as Readable), etag: ETag };
+      return { body: await buffer(addAbortSignal(signal, Body as Readable)), etag: ETag };
     } catch (error) {
       if (attempt < 4) return await read(attempt + 1);
-      const how = abortSignal.aborted ? `was not complete after ${deadline(bytes) / 1000} s` : "was cut off";
-      throw new Error(`its body ${how}, four times: ${(error as Error).message}`);
+      const how = signal.aborted ? `was not complete after ${deadline(bytes) / 1000} s` : "was cut off";
+      throw new Error(`its body ${how}, four times (${(error as Error).message})`);
     }
   };
   return await naming(bucket, key, read(1)).catch((error: S3Error) => {
@@ -143,10 +142,10 @@ export async function put(
   return await naming(bucket, key, sent).then(
     () => true,
     async (error: S3Error) => {
-      const status = error.$metadata?.httpStatusCode;
+      const { name, $metadata } = error;
       // NoSuchKey: the object with that ETag no longer exists.
-      if (status === 412 || (error.name === "NoSuchKey" && seen !== undefined)) return false;
-      if (status !== 409) throw error;
+      if ($metadata?.httpStatusCode === 412 || (name === "NoSuchKey" && seen !== undefined)) return false;
+      if (name !== "ConditionalRequestConflict") throw error;
       await delay(500); // another PUT of the key is under way
       return await put(bucket, key, body, seen, metadata);
     },

@@ -5,7 +5,7 @@
 import { setTimeout as delay } from "node:timers/promises";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, labels } from "../bigquery/client.ts";
+import { addBilled, bigqueryVariables, connectBigQuery, ignoreAlreadyThere, labels } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
@@ -125,9 +125,8 @@ async function runStatement(
   const query = { query: sql, useLegacySql: false, defaultDataset, maximumBytesBilled, ...into };
   try {
     const done = await runJob(build, `${model.name}_${job}`, { query });
-    const { totalBytesBilled, referencedTables = [] } = done.statistics.query;
-    build.billed.set(model.name, (build.billed.get(model.name) ?? 0) + Number(totalBytesBilled));
-    for (const { datasetId, tableId } of referencedTables)
+    build.billed.set(model.name, (build.billed.get(model.name) ?? 0) + addBilled(build.run, done.statistics));
+    for (const { datasetId, tableId } of done.statistics.query.referencedTables ?? [])
       if (datasetId !== build.dataset || !reads.includes(tableId))
         throw new Error(`table ${datasetId}.${tableId} was read, but not found in the file`);
     return done;
@@ -253,8 +252,8 @@ export async function reportModels(build: Build, outcomes: Outcome[]): Promise<v
   const { run, env } = build;
   process.stdout.write(`${table(outcomes.map(describe))}\n`);
   const failed = outcomes.filter(({ error }) => error);
-  const sum = (of: "rows" | "bytes"): number => outcomes.reduce((total, outcome) => total + outcome[of], 0);
-  run.totals = { rows: sum("rows"), bytes: sum("bytes"), chunks: outcomes.length - failed.length };
+  run.totals.chunks = outcomes.length - failed.length;
+  for (const { rows } of outcomes) run.totals.rows += rows;
   const now = Date.now() / 1000;
   const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
     const published = { etl_model_rows: rows, etl_model_bytes: bytes, etl_model_duration_seconds: seconds };

@@ -55,6 +55,7 @@ const env = {
   BIGQUERY_ENDPOINT: shop.env.BIGQUERY_ENDPOINT,
   RUN_TIMEOUT_SECONDS: 3600,
   RETENTION_DAYS: 400,
+  HEARTBEAT_URL: "",
   WATERMARK_LAG_SECONDS: 0,
   FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
 };

@@ -1,6 +1,6 @@
 /**
  * make check: all SQL against Postgres, on a throw-away cluster with the demo source's tables and no rows. What creates
- * things is executed, in the role that does it in production; what reads is prepared and then run as etl_reader, which also
+ * things is executed, in the role that does it in production; what reads is prepared and then run as the role that does, which also
  * finds a missing grant. Then, as a run does it, each pipeline's SELECT is compared with its contract, and the SELECT made of it
  * that writes each column as its field reads it is run. Prints all faults as file:line: message; exit code 1 where there are any.
  */
@@ -57,19 +57,21 @@ try {
   const settings = { fsync: "off", shared_buffers: "16MB", max_connections: "10" };
   await startCluster({ name, dataDir: join(folder, "data"), url, settings });
   const sql = postgres(url, { max: 1, onnotice: () => {} });
-  const setup = ["sql/roles.sql", "sql/replication.sql"];
+  const setup = ["sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
   for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
   await as(sql, "etl_metadata");
   for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
   for (const file of files("sql/*.sql").filter((path) => !setup.includes(path))) {
     await as(sql, file === "sql/status.sql" ? "etl_metadata" : "etl_reader");
     await attempt(file, async (text) => {
+      await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
       await sql.unsafe(text).describe(); // refuses a second statement
       for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))
         await sql`select set_config(${setting}, ${/from|to$/.test(setting) ? "2017-01-01" : "0"}, false)`;
       await sql.unsafe(text);
     });
   }
+  await as(sql, "etl_reader");
   // Where a SELECT itself is at fault, that has been said.
   if (!faults.length) for (const pipeline of pipelines()) await checkContract(sql, pipeline);
   await sql.end({ timeout: 1 });

@@ -175,7 +175,11 @@ suite("archive", { concurrency: true }, () => {
     for (const { when, step, fault, times = 1, wide = false } of [
       { when: "503 to a part", step: s3Steps.putPart, fault: slowDown },
       { when: "500 to the last part five times", step: /part-0003-/, fault: refuse(500, "InternalError"), times: 5 },
-      { when: "409 to a part: another PUT of it is under way", step: s3Steps.putPart, fault: refuse(409, "Conflict") },
+      {
+        when: "409 to a part: another PUT of it is under way",
+        step: s3Steps.putPart,
+        fault: refuse(409, "ConditionalRequestConflict"),
+      },
       { when: "409 to the manifest", step: s3Steps.putManifest, fault: refuse(409, "ConditionalRequestConflict") },
       { when: "503 to the look for a manifest", step: s3Steps.getManifest, fault: slowDown, times: 3 },
       { when: "the connection reset before a part", step: s3Steps.putPart, fault: reset(), times: 3 },

@@ -351,7 +351,7 @@ const breaks: Record<string, Break[]> = {
       "sensors",
       "revoke update on etl_heartbeat from etl_replicator",
       "grant update on etl_heartbeat to etl_replicator",
-      /sensors: role may read the table, and write the heartbeat: etl_replicator may not\. Run sql\/replication\.sql/,
+      /sensors: wal_level, role and publication: .*role etl_replicator may not update table public\.etl_heartbeat; Run sql\/replication\.sql/,
     ],
   ],
 };

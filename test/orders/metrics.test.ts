@@ -1,4 +1,7 @@
 import assert from "node:assert/strict";
+import { once } from "node:events";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import {
   answer,
   assertEqualRows,
@@ -17,6 +20,7 @@ import { freePort, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
 const always = ["etl_last_run_timestamp_seconds", "etl_unknown_source_columns", "etl_watermark_hold_seconds"];
 const ofSuccess = [
   "etl_bytes",
+  "etl_bytes_billed",
   "etl_duration_seconds",
   "etl_last_success_timestamp_seconds",
   "etl_rows",
@@ -28,8 +32,8 @@ async function pushed(shop: Shop): Promise<Record<string, number>> {
   return Object.fromEntries(Object.entries(await shop.metrics()).filter(([name]) => name.startsWith("etl_")));
 }
 
-const warning = (error: string): RegExp =>
-  new RegExp(`step=warning warning="the metrics were not pushed; the run itself is not affected" error=.*${error}`);
+const warning = (error: string, what = "the metrics were not pushed"): RegExp =>
+  new RegExp(`step=warning warning="${what}; the run itself is not affected" error=.*${error}`);
 
 /** Deletes the pipeline's group, as if it had never been pushed. */
 async function forget(shop: Shop): Promise<void> {
@@ -39,11 +43,11 @@ async function forget(shop: Shop): Promise<void> {
 }
 
 /** The run succeeded, with a warning; its rows, its record and its watermark are those of any other. */
-async function assertUnaffected(shop: Shop, url: string, error: string): Promise<void> {
+async function assertUnaffected(shop: Shop, variables: Record<string, string>, ...warnings: RegExp[]): Promise<void> {
   const before = await shop.watermark();
-  const { code, stderr } = await ending(shop.start(shop.script, { PUSHGATEWAY_URL: url }));
+  const { code, stderr } = await ending(shop.start(shop.script, variables));
   assert.equal(code, 0, stderr);
-  assert.match(stderr, warning(error));
+  for (const expected of warnings) assert.match(stderr, expected);
   assert.match(stderr, new RegExp(`step=done rows=${changed} `));
   await assertEqualRows(shop);
   const { state, rows } = await lastRun(shop);
@@ -65,7 +69,7 @@ stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline, pushgateway: true });
 
   test("a Pushgateway that is down costs a warning, never the run", async ({ shop }) => {
-    await assertUnaffected(shop, `http://127.0.0.1:${await freePort()}`, "ECONNREFUSED");
+    await assertUnaffected(shop, { PUSHGATEWAY_URL: `http://127.0.0.1:${await freePort()}` }, warning("ECONNREFUSED"));
   });
 
   for (const { how, fault } of [
@@ -79,7 +83,7 @@ stepsOfPipeline((pipeline) => {
         push.resolve(performance.now());
         await fault(exchange);
       });
-      await assertUnaffected(shop, gateway.url, "");
+      await assertUnaffected(shop, { PUSHGATEWAY_URL: gateway.url }, warning(""));
       const seconds = (performance.now() - (await push.promise)) / 1000;
       assert.ok(seconds < 10, `${seconds} s after the push, with the looks at the rows in it`);
     });
@@ -88,7 +92,7 @@ stepsOfPipeline((pipeline) => {
   test("a Pushgateway that answers 503 costs a warning, never the run", async ({ shop }) => {
     await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
     gateway.fault(steps.push, answer(503));
-    await assertUnaffected(shop, gateway.url, "503");
+    await assertUnaffected(shop, { PUSHGATEWAY_URL: gateway.url }, warning("503"));
   });
 
   test("a Pushgateway that rejects the metrics costs a warning with its reason, never the run", async ({ shop }) => {
@@ -96,10 +100,45 @@ stepsOfPipeline((pipeline) => {
     // Another job has pushed a metric of the same name and another type: the real Pushgateway refuses ours.
     const other = `${shop.env.PUSHGATEWAY_URL}/metrics/job/other`;
     assert.ok((await fetch(other, { method: "POST", body: "# TYPE etl_rows counter\netl_rows 1\n" })).ok);
-    await assertUnaffected(shop, shop.env.PUSHGATEWAY_URL ?? "", "400");
+    await assertUnaffected(shop, {}, warning("400"));
     assert.deepEqual(await pushed(shop), {});
     assert.ok((await fetch(other, { method: "DELETE" })).ok);
   });
+
+  test("HEARTBEAT_URL is told of start, then success or failure, of this pipeline; of a run by hand nothing", async ({
+    shop,
+  }) => {
+    const told: string[] = [];
+    const service = createServer(({ method, url }, response) => {
+      told.push(`${method} ${url}`);
+      response.end("OK");
+    });
+    await once(service.listen(0, "127.0.0.1"), "listening");
+    const { port } = service.address() as AddressInfo;
+    const variables = { HEARTBEAT_URL: `http://127.0.0.1:${port}/key/{pipeline}?rid=1` };
+    await assertUnaffected(shop, variables);
+    await failRun(shop, variables);
+    await shop.succeed(shop.script, { ...variables, FROM: "2017-01-01", TO: "2017-01-02" });
+    const events = ["/start", "", "/start", "/fail"];
+    assert.deepEqual(
+      told,
+      events.map((event) => `GET /key/${pipeline}${event}?rid=1`),
+    );
+    service.close();
+  });
+
+  for (const { how, fault, error } of [
+    { how: "is away", error: "ECONNREFUSED" },
+    { how: "hangs", fault: hold(), error: "timeout" },
+    { how: "refuses", fault: answer(503), error: "503" },
+  ])
+    test(`a HEARTBEAT_URL that ${how} costs a warning, never the run`, async ({ shop }) => {
+      await using service = await createProxy(shop.env.PUSHGATEWAY_URL);
+      if (fault) service.fault(steps.anything, fault);
+      const url = fault ? service.url : `http://127.0.0.1:${await freePort()}`;
+      const warnings = ["start", "success"].map((event) => warning(error, `HEARTBEAT_URL was not told of ${event}`));
+      await assertUnaffected(shop, { HEARTBEAT_URL: url }, ...warnings);
+    });
 
   test("a Pushgateway that is down does not hide why a run failed", async ({ shop }) => {
     const stderr = await failRun(shop, { PUSHGATEWAY_URL: `http://127.0.0.1:${await freePort()}` });
@@ -114,9 +153,16 @@ stepsOfPipeline((pipeline) => {
     const { stderr } = await assertHeals(shop, changed);
     const metrics = await pushed(shop);
     assert.deepEqual(Object.keys(metrics).sort(), [...ofSuccess, ...always].sort());
-    const [, bytes, seconds] = /step=done rows=\d+ bytes=(\d+) chunks=1 seconds=(\S+)/.exec(stderr) ?? [];
+    const [, bytes, seconds] =
+      /step=done rows=\d+ bytes=(\d+) chunks=1 bytes_billed=\d+ seconds=(\S+)/.exec(stderr) ?? [];
     assert.equal(metrics.etl_rows, changed);
     assert.equal(metrics.etl_bytes, Number(bytes));
+    // Two queries: the check of the keys reads the staging table, the MERGE both tables; BigQuery bills at least 10 MiB of each.
+    const billed = 3 * 10 * 2 ** 20;
+    assert.equal(metrics.etl_bytes_billed, billed);
+    assert.match(stderr, new RegExp(`step=done .* bytes_billed=${billed} `));
+    const [run] = await shop.admin`select bytes_billed::int from etl.runs order by started_at desc limit 1`;
+    assert.equal(run?.bytes_billed, billed);
     assert.ok(Math.abs((metrics.etl_duration_seconds ?? 0) - Number(seconds)) < 1);
     assert.equal(metrics.etl_unknown_source_columns, 0);
     assert.equal(metrics.etl_watermark_hold_seconds, 0);

@@ -407,10 +407,10 @@ await test("what a run is billed is logged and pushed, for each model and in all
     const { stdout, stderr } = statements === 2 ? first : await shop.succeed(script, { BIGQUERY_ENDPOINT: proxy.url });
     assert.match(stdout, new RegExp(`^billed +1 +\\d +${statements * least} `, "m"));
     assert.match(stderr, new RegExp(`step=model model=billed .*bytes_billed=${statements * least} `));
-    assert.match(stderr, new RegExp(`step=done .*bytes=${statements * least} `));
+    assert.match(stderr, new RegExp(`step=done .*bytes_billed=${statements * least} `));
   }
   const pushed = await metrics();
-  assert.deepEqual([pushed.billed?.etl_model_bytes, pushed[""]?.etl_bytes], [3 * least, 3 * least]);
+  assert.deepEqual([pushed.billed?.etl_model_bytes, pushed[""]?.etl_bytes_billed], [3 * least, 3 * least]);
   const limits = asked.flatMap(({ query }) => query?.maximumBytesBilled ?? []);
   assert.deepEqual(limits, Array(5).fill("100000000000"));
   assert.ok(asked.every(({ dryRun, labels }) => !dryRun && labels.etl_pipeline === "views" && labels.etl_run));

@@ -36,7 +36,7 @@ export const kinds = ["missing", "extra", "different", "twice", "unreachable"] a
 export type Kind = (typeof kinds)[number];
 
 /** A key whose rows are not the same on both sides. */
-export interface Difference {
+interface Difference {
   kind: Kind;
   /** The key for people, such as id=17. */
   name: string;
