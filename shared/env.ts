@@ -126,8 +126,8 @@ export function number(least: number, most: number, whole = true): Reader<number
   };
 }
 
-/** A URL; its password is a secret from here on. @param bare whether it may hold nothing but protocol, host and port. */
-function url(protocols: string[], bare = false): Reader<string> {
+/** A URL; its password is a secret from here on. @param what it may be: a server's address, one with login and path, or any. */
+function url(protocols: string[], what: "server" | "base" | "any" = "any"): Reader<string> {
   return (value) => {
     const parsed = URL.parse(value);
     if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
@@ -141,16 +141,17 @@ function url(protocols: string[], bare = false): Reader<string> {
       throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
     if (searchParams.has("sslrootcert"))
       throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
-    if (bare && (username || password || pathname !== "/"))
+    if (what === "server" && (username || password || pathname !== "/"))
       throw new Error("must be protocol, host and port only: a login, a database or a path has no effect here");
-    if (/^http/.test(protocol) && (search || hash)) throw new Error("must have nothing behind its path");
+    if (what !== "any" && (search || hash)) throw new Error("must have nothing behind its path");
     if (!/^http/.test(protocol) && pathname.length < 2) throw new Error("must name the database: …/NAME");
     return value;
   };
 }
 /** The server of a client that takes an address only. */
-export const serverUrl = url(["http:", "https:"], true);
-/** A server that may want a login, or be below a path: see ask() in shared/http.ts. */
+export const serverUrl = url(["http:", "https:"], "server");
+/** A server that may want a login, or be below a path: see shared/http.ts. */
+export const baseUrl = url(["http:", "https:"], "base");
 export const httpUrl = url(["http:", "https:"]);
 export const postgresUrl = url(["postgres:", "postgresql:"]);
 

@@ -1,9 +1,9 @@
 /** Debezium's connector: its names, Kafka Connect's REST interface, and whether it runs. */
 import { setTimeout as delay } from "node:timers/promises";
-import { httpUrl, required, UsageError } from "../env.ts";
-import { ask } from "../http.ts";
+import { baseUrl, required, UsageError } from "../env.ts";
+import { ask, below } from "../http.ts";
 
-export const connectVariables = { CONNECT_URL: required(httpUrl) };
+export const connectVariables = { CONNECT_URL: required(baseUrl) };
 export type ConnectEnv = { CONNECT_URL: string; SENSORS_TOPIC: string };
 
 /** What the connector reads. */
@@ -44,11 +44,15 @@ export async function askConnect<T>(
   path: string,
   body?: object,
 ): Promise<T | undefined> {
+  const headers = { "content-type": "application/json" };
+  const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
   for (let attempt = 1; ; attempt++) {
-    const headers = { "content-type": "application/json" };
-    const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
-    const place = `connectors/${namesOf(env).connector}${path}`;
-    const answer = await ask("CONNECT_URL", env.CONNECT_URL, place, init, 60);
+    const answer = await ask(
+      "CONNECT_URL",
+      below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`),
+      init,
+      60,
+    );
     const text = await answer.text();
     if (answer.status === 404) return undefined;
     if (answer.ok) return (text ? JSON.parse(text) : {}) as T;

@@ -6,7 +6,8 @@ import { join } from "node:path";
 import { after, before, test } from "node:test";
 import { createProxy, type HttpProxy } from "../lib/faults.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
-import type { Shop } from "../lib/shop.ts";
+import { createServers } from "../lib/servers.ts";
+import { type Shop, until } from "../lib/shop.ts";
 
 const doctor = "scripts/ops/doctor.ts";
 const folder = mkdtempSync(join(tmpdir(), "etl-environment-"));
@@ -58,9 +59,42 @@ test("Kafka Connect and the Pushgateway with a login, below a path: connector, p
       assert.match(refused, new RegExp(`^FAIL .*127\\.0\\.0\\.1:\\d+ \\(${name}\\) refused the login: HTTP 401`, "m"));
   } finally {
     await fetch(connector, { method: "DELETE" });
-    const slot = `etl_${shop.dataset}`;
-    await shop.admin`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot}`;
-    await shop.admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
+    await dropSlot();
+  }
+});
+
+async function dropSlot(): Promise<void> {
+  const slot = `etl_${shop.dataset}`;
+  await shop.admin`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot}`;
+  await until("the slot is dropped", () =>
+    shop.admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`.then(
+      () => true,
+      () => false,
+    ),
+  );
+}
+
+test("the connector's password by the worker's config provider: nobody reads it at CONNECT_URL", async () => {
+  await using servers = await createServers(["kafka", "connect"]);
+  const secrets = join(folder, "connect.properties");
+  writeFileSync(secrets, "password=local-only\n");
+  const env = { ...servers.env, REPLICATION_PASSWORD_REFERENCE: `\${file:${secrets}:password}` };
+  try {
+    await shop.succeed("scripts/ops/connector.ts", env);
+    const shown = await fetch(new URL(`connectors/etl-${shop.dataset}-sensor_readings`, servers.env.CONNECT_URL));
+    assert.doesNotMatch(await shown.text(), /local-only/);
+    const { code, stdout } = await shop.run(doctor, { ...env, PIPELINE: "sensors" });
+    assert.match(stdout, /^ok {4}sensors: connector \S+$/m);
+    assert.equal(code, 0, stdout);
+    const wrong = await shop.run("scripts/ops/connector.ts", {
+      ...env,
+      REPLICATION_PASSWORD_REFERENCE: `\${vault:a:b}`,
+    });
+    assert.match(wrong.stderr, /password/);
+    assert.equal(wrong.code, 1);
+  } finally {
+    await servers.kill("connect");
+    await dropSlot();
   }
 });
 

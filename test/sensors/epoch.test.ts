@@ -326,9 +326,7 @@ suite("sensors", { concurrency: true }, () => {
       shop,
       connector,
       1,
-      [
-        /^error: Kafka Connect at http:\/\/127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m,
-      ],
+      [/^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m],
       { CONNECT_URL: nowhere },
     );
     const wrong = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");

@@ -81,6 +81,12 @@ export async function waitUntil(done: () => Promise<boolean>, seconds: number, o
     if (performance.now() > deadline) throw new Error(otherwise());
 }
 
+/** Whether Connect shows the database's password to everybody who may read the connector. */
+export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
+  const config = await askConnect<Record<string, string>>(env, "GET", "/config");
+  return !/^\$\{/.test(config?.["database.password"] ?? "${");
+}
+
 /** Whether the connector and its task run. @param patient a failure is not the last word yet. @throws Error with a failure's trace. */
 async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
   const status = await connectorStatus(env);
@@ -91,12 +97,6 @@ async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
     ? "Where the slot is gone, so are the changes since: make resnapshot"
     : "Fix it, then: make connector";
   throw new Error(`connector ${namesOf(env).connector} failed:\n${words}\n${next}`);
-}
-
-/** Whether Connect shows the database's password to everybody who may read the connector. */
-export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
-  const config = await askConnect<Record<string, string>>(env, "GET", "/config");
-  return !/^\$\{/.test(config?.["database.password"] ?? "${");
 }
 
 /**
