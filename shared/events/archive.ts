@@ -346,7 +346,7 @@ export async function archiveDays(
 
 function reportDay(run: Run, { day, rows, parts }: Manifest, started: number): void {
   const [bytes, { totals }] = [bytesOf(parts), run];
-  run.totals = { chunks: totals.chunks + 1, rows: totals.rows + rows, bytes: totals.bytes + bytes };
+  run.totals = { ...totals, chunks: totals.chunks + 1, rows: totals.rows + rows, bytes: totals.bytes + bytes };
   const seconds = Number((run.seconds() - started).toFixed(3));
   if (!terminal()) run.log("day", { day, rows, bytes, parts: parts.length, seconds });
 }
