@@ -121,25 +121,49 @@ export function number(least: number, most: number, whole = true): Reader<number
   };
 }
 
-function url(...protocols: string[]): Reader<string> {
-  return (value) => {
-    const parsed = URL.parse(value);
-    if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    const { protocol, password, hostname, searchParams } = parsed;
-    if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
-    const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
-    if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
-    if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    // Ignoring either would silently weaken TLS.
-    if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(searchParams.get("sslmode") ?? "prefer"))
-      throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-    if (searchParams.has("sslrootcert"))
-      throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
-    return value;
-  };
+export function httpUrl(value: string): string {
+  const { protocol, password = "" } = URL.parse(value) ?? {};
+  if (!protocol) throw new Error("is not a URL (is a special character in it percent-encoded?)");
+  if (!/^https?:$/.test(protocol)) throw new Error("must start with http://");
+  const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
+  if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
+  return value;
 }
-export const httpUrl = url("http:", "https:");
-export const postgresUrl = url("postgres:", "postgresql:");
+
+/**
+ * The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name, an address ([::1]), or with ?host= the
+ * folder of a socket. A password with a character that is not encoded matches nothing, so that no piece of it is taken for a host.
+ */
+export function parsePostgresUrl(value: string) {
+  const form =
+    /^postgres(?:ql)?:\/\/(?:([^:/?#@]*)(?::([^/?#@]*))?@)?(\[[^\]/?#@]+\]|[^:/?#@[\]]*)(?::(\d+))?\/([^/?#@]+)(?:\?([^#@]*))?$/;
+  if (!/^postgres(ql)?:\/\//.test(value)) throw new Error("must start with postgres://");
+  const [, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
+  if (!name || /%(?![\da-f]{2})/i.test(value))
+    throw new Error(
+      "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
+    );
+  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent);
+  if (password) for (const secretForm of [typed, password]) secret(secretForm);
+  const {
+    host = inUrl.replaceAll(/[[\]]/g, ""),
+    sslmode = "disable",
+    ...others
+  } = Object.fromEntries(new URLSearchParams(query));
+  if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");
+  // Ignoring either would silently weaken TLS.
+  if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(sslmode))
+    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+  if ("sslrootcert" in others)
+    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+  const [unknown] = Object.keys(others);
+  if (unknown) throw new Error(`has the parameter ${unknown}, which does nothing here. Leave it out`);
+  return { user, password, host, port: Number(port), database, sslmode };
+}
+export function postgresUrl(value: string): string {
+  parsePostgresUrl(value);
+  return value;
+}
 
 /** What every command heeds. */
 const everywhere = {

@@ -5,7 +5,8 @@ import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
-import { quote, type Window } from "../session.ts";
+import { queryWindow, quote, type Window } from "../session.ts";
+import { rowName } from "../source.ts";
 import {
   addBilled,
   type BigQueryEnv,
@@ -16,7 +17,7 @@ import {
   ShortLoad,
 } from "./client.ts";
 import { type Contract, checkDestination, type JsonSelect } from "./contract.ts";
-import { freeName, rowName } from "./types.ts";
+import { freeName } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
@@ -152,14 +153,11 @@ async function nameRefused(
   run: Run,
   key: string[],
   select: string,
-  { from, to }: Window,
+  chunk: Window,
   load: (select: string) => Promise<Error | undefined>,
 ): Promise<Error> {
   const ask = async (value: string, rows: string): Promise<string | undefined> =>
-    await run.source.begin("read only", async (sql) => {
-      await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-      return (await sql.unsafe<{ value: string }[]>(`select ${value} as value from (${rows}) q`))[0]?.value;
-    });
+    (await queryWindow<{ value: string }>(run.source, chunk, `select ${value} as value from (${rows}) q`))[0]?.value;
   const part = (first: number, rows: number): string =>
     `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
   let [first, count] = [0, Number(await ask("count(*)", select))];
