@@ -60,7 +60,7 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
   if (wanted.length && unknown.length)
     log({
       step: "warning",
-      warning: `${sourceTable} has columns that sensor_readings has not; their values are kept in _unknown`,
+      warning: `${sourceTable} has columns that sensor_readings does not have; their values are kept in _unknown`,
       columns: unknown.join(),
     });
   return unknown;
@@ -102,7 +102,7 @@ export function createPoisonLimit(share: number): (messages: number, dead: numbe
       const of = Math.min(seen, last.length);
       if (of >= POISON_MESSAGES.least && bad > share * of)
         throw new Error(
-          `${thousands(bad)} of the last ${thousands(of)} messages are no valid change (limit: SENSORS_POISON_SHARE=` +
+          `${thousands(bad)} of the last ${thousands(of)} messages are not valid changes (limit: SENSORS_POISON_SHARE=` +
             `${share}). The last batch was not committed; the next start reads it again. Next: make dead-letters (says why)`,
         );
     }

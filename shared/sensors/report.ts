@@ -119,7 +119,7 @@ function createMetrics(env: ReportEnv, lag: () => Promise<PartitionState[]>) {
     registry,
     rows: counter("etl_sensors_rows_total", "Changes inserted."),
     batches: counter("etl_sensors_batches_total", "Batches inserted, each by one insert."),
-    deadLetters: counter("etl_sensors_dead_letters_total", "Messages that were no valid change: dead letters."),
+    deadLetters: counter("etl_sensors_dead_letters_total", "Messages that are not valid changes: dead letters."),
     insertSeconds: new Histogram({
       name: "etl_sensors_insert_seconds",
       help: "Duration of a batch's insert, waiting for ClickHouse included.",

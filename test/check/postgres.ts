@@ -57,7 +57,7 @@ try {
   const settings = { fsync: "off", shared_buffers: "16MB", max_connections: "10" };
   await startCluster({ name, dataDir: join(folder, "data"), url, settings });
   const sql = postgres(url, { max: 1, onnotice: () => {} });
-  const setup = ["sql/roles.sql", "sql/replication.sql"];
+  const setup = ["sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
   for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
   await as(sql, "etl_metadata");
   for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));

@@ -11,7 +11,7 @@ import { loadData, openSource } from "./load.ts";
 const root = join(import.meta.dirname, "../..");
 
 /** What makes a database a source. */
-export const sourceFiles = ["test/data/schema.sql", "sql/roles.sql", "sql/replication.sql"];
+export const sourceFiles = ["test/data/schema.sql", "sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
 
 /** Safe to repeat. `adminUrl` is a superuser's; `roleUrls` are the URLs whose roles get the passwords in them. */
 export async function createSource(adminUrl: string, roleUrls: string[]): Promise<void> {

@@ -96,67 +96,33 @@ async function assertArchived(day: string, run: Result, sizes: number[], bucket 
 
 suite("archive", { concurrency: true }, () => {
   suite("arguments that are refused: exit 2, before anything is connected to", { concurrency: 2 }, () => {
-    const example = "Example: make backfill-events FROM=2017-01-01 TO=2018-01-01";
-    const needs = `make backfill-events needs FROM and TO: the first day, and the day after the last. ${example}`;
-    const start = "The start, inclusive. Example: FROM=2017-01-01";
-    const both = "a re-run needs both";
-    const pair = "Example: FROM=2017-01-01 TO=2017-02-01";
-    const wrong = (fault: string): string =>
-      `wrong environment or arguments, nothing was done:\n  ${fault}\nSet them in ${shop.env.ENV_FILE} or in the environment (.env.example has them all).`;
-    const noDay = wrong(`FROM is not a date of the calendar. ${start}`);
-    const cases: [variables: Env, text: string][] = [
+    const needs =
+      "make COMMAND needs FROM and TO: the first day, and the day after the last. Example: make COMMAND FROM=";
+    const day = (time: string): string =>
+      `${time} must be a date: the archive is by days of UTC. Example: make COMMAND FROM=`;
+    const days = { FROM: "2017-01-01", TO: "2017-01-03" };
+    for (const [variables, ...texts] of [
       [{}, needs],
-      [{ FROM: "2017-01-01" }, wrong(`FROM was given without the other: ${both}. ${pair}`)],
-      [{ TO: "2017-01-01" }, wrong(`TO was given without the other: ${both}. ${pair}`)],
-      [{ FROM: "2017-01-01", TO: "2017-01-01" }, needs],
+      [{ ...days, TO: days.FROM }, needs],
+      [{ ...days, FROM: "2017-01-01T12:00Z" }, day("FROM 2017-01-01T12:00:00.000000+00")],
+      [{ ...days, TO: "2017-01-03T00:00:00.000001Z" }, day("TO 2017-01-03T00:00:00.000001+00")],
+      [{ ...days, FROM: "2017-01-01T00:00+05:45" }, day("FROM 2016-12-31T18:15:00.000000+00")], // a day of Kathmandu's
       [
-        { FROM: "2017-01-03", TO: "2017-01-01" },
-        wrong(
-          `FROM 2017-01-03T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: FROM is inclusive, TO exclusive. ${pair}`,
-        ),
+        { ...days, CONCURRENCY: "0", MAX_ROWS_PER_SECOND: "-1" },
+        "  CONCURRENCY must be",
+        "  MAX_ROWS_PER_SECOND must be",
       ],
-      [
-        { FROM: "2017-01-01T12:00Z", TO: "2017-01-03" },
-        `FROM 2017-01-01T12:00:00.000000+00 must be a date: the archive is by days of UTC. ${example}`,
-      ],
-      [
-        { FROM: "2017-01-01", TO: "2017-01-03T00:00:00.000001Z" },
-        `TO 2017-01-03T00:00:00.000001+00 must be a date: the archive is by days of UTC. ${example}`,
-      ],
-      [
-        { FROM: "2017-01-01T00:00+05:45", TO: "2017-01-03" }, // a day of Kathmandu's
-        `FROM 2016-12-31T18:15:00.000000+00 must be a date: the archive is by days of UTC. ${example}`,
-      ],
-      [{ FROM: "2019-02-29", TO: "2019-03-02" }, noDay],
-      [{ FROM: "1900-02-29", TO: "1900-03-02" }, noDay],
-      [
-        { FROM: "yesterday", TO: "2019-03-02" },
-        wrong(`FROM must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z. ${start}`),
-      ],
-      [
-        { FROM: "2017-01-01", TO: "2017-01-02", CONCURRENCY: "0", CHUNK_ROWS: "0", MAX_ROWS_PER_SECOND: "-1" },
-        wrong(
-          "CHUNK_ROWS must be a whole number from 1 to 100000000. Rows a chunk, and at most as many a part of the archive. Example: CHUNK_ROWS=250000\n" +
-            "  MAX_ROWS_PER_SECOND must be a whole number from 1 to 1000000000. Spares the source: at most so many rows are read a second. Example: MAX_ROWS_PER_SECOND=20000\n" +
-            "  CONCURRENCY must be a whole number from 1 to 32. Days at a time in a backfill. Example: CONCURRENCY=2",
-        ),
-      ],
-    ];
-    for (const [variables, text] of cases) {
+    ] as [Env, ...string[]][]) {
       const name = Object.entries(variables).map(([key, value]) => `${key}=${value}`);
       test(name.join(" "), async () => {
         const nowhere = { SOURCE_DATABASE_URL: "postgres://nobody@127.0.0.1:1/x", S3_ENDPOINT: "http://127.0.0.1:1" };
-        const { code, stderr } = await shop.run(script, { ...nowhere, ...variables });
-        assert.equal(stderr, `error: ${text}`);
-        assert.equal(code, 2);
-      });
-    }
-
-    for (const command of ["verify-events", "restore-events"]) {
-      test(`make ${command} without FROM and TO`, async () => {
-        const { code, stderr } = await shop.run(`scripts/ops/${command}.ts`);
-        assert.equal(stderr, `error: ${needs.replaceAll("backfill-events", command)}`);
-        assert.equal(code, 2);
+        for (const command of variables.TO
+          ? ["backfill-events"]
+          : ["backfill-events", "verify-events", "restore-events"]) {
+          const { code, stderr } = await shop.run(`scripts/ops/${command}.ts`, { ...nowhere, ...variables });
+          for (const text of texts) assert.ok(stderr.includes(text.replaceAll("COMMAND", command)), stderr);
+          assert.equal(code, 2);
+        }
       });
     }
   });

@@ -270,7 +270,7 @@ suite("archive", { concurrency: true }, () => {
         `insert into public.events (type, created_at) values ('never', '${infinity}')`,
         "delete from public.events where type = 'never'",
         [
-          "created_at: expected finite times, since it is the cursor, found infinity or -infinity in at least one row, which no window ends after. Give those rows a time",
+          `created_at: expected finite times, since it is the cursor, found infinity. Run: update public.events set created_at = now() where "created_at" in ('infinity', '-infinity');`,
         ],
       );
     refuses(
