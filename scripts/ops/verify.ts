@@ -22,15 +22,15 @@
  * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
-import { flag, oneOf, optional, readEnv, redact, UsageError } from "../../shared/env.ts";
-import { log, thousands } from "../../shared/log.ts";
+import { flag, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
+import { thousands } from "../../shared/log.ts";
 import { main, onSignal } from "../../shared/main.ts";
-import { type Metrics, pushMetrics } from "../../shared/metrics.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
+import { pushVerified } from "./lib/verified.ts";
 import { beside, type Comparison, distrusted, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
@@ -74,7 +74,7 @@ await main(import.meta, async () => {
       failures.push(`${pipeline} was not verified: ${error.message}`);
     });
     if (!found) continue;
-    await push(env.PUSHGATEWAY_URL, pipeline, total(found));
+    await pushVerified(env.PUSHGATEWAY_URL, pipeline, total(found));
     if (total(found)) failures.push(describe(pipeline, found, env.LIMIT));
   }
   if (results.length) process.stdout.write(`${table(results)}\n`);
@@ -113,14 +113,6 @@ function columnsOf(found: Verified): Record<string, string> {
     ...Object.fromEntries(kinds.map((kind) => [kind, thousands(found.counts[kind])])),
     repaired: found.repaired === undefined ? "-" : thousands(found.repaired),
   };
-}
-
-async function push(url: string, pipeline: string, differences: number): Promise<void> {
-  const values: Metrics = { etl_verify_differences: differences };
-  if (!differences) values.etl_verify_last_success_timestamp_seconds = Date.now() / 1000;
-  await pushMetrics(url, pipeline, values, { command: "verify" }).catch((error: Error) =>
-    log({ pipeline, step: "warning", warning: "the metrics were not pushed", error: redact(error.message) }),
-  );
 }
 
 /** What differs, and what to do. */
