@@ -5,8 +5,9 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
+import { type Env, root, UsageError } from "../../../shared/env.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
+import { canaryVariables } from "../../../shared/sensors/canary.ts";
 import {
   allRunning,
   askConnect,
@@ -17,7 +18,7 @@ import {
 import { connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../../shared/session.ts";
 
-export const connectorVariables = { ...connectVariables, REPLICATION_DATABASE_URL: required(postgresUrl) };
+export const connectorVariables = { ...connectVariables, ...canaryVariables };
 export type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
