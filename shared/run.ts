@@ -3,7 +3,7 @@ import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
+import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
 import { createHeartbeat, type Metrics, pushMetrics } from "./metrics.ts";
@@ -12,7 +12,7 @@ import { checkSession, connect, type SessionOptions, type Window } from "./sessi
 /** What every run reads. */
 export const runVariables = {
   ETL_DATABASE_URL: required(postgresUrl),
-  PUSHGATEWAY_URL: required(httpUrl),
+  PUSHGATEWAY_URL: required(baseUrl),
   RUN_TIMEOUT_SECONDS: optional(number(1, 604_800, false), 1800),
   RETENTION_DAYS: optional(number(1, 36_500), 400),
   HEARTBEAT_URL: optional(httpUrl, ""),

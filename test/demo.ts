@@ -279,6 +279,6 @@ await main(import.meta, async () => {
   say("\ndemo: make status");
   await command("scripts/ops/status.ts");
   say(
-    "\nThe stack goes on running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
+    "\nThe stack keeps running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
   );
 });

@@ -2,14 +2,14 @@
 import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
-import { type Env, httpUrl, name, optional, required } from "../env.ts";
+import { type Env, name, optional, required, serverUrl } from "../env.ts";
 import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
   BIGQUERY_PROJECT: required(name),
   BIGQUERY_DATASET: required(name),
   BIGQUERY_LOCATION: required(name),
-  BIGQUERY_ENDPOINT: optional(httpUrl),
+  BIGQUERY_ENDPOINT: optional(serverUrl),
 };
 export type BigQueryEnv = Env<typeof bigqueryVariables>;
 

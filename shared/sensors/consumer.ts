@@ -96,7 +96,7 @@ export function createPoisonLimit(share: number): (messages: number, dead: numbe
       const of = Math.min(seen, last.length);
       if (of >= POISON_MESSAGES.least && bad > share * of)
         throw new Error(
-          `${thousands(bad)} of the last ${thousands(of)} messages are no valid change (limit: SENSORS_POISON_SHARE=` +
+          `${thousands(bad)} of the last ${thousands(of)} messages are not valid changes (limit: SENSORS_POISON_SHARE=` +
             `${share}). The last batch was not committed; the next start reads it again. Next: make dead-letters (says why)`,
         );
     }

@@ -31,7 +31,7 @@ export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
   return {
     unknownColumns: (columns: string[]): void => {
       metrics.unknownColumns.set(columns.length);
-      const warning = `${sourceTable} has columns that sensor_readings has not; their values are kept in _unknown`;
+      const warning = `${sourceTable} has columns that sensor_readings does not have; their values are kept in _unknown`;
       if (columns.join() !== unknown) log({ step: "warning", warning, columns: columns.join() });
       unknown = columns.join();
     },
@@ -129,7 +129,7 @@ function createMetrics(env: ReportEnv, lag: Lag, canary: Canary) {
     registry,
     rows: counter("etl_sensors_rows_total", "Changes inserted."),
     batches: counter("etl_sensors_batches_total", "Batches inserted, each by one insert."),
-    deadLetters: counter("etl_sensors_dead_letters_total", "Messages that were no valid change: dead letters."),
+    deadLetters: counter("etl_sensors_dead_letters_total", "Messages that are not valid changes: dead letters."),
     insertSeconds: new Histogram({
       name: "etl_sensors_insert_seconds",
       help: "Duration of a batch's insert, waiting for ClickHouse included.",
