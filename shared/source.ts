@@ -108,7 +108,7 @@ async function findFaults(sql: Sql, { table, cursor }: Source, key: string[], co
 }
 
 /** Rows whose cursor is infinite or lies in the future: how many, and the first one's key. No window ends after them. */
-export async function findUnreachable(
+async function findUnreachable(
   sql: Sql,
   { table, cursor }: Source,
   key: string[],
