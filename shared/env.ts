@@ -127,33 +127,61 @@ export function number(least: number, most: number, whole = true): Reader<number
 }
 
 /** A URL; its password is a secret from here on. @param what it may be: a server's address, one with login and path, or any. */
-function url(protocols: string[], what: "server" | "base" | "any" = "any"): Reader<string> {
+function url(what: "server" | "base" | "any"): Reader<string> {
   return (value) => {
     const parsed = URL.parse(value);
     if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    const { protocol, username, password, hostname, pathname, search, hash, searchParams } = parsed;
-    if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
+    const { protocol, username, password, pathname, search, hash } = parsed;
+    if (!/^https?:$/.test(protocol)) throw new Error("must start with http://");
     const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
     if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
-    if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    // Ignoring either would silently weaken TLS.
-    if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(searchParams.get("sslmode") ?? "prefer"))
-      throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-    if (searchParams.has("sslrootcert"))
-      throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
     if (what === "server" && (username || password || pathname !== "/"))
       throw new Error("must be protocol, host and port only: a login, a database or a path has no effect here");
     if (what !== "any" && (search || hash)) throw new Error("must have nothing behind its path");
-    if (!/^http/.test(protocol) && pathname.length < 2) throw new Error("must name the database: …/NAME");
     return value;
   };
 }
 /** The server of a client that takes an address only. */
-export const serverUrl = url(["http:", "https:"], "server");
+export const serverUrl = url("server");
 /** A server that may want a login, or be below a path: see shared/http.ts. */
-export const baseUrl = url(["http:", "https:"], "base");
-export const httpUrl = url(["http:", "https:"]);
-export const postgresUrl = url(["postgres:", "postgresql:"]);
+export const baseUrl = url("base");
+export const httpUrl = url("any");
+
+/**
+ * The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name, an address ([::1]), or with ?host= the
+ * folder of a socket. A password with a character that is not encoded matches nothing, so that no piece of it is taken for a host.
+ */
+export function parsePostgresUrl(value: string) {
+  const form =
+    /^postgres(?:ql)?:\/\/(?:([^:/?#@]*)(?::([^/?#@]*))?@)?(\[[^\]/?#@]+\]|[^:/?#@[\]]*)(?::(\d+))?(?:\/([^/?#@]*))?(?:\?([^#@]*))?$/;
+  if (!/^postgres(ql)?:\/\//.test(value)) throw new Error("must start with postgres://");
+  const [match, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
+  if (!match || /%(?![\da-f]{2})/i.test(value))
+    throw new Error(
+      "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
+    );
+  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent);
+  if (password) for (const secretForm of [typed, password]) secret(secretForm);
+  const {
+    host = inUrl.replaceAll(/[[\]]/g, ""),
+    sslmode = "disable",
+    ...others
+  } = Object.fromEntries(new URLSearchParams(query));
+  if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");
+  if (!name) throw new Error("must name the database: …/NAME");
+  // Ignoring either would silently weaken TLS.
+  if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(sslmode))
+    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+  if ("sslrootcert" in others)
+    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+  const [unknown] = Object.keys(others);
+  if (unknown) throw new Error(`has the parameter ${unknown}, which does nothing here. Leave it out`);
+  return { user, password, host, port: Number(port), database, sslmode };
+}
+export function postgresUrl(value: string): string {
+  parsePostgresUrl(value);
+  return value;
+}
 
 /** What every command heeds. */
 const everywhere = {

@@ -2,6 +2,7 @@
 import { SourceError } from "./copy.ts";
 import type { Run } from "./run.ts";
 import { quote } from "./session.ts";
+import { rowName } from "./source.ts";
 
 /** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
 export function isRefusal(error: unknown): boolean {
@@ -11,10 +12,6 @@ export function isRefusal(error: unknown): boolean {
     return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
   return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
-
-/** SQL: a row's key as text, for example id=17. */
-export const rowName = (key: string[]): string =>
-  key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
 
 /**
  * Reads rows again in halves, in the order of their keys, until one is left: log2(n) steps.

@@ -126,7 +126,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     pipeline,
     byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
     session,
-    etl: connect(env.ETL_DATABASE_URL, session),
+    etl: connect(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }),
     source: connect(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
     signal: stop.signal,
     restartDeadline: () => void timer.refresh(),

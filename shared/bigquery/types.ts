@@ -3,9 +3,8 @@
  * the SQL here ? is the value: a column, or an array's element. An array's elements go as its type does, into a REPEATED field.
  */
 import type { TableField } from "@google-cloud/bigquery";
-import { rowName } from "../refused.ts";
 import { quote } from "../session.ts";
-import type { Column } from "../source.ts";
+import { type Column, rowName } from "../source.ts";
 
 /** A field of a contract. */
 export interface Field extends TableField {

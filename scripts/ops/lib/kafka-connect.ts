@@ -5,8 +5,9 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, like, optional, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, root, UsageError } from "../../../shared/env.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
+import { canaryVariables } from "../../../shared/sensors/canary.ts";
 import {
   allRunning,
   askConnect,
@@ -19,7 +20,7 @@ import { checkSession, connect } from "../../../shared/session.ts";
 
 export const connectorVariables = {
   ...connectVariables,
-  REPLICATION_DATABASE_URL: required(postgresUrl),
+  ...canaryVariables,
   REPLICATION_PASSWORD_REFERENCE: optional(like(/^\$\{\w+:.+\}$/, "must be PROVIDER:PATH:KEY in braces, behind a $")),
 };
 export type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
