@@ -189,7 +189,7 @@ async function record(run: Run, state: "succeeded" | "failed", days: number, err
   const { pipeline, etl, totals, window, watermark } = run;
   await etl`
     update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes},
-      bytes_billed = ${totals.bytes_billed}, error = ${error ?? null}, finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
+      bytes_billed = ${totals.bytes_billed}, hold_seconds = ${run.metrics.etl_watermark_hold_seconds ?? 0}, error = ${error ?? null}, finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
       chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
     where run_id = ${run.id}`;
   if (error) return;

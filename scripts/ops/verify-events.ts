@@ -41,7 +41,7 @@ await main(import.meta, async () => {
   await using etl = connect(env.ETL_DATABASE_URL, session);
   await Promise.all([checkSession("SOURCE_DATABASE_URL", source), checkSession("ETL_DATABASE_URL", etl)]);
   const select = await checkArchivable({ pipeline: "events", source, etl, log, metrics: {} });
-  await eachDay(reading, async (day) => {
+  const verifyDay = async (day: string): Promise<Manifest> => {
     // 1. What killed runs left.
     await findStrays(reading, day, env.CLEAN);
 
@@ -61,6 +61,12 @@ await main(import.meta, async () => {
       }
       return hash.digest("hex");
     });
+  };
+  const span = `${env.FROM} to ${env.TO}`;
+  await eachDay(reading, verifyDay, async (rows, failed) => {
+    const found = `${failed ? `${failed} days of ` : ""}${span}`;
+    await etl`
+      insert into etl.verifications (pipeline, rows, differences, found) values ('events', ${rows}, ${failed}, ${found})`;
   });
 });
 

@@ -67,6 +67,7 @@ await main(import.meta, async () => {
           ? await compareReadings(run, { ...env, ...sensors })
           : await verifyTable(run, env);
       run.log("compared", { rows: found.rows, differences: total(found) });
+      await recordProof(run, found, env.RETENTION_DAYS);
       results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
     });
     await verifying.catch((error: Error) => {
@@ -113,6 +114,15 @@ function columnsOf(found: Verified): Record<string, string> {
     ...Object.fromEntries(kinds.map((kind) => [kind, thousands(found.counts[kind])])),
     repaired: found.repaired === undefined ? "-" : thousands(found.repaired),
   };
+}
+
+/** For make report; proofs older than RETENTION_DAYS go. */
+async function recordProof({ etl, pipeline, totals }: Run, found: Verified, days: number): Promise<void> {
+  const kept = kinds.filter((kind) => found.counts[kind]).map((kind) => `${found.counts[kind]} ${kind}`);
+  await etl`
+    with old as (delete from etl.verifications where verified_at < now() - make_interval(days => ${days}))
+    insert into etl.verifications (pipeline, rows, differences, bytes_billed, found)
+    values (${pipeline}, ${found.rows}, ${total(found)}, ${totals.bytes_billed}, ${kept.join(", ") || null})`;
 }
 
 async function push(url: string, pipeline: string, differences: number): Promise<void> {

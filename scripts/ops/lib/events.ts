@@ -48,11 +48,13 @@ export async function openReading(command: string, env: Env<typeof dayVariables>
 /**
  * Reads each day back, and continues past one that fails.
  * @param read returns the day's manifest, or throws what is wrong with the day.
+ * @param after the rows that were read and the days that failed, at the end.
  * @throws Error at the end that lists the days that failed, each with the next command.
  */
 export async function eachDay(
   { command, days, log }: Reading,
   read: (day: string) => Promise<Manifest>,
+  after?: (rows: number, failed: number) => Promise<unknown>,
 ): Promise<void> {
   const started = performance.now();
   const totals = { days: 0, rows: 0, bytes: 0 };
@@ -73,6 +75,7 @@ export async function eachDay(
   progress("");
   const seconds = Math.round(performance.now() - started) / 1000;
   log(faults.length ? "failed" : "done", { ...totals, failed: faults.length, seconds });
+  await after?.(totals.rows, faults.length);
   if (faults.length) throw new Error(`${faults.length} of ${days.length} days failed:\n${faults.join("\n")}`);
 }
 
