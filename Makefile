@@ -77,7 +77,7 @@ backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_P
 	@node scripts/ops/backfill-events.ts
 
 .PHONY: verify-events
-verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)
+verify-events: setup ## Read the archive back, compare it with manifests and source (the last eight days, or FROM= TO=; CLEAN=1)
 	@node scripts/ops/verify-events.ts
 
 .PHONY: restore-events

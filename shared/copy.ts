@@ -1,7 +1,6 @@
 /** Postgres: COPY as a stream of JSON lines. */
-import { connect as connectSocket, type Socket } from "node:net";
 import { handled } from "./main.ts";
-import { connect, type SessionOptions, type Window } from "./session.ts";
+import { connect, openSession, type SessionOptions, type Window } from "./session.ts";
 
 /** The source failed, not the destination: the run ends, and the next one resumes at the watermark. */
 export class SourceError extends Error {
@@ -24,19 +23,12 @@ const LARGE = 2 ** 20;
  * and never just end, when the server dies, is cancelled or resets the connection.
  */
 export function copyJsonLines(url: string, select: string, options: SessionOptions, { from, to }: Window): RowStream {
-  // Destroying a socket of our own is the only way to end a COPY whose reader failed: postgres.js's end() and cancel() wait for it,
-  // and its backend would hold a transaction open.
-  let socket: Socket | undefined;
-  const open = ({ host, port }: { host: string[]; port: number[] }): Socket => {
-    socket = connectSocket({ host: host[0] ?? "localhost", port: port[0] ?? 5432 });
-    return Object.assign(socket, { host: host[0] }); // the name that postgres.js checks a TLS certificate for
-  };
-  const settings = { ...options.settings, "etl.from": from, "etl.to": to };
-  const session = connect(url, { ...options, settings }, { socket: open });
+  const session = connect(url, { ...options, settings: { ...options.settings, "etl.from": from, "etl.to": to } });
   const sent = { rows: 0, bytes: 0 };
   const copy = `/* ${options.application} */ copy (${select}) to stdout (format csv, quote e'\\x01', delimiter e'\\x02')`;
   async function* lines(): AsyncGenerator<Buffer> {
     try {
+      await openSession(session);
       const stream = await session.unsafe(copy).readable();
       handled(stream.errored); // it came with the first rows, before anybody could listen
       let rest: Buffer[] = []; // what is read holds many lines, and may end inside one
@@ -49,9 +41,9 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
         for (let at = piece.indexOf(NEWLINE); at >= 0; at = piece.indexOf(NEWLINE, at + 1)) sent.rows += 1;
         sent.bytes += piece.length;
         const large = piece.length > LARGE; // the stream reads ahead, which would be another large row in memory
-        if (large) socket?.pause();
+        if (large) session.connection()?.pause();
         yield piece;
-        if (large) socket?.resume();
+        if (large) session.connection()?.resume();
       }
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };
@@ -63,7 +55,8 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
   }
   const close = async (): Promise<void> => {
     await session.end({ timeout: 0 });
-    socket?.destroy(); // not before: over TLS the goodbye would fail where nobody listens
+    // Nothing else ends a COPY whose reader has failed. Not before: over TLS the goodbye would fail where nobody listens.
+    session.connection()?.destroy();
   };
   return { lines: lines(), sent, [Symbol.asyncDispose]: close };
 }

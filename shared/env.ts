@@ -6,7 +6,7 @@
 import { existsSync, readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { getCACertificates, setDefaultCACertificates } from "node:tls";
-import { config } from "dotenv";
+import { parse, populate } from "dotenv";
 
 /** The project's root folder: sql/ and schemas/ are found from here, whatever the working directory. */
 export const root: string = resolve(import.meta.dirname, "..");
@@ -18,7 +18,11 @@ export class UsageError extends Error {
 
 const file = resolve(root, process.env.ENV_FILE || ".env");
 const atStart = process.env.NODE_EXTRA_CA_CERTS;
-config({ path: file, quiet: true }); // never overrides what is set; Google's and Amazon's clients see it too
+const content = existsSync(file) ? readFileSync(file, "utf8").replace(/^\uFEFF/, "") : "";
+/** What the file sets to a value that a # would cut, which dotenv takes for a comment; the environment wins here too. */
+const unquoted = /^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=(?:[ \t]*[^\s"'`#][^#\n]*)?(?<![ \t])#/gm;
+const cut = [...content.matchAll(unquoted)].map(([, name = ""]) => name).filter((name) => !(name in process.env));
+populate(process.env as Record<string, string>, parse(content)); // Google's and Amazon's clients see it too
 
 /** Reads a variable's text. Its error says what is wrong with it: "must be a number from 1 to 9". */
 type Reader<T> = (text: string) => T;
@@ -51,6 +55,7 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   const env: Record<string, unknown> = {};
   for (const [name, { read, fallback }] of Object.entries({ ...variables, ...everywhere })) {
     try {
+      if (cut.includes(name)) throw new Error(`has a # in ${file}, which begins a comment: put the value into quotes`);
       if (isSet(name)) env[name] = read(process.env[name] ?? "");
       else if (fallback) env[name] = fallback.value;
       else throw new Error("is missing");
@@ -121,25 +126,62 @@ export function number(least: number, most: number, whole = true): Reader<number
   };
 }
 
-function url(...protocols: string[]): Reader<string> {
+/** A URL; its password is a secret from here on. @param what it may be: a server's address, one with login and path, or any. */
+function url(what: "server" | "base" | "any"): Reader<string> {
   return (value) => {
     const parsed = URL.parse(value);
     if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    const { protocol, password, hostname, searchParams } = parsed;
-    if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
+    const { protocol, username, password, pathname, search, hash } = parsed;
+    if (!/^https?:$/.test(protocol)) throw new Error("must start with http://");
     const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
     if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
-    if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    // Ignoring either would silently weaken TLS.
-    if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(searchParams.get("sslmode") ?? "prefer"))
-      throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-    if (searchParams.has("sslrootcert"))
-      throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+    if (what === "server" && (username || password || pathname !== "/"))
+      throw new Error("must be protocol, host and port only: a login, a database or a path has no effect here");
+    if (what !== "any" && (search || hash)) throw new Error("must have nothing behind its path");
     return value;
   };
 }
-export const httpUrl = url("http:", "https:");
-export const postgresUrl = url("postgres:", "postgresql:");
+/** The server of a client that takes an address only. */
+export const serverUrl = url("server");
+/** A server that may want a login, or be below a path: see shared/http.ts. */
+export const baseUrl = url("base");
+export const httpUrl = url("any");
+
+/**
+ * The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name, an address ([::1]), or with ?host= the
+ * folder of a socket. A password with a character that is not encoded matches nothing, so that no piece of it is taken for a host.
+ */
+export function parsePostgresUrl(value: string) {
+  const form =
+    /^postgres(?:ql)?:\/\/(?:([^:/?#@]*)(?::([^/?#@]*))?@)?(\[[^\]/?#@]+\]|[^:/?#@[\]]*)(?::(\d+))?(?:\/([^/?#@]*))?(?:\?([^#@]*))?$/;
+  if (!/^postgres(ql)?:\/\//.test(value)) throw new Error("must start with postgres://");
+  const [match, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
+  if (!match || /%(?![\da-f]{2})/i.test(value))
+    throw new Error(
+      "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
+    );
+  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent);
+  if (password) for (const secretForm of [typed, password]) secret(secretForm);
+  const {
+    host = inUrl.replaceAll(/[[\]]/g, ""),
+    sslmode = "disable",
+    ...others
+  } = Object.fromEntries(new URLSearchParams(query));
+  if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");
+  if (!name) throw new Error("must name the database: …/NAME");
+  // Ignoring either would silently weaken TLS.
+  if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(sslmode))
+    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+  if ("sslrootcert" in others)
+    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+  const [unknown] = Object.keys(others);
+  if (unknown) throw new Error(`has the parameter ${unknown}, which does nothing here. Leave it out`);
+  return { user, password, host, port: Number(port), database, sslmode };
+}
+export function postgresUrl(value: string): string {
+  parsePostgresUrl(value);
+  return value;
+}
 
 /** What every command heeds. */
 const everywhere = {

@@ -1,4 +1,5 @@
 /** Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run. And HEARTBEAT_URL. */
+import { ask, below } from "./http.ts";
 import { log } from "./log.ts";
 
 /** Name → value; ops/README.md, "Metrics", says what they are. */
@@ -16,12 +17,21 @@ export async function pushMetrics(
   values: Metrics,
   within: Record<string, string> = {},
 ): Promise<void> {
-  const { Gauge, Pushgateway, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
+  const { Gauge, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
   const registry = new Registry();
   for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);
-  const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
-  await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
+  await askGateway(url, "POST", { pipeline, ...within }, await registry.metrics());
 }
+
+async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
+  const path = ["metrics", ...Object.entries({ job: "etl", ...group }).flat()].map(encodeURIComponent).join("/");
+  const answer = await ask("PUSHGATEWAY_URL", below(url, path), { method, ...(body !== undefined && { body }) }, 5);
+  const text = await answer.text(); // its end, too, comes within the time
+  if (!answer.ok) throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
+}
+
+/** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
+export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
 
 /**
  * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus.
@@ -32,7 +42,7 @@ export function createHeartbeat(pipeline: string, url: string): (event: "start" 
   const get = async (event: string): Promise<void> => {
     const target = new URL(url.replaceAll("{pipeline}", pipeline));
     if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
-    const { ok, status, body } = await fetch(target, { signal: AbortSignal.timeout(5000) });
+    const { ok, status, body } = await ask("HEARTBEAT_URL", target, {}, 5);
     await body?.cancel();
     if (!ok) throw new Error(`HTTP status ${status}`);
   };

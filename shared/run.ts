@@ -3,7 +3,7 @@ import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
+import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
 import { createHeartbeat, type Metrics, pushMetrics } from "./metrics.ts";
@@ -12,7 +12,7 @@ import { checkSession, connect, type SessionOptions, type Window } from "./sessi
 /** What every run reads. */
 export const runVariables = {
   ETL_DATABASE_URL: required(postgresUrl),
-  PUSHGATEWAY_URL: required(httpUrl),
+  PUSHGATEWAY_URL: required(baseUrl),
   RUN_TIMEOUT_SECONDS: optional(number(1, 604_800, false), 1800),
   RETENTION_DAYS: optional(number(1, 36_500), 400),
   HEARTBEAT_URL: optional(httpUrl, ""),
@@ -126,7 +126,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     pipeline,
     byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
     session,
-    etl: connect(env.ETL_DATABASE_URL, session),
+    etl: connect(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }),
     source: connect(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
     signal: stop.signal,
     restartDeadline: () => void timer.refresh(),
@@ -188,14 +188,16 @@ export function reportChunk(
 async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
   const { pipeline, etl, totals, window, watermark } = run;
   await etl`
-    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes},
-      bytes_billed = ${totals.bytes_billed}, hold_seconds = ${run.metrics.etl_watermark_hold_seconds ?? 0}, error = ${error ?? null}, finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
+    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, bytes_billed = ${totals.bytes_billed},
+      hold_seconds = ${run.metrics.etl_watermark_hold_seconds ?? 0}, error = ${error ?? null}, finished_at = now(),
+      by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
       chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
     where run_id = ${run.id}`;
   if (error) return;
   const forget = etl`
     with days as (
-      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days}))
+      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days})
+    ), proofs as (delete from etl.verifications where verified_at < now() - make_interval(days => ${days}))
     delete from etl.runs where pipeline = ${pipeline} and started_at < now() - make_interval(days => ${days}) and run_id not in (
       select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
       order by state, by_hand, started_at desc)`;

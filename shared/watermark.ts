@@ -9,7 +9,7 @@ import { join } from "node:path";
 import type { Sql } from "postgres";
 import { root } from "./env.ts";
 import type { Run } from "./run.ts";
-import { quote, utc, type Window } from "./session.ts";
+import { queryWindow, quote, utc, type Window } from "./session.ts";
 import type { Source } from "./source.ts";
 
 export type { Window };
@@ -132,17 +132,15 @@ export async function nextChunk(
 ): Promise<Chunk | undefined> {
   if (from === to) return undefined;
   const column = quote(cursor);
-  return await run.source.begin("read only", async (sql) => {
-    await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-    const [cut] = await sql.unsafe<{ rows: number; last: string; next: string | null }[]>(`
-      with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
-      select count(*)::int as rows, ${utc("max(c)")} as last,
-        case when max(c) = current_setting('etl.from')::timestamptz then
-          (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
-      from head`);
-    if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
-    return { from, to: cut.last > from ? cut.last : (cut.next ?? to), rows: chunkRows };
-  });
+  const query = `
+    with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
+    select count(*)::int as rows, ${utc("max(c)")} as last,
+      case when max(c) = current_setting('etl.from')::timestamptz then
+        (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
+    from head`;
+  const [cut] = await queryWindow<{ rows: number; last: string; next: string | null }>(run.source, { from, to }, query);
+  if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
+  return { from, to: cut.last > from ? cut.last : (cut.next ?? to), rows: chunkRows };
 }
 
 /**

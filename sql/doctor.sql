@@ -106,12 +106,6 @@ with tables as (
       and not (has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
         and has_table_privilege(oid, 'update') and has_table_privilege(oid, 'delete'))) unwritable
   union all
-  select 'replication', 'role may read the table, and write the heartbeat', may is true,
-    case when may is not true then format('%s may not. Run sql/replication.sql as an administrator', current_user) end
-  from (
-    select has_table_privilege(to_regclass('public.sensor_readings'), 'select') and has_table_privilege(heartbeat, 'insert')
-      and has_table_privilege(heartbeat, 'update') as may from to_regclass('public.etl_heartbeat') heartbeat) privileges
-  union all
   select 'replication', 'slot ' || name, not elsewhere and not lost and not none_free, case
     when elsewhere then format('it is of database %s. Choose another prefix in SENSORS_TOPIC, then: make connector', database)
     when lost then 'it is lost, and with it the changes since. Run: make resnapshot'

@@ -281,6 +281,6 @@ await main(import.meta, async () => {
   await command("scripts/ops/report.ts");
   say(`\nThe same and more, on one page: ${join(root, "report.html")}`);
   say(
-    "\nThe stack goes on running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
+    "\nThe stack keeps running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
   );
 });

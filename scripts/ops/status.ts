@@ -80,7 +80,7 @@ await main(import.meta, async () => {
   const env = readEnv({ SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS, JSON: optional(flag, false) });
   const pipelines = [...new Set([...watermarked(), "sensors", "views", ...readIntervals().keys()])];
   const open = (url: string, settings: Record<string, string>) =>
-    connect(url, { application: "etl:status", timeoutSeconds: 4, settings }, { connect_timeout: 4 });
+    connect(url, { application: "etl:status", timeoutSeconds: 4, settings });
   const topic = process.env.SENSORS_TOPIC ?? "";
   const etl = open(env.ETL_DATABASE_URL, { "etl.pipelines": pipelines.join(" "), "etl.topic": topic });
   const source = open(env.SOURCE_DATABASE_URL, { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) });

@@ -2,14 +2,14 @@
 import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
-import { type Env, httpUrl, name, optional, required } from "../env.ts";
+import { type Env, name, optional, required, serverUrl } from "../env.ts";
 import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
   BIGQUERY_PROJECT: required(name),
   BIGQUERY_DATASET: required(name),
   BIGQUERY_LOCATION: required(name),
-  BIGQUERY_ENDPOINT: optional(httpUrl),
+  BIGQUERY_ENDPOINT: optional(serverUrl),
 };
 export type BigQueryEnv = Env<typeof bigqueryVariables>;
 
@@ -45,15 +45,6 @@ export class ShortLoad extends Error {
   constructor(sent: number, loaded: number) {
     super(`the counts differ: ${sent} rows were read from the source, and ${loaded} were loaded; nothing was merged`);
   }
-}
-
-/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
-export function isRefusal(error: unknown): boolean {
-  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
-  // Postgres's data exceptions and program limits; not those that name the row already.
-  if (error instanceof SourceError)
-    return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
-  return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
 
 /** Whether trying again may help: the service was overloaded, or the connection to it broke. */

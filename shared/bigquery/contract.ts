@@ -30,19 +30,24 @@ export function readContract(pipeline: string): Contract {
     const key: string[] = resource.tableConstraints.primaryKey.columns;
     const odd = [...fields.map(({ name }) => name), ...key].find((name) => !/^[A-Za-z_]\w*$/.test(name));
     if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only`);
+    const twice = fields.find(({ name }, at) => fields.slice(0, at).some((other) => sameName(other.name, name)));
+    if (twice) throw new Error(`field ${twice.name} exists twice: BigQuery's names do not tell A from a`);
     const required = (name: string) => fields.some((field) => field.name === name && /^required$/i.test(field.mode));
     // A MERGE finds no row by a NULL: each run would insert it again.
     const nullable = key.find((name) => !required(name));
     if (nullable !== undefined)
       throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
-    if (!source?.table || !source.cursor) throw new Error("source.table and source.cursor say what is read");
-    return { pipeline, file, source: { ...source, select: readSelect(pipeline) }, fields, key, resource };
+    if (!/^\w+\.\w+$/.test(source?.table)) throw new Error("source.table must be SCHEMA.TABLE, such as public.orders");
+    if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
+    return { pipeline, file, source: { ...source, key, select: readSelect(pipeline) }, fields, key, resource };
   } catch (error) {
     if (error instanceof UsageError) throw error;
     const form = "a BigQuery Table resource with schema.fields and tableConstraints.primaryKey";
     throw new UsageError(`${file} must be ${form}: ${(error as Error).message}`);
   }
 }
+
+const sameName = (a: string, b: string): boolean => a.toLowerCase() === b.toLowerCase();
 
 /** A SELECT of JSON lines, as a function of the SELECT whose rows it writes, and of the fields, by default all. */
 export type JsonSelect = (select: string, fields?: Field[]) => string;

@@ -4,7 +4,7 @@
  */
 import type { TableField } from "@google-cloud/bigquery";
 import { quote } from "../session.ts";
-import type { Column } from "../source.ts";
+import { type Column, rowName } from "../source.ts";
 
 /** A field of a contract. */
 export interface Field extends TableField {
@@ -119,7 +119,3 @@ export function jsonLines(pipeline: string, fields: Field[], key: string[], sele
 export function freeName(fields: Field[], wanted: string): string {
   return fields.some(({ name }) => name.toLowerCase() === wanted) ? freeName(fields, `${wanted}_`) : wanted;
 }
-
-/** SQL: a row's key as text, for example id=17. */
-export const rowName = (key: string[]): string =>
-  key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");

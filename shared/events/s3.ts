@@ -13,7 +13,7 @@ import {
   paginateListObjectsV2,
   S3Client,
 } from "@aws-sdk/client-s3";
-import { type Env, httpUrl, like, name, optional, required, secret, text, UsageError } from "../env.ts";
+import { type Env, like, name, optional, required, secret, serverUrl, text, UsageError } from "../env.ts";
 
 const bucketName = like(
   /^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/,
@@ -24,7 +24,7 @@ const prefix = (value: string): string => value.replace(/^\/+|\/*$/g, "").replac
 
 /** The client reads the credentials itself: from these variables or, without them, from a profile or the machine's role. */
 export const bucketVariables = {
-  S3_ENDPOINT: optional(httpUrl),
+  S3_ENDPOINT: optional(serverUrl),
   S3_BUCKET: required(bucketName),
   S3_PREFIX: optional(prefix, ""),
   AWS_REGION: required(name),

@@ -5,11 +5,11 @@ import { addAbortListener } from "node:events";
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
 import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
-import { type Env, httpUrl, like, name, optional, required, secret, UsageError } from "../env.ts";
+import { type Env, like, name, optional, required, secret, serverUrl, UsageError } from "../env.ts";
 import { type Applied, pendingMigrations } from "../migrations.ts";
 
 export const clickhouseVariables = {
-  CLICKHOUSE_URL: required(httpUrl),
+  CLICKHOUSE_URL: required(serverUrl),
   CLICKHOUSE_DATABASE: required(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only")),
   CLICKHOUSE_USER: required(name),
   CLICKHOUSE_PASSWORD: optional(secret, ""),

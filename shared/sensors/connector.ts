@@ -1,8 +1,9 @@
 /** Debezium's connector: its names, Kafka Connect's REST interface, and whether it runs. */
 import { setTimeout as delay } from "node:timers/promises";
-import { httpUrl, redact, required, UsageError } from "../env.ts";
+import { baseUrl, required, UsageError } from "../env.ts";
+import { ask, below } from "../http.ts";
 
-export const connectVariables = { CONNECT_URL: required(httpUrl) };
+export const connectVariables = { CONNECT_URL: required(baseUrl) };
 export type ConnectEnv = { CONNECT_URL: string; SENSORS_TOPIC: string };
 
 /** What the connector reads. */
@@ -43,17 +44,15 @@ export async function askConnect<T>(
   path: string,
   body?: object,
 ): Promise<T | undefined> {
+  const headers = { "content-type": "application/json" };
+  const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
   for (let attempt = 1; ; attempt++) {
-    const answer = await fetch(new URL(`/connectors/${namesOf(env).connector}${path}`, env.CONNECT_URL), {
-      method,
-      headers: { "content-type": "application/json" },
-      ...(body && { body: JSON.stringify(body) }),
-      signal: AbortSignal.timeout(60_000),
-    }).catch((error: Error) => {
-      const { code, message } = (error.cause ?? error) as { code?: string; message: string };
-      const away = `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}`;
-      throw new Error(redact(`${away}. For the local stack: make up`));
-    });
+    const answer = await ask(
+      "CONNECT_URL",
+      below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`),
+      init,
+      60,
+    );
     const text = await answer.text();
     if (answer.status === 404) return undefined;
     if (answer.ok) return (text ? JSON.parse(text) : {}) as T;

@@ -40,7 +40,7 @@ export async function readEpoch(etl: Sql, topic: string): Promise<Epoch | undefi
 }
 
 /**
- * Begins the epoch after that one: its messages are those from `from` on, and its rows belong into `database`.
+ * Begins the epoch after that one: its messages are those from `from` on, and its rows belong to `database`.
  * @returns false where somebody else has begun one meanwhile.
  */
 export async function beginEpoch(
@@ -53,7 +53,8 @@ export async function beginEpoch(
   return await etl.begin(async (sql) => {
     const begun = await sql`
       insert into etl.topics as t (topic, epoch, database) values (${topic}, ${after + 1}, ${database})
-      on conflict (topic) do update set epoch = excluded.epoch, database = excluded.database, started_at = now()
+      on conflict (topic) do update set epoch = excluded.epoch, database = excluded.database, started_at = now(),
+        canary_at = null, canary_seen = null, canary_gap = null, snapshot_lsn = null
       where t.epoch = ${after}`;
     if (!begun.count) return false;
     await sql`delete from etl.topic_offsets where topic = ${topic}`;
@@ -65,7 +66,7 @@ export async function beginEpoch(
 /**
  * The number of the topic's epoch; its first one where there is none yet.
  * @param where asks Kafka for the partitions' ends and the group's offsets.
- * @throws UsageError where the epoch's rows belong into another database, or the topic is not what the epoch began with: other
+ * @throws UsageError where the epoch's rows belong to another database, or the topic is not what the epoch began with: other
  * partitions, offsets that went back, or messages that expired unread.
  */
 export async function takeEpoch(
@@ -79,7 +80,7 @@ export async function takeEpoch(
   const epoch = (await readEpoch(etl, topic)) as Epoch;
   if (epoch.database !== database)
     throw new UsageError(
-      `epoch ${epoch.number} of ${topic} belongs into database ${epoch.database}, not ${database}: the table is ` +
+      `epoch ${epoch.number} of ${topic} belongs to database ${epoch.database}, not ${database}: the table is ` +
         `being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${epoch.database}, then make ` +
         `swap-readings`,
     );

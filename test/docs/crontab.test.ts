@@ -1,7 +1,7 @@
 // What production runs by itself: each line of ops/crontab, and the unit of the consumer.
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
-import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { execFileSync, spawn } from "node:child_process";
+import { appendFileSync, globSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { text } from "node:stream/consumers";
 import { after, before, test } from "node:test";
@@ -9,7 +9,11 @@ import { readIntervals } from "../../shared/alerts.ts";
 import { type Scratch, scratchCopy } from "../lib/scratch.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
+import { debianPackage, debianPath } from "../stack/debian.ts";
 import { root } from "../stack/env.ts";
+import { ensureInstalled } from "../stack/install.ts";
+
+const logrotate = debianPackage("logrotate", "libpopt0");
 
 interface Job {
   /** minute, hour, day of month, month, day of week */
@@ -60,6 +64,7 @@ test("ops/crontab: each pipeline with an expected interval, verify nightly, swee
   assert.deepEqual(Object.fromEntries(jobs.map((job) => [job.target, often(job)])), {
     ...Object.fromEntries(readIntervals()),
     verify: 86_400,
+    "verify-events": 86_400,
     sweep: 604_800,
     report: 604_800,
   });
@@ -74,7 +79,7 @@ test("ops/crontab: each line waits at random, has a timeout past the run's own d
   for (const { command, target } of jobs) {
     assert.doesNotMatch(command, /flock/);
     const [, limit = ""] =
-      /^sleep \$\(\(RANDOM % \(JITTER \+ 1\)\)\); cd \/srv\/etl && timeout -k 60 (\d+[mh]) make \w+ >>\/var\/log\/etl\/\w+\.log 2>&1$/.exec(
+      /^sleep \$\(\(RANDOM % \(JITTER \+ 1\)\)\); cd \/srv\/etl && timeout -k 60 (\d+[mh]) make [\w-]+ >>\/var\/log\/etl\/[\w-]+\.log 2>&1$/.exec(
         command,
       ) ?? assert.fail(command);
     assert.ok(command.includes(`/${target}.log`), command);
@@ -162,7 +167,7 @@ for (const { command, target } of jobs) {
   });
 }
 
-test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, and the next run goes on", async () => {
+test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, and the next run resumes", async () => {
   const { shop } = sensors;
   const { command = "" } = jobs.find(({ target }) => target === "orders") ?? {};
   await shop.updateRows(1, 10, "late");
@@ -218,4 +223,26 @@ test("ops/etl-sensors.service has only what systemd knows, and its command works
   });
   assert.equal(code, 0, mail);
   assert.match(mail, /step=done rows=0 /);
+});
+
+test("ops/logrotate.conf, by logrotate itself: every log of the crontab is moved, kept, compressed a week later, and goes on", async () => {
+  await ensureInstalled(logrotate);
+  using scratch = scratchCopy();
+  const logs = join(scratch.folder, "logs");
+  mkdirSync(logs);
+  const [config, state] = [join(scratch.folder, "logrotate.conf"), join(scratch.folder, "state")];
+  const owner = ["-un", "-gn"].map((which) => execFileSync("id", [which], { encoding: "utf8" }).trim()).join(" ");
+  const settings = readFileSync(join(root, "ops/logrotate.conf"), "utf8").replaceAll("/var/log/etl", logs);
+  writeFileSync(config, settings.replaceAll("etl etl", owner), { mode: 0o644 });
+  const names = jobs.map(({ command }) => /\/var\/log\/etl\/(\S+)/.exec(command)?.[1] ?? assert.fail(command));
+  for (const week of ["first", "second", "third"]) {
+    for (const name of names) appendFileSync(join(logs, name), `${week}\n`);
+    const program = debianPath("logrotate", "usr/sbin/logrotate");
+    const libraries = globSync(debianPath("logrotate", "usr/lib/*")).join(":");
+    const env = { ...process.env, LD_LIBRARY_PATH: libraries };
+    execFileSync(program, ["--force", "--state", state, config], { env });
+  }
+  const expected = names.flatMap((name) => [name, `${name}.1`, `${name}.2.gz`, `${name}.3.gz`]);
+  assert.deepEqual(readdirSync(logs).sort(), [...new Set(expected)].sort());
+  assert.equal(readFileSync(join(logs, `${names[0]}.1`), "utf8"), "third\n");
 });

@@ -142,8 +142,9 @@ const encoded = encodeURIComponent(odd);
 const at = (variable: string, change: Partial<URL>): Env => ({
   [variable]: Object.assign(new URL(shop.env[variable] ?? ""), change).href,
 });
-/** A server that is not there, with a password that is: as typed, so partly encoded. */
-const nowhere = `http://user:${mark}%22a'b@127.0.0.1:1`;
+/** A server that is not there; with a password that is, as typed, so partly encoded, where the URL may hold one. */
+const nowhere = (name: string): string =>
+  /^(CONNECT|PUSHGATEWAY)_/.test(name) ? `http://user:${mark}%22a'b@127.0.0.1:1` : "http://127.0.0.1:1";
 const secrets: Env = {
   AWS_SECRET_ACCESS_KEY: odd,
   AWS_SESSION_TOKEN: odd,
@@ -159,13 +160,13 @@ const faults: Record<string, () => Env> = {
     Object.assign({ ...secrets }, ...databases.map((name) => at(name, { password: encoded }))),
   "databases answer and services are away": () => ({
     ...secrets,
-    ...Object.fromEntries(services.map((name) => [name, nowhere])),
+    ...Object.fromEntries(services.map((name) => [name, nowhere(name)])),
     KAFKA_BROKERS: "127.0.0.1:1",
   }),
   "nothing answers, and lines are JSON": () =>
     Object.assign(
       { ...secrets, LOG_FORMAT: "json", KAFKA_BROKERS: "127.0.0.1:1" },
-      Object.fromEntries(services.map((name) => [name, nowhere])),
+      Object.fromEntries(services.map((name) => [name, nowhere(name)])),
       ...databases.map((name) => at(name, { password: encoded, port: "1" })),
     ),
   "variables are malformed": () => ({

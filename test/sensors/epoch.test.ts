@@ -226,7 +226,7 @@ suite("sensors", { concurrency: true }, () => {
     await shop.succeed(resnapshot);
     const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuildOf(sensors)}`;
     await fails(shop, swap, 2, [/^error: [\d,]+ messages are not in \w+_rebuild yet\. Next: /m, next]);
-    const mid = `epoch 2 of ${topic} belongs into database ${rebuildOf(sensors)}, not ${database}: the table is being rebuilt there. Next: ${next}, then make swap-readings`;
+    const mid = `epoch 2 of ${topic} belongs to database ${rebuildOf(sensors)}, not ${database}: the table is being rebuilt there. Next: ${next}, then make swap-readings`;
     await fails(shop, consumerScript, 2, [mid]);
     await insert(sensors, 3001, 3010);
     await sensors.catchUp({ CLICKHOUSE_DATABASE: rebuildOf(sensors) });
@@ -326,9 +326,7 @@ suite("sensors", { concurrency: true }, () => {
       shop,
       connector,
       1,
-      [
-        /^error: Kafka Connect at http:\/\/127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m,
-      ],
+      [/^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m],
       { CONNECT_URL: nowhere },
     );
     const wrong = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");

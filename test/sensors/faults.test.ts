@@ -749,7 +749,7 @@ suite("faults", { concurrency: true }, () => {
       await sensors.produce([{ key, value: value.replace('"id":50', '"id":50,"note":"a \\"b\\"","quality":3') }]);
       const consumer = await sensors.consumer();
       await consumer.line(
-        /step=warning warning="public\.sensor_readings has columns that sensor_readings has not; their values are kept in _unknown" columns=note,quality$/,
+        /step=warning warning="public\.sensor_readings has columns that sensor_readings does not have; their values are kept in _unknown" columns=note,quality$/,
       );
       assert.equal((await consumer.metrics()).etl_sensors_unknown_source_columns, 2);
       await until("all is committed", async () => (await committed(sensors)) === 4);

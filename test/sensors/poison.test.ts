@@ -228,7 +228,7 @@ suite("poison", { concurrency: true }, () => {
     const { code, stderr } = await ending(consumer);
     assert.equal(code, 1, stderr);
     const says =
-      /error: 101 of the last 1,000 messages are no valid change \(limit: SENSORS_POISON_SHARE=0\.1\)\. The last batch was not committed; the next start reads it again\. Next: make dead-letters \(says why\)$/m;
+      /error: 101 of the last 1,000 messages are not valid changes \(limit: SENSORS_POISON_SHARE=0\.1\)\. The last batch was not committed; the next start reads it again\. Next: make dead-letters \(says why\)$/m;
     assert.match(stderr, says);
     assert.deepEqual(await committed(sensors), ["1000"]);
     const letters = (await sensors.deadLetters()).map(({ offset }) => Number(offset));
@@ -237,7 +237,7 @@ suite("poison", { concurrency: true }, () => {
     // Nothing has changed, so it stops again; each dead letter is there once.
     const again = await shop.run("scripts/sensors.ts", { UNTIL: "caught-up" });
     assert.equal(again.code, 1, again.stderr);
-    assert.match(again.stderr, /error: 98 of the last 978 messages are no valid change/);
+    assert.match(again.stderr, /error: 98 of the last 978 messages are not valid changes/);
     assert.deepEqual(await committed(sensors), ["1000"]);
     assert.equal((await sensors.deadLetters()).length, 220);
 
@@ -265,7 +265,7 @@ suite("poison", { concurrency: true }, () => {
     await sensors.produce([bad(3)]);
     const { code, stderr } = await ending(consumer);
     assert.equal(code, 1, stderr);
-    assert.match(stderr, /error: 100 of the last 100 messages are no valid change/);
+    assert.match(stderr, /error: 100 of the last 100 messages are not valid changes/);
   });
 
   test("the share is that of the last 1,000 messages, whatever the batches", () => {

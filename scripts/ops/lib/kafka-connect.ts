@@ -5,8 +5,9 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, root, UsageError } from "../../../shared/env.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
+import { canaryVariables } from "../../../shared/sensors/canary.ts";
 import {
   allRunning,
   askConnect,
@@ -17,7 +18,11 @@ import {
 import { connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../../shared/session.ts";
 
-export const connectorVariables = { ...connectVariables, REPLICATION_DATABASE_URL: required(postgresUrl) };
+export const connectorVariables = {
+  ...connectVariables,
+  ...canaryVariables,
+  REPLICATION_PASSWORD_REFERENCE: optional(like(/^\$\{\w+:.+\}$/, "must be PROVIDER:PATH:KEY in braces, behind a $")),
+};
 export type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
@@ -33,7 +38,7 @@ export function connectorConfig(env: ConnectorEnv): Record<string, string> {
     "database.port": port || "5432",
     "database.dbname": decodeURIComponent(pathname.slice(1)),
     "database.user": decodeURIComponent(username),
-    "database.password": decodeURIComponent(password),
+    "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? decodeURIComponent(password),
     "database.sslmode": searchParams.get("sslmode") ?? "prefer",
   };
 }
@@ -75,6 +80,12 @@ export async function createReadingsTopic(
 export async function waitUntil(done: () => Promise<boolean>, seconds: number, otherwise: () => string): Promise<void> {
   for (const deadline = performance.now() + seconds * 1000; !(await done()); await delay(200))
     if (performance.now() > deadline) throw new Error(otherwise());
+}
+
+/** Whether Connect shows the database's password to everybody who may read the connector. */
+export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
+  const config = await askConnect<Record<string, string>>(env, "GET", "/config");
+  return !/^\$\{/.test(config?.["database.password"] ?? "${");
 }
 
 /** Whether the connector and its task run. @param patient a failure is not the last word yet. @throws Error with a failure's trace. */

@@ -71,9 +71,9 @@ function attention({ runs, days, models, verified }: Past, now: Status[], longHo
   for (const { day, next, error } of days.filter(({ state }) => state === "failed"))
     current.push([`archive of ${day}`, `${firstLine(error)}. Next: make backfill-events FROM=${day} TO=${next}`]);
   for (const { pipeline, differences, found, age } of verified) {
-    if (differences)
-      current.push([pipeline, `differs from its source: ${found}. Next: make verify PIPELINE=${pipeline}`]);
-    if (age > 604_800 && pipeline !== "events") current.push([pipeline, `was last verified ${duration(age)} ago`]);
+    const again = pipeline === "events" ? "make verify-events" : `make verify PIPELINE=${pipeline}`;
+    if (differences) current.push([pipeline, `differs from its source: ${found}. Next: ${again}`]);
+    if (age > 604_800) current.push([pipeline, `was last verified ${duration(age)} ago. Next: ${again}`]);
   }
   const week: string[][] = [];
   const happened = (what: string, has: (run: PastRun) => boolean, detail: (run: PastRun) => string): void => {
