@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
 import postgres from "postgres";
-import type { Status } from "../../scripts/ops/status.ts";
+import type { Status } from "../../scripts/ops/lib/status.ts";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { createSource } from "../data/source.ts";
@@ -19,7 +19,7 @@ import { type Cluster, startCluster, stopCluster } from "../stack/postgres.ts";
 import { python } from "../stack/python.ts";
 import { stackPath } from "../stack/stack.ts";
 
-const script = "scripts/ops/status.ts";
+const script = "scripts/ops/lib/status.ts";
 
 type Answer = { code: number | null; of: Record<string, Status>; seconds: number };
 async function statusOf(shop: Shop, variables: Env = {}): Promise<Answer> {
