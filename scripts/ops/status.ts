@@ -38,7 +38,7 @@ import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { duration, table } from "../../shared/table.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
-import { type Known, type Sensors, type State, type Status, states } from "./lib/status.ts";
+import { type Known, type State, type Status, states } from "./lib/status.ts";
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
