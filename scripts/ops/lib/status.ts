@@ -29,7 +29,7 @@ export type Status = Known & {
 };
 
 /** Of a part that does not answer null, and a reason says why. */
-export type Sensors = Record<
+type Sensors = Record<
   "lag" | "consumers" | "dead_letters" | "slot_retained_bytes" | "canary_age_seconds",
   number | null
 > &
