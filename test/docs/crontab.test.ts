@@ -58,12 +58,13 @@ const { variables, jobs } = parse(readFileSync(join(root, "ops/crontab"), "utf8"
 const seconds = (duration: string): number =>
   Number.parseInt(duration, 10) * ({ m: 60, h: 3600 }[duration.at(-1) ?? ""] ?? Number.NaN);
 
-test("ops/crontab: each pipeline with an expected interval, and make verify, at a minute of its own and as often as the alerts expect", () => {
+test("ops/crontab: each pipeline with an expected interval, and what verifies, at a minute of its own and as often as the alerts expect", () => {
   const often = ({ fields: [, hour, , , weekday] }: Job): number =>
     hour === "*" ? 3600 : weekday === "*" ? 86_400 : 604_800;
   assert.deepEqual(Object.fromEntries(jobs.map((job) => [job.target, often(job)])), {
     ...Object.fromEntries(readIntervals()),
     verify: 604_800,
+    "verify-events": 604_800,
   });
   assert.equal(new Set(jobs.map(({ fields }) => fields[0])).size, jobs.length);
   assert.deepEqual(new Set(jobs.map(({ fields }) => fields[2] + (fields[3] ?? ""))), new Set(["**"]));
@@ -76,7 +77,7 @@ test("ops/crontab: each line waits at random, has a timeout past the run's own d
   for (const { command, target } of jobs) {
     assert.doesNotMatch(command, /flock/);
     const [, limit = ""] =
-      /^sleep \$\(\(RANDOM % \(JITTER \+ 1\)\)\); cd \/srv\/etl && timeout -k 60 (\d+[mh]) make \w+ >>\/var\/log\/etl\/\w+\.log 2>&1$/.exec(
+      /^sleep \$\(\(RANDOM % \(JITTER \+ 1\)\)\); cd \/srv\/etl && timeout -k 60 (\d+[mh]) make [\w-]+ >>\/var\/log\/etl\/[\w-]+\.log 2>&1$/.exec(
         command,
       ) ?? assert.fail(command);
     assert.ok(command.includes(`/${target}.log`), command);
@@ -145,7 +146,9 @@ for (const { command, target } of jobs) {
     const first = await cron(local(command));
     assert.deepEqual(first, { code: 0, mail: "" }, first.code ? logOf(target) : "");
     assert.match(logOf(target), target === "verify" ? /pipeline=orders run=\w+ step=compared rows=300 / : /step=done/);
-    if (target !== "verify") assert.ok((await shop.metrics(target)).etl_last_success_timestamp_seconds, logOf(target));
+    const [verified, of = target] = /^verify-?(\w*)$/.exec(target) ?? [];
+    const success = `etl_${verified ? "verify_" : ""}last_success_timestamp_seconds`;
+    assert.ok((await shop.metrics(of || "orders"))[success], logOf(target));
     const both = await Promise.all([cron(local(command)), cron(local(command))]);
     assert.deepEqual(
       both,
