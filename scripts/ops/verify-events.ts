@@ -9,7 +9,7 @@
  * Decompresses, counts and hashes every part, and compares it with its manifest, and the day with the source's rows, read again. Names the
  * command for a day that differs, and lists what killed runs left.
  *
- *   schedule         weekly, cron
+ *   schedule         nightly, cron
  *   safe to re-run   yes: it changes nothing that a manifest names
  *   exit code        1 where a day differs
  */
@@ -43,7 +43,7 @@ import {
   readDays,
   readPart,
 } from "./lib/events.ts";
-import { pushVerified } from "./lib/verified.ts";
+import { recordVerified } from "./lib/verified.ts";
 
 const DAY_SECONDS = 86_400;
 
@@ -75,8 +75,13 @@ await main(import.meta, async () => {
       return hash.digest("hex");
     });
   };
-  if (wanted) await eachDay(reading, wanted, verifyDay);
-  else await eachDay(reading, await lastDays(etl), verifyDay, (n) => pushVerified(env.PUSHGATEWAY_URL, "events", n));
+  if (wanted) return await eachDay(reading, wanted, verifyDay);
+  const days = await lastDays(etl);
+  await eachDay(reading, days, verifyDay, async (rows, differences) => {
+    const found = `${differences} of the days ${days[0]} to ${days.at(-1)}`;
+    const proof = { pipeline: "events", rows, differences, found, bytes_billed: 0 };
+    await recordVerified(env.PUSHGATEWAY_URL, etl, proof);
+  });
 });
 
 /** The eight days before the watermark (a week, as the crontab has it, and a day); those of before the first archived one are left out. */

@@ -14,7 +14,7 @@
  *   make verify PIPELINE=orders REPAIR=1   repairs what differs, by primary key, under the pipeline's lock: writes the source's rows over
  *                                          whatever the table has, deletes what the source has not, and compares again
  *
- *   schedule         weekly, cron
+ *   schedule         nightly, cron
  *   safe to re-run   yes, also after a kill in mid-repair
  *   exit code        1 where anything differs: prints keys and columns (LIMIT of them), and the command that repairs it. No values:
  *                    they may be personal
@@ -30,7 +30,7 @@ import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
-import { pushVerified } from "./lib/verified.ts";
+import { recordVerified } from "./lib/verified.ts";
 import { beside, type Comparison, distrusted, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
@@ -67,15 +67,21 @@ await main(import.meta, async () => {
           ? await compareReadings(run, { ...env, ...sensors })
           : await verifyTable(run, env);
       run.log("compared", { rows: found.rows, differences: total(found) });
+      const { rows, counts } = found;
+      const words =
+        kinds
+          .filter((kind) => counts[kind])
+          .map((kind) => `${counts[kind]} ${kind}`)
+          .join(", ") || null;
+      const proof = { pipeline, rows, differences: total(found), found: words, bytes_billed: run.totals.bytes_billed };
+      await recordVerified(env.PUSHGATEWAY_URL, run.etl, proof);
       results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
     });
     await verifying.catch((error: Error) => {
       if (only) throw error;
       failures.push(`${pipeline} was not verified: ${error.message}`);
     });
-    if (!found) continue;
-    await pushVerified(env.PUSHGATEWAY_URL, pipeline, total(found));
-    if (total(found)) failures.push(describe(pipeline, found, env.LIMIT));
+    if (found && total(found)) failures.push(describe(pipeline, found, env.LIMIT));
   }
   if (results.length) process.stdout.write(`${table(results)}\n`);
   if (failures.length) throw new Error(failures.join("\n"));

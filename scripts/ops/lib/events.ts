@@ -47,14 +47,14 @@ export async function openReading(command: string, env: Env<typeof dayVariables>
 /**
  * Reads each day back, and continues past one that fails.
  * @param read returns the day's manifest, or throws what is wrong with the day.
- * @param ended is called with the number of days that failed.
+ * @param ended is called with the rows that were read and the number of days that failed.
  * @throws Error at the end that lists the days that failed, each with the next command.
  */
 export async function eachDay(
   { command, log }: Reading,
   days: string[],
   read: (day: string) => Promise<Manifest>,
-  ended: (failed: number) => Promise<void> = async () => {},
+  ended: (rows: number, failed: number) => Promise<void> = async () => {},
 ): Promise<void> {
   const started = performance.now();
   const totals = { days: 0, rows: 0, bytes: 0 };
@@ -75,7 +75,7 @@ export async function eachDay(
   progress("");
   const seconds = Math.round(performance.now() - started) / 1000;
   log(faults.length ? "failed" : "done", { ...totals, failed: faults.length, seconds });
-  await ended(faults.length);
+  await ended(totals.rows, faults.length);
   if (faults.length) throw new Error(`${faults.length} of ${days.length} days failed:\n${faults.join("\n")}`);
 }
 
