@@ -263,7 +263,8 @@ async function checkKafka(check: Check): Promise<void> {
   await check(`topic ${topic} and group ${group}`, async () => {
     const state = withAdmin(broker, env, (admin) => topicState(admin, topic, group));
     const partitions = await state.catch((error: Error) => {
-      if (/authorized|group coordinator/.test(error.message)) error.message += ". KAFKA_USERNAME needs READ on topic and group";
+      if (/authorized|group coordinator/.test(error.message))
+        error.message += ". KAFKA_USERNAME needs READ on topic and group";
       throw error;
     });
     return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;

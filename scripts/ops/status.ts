@@ -4,7 +4,8 @@
  * Kafka Connect, ClickHouse and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing.
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
- *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of Status below:
+ *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of
+ *                        Status (lib/status.ts):
  *                        pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
  *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
@@ -38,46 +39,7 @@ import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { duration, table } from "../../shared/table.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
-
-const states = ["ok", "new", "warn", "red"] as const;
-type State = (typeof states)[number];
-
-/** What schema etl knows of a pipeline: a row of sql/status.sql, which says what the keys mean. */
-type Known = Record<
-  "watermark" | "last_success" | "last_run" | "last_run_state" | "last_run_id" | "last_error",
-  string | null
-> &
-  Record<"watermark_age_seconds" | "last_success_age_seconds" | "last_run_age_seconds" | "rows", number | null> & {
-    pipeline: string;
-    last_run_by_hand: boolean | null;
-    days: (Record<"archived" | "failed" | "running", number> & Record<"first" | "last" | "at", string>) | null;
-  };
-
-export type Status = Known & {
-  state: State;
-  /** Why it is not ok, the worst first. */
-  reasons: string[];
-  /** How often it is meant to succeed (ops/alerts.yml). */
-  interval_seconds: number | null;
-  /** Who holds the pipeline's lock now, a run's id or an application, and since when. */
-  lock: string | null;
-  lock_since: string | null;
-  /** Who holds the watermark: an open transaction of the source, in words. */
-  held_by: string | null;
-  hold_seconds: number;
-  sensors: Sensors | null;
-};
-
-/** Of a part that does not answer null, and a reason says why. */
-type Sensors = Record<
-  "lag" | "consumers" | "dead_letters" | "slot_retained_bytes" | "canary_age_seconds",
-  number | null
-> &
-  Record<"connector_running" | "slot_active", boolean | null> & {
-    topic: string;
-    epoch: number;
-    canary_gap: string | null;
-  };
+import { type Known, type State, type Status, states } from "./lib/status.ts";
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;

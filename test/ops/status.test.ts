@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
 import postgres from "postgres";
-import type { Status } from "../../scripts/ops/status.ts";
+import type { Status } from "../../scripts/ops/lib/status.ts";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { createSource } from "../data/source.ts";
@@ -76,7 +76,7 @@ suite("with one pipeline", () => {
       [...watermarked(), "sensors", "views"].sort(),
     );
     const header = readFileSync(join(root, script), "utf8").replaceAll(/\n \* +/g, " ");
-    const documented = /Status below: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
+    const documented = /Status \(lib\/status\.ts\): (.*?); times/.exec(header)?.[1]?.split(", ").sort();
     for (const of of all) assert.deepEqual(Object.keys(of).sort(), documented, of.pipeline);
   });
 
