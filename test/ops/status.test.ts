@@ -19,7 +19,7 @@ import { type Cluster, startCluster, stopCluster } from "../stack/postgres.ts";
 import { python } from "../stack/python.ts";
 import { stackPath } from "../stack/stack.ts";
 
-const script = "scripts/ops/status.ts";
+const script = "scripts/ops/lib/status.ts";
 
 type Answer = { code: number | null; of: Record<string, Status>; seconds: number };
 async function statusOf(shop: Shop, variables: Env = {}): Promise<Answer> {
@@ -76,7 +76,7 @@ suite("with one pipeline", () => {
       [...watermarked(), "sensors", "views"].sort(),
     );
     const header = readFileSync(join(root, script), "utf8").replaceAll(/\n \* +/g, " ");
-    const documented = /Status \(lib\/status\.ts\): (.*?); times/.exec(header)?.[1]?.split(", ").sort();
+    const documented = /Status below: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
     for (const of of all) assert.deepEqual(Object.keys(of).sort(), documented, of.pipeline);
   });
 

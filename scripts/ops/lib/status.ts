@@ -1,4 +1,4 @@
-/** What make status says of a pipeline, in JSON and to make report. */
+/** What make status says of a pipeline; make status JSON=1 prints it. */
 export const states = ["ok", "new", "warn", "red"] as const;
 export type State = (typeof states)[number];
 
@@ -29,7 +29,7 @@ export type Status = Known & {
 };
 
 /** Of a part that does not answer null, and a reason says why. */
-type Sensors = Record<
+export type Sensors = Record<
   "lag" | "consumers" | "dead_letters" | "slot_retained_bytes" | "canary_age_seconds",
   number | null
 > &
