@@ -68,10 +68,5 @@ select
   to_char(least(now() - lag, (select xact_start from oldest)) at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as bound,
   greatest(0, extract(epoch from now() - lag
     - coalesce((select prepared from prepared), (select xact_start from oldest))))::float8 as hold_seconds,
-  -- The history that a watermark belongs to. The timeline by the WAL's name: after a promotion the control file keeps the old one until
-  -- the first checkpoint is done, which takes minutes. The WAL that is on disk, so that a crash does not take it back.
-  case when not pg_is_in_recovery() then
-    (select system_identifier from pg_control_system()) || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8) end as server,
-  (select oid::text from pg_database where datname = current_database()) as database_oid,
-  case when not pg_is_in_recovery() then lpad((pg_current_wal_flush_lsn() - '0/0')::text, 20, '0') end as wal
+  (select oid::text from pg_database where datname = current_database()) as database_oid
 from settings;

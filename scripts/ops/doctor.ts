@@ -185,7 +185,9 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
     });
     await check(`${pipeline}: watermark`, async () => {
       const stored = await readWatermark(etl, pipeline);
-      const reason = stored && distrust(pipeline, stored, await readBound(source));
+      const target =
+        pipeline === "events" ? undefined : await openDestination(readEnv(bigqueryVariables), readContract(pipeline));
+      const reason = stored && (await distrust(source, pipeline, stored, await readBound(source), target));
       if (reason) throw new Error(reason);
       return stored?.watermark ?? "none yet";
     });
