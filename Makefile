@@ -52,6 +52,10 @@ views: setup ## Build, check and publish the models of views/ (ONLY= ALLOW_STALE
 status: setup ## Where each pipeline is (JSON=1 for programs)
 	@node scripts/ops/status.ts
 
+.PHONY: report
+report: setup ## Write one page for the half hour a week: state, runs, archive, models, proofs, cost (OUT=report.html)
+	@node scripts/ops/report.ts
+
 .PHONY: doctor
 doctor: setup ## Check a set-up before its first run; say what to fix (PIPELINE= for one)
 	@node scripts/ops/doctor.ts
@@ -65,7 +69,7 @@ verify: setup ## Prove that source and destination agree (PIPELINE= for one; REP
 	@node scripts/ops/verify.ts
 
 .PHONY: sweep
-sweep: setup ## Remove at the destination what was deleted at the source: PIPELINE= (DRY_RUN=1 CONFIRM=1)
+sweep: setup ## Remove at the destination what was deleted at the source (PIPELINE= for one; DRY_RUN=1 CONFIRM=1)
 	@node scripts/ops/sweep.ts
 
 .PHONY: backfill-events
@@ -73,7 +77,7 @@ backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_P
 	@node scripts/ops/backfill-events.ts
 
 .PHONY: verify-events
-verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)
+verify-events: setup ## Read the archive back, compare it with manifests and source (the last eight days, or FROM= TO=; CLEAN=1)
 	@node scripts/ops/verify-events.ts
 
 .PHONY: restore-events

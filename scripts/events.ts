@@ -52,10 +52,21 @@ async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   const bound = to.slice(0, 10);
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
-  const [oldest] = await run.source`select min(created_at)::date::text as day from public.events`;
-  if (oldest?.day && oldest.day < yesterday) {
-    const next = `make backfill-events FROM=${oldest.day} TO=${yesterday}`;
-    run.log("first-run", { archives: yesterday, older_days_from: oldest.day, next });
+  const older = await run.source<{ day: string }[]>`
+    with recursive days as (
+      select min(created_at)::date as day from public.events where created_at >= '0001-01-01' and created_at < ${yesterday}::text::date
+      union all
+      select (select min(created_at)::date from public.events where created_at >= day + 1 and created_at < ${yesterday}::text::date)
+      from days where day is not null
+    ) select day::text from days where day is not null`;
+  // One command for each stretch of days that have events: between two of them is a month without any.
+  const stretches: { from: string; to: string }[] = [];
+  for (const { day } of older) {
+    const last = stretches.at(-1);
+    if (last && day < addDays(last.to, 31)) last.to = addDays(day);
+    else stretches.push({ from: day, to: addDays(day) });
   }
+  const next = stretches.map(({ from, to }) => `make backfill-events FROM=${from} TO=${to}`).join("; ");
+  if (next) run.log("first-run", { archives: yesterday, older_days: older.length, next });
   return [yesterday];
 }

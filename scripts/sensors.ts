@@ -16,9 +16,10 @@
  * Serves /metrics and /healthz at METRICS_PORT.
  */
 
-import { readEnv } from "../shared/env.ts";
+import { readEnv, UsageError } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { kafkaVariables } from "../shared/sensors/broker.ts";
+import * as canary from "../shared/sensors/canary.ts";
 import * as clickhouse from "../shared/sensors/clickhouse.ts";
 import { connectVariables } from "../shared/sensors/connector.ts";
 import * as consumer from "../shared/sensors/consumer.ts";
@@ -33,6 +34,7 @@ await main(import.meta, async () => {
     ...clickhouse.clickhouseVariables,
     ...kafkaVariables,
     ...connectVariables,
+    ...canary.canaryVariables,
   });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
   const { stop, abandon } = consumer.stopSignals();
@@ -41,7 +43,7 @@ await main(import.meta, async () => {
   const broker = connectKafka(env, "etl-sensors");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));
   await checkSession("ETL_DATABASE_URL", etl);
-  await using report = await createReport(env, where);
+  await using report = await createReport(env, where, () => canary.readCanary(etl, topic));
   const retry = <T>(server: string, work: (until: AbortSignal) => Promise<T>, until: AbortSignal): Promise<T> =>
     clickhouse.retryUntilUp(server, work, until, report.waiting);
 
@@ -51,37 +53,48 @@ await main(import.meta, async () => {
     if (!stop.signal.aborted) throw error;
     return []; // stopped while ClickHouse was away: nothing is under way
   });
-  if (columns.length) report.unknownColumns(await consumer.checkReadings(env, columns));
+  const checkSource = async () => report.unknownColumns(await consumer.checkReadings(env, columns));
+  if (columns.length) await checkSource();
 
   let epoch = 0;
+  const join = async (): Promise<void> => {
+    epoch = await takeEpoch(etl, topic, database, where);
+  };
   const limitPoison = consumer.createPoisonLimit(env.SENSORS_POISON_SHARE);
+  await using _ = canary.startCanary(env);
   await consume(broker, env, stop.signal, {
     // 2. At the start and after each rebalance: the epoch, whose partitions and offsets the topic must still have.
-    join: async () => {
-      epoch = await takeEpoch(etl, topic, database, where);
-    },
+    join,
     batch: async (batch, lost) => {
       const place = { topic, epoch, partition: batch.partition };
       const over = AbortSignal.any([abandon, lost]);
       const started = performance.now();
+      const canaries = batch.messages.filter(canary.isCanary);
+      const messages = canaries.length ? batch.messages.filter((one) => !canaries.includes(one)) : batch.messages;
+      await canary.checkSnapshot(etl, topic, messages);
       // 3. Insert each batch's bytes as they are, by one insert; count its dead letters; stop where they are too many.
-      const rows = clickhouse.landingRows(place, batch.messages);
+      const rows = clickhouse.landingRows(place, messages);
       const insert = (until: AbortSignal) => clickhouse.insertRowBinary(client, "sensor_landing", rows, until);
       if (rows.length) await retry("ClickHouse", insert, over);
-      const dead = await retry("ClickHouse", () => consumer.findDeadLetters(client, place, batch), over);
-      limitPoison(batch.messages.length, dead);
+      const dead = await retry("ClickHouse", () => consumer.findDeadLetters(client, place, messages), over);
+      limitPoison(messages.length, dead);
       // 4. Only then record how far this is, in schema etl and, when this has returned, in the group's offsets.
-      const next = BigInt(batch.lastOffset()) + 1n;
-      await retry("Schema etl", () => writeOffset(etl, topic, batch.partition, next), over);
-      report.inserted(batch, dead.length, (performance.now() - started) / 1000);
+      const record = async (): Promise<void> => {
+        await canary.recordCanaries(etl, topic, canaries);
+        await writeOffset(etl, topic, batch.partition, BigInt(batch.lastOffset()) + 1n);
+      };
+      await retry("Schema etl", record, over);
+      report.inserted(messages, dead.length, (performance.now() - started) / 1000);
+      // 5. With each canary see whether the source's columns are still those; the source may be away.
+      if (canaries.length) await checkSource().catch((error) => error instanceof UsageError && Promise.reject(error));
     },
     fetch: async () => {
-      if (!epoch) epoch = await takeEpoch(etl, topic, database, where);
+      if (!epoch) await join();
       if (env.UNTIL && (await where()).every(({ lag }) => lag === 0)) stop.abort();
     },
   });
 
-  // 5. Report.
+  // 6. Report.
   report.done();
   await Promise.all([etl.end({ timeout: 5 }), client.close()]);
   process.exit(); // kafkajs may still be asking a broker that is away

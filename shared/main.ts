@@ -46,7 +46,7 @@ type DatabaseError = Error & { code?: string; query?: string };
 /** undefined_table, invalid_schema_name or undefined_column in schema etl: a file of sql/etl was not applied. */
 const lacksMetadata = ({ code = "", message, query = "" }: DatabaseError): boolean =>
   /^(42P01|3F000|42703)$/.test(code) &&
-  /\betl\.(watermarks|runs|chunks|topic|migrations|events_)/.test(message + query);
+  /\betl\.(watermarks|runs|chunks|models|verifications|topic|migrations|events_)/.test(message + query);
 
 /** An error's text for people, with the next command where its code says one. */
 export function explain(error: DatabaseError): string {

@@ -188,14 +188,16 @@ export function reportChunk(
 async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
   const { pipeline, etl, totals, window, watermark } = run;
   await etl`
-    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes},
-      bytes_billed = ${totals.bytes_billed}, error = ${error ?? null}, finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
+    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, bytes_billed = ${totals.bytes_billed},
+      hold_seconds = ${run.metrics.etl_watermark_hold_seconds ?? 0}, error = ${error ?? null}, finished_at = now(),
+      by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
       chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
     where run_id = ${run.id}`;
   if (error) return;
   const forget = etl`
     with days as (
-      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days}))
+      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days})
+    ), proofs as (delete from etl.verifications where verified_at < now() - make_interval(days => ${days}))
     delete from etl.runs where pipeline = ${pipeline} and started_at < now() - make_interval(days => ${days}) and run_id not in (
       select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
       order by state, by_hand, started_at desc)`;

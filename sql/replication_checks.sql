@@ -13,8 +13,11 @@ union all
 select format('role %s may not %s table %s', current_user, privilege, name) from needed, unnest(privileges) privilege
 where to_regclass(name) is not null and not has_table_privilege(name, privilege)
 union all
-select format('table %s is not REPLICA IDENTITY FULL', oid::regclass) from needed join pg_class on oid = to_regclass(name)
-where name = 'public.sensor_readings' and relreplident <> 'f'
+select format('table %s is not REPLICA IDENTITY FULL', oid::regclass) from pg_class
+where relreplident <> 'f' and (oid in (select to_regclass(name) from needed)
+  or oid in (select relid from pg_partition_tree(to_regclass('public.sensor_readings')))) -- none where it is not partitioned
+union all
+select 'function public.etl_write_heartbeat() does not exist' where to_regprocedure('public.etl_write_heartbeat()') is null
 union all
 select format('publication etl_sensors does not exist, or lacks %s', name) from needed
 where name not in (select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors');

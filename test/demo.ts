@@ -278,6 +278,8 @@ await main(import.meta, async () => {
   await models();
   say("\ndemo: make status");
   await command("scripts/ops/status.ts");
+  await command("scripts/ops/report.ts");
+  say(`\nThe same and more, on one page: ${join(root, "report.html")}`);
   say(
     "\nThe stack keeps running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
   );

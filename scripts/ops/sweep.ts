@@ -9,31 +9,54 @@
  *   4. delete        by the same condition, in one statement. A row that is inserted again has an updated_at at or past the watermark
  *                    (read before the keys): it stays where a run has brought it already, else the next run brings it
  *
+ *   schedule         weekly, cron
  *   safe to re-run   yes, at any time, also after a kill. A row whose deletion has not been committed at the source stays
  *
+ *   make sweep                                every pipeline to BigQuery, one after the other, past one that fails
  *   make sweep PIPELINE=orders
  *   make sweep PIPELINE=orders DRY_RUN=1      says what it would delete
  *   make sweep PIPELINE=orders CONFIRM=1      however many
  *
  * Touches: reads the source; deletes from the target; writes a staging table beside it, and a row of etl.runs.
  */
-import { flag, number, oneOf, optional, readEnv, required, UsageError } from "../../shared/env.ts";
+import { type Env, flag, number, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
-import { main } from "../../shared/main.ts";
+import { main, onSignal } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { runPipeline, takeLock } from "../../shared/run.ts";
 import { beside, distrusted, verifyVariables } from "./lib/verify.ts";
 
+const others = " (deleted readings come by the log; events are deleted only once they are archived)";
+const variables = {
+  ...verifyVariables,
+  PIPELINE: optional(oneOf(pipelines(), others)),
+  DRY_RUN: optional(flag, false),
+  CONFIRM: optional(flag, false),
+  SWEEP_MAX_SHARE: optional(number(0, 1, false), 0.05),
+};
+
 await main(import.meta, async () => {
-  const others = " (deleted readings come by the log; events are deleted only once they are archived)";
-  const env = readEnv({
-    ...verifyVariables,
-    PIPELINE: required(oneOf(pipelines(), others)),
-    DRY_RUN: optional(flag, false),
-    CONFIRM: optional(flag, false),
-    SWEEP_MAX_SHARE: optional(number(0, 1, false), 0.05),
+  const env = readEnv(variables);
+  const { PIPELINE: only } = env;
+  if (env.CONFIRM && !only) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
+  let stoppedBy = ""; // a run hears of a signal until it has ended
+  onSignal((signal) => {
+    stoppedBy = signal;
   });
-  const { PIPELINE: pipeline, SWEEP_MAX_SHARE: most } = env;
+  const failures: string[] = [];
+  for (const pipeline of only ? [only] : pipelines()) {
+    if (stoppedBy) failures.push(`${pipeline} was not begun: stopped by ${stoppedBy}. Next: make sweep`);
+    else
+      await sweep(pipeline, env).catch((error: Error) => {
+        if (only) throw error;
+        failures.push(`${pipeline}: ${error.message}`);
+      });
+  }
+  if (failures.length) throw new Error(failures.join("\n"));
+});
+
+async function sweep(pipeline: string, env: Env<typeof variables>): Promise<void> {
+  const { SWEEP_MAX_SHARE: most } = env;
   // By hand: it says nothing of the pipeline's schedule, and waits for its lock.
   await runPipeline(pipeline, { ...env, DRY_RUN: true }, async (run) => {
     run.next = `the same command begins again. Next: make sweep PIPELINE=${pipeline}`;
@@ -64,4 +87,4 @@ await main(import.meta, async () => {
       run.log("swept", { deleted: run.totals.rows, kept: gone - run.totals.rows });
     });
   });
-});
+}

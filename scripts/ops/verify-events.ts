@@ -2,46 +2,61 @@
 /**
  * verify-events: reads the archive of events back.
  *
- *   make verify-events FROM=2017-01-01 TO=2018-01-01     decompresses, counts and hashes every part of the days of [FROM, TO), and
- *                                                        compares them with the manifests, and with the source's rows of the day,
- *                                                        read again; names the command for a day that differs (exit 1), and lists
- *                                                        what killed runs left
- *     CLEAN=1                                            deletes of that what is older than a day
+ *   make verify-events                                   the last eight days before the watermark; pushes how many differ
+ *   make verify-events FROM=2017-01-01 TO=2018-01-01     the days of [FROM, TO)
+ *     CLEAN=1                                            deletes what killed runs left, where that is older than a day
  *
+ * Decompresses, counts and hashes every part, and compares it with its manifest, and the day with the source's rows, read again. Names the
+ * command for a day that differs, and lists what killed runs left.
+ *
+ *   schedule         nightly, cron
  *   safe to re-run   yes: it changes nothing that a manifest names
+ *   exit code        1 where a day differs
  */
 import { createHash } from "node:crypto";
-import { copyJsonLines } from "../../shared/copy.ts";
-import { flag, optional, readEnv } from "../../shared/env.ts";
+import type { Sql } from "postgres";
+import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
 import {
   addDays,
   checkArchivable,
+  copyRows,
   dayPrefix,
+  daysBetween,
   type Manifest,
   manifestKey,
-  midnight,
   readManifest,
   readSource,
-  startOf,
+  rowsOf,
 } from "../../shared/events/archive.ts";
 import { type Bucket, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { duration } from "../../shared/table.ts";
-import { damaged, dayVariables, eachDay, openReading, type Reading, readDay, readPart } from "./lib/events.ts";
+import {
+  damaged,
+  dayVariables,
+  eachDay,
+  openReading,
+  type Reading,
+  readDay,
+  readDays,
+  readPart,
+} from "./lib/events.ts";
+import { recordVerified } from "./lib/verified.ts";
 
 const DAY_SECONDS = 86_400;
 
 await main(import.meta, async () => {
   const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
+  const wanted = env.FROM && readDays(env, "verify-events");
   const reading = await openReading("verify-events", env);
   const { bucket, session, log } = reading;
   await using source = connect(env.SOURCE_DATABASE_URL, session);
   await using etl = connect(env.ETL_DATABASE_URL, session);
   await Promise.all([checkSession("SOURCE_DATABASE_URL", source), checkSession("ETL_DATABASE_URL", etl)]);
-  const select = await checkArchivable({ pipeline: "events", source, etl, log, metrics: {} });
-  await eachDay(reading, async (day) => {
+  const lines = await checkArchivable({ pipeline: "events", source, etl, log, metrics: {} });
+  const verifyDay = async (day: string): Promise<Manifest> => {
     // 1. What killed runs left.
     await findStrays(reading, day, env.CLEAN);
 
@@ -51,18 +66,34 @@ await main(import.meta, async () => {
     // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
     const there = await readSource(source, day);
     return await compareDay(reading, day, archived, there, async () => {
-      const [hash, { id, created_at: from }] = [createHash("sha256"), startOf(day)];
-      const settings = { "etl.after": id, "etl.rows": String(Number.MAX_SAFE_INTEGER) };
-      const window = { from, to: midnight(addDays(day)) };
-      await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, { ...session, settings }, window);
+      const hash = createHash("sha256");
+      await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), session, rowsOf(day));
       for await (const piece of stream.lines) {
         hash.update(piece);
         progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(there.rows)} rows at the source`);
       }
       return hash.digest("hex");
     });
+  };
+  if (wanted) return await eachDay(reading, wanted, verifyDay);
+  const days = await lastDays(etl);
+  await eachDay(reading, days, verifyDay, async (rows, differences) => {
+    const found = `${differences} of the days ${days[0]} to ${days.at(-1)}`;
+    const proof = { pipeline: "events", rows, differences, found, bytes_billed: 0 };
+    await recordVerified(env.PUSHGATEWAY_URL, etl, proof);
   });
 });
+
+/** The eight days before the watermark (a week, as the crontab has it, and a day); those of before the first archived one are left out. */
+async function lastDays(etl: Sql): Promise<string[]> {
+  const [last] = await etl<{ from: string; to: string }[]>`
+    select watermark::date::text as to, greatest(watermark - interval '8 days',
+      (select min(chunk_from) from etl.chunks where pipeline = 'events' and state = 'succeeded'))::date::text as from
+    from etl.watermarks where pipeline = 'events'`;
+  if (!last)
+    throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
+  return daysBetween(last.from, last.to);
+}
 
 /** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */
 async function findStrays({ bucket, log }: Reading, day: string, clean: boolean): Promise<void> {

@@ -14,7 +14,7 @@
  *   make verify PIPELINE=orders REPAIR=1   repairs what differs, by primary key, under the pipeline's lock: writes the source's rows over
  *                                          whatever the table has, deletes what the source has not, and compares again
  *
- *   schedule         weekly, cron
+ *   schedule         nightly, cron
  *   safe to re-run   yes, also after a kill in mid-repair
  *   exit code        1 where anything differs: prints keys and columns (LIMIT of them), and the command that repairs it. No values:
  *                    they may be personal
@@ -22,15 +22,15 @@
  * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
-import { flag, oneOf, optional, readEnv, redact, UsageError } from "../../shared/env.ts";
-import { log, thousands } from "../../shared/log.ts";
+import { flag, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
+import { thousands } from "../../shared/log.ts";
 import { main, onSignal } from "../../shared/main.ts";
-import { type Metrics, pushMetrics } from "../../shared/metrics.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
+import { recordVerified } from "./lib/verified.ts";
 import { beside, type Comparison, distrusted, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
@@ -67,15 +67,21 @@ await main(import.meta, async () => {
           ? await compareReadings(run, { ...env, ...sensors })
           : await verifyTable(run, env);
       run.log("compared", { rows: found.rows, differences: total(found) });
+      const { rows, counts } = found;
+      const words =
+        kinds
+          .filter((kind) => counts[kind])
+          .map((kind) => `${counts[kind]} ${kind}`)
+          .join(", ") || null;
+      const proof = { pipeline, rows, differences: total(found), found: words, bytes_billed: run.totals.bytes_billed };
+      await recordVerified(env.PUSHGATEWAY_URL, run.etl, proof);
       results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
     });
     await verifying.catch((error: Error) => {
       if (only) throw error;
       failures.push(`${pipeline} was not verified: ${error.message}`);
     });
-    if (!found) continue;
-    await push(env.PUSHGATEWAY_URL, pipeline, total(found));
-    if (total(found)) failures.push(describe(pipeline, found, env.LIMIT));
+    if (found && total(found)) failures.push(describe(pipeline, found, env.LIMIT));
   }
   if (results.length) process.stdout.write(`${table(results)}\n`);
   if (failures.length) throw new Error(failures.join("\n"));
@@ -113,14 +119,6 @@ function columnsOf(found: Verified): Record<string, string> {
     ...Object.fromEntries(kinds.map((kind) => [kind, thousands(found.counts[kind])])),
     repaired: found.repaired === undefined ? "-" : thousands(found.repaired),
   };
-}
-
-async function push(url: string, pipeline: string, differences: number): Promise<void> {
-  const values: Metrics = { etl_verify_differences: differences };
-  if (!differences) values.etl_verify_last_success_timestamp_seconds = Date.now() / 1000;
-  await pushMetrics(url, pipeline, values, { command: "verify" }).catch((error: Error) =>
-    log({ pipeline, step: "warning", warning: "the metrics were not pushed", error: redact(error.message) }),
-  );
 }
 
 /** What differs, and what to do. */

@@ -47,15 +47,6 @@ export class ShortLoad extends Error {
   }
 }
 
-/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
-export function isRefusal(error: unknown): boolean {
-  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
-  // Postgres's data exceptions and program limits; not those that name the row already.
-  if (error instanceof SourceError)
-    return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
-  return errors?.some(({ reason }) => reason === "invalid") ?? false;
-}
-
 /** Whether trying again may help: the service was overloaded, or the connection to it broke. */
 export function isTransient(error: unknown): boolean {
   if (error instanceof SourceError) return false;

@@ -5,18 +5,10 @@ import type { BigQuery, Job, QueryRowsResponse } from "@google-cloud/bigquery";
 import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
+import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
-import { queryWindow, quote, type Window } from "../session.ts";
-import { rowName } from "../source.ts";
-import {
-  addBilled,
-  type BigQueryEnv,
-  connectBigQuery,
-  ignoreAlreadyThere,
-  isRefusal,
-  labels,
-  ShortLoad,
-} from "./client.ts";
+import type { Window } from "../session.ts";
+import { addBilled, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, ShortLoad } from "./client.ts";
 import { type Contract, checkDestination, type JsonSelect } from "./contract.ts";
 import { freeName } from "./types.ts";
 
@@ -122,12 +114,10 @@ export async function loadChunk(
   return await load(source.select, staging).catch(async (error: Error) => {
     if (!isRefusal(error)) throw error;
     let step = 0;
-    throw await nameRefused(run, key, source.select, chunk, async (select) => {
+    const settings = { "etl.from": chunk.from, "etl.to": chunk.to };
+    throw await nameRefused(run, key, source.select, settings, async (select) => {
       await using part = await createStaging(run, to, `${staging.name.split("_").at(-1)}_part_${++step}`);
-      return await load(select, part).then(
-        () => undefined,
-        (error) => (isRefusal(error) ? error : Promise.reject(error)),
-      );
+      await load(select, part);
     });
   });
 }
@@ -166,34 +156,6 @@ export async function loadLines(
   };
   const [{ metadata }] = await Promise.all([completed, pipeline(shown(), upload, { signal: run.signal })]);
   return Number(metadata.statistics.load.outputRows ?? 0);
-}
-
-/**
- * Reads the rows of a chunk again in halves, in the order of their keys, until one is left: log2(n) steps.
- * @param load loads some rows, and returns the error if they are refused.
- * @returns the error that names the row by its key.
- */
-async function nameRefused(
-  run: Run,
-  key: string[],
-  select: string,
-  chunk: Window,
-  load: (select: string) => Promise<Error | undefined>,
-): Promise<Error> {
-  const ask = async (value: string, rows: string): Promise<string | undefined> =>
-    (await queryWindow<{ value: string }>(run.source, chunk, `select ${value} as value from (${rows}) q`))[0]?.value;
-  const part = (first: number, rows: number): string =>
-    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
-  let [first, count] = [0, Number(await ask("count(*)", select))];
-  run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
-  while (count > 1) {
-    const half = Math.ceil(count / 2);
-    [first, count] = (await load(part(first, half))) ? [first, half] : [first + half, count - half];
-  }
-  const refused = await load(part(first, 1));
-  const row = await ask(rowName(key), part(first, 1));
-  const why = refused ? `is refused: ${refused.message}. Correct it at the source` : "was refused, and no longer is";
-  return new Error(`row ${row} of ${run.pipeline} ${why}, then: make ${run.pipeline}`);
 }
 
 /** Rows of the staging table that share a key; the MERGE would insert each of them. */

@@ -10,8 +10,9 @@ import type { Sql } from "postgres";
 import { copyJsonLines } from "../copy.ts";
 import { type Env, flag, number, optional, redact } from "../env.ts";
 import { progress, terminal, thousands } from "../log.ts";
+import { isRefusal, nameRefused } from "../refused.ts";
 import { pipelineVariables, type Run } from "../run.ts";
-import { quote } from "../session.ts";
+import { quote, type SessionOptions } from "../session.ts";
 import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { duration } from "../table.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
@@ -80,13 +81,15 @@ export function daysBetween(from: string, to: string): string[] {
   return days;
 }
 
+/** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
+export type JsonSelect = (select?: string) => string;
+
 /** What the days of a run are archived with. */
 export interface Archive {
   run: Run;
   env: Env<typeof archiveVariables>;
   bucket: Bucket;
-  /** Reads the source as JSON lines. */
-  select: string;
+  lines: JsonSelect;
   /** Days at a time. */
   concurrency: number;
 }
@@ -94,24 +97,24 @@ export interface Archive {
 /** Checks the source, which must fit into etl.events_restored again, and the bucket. @throws UsageError with what to do. */
 export async function openArchive(run: Run, env: Archive["env"], concurrency = 1): Promise<Archive> {
   const bucket = connectS3(env);
-  const [select] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
-  return { run, env, bucket, select, concurrency };
+  const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+  return { run, env, bucket, lines, concurrency };
 }
 
 export const eventsSource: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
 
 /**
  * Compares the source with etl.events_restored, which archived days must fit into again.
- * @returns a SELECT of JSON lines.
+ * @returns the SELECT of JSON lines.
  */
-export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<string> {
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<JsonSelect> {
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
   const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
   const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
   const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
-  return jsonLines(eventsSource.select, columns);
+  return (select = eventsSource.select) => jsonLines(select, columns);
 }
 
 /**
@@ -143,7 +146,7 @@ export async function readManifest(bucket: Bucket, day: string): Promise<Stored 
 }
 
 /** Before the first row of a day: no bigint is smaller. */
-export const startOf = (day: string): Position => ({ created_at: midnight(day), id: "-9223372036854775809" });
+const startOf = (day: string): Position => ({ created_at: midnight(day), id: "-9223372036854775809" });
 
 /** What the source has of a day. */
 export async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
@@ -169,7 +172,9 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   using _stopped = run.onStop(undo);
   try {
     for (let after: Position | undefined = startOf(day); after; ) {
-      const part = await readPart(archive, day, after);
+      const part: Compressed | undefined = await readPart(archive, day, after).catch(async (error: Error) => {
+        throw isRefusal(error) ? await nameRow(archive, rowsOf(day, after, env.CHUNK_ROWS)) : error;
+      });
       if (!part) break;
       run.signal.throwIfAborted();
       // A part is never overwritten: its run is in its key. Where the key exists, the answer of this PUT was lost.
@@ -190,6 +195,18 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   }
 }
 
+/** What sql/events.sql reads: at most so many rows of a day, from the one after `after` on. */
+export const rowsOf = (day: string, after = startOf(day), rows = Number.MAX_SAFE_INTEGER) => ({
+  ...{ "etl.from": after.created_at, "etl.to": midnight(addDays(day)) },
+  ...{ "etl.after": after.id, "etl.rows": String(rows) },
+});
+
+/** Those rows as JSON lines, in the order of created_at and id. */
+export function copyRows(url: string, select: string, session: SessionOptions, settings: ReturnType<typeof rowsOf>) {
+  const { "etl.from": from, "etl.to": to } = settings;
+  return copyJsonLines(url, select, { ...session, settings }, { from, to });
+}
+
 /** `next`: its last row, where another part may follow. */
 type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined };
 
@@ -198,11 +215,10 @@ type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Posi
  * @returns undefined where there are no rows.
  */
 async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {
-  const [{ run, env, select, concurrency }, started] = [archive, performance.now()];
-  const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
-  const window = { from: after.created_at, to: midnight(addDays(day)) };
-  await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, session, window);
-  let [buffer, bytes, rows] = [Buffer.alloc(0), 0, 0];
+  const [{ run, env, lines, concurrency }, started] = [archive, performance.now()];
+  const rows = rowsOf(day, after, env.CHUNK_ROWS);
+  await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rows);
+  let [buffer, bytes, read] = [Buffer.alloc(0), 0, 0];
   const raw = createHash("sha256");
   const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
     bytes += piece.copy(buffer, bytes);
@@ -211,15 +227,15 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
   for await (const piece of stream.lines) {
     run.signal.throwIfAborted();
     const fits = (): boolean => bytes + piece.length <= PART_BYTES;
-    full = rows > 0 && !fits();
+    full = read > 0 && !fits();
     if (full) break; // the next part reads the piece again
     // One row may be larger than a part; gzip makes none a twentieth larger. Memory that is not written to costs nothing.
     if (!last) buffer = Buffer.allocUnsafeSlow(Math.max(PART_BYTES, piece.length) * 1.05);
     const taken = new Promise<void>((done, fail) => gzip.write(piece, (error) => (error ? fail(error) : done())));
     raw.update(piece); // while gzip works, in a thread of its own
     await taken;
-    [last, rows] = [piece, stream.sent.rows];
-    const ahead = started + (rows * concurrency * 1000) / env.MAX_ROWS_PER_SECOND - performance.now();
+    [last, read] = [piece, stream.sent.rows];
+    const ahead = started + (read * concurrency * 1000) / env.MAX_ROWS_PER_SECOND - performance.now();
     if (ahead > 1) await delay(ahead, undefined, { signal: run.signal });
     full = !fits(); // the next piece is likely as large
     if (full) break;
@@ -228,8 +244,16 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
   gzip.end();
   await once(gzip, "end");
   const body = buffer.subarray(0, bytes);
-  const is = { rows, bytes, sha256: hash("sha256", body), sha256_raw: raw.digest("hex") };
-  return { body, is, next: full || rows === env.CHUNK_ROWS ? position(last) : undefined };
+  const is = { rows: read, bytes, sha256: hash("sha256", body), sha256_raw: raw.digest("hex") };
+  return { body, is, next: full || read === env.CHUNK_ROWS ? position(last) : undefined };
+}
+
+/** @returns the error that names the row that the source refuses. */
+async function nameRow({ run, env, lines }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
+  return await nameRefused(run, ["id"], eventsSource.select, rows, async (select) => {
+    await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(select), run.session, rows);
+    for await (const _ of stream.lines) run.signal.throwIfAborted();
+  });
 }
 
 /** The last line's row. Its payload may be large: only the line's two ends are read. */

@@ -9,7 +9,6 @@ import { onSignal } from "../main.ts";
 import { checkSession, connect } from "../session.ts";
 import { type Column, plainType, select } from "./clickhouse.ts";
 import { sourceTable } from "./connector.ts";
-import type { Batch } from "./kafka.ts";
 
 export const consumerVariables = {
   SOURCE_DATABASE_URL: required(postgresUrl),
@@ -57,12 +56,6 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
         `changes".`,
     );
   const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
-  if (wanted.length && unknown.length)
-    log({
-      step: "warning",
-      warning: `${sourceTable} has columns that sensor_readings does not have; their values are kept in _unknown`,
-      columns: unknown.join(),
-    });
   return unknown;
 }
 
@@ -70,8 +63,9 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
 export async function findDeadLetters(
   client: ClickHouseClient,
   place: { topic: string; epoch: number; partition: number },
-  { messages }: Batch,
+  messages: { offset: string }[],
 ): Promise<number[]> {
+  if (!messages.length) return [];
   const letters = await select<{ offset: string }>(
     client,
     `SELECT DISTINCT toString(offset) AS offset FROM sensor_dead_letters WHERE topic = {topic: String} AND epoch = {epoch: UInt16}

@@ -53,7 +53,8 @@ export async function beginEpoch(
   return await etl.begin(async (sql) => {
     const begun = await sql`
       insert into etl.topics as t (topic, epoch, database) values (${topic}, ${after + 1}, ${database})
-      on conflict (topic) do update set epoch = excluded.epoch, database = excluded.database, started_at = now()
+      on conflict (topic) do update set epoch = excluded.epoch, database = excluded.database, started_at = now(),
+        canary_at = null, canary_seen = null, canary_gap = null, snapshot_lsn = null
       where t.epoch = ${after}`;
     if (!begun.count) return false;
     await sql`delete from etl.topic_offsets where topic = ${topic}`;

@@ -6,26 +6,37 @@ import { setTimeout as delay } from "node:timers/promises";
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import { log } from "../log.ts";
 import { connect } from "../session.ts";
-import { type ConnectEnv, isRunning, namesOf } from "./connector.ts";
+import type { CanaryState } from "./canary.ts";
+import { type ConnectEnv, isRunning, namesOf, sourceTable } from "./connector.ts";
 import type { PartitionState } from "./epoch.ts";
-import type { Batch } from "./kafka.ts";
 
 type ReportEnv = ConnectEnv & { METRICS_PORT: number; SOURCE_DATABASE_URL: string };
 
-/** @param lag asks Kafka. @throws Error where the port is taken. */
-export async function createReport(env: ReportEnv, lag: () => Promise<PartitionState[]>) {
-  const metrics = createMetrics(env, lag);
-  const server = await serve(env.METRICS_PORT, metrics.registry);
+type Lag = () => Promise<PartitionState[]>;
+type Canary = () => Promise<CanaryState | undefined>;
+
+/** A canary that is older is stale: /healthz answers 503. */
+const STALE_SECONDS = 300;
+
+/** @param lag asks Kafka. @param canary asks schema etl. @throws Error where the port is taken. */
+export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
+  const metrics = createMetrics(env, lag, canary);
+  const server = await serve(env.METRICS_PORT, metrics.registry, canary);
   const { port } = server.address() as AddressInfo;
   log({ step: "serving", metrics: `http://127.0.0.1:${port}/metrics` });
   const started = performance.now();
   const total = { rows: 0, batches: 0, dead_letters: 0 };
-  let [said, saidRows, waitingSince] = [started, 0, 0];
+  let [said, saidRows, waitingSince, unknown] = [started, 0, 0, ""];
   const rate = (rows: number, since: number): number => Math.round((rows * 1000) / (performance.now() - since));
   return {
-    unknownColumns: (columns: string[]): void => metrics.unknownColumns.set(columns.length),
+    unknownColumns: (columns: string[]): void => {
+      metrics.unknownColumns.set(columns.length);
+      const warning = `${sourceTable} has columns that sensor_readings does not have; their values are kept in _unknown`;
+      if (columns.join() !== unknown) log({ step: "warning", warning, columns: columns.join() });
+      unknown = columns.join();
+    },
     /** A batch was inserted, and its dead letters counted. */
-    inserted: ({ messages }: Batch, dead: number, seconds: number): void => {
+    inserted: (messages: { value: Buffer | null }[], dead: number, seconds: number): void => {
       const rows = messages.filter(({ value }) => value).length - dead;
       total.rows += rows;
       total.batches += 1;
@@ -34,11 +45,9 @@ export async function createReport(env: ReportEnv, lag: () => Promise<PartitionS
       metrics.batches.inc();
       metrics.deadLetters.inc(dead);
       metrics.insertSeconds.observe(seconds);
-      const age = ageOf(messages.at(-1)?.value);
-      if (age !== undefined) metrics.eventAge.set(age);
       if (performance.now() - said < 10_000) return;
       const rows_per_second = rate(total.rows - saidRows, said);
-      log({ step: "inserted", ...total, rows_per_second, event_age_seconds: age && Number(age.toFixed(1)) });
+      log({ step: "inserted", ...total, rows_per_second });
       [said, saidRows] = [performance.now(), total.rows];
     },
     /** The server is away, or is up again. */
@@ -61,22 +70,15 @@ export async function createReport(env: ReportEnv, lag: () => Promise<PartitionS
   };
 }
 
-/** Seconds since the source committed the message's change, by the message's own source.ts_ms. */
-function ageOf(value: Buffer | null | undefined): number | undefined {
-  try {
-    const at = JSON.parse(value?.toString() ?? "").source.ts_ms;
-    return typeof at === "number" ? (Date.now() - at) / 1000 : undefined;
-  } catch {
-    return undefined; // a dead letter
-  }
-}
-
-async function serve(port: number, registry: Registry) {
+async function serve(port: number, registry: Registry, canary: Canary) {
   const server = createServer(async (request, response) => {
     const path = request.url?.split("?")[0];
     if (path === "/metrics") response.setHeader("content-type", registry.contentType).end(await registry.metrics());
-    else if (path === "/healthz") response.end("ok\n");
-    else response.writeHead(404).end("only /metrics and /healthz exist\n");
+    else if (path === "/healthz") {
+      const { age_seconds: age = 0, gap = null } = (await canary().catch(() => undefined)) ?? {};
+      const fault = age > STALE_SECONDS ? `no canary from the source for ${Math.round(age)} s` : gap;
+      response.writeHead(fault ? 503 : 200).end(`${fault ?? "ok"}\n`);
+    } else response.writeHead(404).end("only /metrics and /healthz exist\n");
   });
   await once(server.listen(port), "listening").catch((error: Error) => {
     throw new Error(`METRICS_PORT ${port}: ${error.message}. Is another consumer running here? Choose another port`);
@@ -84,7 +86,7 @@ async function serve(port: number, registry: Registry) {
   return server;
 }
 
-function createMetrics(env: ReportEnv, lag: () => Promise<PartitionState[]>) {
+function createMetrics(env: ReportEnv, lag: Lag, canary: Canary) {
   const registry = new Registry();
   const registers = [registry];
   collectDefaultMetrics({ register: registry });
@@ -115,6 +117,14 @@ function createMetrics(env: ReportEnv, lag: () => Promise<PartitionState[]>) {
       where slot_name = ${namesOf(env).slot}`;
     if (slot) gauge.set(Number(slot.bytes));
   });
+  const stale = "When the source wrote the last canary that came.";
+  asked("etl_sensors_canary_timestamp_seconds", stale, async (gauge) => {
+    const state = await canary();
+    if (state) gauge.set(Date.now() / 1000 - state.age_seconds);
+  });
+  asked("etl_sensors_canary_gap", "1 where changes of the source never came.", async (gauge) =>
+    gauge.set((await canary())?.gap ? 1 : 0),
+  );
   return {
     registry,
     rows: counter("etl_sensors_rows_total", "Changes inserted."),
@@ -126,7 +136,6 @@ function createMetrics(env: ReportEnv, lag: () => Promise<PartitionState[]>) {
       buckets: [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100],
       registers,
     }),
-    eventAge: gauge("etl_sensors_event_age_seconds", "From the commit of the last change at the source to its insert."),
     away: gauge("etl_sensors_clickhouse_away", "1 while a batch waits for ClickHouse, or for schema etl."),
     unknownColumns: gauge("etl_sensors_unknown_source_columns", "Columns of the source that are kept in _unknown."),
   };

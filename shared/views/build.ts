@@ -251,6 +251,11 @@ export async function eachModel(
 export async function reportModels(build: Build, outcomes: Outcome[]): Promise<void> {
   const { run, env } = build;
   process.stdout.write(`${table(outcomes.map(describe))}\n`);
+  const history = outcomes.map(({ error, ...outcome }) => ({ ...describe(outcome), error: error?.message }));
+  await run.etl`
+    insert into etl.models (run_id, model, rows, checks, bytes_billed, seconds, error)
+    select ${run.id}, model, rows, checks, bytes_billed, seconds, error from jsonb_to_recordset(${JSON.stringify(history)}::text::jsonb)
+      as m (model text, rows bigint, checks int, bytes_billed bigint, seconds real, error text)`;
   const failed = outcomes.filter(({ error }) => error);
   run.totals.chunks = outcomes.length - failed.length;
   for (const { rows } of outcomes) run.totals.rows += rows;

@@ -28,7 +28,7 @@ import {
   trickle,
   withhold,
 } from "../lib/faults.ts";
-import { createS3Proxy, ofDay, readObject, refuse, s3Steps } from "../lib/s3.ts";
+import { breakBody, createS3Proxy, ofDay, readObject, refuse, s3Steps } from "../lib/s3.ts";
 import { connectBucket, createShop, freePort, type Process, type Result, type Shop, until } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 import { stackPath } from "../stack/stack.ts";
@@ -477,6 +477,33 @@ suite("archive", { concurrency: true }, () => {
     }
   });
 
+  archiveSuite("S3 that breaks off in the middle of an answer", (test) => {
+    for (const command of ["verify-events", "restore-events"])
+      test(`make ${command}: a moment is waited out; else the day is named, with the next command, and the next day is read`, async (one) => {
+        const { shop, proxy, day } = one;
+        await shop.insertEvents(addDays(day), 7);
+        await one.heal({}, 2);
+        const read = (): Promise<Result> =>
+          shop.run(`scripts/ops/${command}.ts`, { FROM: day, TO: addDays(day, 2), S3_ENDPOINT: proxy.url });
+        proxy.fault(ofDay(day, s3Steps.getManifest), breakBody("reset"), 3);
+        proxy.fault(ofDay(day, s3Steps.getPart), breakBody("stall"), 1);
+        proxy.fault(ofDay(day, s3Steps.getPart), breakBody("reset"), 2);
+        const momentary = await read();
+        assert.equal(momentary.code, 0, momentary.stderr);
+        assert.match(momentary.stderr, / days=2 rows=14 bytes=\d+ failed=0 /);
+
+        proxy.fault(ofDay(day, s3Steps.getPart), breakBody("reset"));
+        const { code, stderr } = await read();
+        assert.equal(code, 1);
+        assert.match(stderr, / days=2 rows=7 bytes=\d+ failed=1 /);
+        const next = `Next: make ${command} FROM=${day} TO=${addDays(day)}`;
+        assert.match(
+          stderr,
+          new RegExp(`^  ${day}: ${partOf(one)}: its body was cut off, four times \\(.+\\)\\. ${next}$`, "m"),
+        );
+      });
+  });
+
   archiveSuite("the source", (test) => {
     test("its backend terminated in mid-COPY: the day fails, and leaves nothing", async (one) => {
       const { shop, day, start, heal } = one;
@@ -575,7 +602,7 @@ suite("archive", { concurrency: true }, () => {
       assert.match(
         failed.stderr,
         new RegExp(
-          `step=first-run archives=${yesterday} older_days_from=2017-01-01 next="make backfill-events FROM=2017-01-01 TO=${yesterday}"`,
+          `step=first-run archives=${yesterday} older_days=\\d+ next="make backfill-events FROM=2017-01-01 TO=2017-`,
         ),
       );
       assert.deepEqual(Object.keys(await pushed()).sort(), [
@@ -596,6 +623,28 @@ suite("archive", { concurrency: true }, () => {
       await heal({ FORCE: "1" });
       assert.deepEqual(await pushed(), metrics);
       assert.equal(await shop.watermark("events"), `${today?.day}T00:00:00+00`);
+    });
+
+    test("metrics: make verify-events of the last eight days pushes how many differ, or its success; one of FROM and TO nothing", async ({
+      shop,
+    }) => {
+      const yesterday = addDays(new Date().toISOString().slice(0, 10), -1);
+      await shop.succeed("scripts/events.ts");
+      const pushed = async (): Promise<(number | undefined)[]> => {
+        const metrics = await shop.metrics("events");
+        return [metrics.etl_verify_differences, metrics.etl_verify_last_success_timestamp_seconds];
+      };
+      const window = { FROM: addDays(yesterday, -1), TO: addDays(yesterday) };
+      assert.equal((await shop.run(verifier, window)).code, 1);
+      assert.deepEqual(await pushed(), [undefined, undefined]);
+      assert.equal((await shop.run(verifier)).code, 1);
+      assert.deepEqual(await pushed(), [7, undefined]); // older days are archived, these are not
+      await shop.succeed(script, { ...window, FROM: addDays(yesterday, -7) });
+      const { stderr } = await shop.succeed(verifier);
+      assert.match(stderr, / days=8 rows=5 /);
+      const [differences, success = 0] = await pushed();
+      assert.equal(differences, 0);
+      assert.ok(Math.abs(success - Date.now() / 1000) < 60);
     });
   });
 });

@@ -409,11 +409,13 @@ suite("races", { concurrency: true }, () => {
       }
     });
 
-    test("the first time archives yesterday only, and prints the backfill of the older days", async () => {
+    test("the first time archives yesterday only, and prints the backfill of the older days that have events", async () => {
+      await shop.insertEvents("1970-01-01", 1);
+      await shop.admin`insert into public.events (created_at) values ('0044-03-15 12:00Z BC')`; // no day of the archive
       const { stderr } = await shop.succeed(daily);
       assert.ok(
         stderr.includes(
-          ` step=first-run archives=${addDays(today, -1)} older_days_from=${addDays(today, -5)} next="make backfill-events FROM=${addDays(today, -5)} TO=${addDays(today, -1)}"`,
+          ` step=first-run archives=${addDays(today, -1)} older_days=5 next="make backfill-events FROM=1970-01-01 TO=1970-01-02; make backfill-events FROM=${addDays(today, -5)} TO=${addDays(today, -1)}"`,
         ),
         stderr,
       );

@@ -238,6 +238,47 @@ suite("archive", { concurrency: true }, () => {
     }
   });
 
+  test("a row whose created_at moved to another day is named where both days are restored, and the commands repair it", async () => {
+    await using shop = await createShop();
+    const [first, second, end] = ["2017-01-01", "2017-01-02", "2017-01-03"] as const;
+    await shop.insertEvents(first, 3);
+    await backfill(shop, first, second);
+    await shop.admin`update public.events set created_at = created_at + interval '1 day' where id = 2`;
+    await backfill(shop, second, end);
+    const { code, stderr } = await shop.run(restorer, { FROM: first, TO: end });
+    assert.equal(code, 1);
+    const next = `make verify-events FROM=${first} TO=${second}; make verify-events FROM=${second} TO=${end}`;
+    assert.match(
+      stderr,
+      new RegExp(`^  ${second}: row id=2 is restored with ${first} already: .* Next: ${next}\\.`, "m"),
+    );
+    const [, FROM, TO] =
+      /make backfill-events FROM=(\S+) TO=(\S+) FORCE=1 ALLOW_SHRINK=1/.exec((await verify(shop, first, end)).stderr) ??
+      [];
+    assert.deepEqual([FROM, TO], [first, second]);
+    await backfill(shop, first, second, { FORCE: "1", ALLOW_SHRINK: "1" });
+    await restore(shop, first, end);
+    await assertRestored(shop, [first, second]);
+  });
+
+  test("a row that the source refuses is named by its key, and the day is archived once it is corrected", async () => {
+    await using shop = await createShop({ encoding: "SQL_ASCII" }); // an old database takes any byte
+    const [FROM, TO] = ["2017-01-01", "2017-01-02"];
+    await shop.insertEvents(FROM, 40);
+    await shop.admin`update public.events set type = 'caf' || chr(233) where id = 37`;
+    const { code, stderr } = await shop.run(archiver, { FROM, TO, CHUNK_ROWS: "30" });
+    assert.match(
+      stderr,
+      /^ {2}2017-01-01: row id=37 of events is refused: .*invalid byte sequence.* Correct it at the source, then: make events$/m,
+    );
+    assert.equal(code, 1);
+    assert.deepEqual(await Array.fromAsync(listObjects(shop.bucket, shop.bucket.prefix)), []);
+    await shop.admin`update public.events set type = 'coffee' where id = 37`;
+    await backfill(shop, FROM, TO, { CHUNK_ROWS: "30" });
+    await restore(shop, FROM, TO);
+    await assertRestored(shop, [FROM]);
+  });
+
   suite("the source's columns", { concurrency: 1 }, () => {
     let shop: Shop;
     before(async () => {
@@ -308,11 +349,23 @@ suite("archive", { concurrency: true }, () => {
       assert.equal((await shop.metrics("events")).etl_unknown_source_columns, 2);
       await backfill(shop, "2017-01-01", "2017-01-02");
       await restore(shop, "2017-01-01", "2017-01-02");
-      const restored = await shop.admin`select id::int from etl.events_restored order by id`;
-      assert.deepEqual(
-        restored.map(({ id }) => id),
-        [1, 2, 3],
+      const restored = async (): Promise<unknown[]> =>
+        (await shop.admin`select id::int from etl.events_restored order by id`).map(({ id }) => id);
+      assert.deepEqual(await restored(), [1, 2, 3]);
+
+      // Days of before a column of the archive are without it.
+      await shop.admin.unsafe(
+        "delete from etl.events_restored; alter table etl.events_restored add channel text not null",
       );
+      const { code, stderr } = await shop.run(restorer, { FROM: "2017-01-01", TO: "2017-01-02" });
+      assert.equal(code, 1);
+      const [, remedy = ""] =
+        /^ {2}2017-01-01: .* column "channel".* Run: (alter table .*?); then: make restore-events FROM=2017-01-01 TO=2017-01-02$/m.exec(
+          stderr,
+        ) ?? [];
+      await shop.connect("owner").unsafe(remedy);
+      await restore(shop, "2017-01-01", "2017-01-02");
+      assert.deepEqual(await restored(), [1, 2, 3]);
     });
   });
 

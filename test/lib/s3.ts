@@ -9,7 +9,9 @@
  */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
+import { once } from "node:events";
 import { buffer } from "node:stream/consumers";
+import { setTimeout } from "node:timers/promises";
 import { gunzipSync } from "node:zlib";
 import { addDays, type Manifest, readManifest } from "../../shared/events/archive.ts";
 import { type Bucket, get, listObjects } from "../../shared/events/s3.ts";
@@ -37,6 +39,17 @@ export function refuse(status: number, code: string): Fault {
     await buffer(request);
     const xml = `<?xml version="1.0" encoding="UTF-8"?><Error><Code>${code}</Code><Message>answered ${status} by the test</Message></Error>`;
     response.writeHead(status, { "content-type": "application/xml" }).end(xml);
+  };
+}
+
+/** The answer's body ends after some bytes: the connection is reset, or stays open and silent. */
+export function breakBody(how: "reset" | "stall"): Fault {
+  return async ({ response, send }) => {
+    const answer = await send();
+    const body = await buffer(answer);
+    response.writeHead(answer.statusCode ?? 0, answer.headers).write(body.subarray(0, body.length / 2));
+    await (how === "reset" ? setTimeout(100) : once(response, "close"));
+    response.socket?.resetAndDestroy();
   };
 }
 

@@ -109,7 +109,7 @@ stepsOfPipeline((pipeline) => {
     shop,
   }) => {
     const told: string[] = [];
-    const service = createServer(({ method, url }, response) => {
+    await using service = createServer(({ method, url }, response) => {
       told.push(`${method} ${url}`);
       response.end("OK");
     });
@@ -124,7 +124,6 @@ stepsOfPipeline((pipeline) => {
       told,
       events.map((event) => `GET /key/${pipeline}${event}?rid=1`),
     );
-    service.close();
   });
 
   for (const { how, fault, error } of [

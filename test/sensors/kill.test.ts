@@ -3,7 +3,9 @@
  *   SEED=…  a campaign's seed, as it was printed    SOAK=1  fifty kills
  */
 import assert from "node:assert/strict";
+import { Readable } from "node:stream";
 import { buffer } from "node:stream/consumers";
+import { pipeline } from "node:stream/promises";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { topicState } from "../../shared/sensors/epoch.ts";
@@ -109,6 +111,32 @@ suite("sensors killed", { concurrency: true }, () => {
     await assertExact(sensors, 90);
     t.diagnostic(`${writers.committed()} transactions`);
     for (const consumer of consumers) await stop(consumer);
+  });
+
+  test("rows of one COPY, and of one INSERT, which share their position in the WAL, all arrive, whatever restarts the connector among them", async () => {
+    await using sensors = await createSensors();
+    const { shop } = sensors;
+    const consumer = await sensors.consumer();
+    const rows = soak ? 120_000 : 20_000;
+    const restart = new URL(
+      `/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings/restart?includeTasks=true`,
+      shop.env.CONNECT_URL,
+    );
+    for (let first = 1; first <= 3 * rows; first += rows) {
+      const lines = Array.from({ length: rows }, (_, n) => `${first + n}\ts\tm\t1\t2024-01-01Z\n`).join("");
+      const copy = "copy sensor_readings (id, sensor_id, metric, value, recorded_at) from stdin";
+      if (first === 1)
+        await shop.admin`
+          insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+          select n, 's', 'm', 1, '2024-01-01Z' from generate_series(1, ${rows}::int) n`;
+      else await pipeline(Readable.from([lines]), await shop.admin.unsafe(copy).writable());
+      for (let restarts = 0; restarts < 3; restarts++) {
+        await delay(900);
+        await fetch(restart, { method: "POST" });
+      }
+    }
+    await assertExact(sensors, 180);
+    await stop(consumer);
   });
 
   suite("at one point", { concurrency: 3 }, () => {

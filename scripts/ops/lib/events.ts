@@ -31,28 +31,30 @@ export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "
 /** What the days of a command are read with. */
 export interface Reading {
   command: string;
-  days: string[];
   bucket: Bucket;
   session: SessionOptions;
   log(step: string, fields?: Fields): void;
 }
 
-/** @throws UsageError where FROM and TO are no days, or the bucket may not be used. */
+/** @throws UsageError where the bucket may not be used. */
 export async function openReading(command: string, env: Env<typeof dayVariables>): Promise<Reading> {
-  const [days, run, bucket] = [readDays(env, command), newRunId(), connectS3(env)];
+  const [run, bucket] = [newRunId(), connectS3(env)];
   await checkBucket(bucket);
   const session = { application: `etl:${command} run=${run}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
-  return { command, days, bucket, session, log: (step, fields) => log({ step, run, ...fields }) };
+  return { command, bucket, session, log: (step, fields) => log({ step, run, ...fields }) };
 }
 
 /**
  * Reads each day back, and continues past one that fails.
  * @param read returns the day's manifest, or throws what is wrong with the day.
+ * @param ended is called with the rows that were read and the number of days that failed.
  * @throws Error at the end that lists the days that failed, each with the next command.
  */
 export async function eachDay(
-  { command, days, log }: Reading,
+  { command, log }: Reading,
+  days: string[],
   read: (day: string) => Promise<Manifest>,
+  ended: (rows: number, failed: number) => Promise<void> = async () => {},
 ): Promise<void> {
   const started = performance.now();
   const totals = { days: 0, rows: 0, bytes: 0 };
@@ -73,6 +75,7 @@ export async function eachDay(
   progress("");
   const seconds = Math.round(performance.now() - started) / 1000;
   log(faults.length ? "failed" : "done", { ...totals, failed: faults.length, seconds });
+  await ended(totals.rows, faults.length);
   if (faults.length) throw new Error(`${faults.length} of ${days.length} days failed:\n${faults.join("\n")}`);
 }
 

@@ -5,8 +5,9 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, like, optional, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, root, UsageError } from "../../../shared/env.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
+import { canaryVariables } from "../../../shared/sensors/canary.ts";
 import {
   allRunning,
   askConnect,
@@ -19,7 +20,7 @@ import { checkSession, connect } from "../../../shared/session.ts";
 
 export const connectorVariables = {
   ...connectVariables,
-  REPLICATION_DATABASE_URL: required(postgresUrl),
+  ...canaryVariables,
   REPLICATION_PASSWORD_REFERENCE: optional(like(/^\$\{\w+:.+\}$/, "must be PROVIDER:PATH:KEY in braces, behind a $")),
 };
 export type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
@@ -105,7 +106,11 @@ async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
  * @throws Error with the trace of what failed, or its status after 90 s.
  */
 export async function startConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  await askConnect(env, "PUT", "/config", config);
+  await askConnect(env, "PUT", "/config", config).catch((error: Error) => {
+    // Of a reference that it cannot resolve, Connect says nothing useful.
+    const resolve = 'Can its worker resolve REPLICATION_PASSWORD_REFERENCE? ops/README.md, "Kafka and ClickHouse"';
+    throw env.REPLICATION_PASSWORD_REFERENCE ? new Error(`${error.message}. ${resolve}`) : error;
+  });
   await askConnect(env, "PUT", "/resume");
   await askConnect(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
   const started = performance.now();
