@@ -45,8 +45,8 @@ select
       then format('role %1$I may not see when other sessions'' transactions began. '
                   'Run as an administrator: grant pg_monitor to %1$I;', current_user)
     else (
-      select format('pid %1$s, application "%2$s", role %3$s hides when its transaction began: track_activities is or was off, or it writes '
-                    'over a replication connection. Run: alter role %3$I reset track_activities; then end that session: '
+      select format('pid %1$s, application "%2$s", role %3$s hides when its transaction began: track_activities is or was off, or it '
+                    'writes over a replication connection. Run: alter role %3$I reset track_activities; then end that session: '
                     'select pg_terminate_backend(%1$s);', pid, application_name, usename)
       from pg_stat_activity
       where datname = current_database() and pid <> pg_backend_pid()

@@ -51,14 +51,16 @@ export async function openDestination(env: BigQueryEnv, contract: Contract): Pro
 }
 
 const hidesRows = (name: string): string =>
-  `table ${name}: a row access policy hides rows from an upsert, which inserts them again. Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`;
+  `table ${name}: a row access policy hides rows from an upsert, which inserts them again. ` +
+  `Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`;
 
 /** @throws UsageError where the table has a row access policy. */
 async function checkRowAccess(bigquery: BigQuery, dataset: string, table: string): Promise<void> {
   const list = promisify<{ uri: string }, { rowAccessPolicies?: unknown[] }>(bigquery.request.bind(bigquery));
   const listed = list({ uri: `/datasets/${dataset}/tables/${table}/rowAccessPolicies` });
   const { rowAccessPolicies = [] } = await listed.catch((error: { code?: number }) => {
-    if (error.code === 403) return { rowAccessPolicies: [] }; // only roles/bigquery.dataOwner may list them; the MERGE's own statistics tell
+    // roles/bigquery.dataEditor may not list them; then the MERGE's own statistics tell.
+    if (error.code === 403) return { rowAccessPolicies: [] };
     throw error;
   });
   if (rowAccessPolicies.length) throw new UsageError(hidesRows(`${dataset}.${table}`));
