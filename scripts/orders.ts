@@ -37,7 +37,7 @@ await main(import.meta, async () => {
     const [lines, destination] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
 
     // 3. Take the window: [watermark, safe upper bound), or [FROM, TO) of a re-run by hand.
-    const window = await takeWindow(run, env);
+    const window = await takeWindow(run, env, destination);
 
     // 4. For each chunk: extract, load, count, upsert, advance.
     for (let from = window.from; ; ) {

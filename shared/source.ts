@@ -108,7 +108,7 @@ async function findFaults(sql: Sql, { table, cursor }: Source, key: string[], co
 }
 
 /** Rows whose cursor is infinite or lies in the future: how many, and the first one's key. No window ends after them. */
-async function findUnreachable(
+export async function findUnreachable(
   sql: Sql,
   { table, cursor }: Source,
   key: string[],
@@ -142,5 +142,6 @@ async function describe(source: Sql, select: string, table: string): Promise<Col
 /** All differences of one side, in one error. */
 export const driftError = (side: string, faults: string[], next: string): UsageError =>
   new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; schemas/README.md, "When the schema changes".`,
+    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; ` +
+      'schemas/README.md, "When the schema changes".',
   );

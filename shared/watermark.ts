@@ -14,14 +14,16 @@ import type { Source } from "./source.ts";
 
 export type { Window };
 
-/** The history that a watermark belongs to: after a restore or a failover it may mean nothing. */
+/** What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Null where it is not known. */
 export interface Origin {
   /** System identifier and timeline. */
-  server: string;
-  /** A database that was dropped and created again has another. Null in a watermark of an older version. */
+  server: string | null;
+  /** A database that was dropped and created again has another. */
   database_oid: string | null;
-  /** The WAL position as a number of 20 digits, so that two of them compare as text. Null as above. */
+  /** The WAL position as a number of 20 digits, so that two of them compare as text. */
   wal: string | null;
+  /** The table that was written to. */
+  destination: string | null;
 }
 
 export interface Watermark extends Origin {
@@ -29,7 +31,7 @@ export interface Watermark extends Origin {
 }
 
 /** One row of sql/safe_bound.sql, which says what the fields mean. */
-export interface Bound extends Origin {
+export interface Bound extends Omit<Origin, "destination"> {
   database: string;
   /** Why no bound is safe, and what to do. */
   refusal: string | null;
@@ -38,6 +40,16 @@ export interface Bound extends Origin {
   now: string;
   bound: string;
   hold_seconds: number;
+  /** What the server does not say of its history, in words. */
+  unknown: string[];
+}
+
+/** A table that a pipeline writes to. */
+export interface Target {
+  /** Name and time of creation. */
+  identity: string;
+  rows: number;
+  contract: { source: Source };
 }
 
 /** About how many rows; 0 is exact. A row that changes before it is read belongs to a later window. */
@@ -45,9 +57,19 @@ export type Chunk = Window & { rows: number };
 
 /** The pipeline's watermark, or undefined before its first run. */
 export async function readWatermark(etl: Sql, pipeline: string): Promise<Watermark | undefined> {
-  const query = `select ${utc("watermark")} as watermark, server, database_oid, wal from etl.watermarks where pipeline = $1`;
+  const query = `select ${utc("watermark")} as watermark, server, database_oid, wal, destination
+    from etl.watermarks where pipeline = $1`;
   return (await etl.unsafe<Watermark[]>(query, [pipeline]))[0];
 }
+
+/** What tells one history of a server from another, each in a statement of its own: a managed server may refuse some. */
+const history = {
+  system: "system_identifier from pg_control_system()",
+  // By the WAL's name: after a promotion the control file keeps the old one until the first checkpoint is done, which takes minutes.
+  timeline: "left(pg_walfile_name(pg_current_wal_lsn()), 8)",
+  // The WAL that is on disk, so that a crash does not take it back.
+  wal: "lpad((pg_current_wal_flush_lsn() - '0/0')::text, 20, '0')",
+};
 
 /**
  * The safe upper bound of the source. The session must have etl.lag_seconds set.
@@ -57,20 +79,38 @@ export async function readBound(source: Sql): Promise<Bound> {
   const [bound] = await source.unsafe<Bound[]>(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"));
   if (!bound) throw new Error("sql/safe_bound.sql returned no row");
   if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
-  return bound;
+  const unknown: string[] = [];
+  const read = async (what: string): Promise<string | null> => {
+    const asked = source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`);
+    const rows = await asked.catch(({ code = "", message }: Error & { code?: string }) => {
+      if (!/^(42501|42883|0A000)$/.test(code)) throw new Error(message); // not its to call, no such function, not supported
+      unknown.push(message);
+    });
+    return rows?.[0]?.value ?? null;
+  };
+  const [system, timeline, wal] = [await read(history.system), await read(history.timeline), await read(history.wal)];
+  return { ...bound, server: system && timeline && `${system}/${timeline}`, wal, unknown };
 }
 
 /**
  * Whether a watermark may be trusted: the one rule of run, status, verify, sweep and rewind.
+ * @param target the table that rows are written to, where they go to one.
  * @returns why not, in words with the next command, or undefined.
  */
-export function distrust(pipeline: string, stored: Watermark, bound: Bound): string | undefined {
+export async function distrust(
+  source: Sql,
+  pipeline: string,
+  stored: Watermark,
+  bound: Bound,
+  target?: Target,
+): Promise<string | undefined> {
   const [where, at] = [`source database ${bound.database}`, `the watermark ${stored.watermark}`];
   const rewind = `make rewind PIPELINE=${pipeline} TO=`;
   const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}…`;
   const restored = `it was restored or failed over, and rows that were synced since may be gone there. Next: ${runbook}`;
   const [expected, found] = [stored, bound].map(({ server, database_oid }) => `server ${server}, oid ${database_oid}`);
-  if (stored.server !== bound.server || (stored.database_oid && stored.database_oid !== bound.database_oid))
+  const other = (a: string | null, b: string | null): boolean => Boolean(a && b && a !== b);
+  if (other(stored.server, bound.server) || other(stored.database_oid, bound.database_oid))
     return `${where} is another one than ${at} was taken from (expected ${expected}, found ${found}): ${restored}`;
   if (stored.wal && bound.wal && stored.wal > bound.wal)
     return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when ${at} was set: ${restored}`;
@@ -84,7 +124,19 @@ export function distrust(pipeline: string, stored: Watermark, bound: Bound): str
       `an open transaction of ${where} began before ${at} and was not seen then, so its rows would be missed (${bound.holder}; ` +
       `began ${bound.bound}). Next: once it has ended, ${rewind}${bound.bound}; and raise WATERMARK_LAG_SECONDS`
     );
-  return undefined;
+  if (!target) return undefined;
+  const replaced =
+    other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
+  const emptied = target.rows === 0 && (await hasRows(source, target.contract.source, stored.watermark));
+  const missing = replaced || (emptied && `it is empty, and the source has rows before ${at}`);
+  return missing
+    ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again`
+    : undefined;
+}
+
+/** Whether a pipeline reads any row before this point. */
+async function hasRows(source: Sql, { select }: Source, to: string): Promise<boolean> {
+  return (await queryWindow(source, { from: "-infinity", to }, `select from (${select}) q limit 1`)).length > 0;
 }
 
 /**
@@ -95,12 +147,15 @@ export function distrust(pipeline: string, stored: Watermark, bound: Bound): str
 export async function takeWindow(
   run: Run,
   { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
+  target?: Target,
 ): Promise<Window & { origin: Origin }> {
   const stored = await readWatermark(run.etl, run.pipeline);
   const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
   const { prepared, holder, hold_seconds } = bound;
-  const reason = stored && !FROM && distrust(run.pipeline, stored, bound);
+  const reason = stored && !FROM && (await distrust(run.source, run.pipeline, stored, bound, target));
   if (reason) throw new Error(reason);
+  const unknown = "the server does not say, so that a restore or a failover is not noticed";
+  if (bound.unknown.length) run.log("warning", { warning: `${unknown}: ${bound.unknown.join("; ")}` });
   let [from, to] = [stored?.watermark ?? "-infinity", bound.bound];
   if (FROM && TO) {
     // Past the bound an open transaction may yet commit an older updated_at over a newer row: had the re-run taken that, the upsert
@@ -117,7 +172,7 @@ export async function takeWindow(
   run.log("window", { from, to });
   run.window = { from, to };
   run.metrics.etl_watermark_hold_seconds = hold_seconds;
-  return { from, to, origin: bound };
+  return { from, to, origin: { ...bound, destination: target?.identity ?? null } };
 }
 
 /**
@@ -152,12 +207,12 @@ export async function advance(run: Run, { from, to }: Window, origin: Origin): P
   if (run.byHand) return;
   run.signal.throwIfAborted();
   const moved = await etl`
-    insert into etl.watermarks as w (pipeline, watermark, server, database_oid, wal, run_id)
-    select ${pipeline}, ${to}::text::timestamptz, ${origin.server}, ${origin.database_oid}, ${origin.wal}, ${id}
+    insert into etl.watermarks as w (pipeline, watermark, server, database_oid, wal, destination, run_id)
+    select ${pipeline}, ${to}::text::timestamptz, ${origin.server}, ${origin.database_oid}, ${origin.wal}, ${origin.destination}, ${id}
     where ${from}::text = '-infinity' or exists (select from etl.watermarks where pipeline = ${pipeline})
     on conflict (pipeline) do update
       set watermark = excluded.watermark, server = excluded.server, database_oid = excluded.database_oid,
-          wal = excluded.wal, run_id = excluded.run_id, updated_at = now()
+          wal = excluded.wal, destination = excluded.destination, run_id = excluded.run_id, updated_at = now()
       where w.watermark = ${from}::text::timestamptz`;
   if (moved.count !== 1) {
     const found = (await readWatermark(etl, pipeline))?.watermark ?? "none";

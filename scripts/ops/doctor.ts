@@ -22,7 +22,7 @@ import type { Sql } from "postgres";
 import { type BigQueryEnv, bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
-import { isSet, oneOf, optional, readEnv, redact, root, UsageError } from "../../shared/env.ts";
+import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact, root, UsageError } from "../../shared/env.ts";
 import { checkArchivable, eventsSource } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import type { Fields } from "../../shared/log.ts";
@@ -118,7 +118,7 @@ async function openSession(check: Check, variable: string, url: string, settings
     const [row] = await sql<{ role: string; tls: boolean }[]>`
       select current_user as role, coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false) as tls`;
     if (!row?.tls) return `as ${row?.role}; in clear text: sslmode=verify-full in the URL would encrypt it`;
-    const verified = new URL(url).searchParams.get("sslmode")?.startsWith("verify-");
+    const verified = parsePostgresUrl(url).sslmode.startsWith("verify-");
     return `as ${row.role}; TLS, certificate ${verified ? "checked" : "not checked: sslmode=verify-full would"}`;
   };
   return (await check("connection", connection)) ? sql : undefined;
@@ -185,7 +185,9 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
     });
     await check(`${pipeline}: watermark`, async () => {
       const stored = await readWatermark(etl, pipeline);
-      const reason = stored && distrust(pipeline, stored, await readBound(source));
+      const target =
+        pipeline === "events" ? undefined : await openDestination(readEnv(bigqueryVariables), readContract(pipeline));
+      const reason = stored && (await distrust(source, pipeline, stored, await readBound(source), target));
       if (reason) throw new Error(reason);
       return stored?.watermark ?? "none yet";
     });

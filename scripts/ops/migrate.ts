@@ -19,9 +19,9 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import type { ClickHouseClient } from "@clickhouse/client";
-import type { TableMetadata } from "@google-cloud/bigquery";
+import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
-import { type Contract, describeField, readContract } from "../../shared/bigquery/contract.ts";
+import { type Contract, describeField, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
 import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -111,19 +111,30 @@ async function migrateBigQuery(env: Env<typeof variables>, apply: Step): Promise
     const table = bigquery.dataset(env.BIGQUERY_DATASET).table(pipeline);
     const name = `${env.BIGQUERY_DATASET}.${pipeline}`;
     if (!(await table.exists())[0]) {
-      await apply(`create table ${name}`, () => table.create(contract.resource));
+      await apply(`create table ${name}`, async () => {
+        await table.create(contract.resource);
+        const [{ timePartitioning: partitioning }] = await table.getMetadata();
+        // The dataset may give its tables an expiry, which their creation cannot refuse.
+        const none = {
+          expirationTime: null,
+          ...(partitioning && { timePartitioning: { ...partitioning, expirationMs: null } }),
+        };
+        await table.setMetadata(none as object);
+      });
       continue;
     }
     const [actual] = await table.getMetadata();
     const difference = compare(contract, name, actual);
-    refused.push(...difference.refused);
+    refused.push(...difference.refused, ...optionFaults(name, actual));
     if (difference.refused.length) continue;
     const { description = "" } = contract.resource;
+    // The API takes what is left out for none: policy tags, collation, default values and rounding modes are the table's own.
+    const there: TableField[] = actual.schema?.fields ?? [];
+    const fields = contract.fields.map((field) => ({ ...there.find(({ name }) => name === field.name), ...field }));
     // One request for all of them, which the last one makes.
     for (const [at, addition] of difference.additions.entries())
       await apply(addition, async () => {
-        if (at === difference.additions.length - 1)
-          await table.setMetadata({ description, schema: { fields: contract.fields } });
+        if (at === difference.additions.length - 1) await table.setMetadata({ description, schema: { fields } });
       });
   }
   return refused;

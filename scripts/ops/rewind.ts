@@ -49,7 +49,7 @@ await main(import.meta, async () => {
         `TO=${to} is after the watermark ${watermark}: a rewind goes back only, since the rows between them would never be read.`,
       );
     const bound = await readBound(source);
-    const reason = distrust(pipeline, stored, bound);
+    const reason = await distrust(source, pipeline, stored, bound);
     const kept = "the destination may hold versions that the source has lost, dated later, which the upsert keeps";
     if (reason) run.log("warning", { warning: `${kept}: ${reason}` });
     const rows = await countAgain(run, to, watermark);
@@ -59,10 +59,12 @@ await main(import.meta, async () => {
 
     // 3. Set it, and keep the history: one statement.
     const { server, database_oid, wal } = bound;
+    // Of another table only a run that reads everything makes what it was.
+    const destination = to.startsWith("0001-01-01") ? null : stored.destination;
     const moved = await etl`
       with moved as (
         update etl.watermarks set watermark = ${to}::text::timestamptz, server = ${server}, database_oid = ${database_oid}, wal = ${wal},
-          run_id = ${run.id}, updated_at = now()
+          destination = ${destination}, run_id = ${run.id}, updated_at = now()
         where pipeline = ${pipeline} and watermark = ${watermark}::text::timestamptz returning pipeline)
       insert into etl.runs (run_id, pipeline, state, chunk_from, chunk_to, rows, host, pid, finished_at)
       select ${run.id}, pipeline, 'rewound', ${to}::text::timestamptz, ${watermark}::text::timestamptz, ${rows ?? 0}::bigint,

@@ -27,7 +27,7 @@ import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { type Env, flag, isSet, optional, readEnv, root } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { watermarked } from "../../shared/pipelines.ts";
+import { pipelines, watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, pipelineVariables } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { readCanary } from "../../shared/sensors/canary.ts";
@@ -36,8 +36,9 @@ import { connectVariables, isRunning, namesOf } from "../../shared/sensors/conne
 import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
+import { findUnreachable } from "../../shared/source.ts";
 import { duration, table } from "../../shared/table.ts";
-import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
+import { type Bound, distrust, readBound, readWatermark, type Target, type Watermark } from "../../shared/watermark.ts";
 import { type Known, type State, type Status, states } from "./lib/status.ts";
 
 /** A part that has not answered by then is shown as such. */
@@ -47,17 +48,17 @@ const sensorsVariables = { ...clickhouseVariables, ...kafkaVariables, ...connect
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS } = pipelineVariables;
   const env = readEnv({ SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS, JSON: optional(flag, false) });
-  const pipelines = [...new Set([...watermarked(), "sensors", "views", ...readIntervals().keys()])];
+  const all = [...new Set([...watermarked(), "sensors", "views", ...readIntervals().keys()])];
   const open = (url: string, settings: Record<string, string>) =>
     connect(url, { application: "etl:status", timeoutSeconds: 4, settings });
   const topic = process.env.SENSORS_TOPIC ?? "";
-  const etl = open(env.ETL_DATABASE_URL, { "etl.pipelines": pipelines.join(" "), "etl.topic": topic });
+  const etl = open(env.ETL_DATABASE_URL, { "etl.pipelines": all.join(" "), "etl.topic": topic });
   const source = open(env.SOURCE_DATABASE_URL, { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) });
   await checkSession("ETL_DATABASE_URL", etl);
-  const all = await readStatus(etl, source);
-  if (env.JSON) process.stdout.write(`${JSON.stringify(all, null, 2)}\n`);
-  else print(all);
-  process.exit(all.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
+  const statuses = await readStatus(etl, source);
+  if (env.JSON) process.stdout.write(`${JSON.stringify(statuses, null, 2)}\n`);
+  else print(statuses);
+  process.exit(statuses.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
 
 /** The state of all pipelines, by their names. @throws Error where schema etl cannot be read. */
@@ -98,10 +99,31 @@ async function readStatus(etl: Sql, source: Sql): Promise<Status[]> {
     if (held_by)
       blame(status, long ? "red" : "warn", `its watermark is held for ${duration(hold_seconds)} by ${held_by}`);
     const stored = await readWatermark(etl, row.pipeline);
-    const reason = stored && distrust(row.pipeline, stored, bound.value);
-    if (reason) blame(status, "red", reason);
+    if (stored) await judgeTable(status, source, stored, bound.value);
   }
   return statuses;
+}
+
+/** What a run would stop at, or warn of: another history or another table than the watermark's, and rows of the future. */
+async function judgeTable(status: Status, source: Sql, stored: Watermark, bound: Bound): Promise<void> {
+  const { pipeline } = status;
+  let target: Target | undefined;
+  if (pipelines().includes(pipeline) && isSet("BIGQUERY_PROJECT")) {
+    const [{ bigqueryVariables }, { readContract }, { openDestination }] = await Promise.all([
+      import("../../shared/bigquery/client.ts"),
+      import("../../shared/bigquery/contract.ts"),
+      import("../../shared/bigquery/load.ts"),
+    ]);
+    const contract = readContract(pipeline);
+    const opened = await answer("BigQuery", openDestination(readEnv(bigqueryVariables), contract));
+    if (opened.error !== undefined) blame(status, "red", opened.error);
+    else target = opened.value;
+    const ahead = await answer("the source", findUnreachable(source, contract.source, []));
+    if (ahead.error === undefined && ahead.value.future)
+      blame(status, "warn", `${thousands(ahead.value.future)} rows of ${contract.source.table} lie in the future`);
+  }
+  const reason = await distrust(source, pipeline, stored, bound, target);
+  if (reason) blame(status, "red", reason);
 }
 
 /** What came within PART_SECONDS, or the error in words. */

@@ -70,20 +70,37 @@ export async function checkSource(run: SchemaCheck, contract: Contract): Promise
 }
 
 /**
- * Compares the destination table's fields with the contract.
+ * Compares the destination table with the contract. @param name of it, with its dataset.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export function checkDestination({ fields, file }: Contract, table: string, actual: TableField[]): void {
+export function checkDestination({ fields, file }: Contract, name: string, actual: TableMetadata): void {
+  const columns: TableField[] = actual.schema?.fields ?? [];
   const faults = fields.flatMap((field) => {
-    const column = actual.find(({ name }) => name === field.name);
+    const column = columns.find((one) => one.name === field.name);
     const [expected, found] = [describeField(field), column ? describeField(column) : "no such column"];
-    return found === expected ? [] : [`column ${table}.${field.name}: expected ${expected} (${file}), found ${found}`];
+    return found === expected ? [] : [`column ${name}.${field.name}: expected ${expected} (${file}), found ${found}`];
   });
-  for (const { name } of actual)
-    if (!fields.some((field) => field.name === name))
-      faults.push(`column ${table}.${name}: exists, but ${file} has no such field`);
+  for (const column of columns)
+    if (!fields.some((field) => field.name === column.name))
+      faults.push(`column ${name}.${column.name}: exists, but ${file} has no such field`);
+  faults.push(...optionFaults(name, actual));
   if (faults.length)
     throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
+}
+
+/** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. */
+export function optionFaults(name: string, { type = "TABLE", expirationTime, ...table }: TableMetadata): string[] {
+  const reset = (option: string, value: string): string =>
+    `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option} = ${value})`;
+  const at = new Date(Number(expirationTime ?? 0)).toISOString();
+  return [
+    type !== "TABLE" && `table ${name}: expected a table, found a ${type}. Drop or rename it, then: make migrate`,
+    expirationTime && `table ${name}: expires at ${at}, with all its rows. ${reset("expiration_timestamp", "NULL")}`,
+    table.timePartitioning?.expirationMs &&
+      `table ${name}: each partition expires, with its rows. ${reset("partition_expiration_days", "NULL")}`,
+    table.requirePartitionFilter &&
+      `table ${name}: requires a partition filter, and an upsert has none. ${reset("require_partition_filter", "FALSE")}`,
+  ].filter((fault) => typeof fault === "string");
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

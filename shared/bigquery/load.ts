@@ -1,5 +1,6 @@
 /** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
+import { promisify } from "node:util";
 import type { BigQuery, Job, QueryRowsResponse } from "@google-cloud/bigquery";
 import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
@@ -20,6 +21,9 @@ export interface Destination {
   contract: Contract;
   dataset: string;
   table: string;
+  /** Name and time of creation: which table a watermark was written to. */
+  identity: string;
+  rows: number;
 }
 
 /**
@@ -32,12 +36,34 @@ export async function openDestination(env: BigQueryEnv, contract: Contract): Pro
   const where = `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table}`;
   const got = bigquery.dataset(dataset).table(table).getMetadata();
   const [metadata] = await got.catch(({ code, message }: { code?: number; message: string }) => {
-    if (code === 404) throw new UsageError(`${where} does not exist. Run: make migrate`);
+    if (code === 404) {
+      const rewind = `make rewind PIPELINE=${table} TO=0001-01-01`;
+      throw new UsageError(`${where} does not exist. Run: make migrate. If it had rows before, then run: ${rewind}`);
+    }
     const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
     throw new Error(`cannot read the ${where}: ${message}. Check ${at}; for the local stack: make up`);
   });
-  checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
-  return { bigquery, contract, dataset, table };
+  checkDestination(contract, `${dataset}.${table}`, metadata);
+  await checkRowAccess(bigquery, dataset, table);
+  const created = new Date(Number(metadata.creationTime)).toISOString();
+  const identity = `${bigquery.projectId}.${dataset}.${table}, created ${created}`;
+  return { bigquery, contract, dataset, table, identity, rows: Number(metadata.numRows) };
+}
+
+const hidesRows = (name: string): string =>
+  `table ${name}: a row access policy hides rows from an upsert, which inserts them again. ` +
+  `Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`;
+
+/** @throws UsageError where the table has a row access policy. */
+async function checkRowAccess(bigquery: BigQuery, dataset: string, table: string): Promise<void> {
+  const list = promisify<{ uri: string }, { rowAccessPolicies?: unknown[] }>(bigquery.request.bind(bigquery));
+  const listed = list({ uri: `/datasets/${dataset}/tables/${table}/rowAccessPolicies` });
+  const { rowAccessPolicies = [] } = await listed.catch((error: { code?: number }) => {
+    // roles/bigquery.dataEditor may not list them; then the MERGE's own statistics tell.
+    if (error.code === 403) return { rowAccessPolicies: [] };
+    throw error;
+  });
+  if (rowAccessPolicies.length) throw new UsageError(hidesRows(`${dataset}.${table}`));
 }
 
 export interface Staging extends AsyncDisposable {
@@ -188,7 +214,12 @@ export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Prom
 type Changed = Record<"inserted" | "updated" | "deleted", number>;
 
 /** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns rows changed. */
-export async function change(run: Run, { bigquery }: Destination, jobId: string, sql: string): Promise<Changed> {
+export async function change(
+  run: Run,
+  { bigquery, dataset, table }: Destination,
+  jobId: string,
+  sql: string,
+): Promise<Changed> {
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
   await bigquery.createQueryJob({ ...traceable(run, sql), jobId }).catch(ignoreAlreadyThere);
@@ -197,6 +228,8 @@ export async function change(run: Run, { bigquery }: Destination, jobId: string,
   if (status?.state !== "DONE" || status.errorResult)
     throw new Error(`BigQuery job ${jobId} ended without a result: ${status?.errorResult?.message ?? status?.state}`);
   addBilled(run, statistics);
+  if (statistics.rowLevelSecurityStatistics?.rowLevelSecurityApplied)
+    throw new UsageError(hidesRows(`${dataset}.${table}`));
   const { insertedRowCount = 0, updatedRowCount = 0, deletedRowCount = 0 } = statistics.query.dmlStats ?? {};
   return { inserted: Number(insertedRowCount), updated: Number(updatedRowCount), deleted: Number(deletedRowCount) };
 }

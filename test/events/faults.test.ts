@@ -606,6 +606,7 @@ suite("archive", { concurrency: true }, () => {
         ),
       );
       assert.deepEqual(Object.keys(await pushed()).sort(), [
+        "etl_future_rows",
         "etl_last_failure_timestamp_seconds",
         "etl_last_run_timestamp_seconds",
         "etl_unknown_source_columns",

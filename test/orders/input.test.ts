@@ -31,7 +31,7 @@ const malformed: Record<string, [value: string, says: string]> = {
   SOURCE_DATABASE_URL: ["mysql://reader@db/shop", "must start with postgres://"],
   ETL_DATABASE_URL: [
     "postgres://etl:p#ss@db:5432/shop",
-    "is not a URL (is a special character in it percent-encoded?)",
+    "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
   ],
   BIGQUERY_PROJECT: ["my shop", "may hold letters, digits, _ and - only"],
   BIGQUERY_DATASET: ["raw`; DROP TABLE x; --", "may hold letters, digits, _ and - only"],

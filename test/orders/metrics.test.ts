@@ -17,7 +17,12 @@ import {
 } from "../lib/faults.ts";
 import { freePort, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
 
-const always = ["etl_last_run_timestamp_seconds", "etl_unknown_source_columns", "etl_watermark_hold_seconds"];
+const always = [
+  "etl_future_rows",
+  "etl_last_run_timestamp_seconds",
+  "etl_unknown_source_columns",
+  "etl_watermark_hold_seconds",
+];
 const ofSuccess = [
   "etl_bytes",
   "etl_bytes_billed",

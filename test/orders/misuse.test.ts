@@ -55,7 +55,10 @@ stepsOfPipeline((pipeline) => {
     await shop.updateRows(1, 3, "changed");
     {
       using _ = scratch.edit(`sql/${pipeline}.sql`, (text) =>
-        text.replace(`from ${pipeline}`, `from ${pipeline} join (values (1), (2)) twice (n) on id = 2 or n = 1`),
+        text.replace(
+          `from public.${pipeline}`,
+          `from public.${pipeline} join (values (1), (2)) twice (n) on id = 2 or n = 1`,
+        ),
       );
       await assertRefuses(
         2,

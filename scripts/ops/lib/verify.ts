@@ -82,7 +82,7 @@ export interface Both {
  */
 export async function distrusted({ pipeline, etl, source }: Run): Promise<string | undefined> {
   const stored = await readWatermark(etl, pipeline);
-  if (stored) return distrust(pipeline, stored, await readBound(source));
+  if (stored) return await distrust(source, pipeline, stored, await readBound(source));
   throw new UsageError(
     `${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`,
   );
