@@ -48,9 +48,9 @@ begin
 end
 $$;
 create or replace function public.etl_identify_partition() returns event_trigger language plpgsql as 'begin perform public.etl_identify(); end';
+select public.etl_identify(); -- where this fails, run the file as the table's owner
 do $$
 begin
-  perform public.etl_identify();
   drop event trigger if exists etl_identify_partition;
   if (select relkind from pg_class where oid = to_regclass('public.sensor_readings')) = 'p' then
     create event trigger etl_identify_partition on ddl_command_end when tag in ('CREATE TABLE', 'ALTER TABLE')

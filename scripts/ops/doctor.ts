@@ -261,7 +261,12 @@ async function checkKafka(check: Check): Promise<void> {
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const broker = connectKafka(env, "etl-doctor");
   await check(`topic ${topic} and group ${group}`, async () => {
-    const partitions = await withAdmin(broker, env, (admin) => topicState(admin, topic, group));
+    const state = withAdmin(broker, env, (admin) => topicState(admin, topic, group));
+    const partitions = await state.catch((error: Error) => {
+      if (/authorized|group coordinator/.test(error.message))
+        error.message += ". KAFKA_USERNAME needs READ on topic and group";
+      throw error;
+    });
     return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
   });
 }

@@ -20,7 +20,7 @@ import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { type Past, renderReport } from "./lib/report.ts";
-import type { Status } from "./status.ts";
+import type { Status } from "./lib/status.ts";
 
 await main(import.meta, async () => {
   const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), OUT: optional(text, "report.html") });

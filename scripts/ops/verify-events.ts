@@ -33,7 +33,6 @@ import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, connect } from "../../shared/session.ts";
 import { duration } from "../../shared/table.ts";
-import { readWatermark } from "../../shared/watermark.ts";
 import {
   damaged,
   dayVariables,
@@ -47,8 +46,6 @@ import {
 import { recordVerified } from "./lib/verified.ts";
 
 const DAY_SECONDS = 86_400;
-/** Without FROM and TO: so each day is read on eight nights, and a week of missed nights leaves none out. */
-const DAYS = 8;
 
 await main(import.meta, async () => {
   const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
@@ -87,11 +84,15 @@ await main(import.meta, async () => {
   });
 });
 
-/** The last days that make events has archived. */
+/** The eight days before the watermark (a week, as the crontab has it, and a day); those of before the first archived one are left out. */
 async function lastDays(etl: Sql): Promise<string[]> {
-  const end = (await readWatermark(etl, "events"))?.watermark.slice(0, 10);
-  if (!end) throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
-  return daysBetween(addDays(end, -DAYS), end);
+  const [last] = await etl<{ from: string; to: string }[]>`
+    select watermark::date::text as to, greatest(watermark - interval '8 days',
+      (select min(chunk_from) from etl.chunks where pipeline = 'events' and state = 'succeeded'))::date::text as from
+    from etl.watermarks where pipeline = 'events'`;
+  if (!last)
+    throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
+  return daysBetween(last.from, last.to);
 }
 
 /** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */

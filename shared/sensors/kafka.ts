@@ -9,7 +9,7 @@ import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
 import { brokerConfig, isCertificate, type KafkaEnv, namedFault } from "./broker.ts";
 
-export type { Admin, Batch, Kafka };
+export type { Admin, Kafka };
 
 type TopicEnv = KafkaEnv & { SENSORS_TOPIC: string };
 

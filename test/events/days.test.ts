@@ -113,12 +113,9 @@ suite("archive", { concurrency: true }, () => {
         "  MAX_ROWS_PER_SECOND must be",
       ],
     ] as [Env, ...string[]][]) {
-      const name = Object.entries(variables).map(([key, value]) => `${key}=${value}`);
-      test(name.join(" "), async () => {
+      test(`with ${JSON.stringify(variables)}`, async () => {
         const nowhere = { SOURCE_DATABASE_URL: "postgres://nobody@127.0.0.1:1/x", S3_ENDPOINT: "http://127.0.0.1:1" };
-        for (const command of variables.TO
-          ? ["backfill-events"]
-          : ["backfill-events", "verify-events", "restore-events"]) {
+        for (const command of variables.TO ? ["backfill-events"] : ["backfill-events", "restore-events"]) {
           const { code, stderr } = await shop.run(`scripts/ops/${command}.ts`, { ...nowhere, ...variables });
           for (const text of texts) assert.ok(stderr.includes(text.replaceAll("COMMAND", command)), stderr);
           assert.equal(code, 2);

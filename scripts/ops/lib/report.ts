@@ -1,8 +1,8 @@
 /** The page of make report, from what sql/report.sql and make status say. Times are in UTC. */
 import { thousands } from "../../../shared/log.ts";
 import { duration } from "../../../shared/table.ts";
-import type { Status } from "../status.ts";
 import { bars, type Cell, calendar, html, htmlTable, Markup, sparkline } from "./html.ts";
+import type { Status } from "./status.ts";
 
 interface PastRun {
   pipeline: string;
