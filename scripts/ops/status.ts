@@ -30,6 +30,7 @@ import { main } from "../../shared/main.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, pipelineVariables } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
+import { readCanary } from "../../shared/sensors/canary.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
 import { connectVariables, isRunning, namesOf } from "../../shared/sensors/connector.ts";
 import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
@@ -68,8 +69,15 @@ export type Status = Known & {
 };
 
 /** Of a part that does not answer null, and a reason says why. */
-type Sensors = Record<"lag" | "consumers" | "dead_letters" | "slot_retained_bytes", number | null> &
-  Record<"connector_running" | "slot_active", boolean | null> & { topic: string; epoch: number };
+type Sensors = Record<
+  "lag" | "consumers" | "dead_letters" | "slot_retained_bytes" | "canary_age_seconds",
+  number | null
+> &
+  Record<"connector_running" | "slot_active", boolean | null> & {
+    topic: string;
+    epoch: number;
+    canary_gap: string | null;
+  };
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
@@ -184,14 +192,15 @@ async function judgeSensors(status: Status, etl: Sql, source: Sql): Promise<void
     if (error !== undefined) blame(status, "red", `${name} is not known: ${error}`);
     return answered.value;
   };
+  const canary = await readCanary(etl, topic);
   const [kafka, dead_letters, connector_running, slots] = await Promise.all([
     part("Kafka", readTopic(env)),
     part("ClickHouse", countDeadLetters(env)),
     part("Kafka Connect", isRunning(env)),
     part(
       "the slot",
-      source<{ active: boolean; bytes: string }[]>`
-      select active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${slot}`,
+      source<{ active: boolean; wal: string; bytes: string }[]>`
+      select active, wal_status as wal, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${slot}`,
     ),
   ]);
   const kept = slots?.[0];
@@ -206,13 +215,27 @@ async function judgeSensors(status: Status, etl: Sql, source: Sql): Promise<void
     connector_running: connector_running ?? null,
     slot_active: kept?.active ?? null,
     slot_retained_bytes: bytes,
+    canary_age_seconds: canary?.age_seconds ?? null,
+    canary_gap: canary?.gap ?? null,
   };
   const { consumers } = status.sensors;
   if (lag !== null && lag > readThreshold("etl_sensors_lag"))
     blame(status, "red", `ClickHouse is ${thousands(lag)} messages behind Kafka`);
   if (consumers === 0) blame(status, lag ? "red" : "warn", "no consumer runs. Next: systemctl status etl-sensors");
   if (connector_running === false) blame(status, "red", "Debezium's connector does not run. Next: make connector");
-  if (slots && !kept) blame(status, "red", `the source has no slot ${slot}. Next: make connector`);
+  const lost = `the changes since are lost to Debezium. Next: systemctl stop etl-sensors, then: make resnapshot`;
+  if (slots && !kept) blame(status, "red", `the source has no slot ${slot} (any more): ${lost}`);
+  if (kept?.wal === "lost") blame(status, "red", `the source has removed WAL that slot ${slot} needs: ${lost}`);
+  if (kept?.active === false) blame(status, "warn", `nobody reads the slot ${slot}. Next: make connector`);
+  if (canary?.gap)
+    blame(status, "red", `${canary.gap}. Next: make verify PIPELINE=sensors, and where rows differ: make resnapshot`);
+  const age = canary?.age_seconds ?? 0;
+  if (age > readThreshold("etl_sensors_canary_timestamp_seconds"))
+    blame(
+      status,
+      age > 300 ? "red" : "warn",
+      `no canary has come from the source for ${duration(age)}. Next: ops/runbook.md#etlsensorscanarystale`,
+    );
   if (bytes !== null && bytes > readThreshold("etl_sensors_slot_retained_bytes"))
     blame(status, "red", `the source keeps ${thousands(bytes / 1e6)} MB of WAL for the slot`);
   if (dead_letters) blame(status, "warn", `${thousands(dead_letters)} dead letters. Next: make dead-letters`);

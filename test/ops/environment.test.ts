@@ -90,7 +90,7 @@ test("the connector's password by the worker's config provider: nobody reads it 
       ...env,
       REPLICATION_PASSWORD_REFERENCE: `\${vault:a:b}`,
     });
-    assert.match(wrong.stderr, /password/);
+    assert.match(wrong.stderr, /refused PUT .*REPLICATION_PASSWORD_REFERENCE\? ops\/README\.md/);
     assert.equal(wrong.code, 1);
   } finally {
     await servers.kill("connect");

@@ -131,7 +131,7 @@ stepsOfPipeline((pipeline) => {
     const sql = `2017-01-01'; drop table public.${pipeline}; --`;
     await assertFails(2, { FROM: sql, TO: sql }, ["FROM must be a time", "TO must be a time"]);
     const name = `${pipeline}'; drop table etl.watermarks; --`;
-    await assertFails(2, { PIPELINE: name, TO: sql }, ["PIPELINE may hold", "TO must be a time"], rewind);
+    await assertFails(2, { PIPELINE: name, TO: sql }, ["PIPELINE must be one of", "TO must be a time"], rewind);
   });
 
   test("an unknown argument is refused, naming it but not what follows its =", async () => {

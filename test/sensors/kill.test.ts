@@ -117,7 +117,7 @@ suite("sensors killed", { concurrency: true }, () => {
     await using sensors = await createSensors();
     const { shop } = sensors;
     const consumer = await sensors.consumer();
-    const rows = soak ? 120_000 : 60_000;
+    const rows = soak ? 120_000 : 20_000;
     const restart = new URL(
       `/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings/restart?includeTasks=true`,
       shop.env.CONNECT_URL,
@@ -135,7 +135,7 @@ suite("sensors killed", { concurrency: true }, () => {
         await fetch(restart, { method: "POST" });
       }
     }
-    await assertExact(sensors, 90);
+    await assertExact(sensors, 180);
     await stop(consumer);
   });
 

@@ -106,7 +106,11 @@ async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
  * @throws Error with the trace of what failed, or its status after 90 s.
  */
 export async function startConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  await askConnect(env, "PUT", "/config", config);
+  await askConnect(env, "PUT", "/config", config).catch((error: Error) => {
+    // Of a reference that it cannot resolve, Connect says nothing useful.
+    const resolve = 'Can its worker resolve REPLICATION_PASSWORD_REFERENCE? ops/README.md, "Kafka and ClickHouse"';
+    throw env.REPLICATION_PASSWORD_REFERENCE ? new Error(`${error.message}. ${resolve}`) : error;
+  });
   await askConnect(env, "PUT", "/resume");
   await askConnect(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
   const started = performance.now();
