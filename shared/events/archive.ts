@@ -211,7 +211,7 @@ export function copyRows(url: string, select: string, session: SessionOptions, s
 type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined };
 
 /**
- * Reads and compresses as many rows of a day as fit into one part. Its COPY has ended then: a transaction of the source must not wait for S3.
+ * Reads and compresses as many rows of a day as fit into one part. Its COPY has ended then: no transaction of the source waits for S3.
  * @returns undefined where there are no rows.
  */
 async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {

@@ -282,6 +282,21 @@ suite("archive", { concurrency: true }, () => {
       await heal();
     });
 
+    test("every answer to the manifest lost: the day is named, and is done", async ({
+      shop,
+      proxy,
+      day,
+      run,
+      heal,
+    }) => {
+      proxy.fault(s3Steps.putManifest, loseAnswer);
+      const { code, stderr } = await run();
+      assert.equal(code, 1);
+      assert.match(stderr, new RegExp(`^  ${day}: s3://archive/\\S+/dt=${day}/manifest\\.json: `, "m"));
+      await assertRight(shop, day);
+      assert.match((await heal()).stderr, /step=days archived=0 skipped=1 failed=0/);
+    });
+
     test("it refuses connections from the start", async ({ shop, day, heal, run }) => {
       const S3_ENDPOINT = `http://127.0.0.1:${await freePort()}`;
       const { code, stderr, seconds } = await run({ S3_ENDPOINT });
