@@ -17,39 +17,44 @@
  */
 import { bigqueryVariables, isTransient } from "../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../shared/bigquery/contract.ts";
-import { checkKeys, createStaging, loadChunk, mergeStaging, openDestination } from "../shared/bigquery/load.ts";
+import { checkKeys, createStaging, loadChunk, mergeStaging, noRows, openDestination } from "../shared/bigquery/load.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { readSelect } from "../shared/source.ts";
 import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "orders";
 
 await main(import.meta, async () => {
   const env = readEnv({ ...pipelineVariables, ...bigqueryVariables });
-  const contract = readContract(pipeline);
+  const source = { table: "public.orders", cursor: "updated_at", select: readSelect(pipeline) };
   await runPipeline(pipeline, env, async (run) => {
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;
 
-    // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves. From here on `lines` makes
-    // a SELECT's rows lines of JSON.
-    const [lines, destination] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
+    // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves.
+    const contract = readContract(pipeline);
+    const [lines, destination] = await Promise.all([
+      checkSource(run, contract, source),
+      openDestination(env, contract, source.cursor),
+    ]);
+    const rows = { url: env.SOURCE_DATABASE_URL, select: source.select, lines };
 
     // 3. Take the window: [watermark, safe upper bound), or [FROM, TO) of a re-run by hand.
-    const window = await takeWindow(run, env, destination);
+    const window = await takeWindow(run, env);
 
     // 4. For each chunk: extract, load, count, upsert, advance.
     for (let from = window.from; ; ) {
-      const chunk = await nextChunk(run, contract.source, { from, to: window.to }, env.CHUNK_ROWS);
+      const chunk = await nextChunk(run, source, { from, to: window.to }, env.CHUNK_ROWS);
       if (!chunk) break;
       const done = await withRetry(run, isTransient, async (attempt) => {
-        if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
+        if (chunk.rows === 0) return noRows;
         await using staging = await createStaging(run, destination, attempt);
-        const sent = await loadChunk(run, env.SOURCE_DATABASE_URL, lines, destination, staging, chunk); // extract, load, count
+        const sent = await loadChunk(run, rows, destination, staging, chunk); // extract, load, count
         await checkKeys(run, destination, staging);
-        const { inserted, updated } = await mergeStaging(run, destination, staging);
-        return { ...sent, inserted, updated };
+        const merged = await mergeStaging(run, destination, staging);
+        return { ...sent, ...merged };
       });
       await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);

@@ -11,6 +11,6 @@ select
   kids_count,
   created_at,
   updated_at
-from public.users
+from users
 where updated_at >= current_setting('etl.from')::timestamptz
   and updated_at < current_setting('etl.to')::timestamptz;

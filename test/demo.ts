@@ -1,7 +1,6 @@
 /**
  * make demo: the pipelines on the real data and the local stack, and what happened as a table. May be run again at any time.
- * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source. DEMO_ENV_FILE= names a copy of
- * .env.example with other databases, datasets, prefixes and topics: docs/readme.test.ts leaves those of the demo alone.
+ * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source.
  */
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
@@ -21,7 +20,7 @@ import { connectBucket, connectClickHouse, until } from "./lib/shop.ts";
 import { localEnv, root } from "./stack/env.ts";
 import { say } from "./stack/stack.ts";
 
-const env = localEnv(process.env.DEMO_ENV_FILE);
+const env = localEnv();
 const admin = env.STACK_ADMIN_DATABASE_URL ?? "";
 
 /**
@@ -278,9 +277,7 @@ await main(import.meta, async () => {
   await models();
   say("\ndemo: make status");
   await command("scripts/ops/status.ts");
-  await command("scripts/ops/report.ts");
-  say(`\nThe same and more, on one page: ${join(root, "report.html")}`);
   say(
-    "\nThe stack keeps running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
+    "\nThe stack goes on running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
   );
 });

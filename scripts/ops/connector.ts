@@ -22,7 +22,8 @@ await main(import.meta, async () => {
   const config = kafkaConnect.connectorConfig(env);
   await kafkaConnect.checkReplication(env);
   if (await kafkaConnect.createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
-  await kafkaConnect.startConnector(env, config);
+  await kafkaConnect.putConnector(env, config);
+  await kafkaConnect.awaitRunning(env);
   const { connector, slot } = namesOf(env);
   log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING" });
 });

@@ -12,17 +12,19 @@ import { UsageError } from "../../shared/env.ts";
 import { log, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { readEpoch } from "../../shared/sensors/epoch.ts";
 import { awaitSnapshot } from "./lib/kafka-connect.ts";
 import { openRebuild, tables } from "./lib/rebuild.ts";
 
 await main(import.meta, async () => {
-  const { env, topic, database, rebuild, etl, where, epoch } = await openRebuild("swap-readings");
+  const { env, topic, database, rebuild, etl, lag } = await openRebuild("swap-readings");
 
-  // 1. The rebuild exists, and is complete.
+  // 1. The rebuild is there, and complete.
+  const epoch = await readEpoch(etl, topic);
   if (epoch?.database !== rebuild)
     throw new UsageError(`there is no rebuild of ${topic} to swap in. Run: make resnapshot`);
   await awaitSnapshot(env, () => {});
-  const left = (await where()).reduce((sum, { lag }) => sum + lag, 0);
+  const left = await lag();
   if (left > 0)
     throw new UsageError(
       `${thousands(left)} messages are not in ${rebuild} yet. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}`,

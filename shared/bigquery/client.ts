@@ -1,15 +1,17 @@
-/** BigQuery: the client, and which of its errors are worth another attempt. */
+/**
+ * BigQuery: the client, and which of its errors are worth another attempt.
+ */
 import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
-import { type Env, name, optional, required, serverUrl } from "../env.ts";
+import { type Env, httpUrl, name, optional, required } from "../env.ts";
 import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
   BIGQUERY_PROJECT: required(name),
   BIGQUERY_DATASET: required(name),
   BIGQUERY_LOCATION: required(name),
-  BIGQUERY_ENDPOINT: optional(serverUrl),
+  BIGQUERY_ENDPOINT: optional(httpUrl),
 };
 export type BigQueryEnv = Env<typeof bigqueryVariables>;
 
@@ -28,13 +30,6 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
 /** A job's labels, by which it is found in the list of jobs. */
 export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
-/** Adds what a finished query job was billed to the run's total. Loads and copies are free. */
-export function addBilled(run: Run, statistics: { query?: { totalBytesBilled?: string } } | undefined): number {
-  const billed = Number(statistics?.query?.totalBytesBilled ?? 0);
-  run.totals.bytes_billed += billed;
-  return billed;
-}
-
 /** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
@@ -45,6 +40,15 @@ export class ShortLoad extends Error {
   constructor(sent: number, loaded: number) {
     super(`the counts differ: ${sent} rows were read from the source, and ${loaded} were loaded; nothing was merged`);
   }
+}
+
+/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
+export function isRefusal(error: unknown): boolean {
+  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
+  // Postgres's data exceptions and program limits; not those that name the row already.
+  if (error instanceof SourceError)
+    return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
+  return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
 
 /** Whether trying again may help: the service was overloaded, or the connection to it broke. */

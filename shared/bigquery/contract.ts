@@ -1,106 +1,85 @@
 /**
- * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it, with the table and the cursor that
- * sql/NAME.sql reads as its `source`. Before a run moves a row, what that SELECT returns and what the destination has are compared with
- * it.
+ * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it. Before a run moves a row, what
+ * the extraction SELECT really returns and what the destination really has are compared with it.
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { checkColumns, driftError, readSelect, type SchemaCheck, type Source } from "../source.ts";
+import { type Column, checkColumns, differs, type SchemaCheck, type Source } from "../source.ts";
 import { apiType, type Field, jsonLines, unmappable } from "./types.ts";
 
 export interface Contract {
   pipeline: string;
   /** File name from the project's root, for messages. */
   file: string;
-  source: Source;
   fields: Field[];
   /** Columns of the primary key. */
   key: string[];
-  /** The Table resource, for creating the table. */
+  /** The whole Table resource, for creating the table. */
   resource: TableMetadata;
 }
 
 export function readContract(pipeline: string): Contract {
   const file = `schemas/bigquery/${pipeline}.json`;
   try {
-    const { source, ...resource } = JSON.parse(readFileSync(join(root, file), "utf8"));
-    const fields: Field[] = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
-    const key: string[] = resource.tableConstraints.primaryKey.columns;
-    const odd = [...fields.map(({ name }) => name), ...key].find((name) => !/^[A-Za-z_]\w*$/.test(name));
+    const resource = JSON.parse(readFileSync(join(root, file), "utf8"));
+    const fields = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
+    const names: string[] = [...fields.map(({ name }: Field) => name), ...resource.tableConstraints.primaryKey.columns];
+    const odd = names.find((name) => !/^[A-Za-z_]\w*$/.test(name));
     if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only`);
-    const twice = fields.find(({ name }, at) => fields.slice(0, at).some((other) => sameName(other.name, name)));
-    if (twice) throw new Error(`field ${twice.name} exists twice: BigQuery's names do not tell A from a`);
-    const required = (name: string) => fields.some((field) => field.name === name && /^required$/i.test(field.mode));
+    const { columns: key } = resource.tableConstraints.primaryKey;
+    const required = fields
+      .filter(({ mode }: Field) => mode.toUpperCase() === "REQUIRED")
+      .map(({ name }: Field) => name);
     // A MERGE finds no row by a NULL: each run would insert it again.
-    const nullable = key.find((name) => !required(name));
+    const nullable = key.find((name: string) => !required.includes(name));
     if (nullable !== undefined)
       throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
-    if (!/^\w+\.\w+$/.test(source?.table)) throw new Error("source.table must be SCHEMA.TABLE, such as public.orders");
-    if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
-    return { pipeline, file, source: { ...source, key, select: readSelect(pipeline) }, fields, key, resource };
+    return { pipeline, file, fields, key, resource };
   } catch (error) {
-    if (error instanceof UsageError) throw error;
-    const form = "a BigQuery Table resource with schema.fields and tableConstraints.primaryKey";
-    throw new UsageError(`${file} must be ${form}: ${(error as Error).message}`);
+    throw new UsageError(
+      `${file} must be a BigQuery Table resource with schema.fields and tableConstraints.primaryKey: ${(error as Error).message}`,
+    );
   }
 }
-
-const sameName = (a: string, b: string): boolean => a.toLowerCase() === b.toLowerCase();
 
 /** A SELECT of JSON lines, as a function of the SELECT whose rows it writes, and of the fields, by default all. */
 export type JsonSelect = (select: string, fields?: Field[]) => string;
 
 /**
- * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the contract does
- * not know is a warning and a metric.
- * @returns the SELECT around another of JSON lines with the contract's fields, each written as its BigQuery type reads it.
+ * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
+ * contract does not know is a warning and a metric.
+ * @returns the SELECT around source.select of JSON lines with the contract's fields, each written as its BigQuery type reads it.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function checkSource(run: SchemaCheck, contract: Contract): Promise<JsonSelect> {
-  const { pipeline, fields, key, file, source } = contract;
+export async function checkSource(run: SchemaCheck, contract: Contract, source: Source): Promise<JsonSelect> {
+  const { pipeline, fields, key, file } = contract;
   const wanted = fields.map((field) => ({
     name: field.name,
     expected: describeField(field),
-    differs: (column: Parameters<typeof unmappable>[0]) => unmappable(column, field),
+    differs: (column: Column) => unmappable(column, field),
   }));
   const columns = await checkColumns(run, file, source, wanted);
   return (select, some = fields) => jsonLines(pipeline, some, key, select, columns);
 }
 
 /**
- * Compares the destination table with the contract. @param name of it, with its dataset.
+ * Compares the destination table's fields with the contract.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export function checkDestination({ fields, file }: Contract, name: string, actual: TableMetadata): void {
-  const columns: TableField[] = actual.schema?.fields ?? [];
+export function checkDestination(contract: Contract, table: string, actual: TableField[]): void {
+  const { fields, file } = contract;
   const faults = fields.flatMap((field) => {
-    const column = columns.find((one) => one.name === field.name);
+    const column = actual.find(({ name }) => name === field.name);
     const [expected, found] = [describeField(field), column ? describeField(column) : "no such column"];
-    return found === expected ? [] : [`column ${name}.${field.name}: expected ${expected} (${file}), found ${found}`];
+    return found === expected ? [] : [`column ${table}.${field.name}: expected ${expected} (${file}), found ${found}`];
   });
-  for (const column of columns)
-    if (!fields.some((field) => field.name === column.name))
-      faults.push(`column ${name}.${column.name}: exists, but ${file} has no such field`);
-  faults.push(...optionFaults(name, actual));
+  for (const { name } of actual)
+    if (!fields.some((field) => field.name === name))
+      faults.push(`column ${table}.${name}: exists, but ${file} has no such field`);
   if (faults.length)
-    throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
-}
-
-/** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. */
-export function optionFaults(name: string, { type = "TABLE", expirationTime, ...table }: TableMetadata): string[] {
-  const reset = (option: string, value: string): string =>
-    `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option} = ${value})`;
-  const at = new Date(Number(expirationTime ?? 0)).toISOString();
-  return [
-    type !== "TABLE" && `table ${name}: expected a table, found a ${type}. Drop or rename it, then: make migrate`,
-    expirationTime && `table ${name}: expires at ${at}, with all its rows. ${reset("expiration_timestamp", "NULL")}`,
-    table.timePartitioning?.expirationMs &&
-      `table ${name}: each partition expires, with its rows. ${reset("partition_expiration_days", "NULL")}`,
-    table.requirePartitionFilter &&
-      `table ${name}: requires a partition filter, and an upsert has none. ${reset("require_partition_filter", "FALSE")}`,
-  ].filter((fault) => typeof fault === "string");
+    throw differs("destination", faults, "For additions: make migrate. Anything else is your decision");
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

@@ -1,16 +1,16 @@
-/** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
+/**
+ * BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key.
+ */
 import { pipeline } from "node:stream/promises";
-import { promisify } from "node:util";
-import type { BigQuery, Job, QueryRowsResponse } from "@google-cloud/bigquery";
+import type { BigQuery, Job } from "@google-cloud/bigquery";
 import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
-import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
-import type { Window } from "../session.ts";
-import { addBilled, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, ShortLoad } from "./client.ts";
-import { type Contract, checkDestination, type JsonSelect } from "./contract.ts";
-import { freeName } from "./types.ts";
+import { quote } from "../session.ts";
+import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, labels, ShortLoad } from "./client.ts";
+import { type Contract, checkDestination } from "./contract.ts";
+import { freeName, rowName } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
@@ -21,49 +21,36 @@ export interface Destination {
   contract: Contract;
   dataset: string;
   table: string;
-  /** Name and time of creation: which table a watermark was written to. */
-  identity: string;
-  rows: number;
+  /** The column that says which of two versions of a row is newer. */
+  version: string;
+}
+
+/** What a chunk without rows moved. */
+export const noRows = { rows: 0, bytes: 0, inserted: 0, updated: 0 };
+
+/** How rows are read: sql/NAME.sql, and around it, or around some of its rows, the SELECT of JSON lines. */
+export interface Extraction {
+  url: string;
+  select: string;
+  lines(select: string): string;
 }
 
 /**
  * The pipeline's table, compared with its contract.
  * @throws UsageError where it does not exist or differs.
  */
-export async function openDestination(env: BigQueryEnv, contract: Contract): Promise<Destination> {
+export async function openDestination(env: BigQueryEnv, contract: Contract, version: string): Promise<Destination> {
   const bigquery = connectBigQuery(env);
   const [dataset, table] = [env.BIGQUERY_DATASET, contract.pipeline];
   const where = `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table}`;
-  const got = bigquery.dataset(dataset).table(table).getMetadata();
-  const [metadata] = await got.catch(({ code, message }: { code?: number; message: string }) => {
-    if (code === 404) {
-      const rewind = `make rewind PIPELINE=${table} TO=0001-01-01`;
-      throw new UsageError(`${where} does not exist. Run: make migrate. If it had rows before, then run: ${rewind}`);
-    }
+  const asked = bigquery.dataset(dataset).table(table).getMetadata();
+  const [metadata] = await asked.catch(({ code, message }: { code?: number; message: string }) => {
+    if (code === 404) throw new UsageError(`${where} does not exist. Run: make migrate`);
     const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
     throw new Error(`cannot read the ${where}: ${message}. Check ${at}; for the local stack: make up`);
   });
-  checkDestination(contract, `${dataset}.${table}`, metadata);
-  await checkRowAccess(bigquery, dataset, table);
-  const created = new Date(Number(metadata.creationTime)).toISOString();
-  const identity = `${bigquery.projectId}.${dataset}.${table}, created ${created}`;
-  return { bigquery, contract, dataset, table, identity, rows: Number(metadata.numRows) };
-}
-
-const hidesRows = (name: string): string =>
-  `table ${name}: a row access policy hides rows from an upsert, which inserts them again. ` +
-  `Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`;
-
-/** @throws UsageError where the table has a row access policy. */
-async function checkRowAccess(bigquery: BigQuery, dataset: string, table: string): Promise<void> {
-  const list = promisify<{ uri: string }, { rowAccessPolicies?: unknown[] }>(bigquery.request.bind(bigquery));
-  const listed = list({ uri: `/datasets/${dataset}/tables/${table}/rowAccessPolicies` });
-  const { rowAccessPolicies = [] } = await listed.catch((error: { code?: number }) => {
-    // roles/bigquery.dataEditor may not list them; then the MERGE's own statistics tell.
-    if (error.code === 403) return { rowAccessPolicies: [] };
-    throw error;
-  });
-  if (rowAccessPolicies.length) throw new UsageError(hidesRows(`${dataset}.${table}`));
+  checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
+  return { bigquery, contract, dataset, table, version };
 }
 
 export interface Staging extends AsyncDisposable {
@@ -71,8 +58,8 @@ export interface Staging extends AsyncDisposable {
 }
 
 /**
- * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends, well or not;
- * where that fails it is left to its expiry.
+ * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
+ * well or not; where that fails it is left to its expiry.
  */
 export async function createStaging(run: Run, to: Destination, attempt: number | string): Promise<Staging> {
   const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
@@ -93,41 +80,40 @@ export async function createStaging(run: Run, to: Destination, attempt: number |
 }
 
 /**
- * Extracts the rows of [from, to) into the staging table: one COPY, one load job, and the rows read compared with the rows loaded.
- * @param lines the SELECT of JSON lines around another.
+ * Extracts the rows of [from, to) into the staging table: one COPY, one load job, and the rows read compared with the rows loaded. A row
+ * that the source or BigQuery refuses, for whatever reason, is named.
  * @returns what was sent.
- * @throws Error that names the row, where the source or BigQuery refuses one, for whatever reason.
  */
 export async function loadChunk(
   run: Run,
-  url: string,
-  lines: JsonSelect,
+  rows: Extraction,
   to: Destination,
   staging: Staging,
-  chunk: Window,
+  chunk: { from: string; to: string },
 ): Promise<RowStream["sent"]> {
-  const { fields, source, key } = to.contract;
   const load = async (select: string, into: Staging): Promise<RowStream["sent"]> => {
-    await using stream = copyJsonLines(url, lines(select, fields), run.session, chunk);
+    await using stream = copyJsonLines(rows.url, rows.lines(select), run.session, chunk);
     const loaded = await loadLines(run, to, into, stream);
     if (loaded !== stream.sent.rows) throw new ShortLoad(stream.sent.rows, loaded);
     return stream.sent;
   };
-  return await load(source.select, staging).catch(async (error: Error) => {
+  return await load(rows.select, staging).catch(async (error: Error) => {
     if (!isRefusal(error)) throw error;
     let step = 0;
-    const settings = { "etl.from": chunk.from, "etl.to": chunk.to };
-    throw await nameRefused(run, key, source.select, settings, async (select) => {
+    throw await nameRefused(run, to.contract.key, rows.select, chunk, async (select) => {
       await using part = await createStaging(run, to, `${staging.name.split("_").at(-1)}_part_${++step}`);
-      await load(select, part);
+      return await load(select, part).then(
+        () => undefined,
+        (error) => (isRefusal(error) ? error : Promise.reject(error)),
+      );
     });
   });
 }
 
 /**
  * Streams JSON lines into the staging table as one load job, whose id follows from the attempt.
- * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare this with the rows
- * sent.
+ * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare
+ * this with the rows sent.
  */
 export async function loadLines(
   run: Run,
@@ -160,6 +146,37 @@ export async function loadLines(
   return Number(metadata.statistics.load.outputRows ?? 0);
 }
 
+/**
+ * Reads the rows of a chunk again in halves, in the order of their keys, until one is left: log2(n) steps.
+ * @param load loads some rows, and returns the error if they are refused.
+ * @returns the error that names the row by its key.
+ */
+async function nameRefused(
+  run: Run,
+  key: string[],
+  select: string,
+  { from, to }: { from: string; to: string },
+  load: (select: string) => Promise<Error | undefined>,
+): Promise<Error> {
+  const ask = async (value: string, rows: string): Promise<string | undefined> =>
+    await run.source.begin("read only", async (sql) => {
+      await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
+      return (await sql.unsafe<{ value: string }[]>(`select ${value} as value from (${rows}) q`))[0]?.value;
+    });
+  const part = (first: number, rows: number): string =>
+    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
+  let [first, count] = [0, Number(await ask("count(*)", select))];
+  run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
+  for (; count > 1; ) {
+    const half = Math.ceil(count / 2);
+    [first, count] = (await load(part(first, half))) ? [first, half] : [first + half, count - half];
+  }
+  const refused = await load(part(first, 1));
+  const row = await ask(rowName(key), part(first, 1));
+  const why = refused ? `is refused: ${refused.message}. Correct it at the source` : "was refused, and no longer is";
+  return new Error(`row ${row} of ${run.pipeline} ${why}, then: make ${run.pipeline}`);
+}
+
 /** Rows of the staging table that share a key; the MERGE would insert each of them. */
 export function duplicateKeysStatement(contract: Contract, staging: string): string {
   const key = contract.key.map((name) => `\`${name}\``).join(", ");
@@ -171,8 +188,9 @@ export async function checkKeys(run: Run, to: Destination, staging: Staging): Pr
   const [twice] = await ask(run, to, duplicateKeysStatement(to.contract, address(to, staging.name)));
   if (!twice) return;
   throw new UsageError(
-    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. ` +
-      `Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
+    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was ` +
+      `merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in ` +
+      `that file.`,
   );
 }
 
@@ -181,24 +199,25 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
   `\`${bigquery.projectId}.${dataset}.${table}\``;
 
 /**
- * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
- * slow, or a window read again, never puts an old version back.
+ * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
+ * run that was slow, or a window read again, never puts an old version back.
  * @param staging a table, or a subquery in parentheses.
- * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
+ * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one,
+ * newer or not.
  */
 export function mergeStatement(
-  { fields, key, source }: Contract,
+  { fields, key }: Contract,
   target: string,
   staging: string,
+  version: string,
   compared?: string,
 ): string {
   const [t, s] = [freeName(fields, "t"), freeName(fields, "s")];
   const columns = fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !key.includes(column.slice(1, -1)));
-  const version = `\`${source.cursor}\``; // says which of two versions of a row is newer
   const replaced = compared
-    ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\``
-    : `${s}.${version} >= ${t}.${version}`;
+    ? `${t}.\`${version}\` IS NOT DISTINCT FROM ${s}.\`${compared}\``
+    : `${s}.\`${version}\` >= ${t}.\`${version}\``;
   return [
     `MERGE ${target} AS ${t} USING ${staging} AS ${s}`,
     `ON ${key.map((name) => `${t}.\`${name}\` = ${s}.\`${name}\``).join(" AND ")}`,
@@ -208,42 +227,42 @@ export function mergeStatement(
 }
 
 /** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
-export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Promise<Changed> =>
-  change(run, to, `etl_${name}_merge`, mergeStatement(to.contract, address(to, to.table), address(to, name)));
-
-type Changed = Record<"inserted" | "updated" | "deleted", number>;
+export async function mergeStaging(
+  run: Run,
+  to: Destination,
+  staging: Staging,
+): Promise<{ inserted: number; updated: number }> {
+  const merge = mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version);
+  const { inserted, updated } = await change(run, to, `etl_${staging.name}_merge`, merge);
+  return { inserted, updated };
+}
 
 /** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns rows changed. */
 export async function change(
   run: Run,
-  { bigquery, dataset, table }: Destination,
+  { bigquery }: Destination,
   jobId: string,
   sql: string,
-): Promise<Changed> {
+): Promise<Record<"inserted" | "updated" | "deleted", number>> {
   const job = bigquery.job(jobId);
   using _cancel = run.onStop(() => job.cancel());
-  await bigquery.createQueryJob({ ...traceable(run, sql), jobId }).catch(ignoreAlreadyThere);
+  await bigquery.createQueryJob({ ...named(run, sql), jobId }).catch(ignoreAlreadyThere);
   await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
   const [{ status, statistics }] = await job.getMetadata();
   if (status?.state !== "DONE" || status.errorResult)
     throw new Error(`BigQuery job ${jobId} ended without a result: ${status?.errorResult?.message ?? status?.state}`);
-  addBilled(run, statistics);
-  if (statistics.rowLevelSecurityStatistics?.rowLevelSecurityApplied)
-    throw new UsageError(hidesRows(`${dataset}.${table}`));
   const { insertedRowCount = 0, updatedRowCount = 0, deletedRowCount = 0 } = statistics.query.dmlStats ?? {};
   return { inserted: Number(insertedRowCount), updated: Number(updatedRowCount), deleted: Number(deletedRowCount) };
 }
 
 /** The rows of a query that returns few. */
 export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: Destination, sql: string): Promise<T[]> {
-  const [rows, , answer] = (await bigquery.query(traceable(run, sql))) as unknown as QueryRowsResponse;
-  const [{ statistics }] = await bigquery.job(answer?.jobReference?.jobId ?? "").getMetadata();
-  addBilled(run, statistics);
+  const [rows] = await bigquery.query(named(run, sql));
   return rows as T[];
 }
 
 /** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */
-const traceable = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
+const named = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
   query: `/* etl:${run.pipeline} run=${run.id} */\n${sql}`,
   labels: labels(run),
 });

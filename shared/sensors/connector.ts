@@ -1,9 +1,7 @@
-/** Debezium's connector: its names, Kafka Connect's REST interface, and whether it runs. */
-import { setTimeout as delay } from "node:timers/promises";
-import { baseUrl, required, UsageError } from "../env.ts";
-import { ask, below } from "../http.ts";
+/** Debezium's connector: its names, and whether it runs. */
+import { httpUrl, redact, required, UsageError } from "../env.ts";
 
-export const connectVariables = { CONNECT_URL: required(baseUrl) };
+export const connectVariables = { CONNECT_URL: required(httpUrl) };
 export type ConnectEnv = { CONNECT_URL: string; SENSORS_TOPIC: string };
 
 /** What the connector reads. */
@@ -24,8 +22,8 @@ export function namesOf(env: { SENSORS_TOPIC: string }): Record<"prefix" | "conn
   };
 }
 
-/** What Kafka Connect answers to GET …/status. */
-interface ConnectorStatus {
+/** What Kafka Connect answers to GET …/status. Source: https://kafka.apache.org/documentation/#connect_rest */
+export interface ConnectorStatus {
   connector: { state: string; trace?: string };
   tasks: { id: number; state: string; trace?: string }[];
 }
@@ -33,43 +31,22 @@ interface ConnectorStatus {
 export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
   tasks.length > 0 && [connector, ...tasks].every(({ state }) => state === "RUNNING");
 
-/**
- * A request to /connectors/NAME/…, repeated while Connect is rebalancing. https://kafka.apache.org/documentation/#connect_rest
- * @returns the answer, or undefined where there is no such connector.
- * @throws Error where Connect does not answer, or with its own words.
- */
-export async function askConnect<T>(
-  env: ConnectEnv,
-  method: string,
-  path: string,
-  body?: object,
-): Promise<T | undefined> {
-  const headers = { "content-type": "application/json" };
-  const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
-  for (let attempt = 1; ; attempt++) {
-    const answer = await ask(
-      "CONNECT_URL",
-      below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`),
-      init,
-      60,
-    );
-    const text = await answer.text();
-    if (answer.status === 404) return undefined;
-    if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
-    // 409, or 500 for reads (Kafka 4, HerderRequestHandler.completeRequest).
-    const rebalancing = answer.status === 409 || text.includes("a rebalance is expected");
-    if (!rebalancing || attempt === 60) {
-      const { pathname } = new URL(answer.url);
-      throw new Error(`Kafka Connect refused ${method} ${pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
-    }
-    await delay(500);
-  }
+/** A request to /connectors/NAME/… @throws Error where Connect does not answer. */
+export async function askConnect(env: ConnectEnv, method: string, path: string, body?: object): Promise<Response> {
+  return await fetch(new URL(`/connectors/${namesOf(env).connector}${path}`, env.CONNECT_URL), {
+    method,
+    headers: { "content-type": "application/json" },
+    ...(body && { body: JSON.stringify(body) }),
+    signal: AbortSignal.timeout(60_000),
+  }).catch((error: Error) => {
+    const { code, message } = (error.cause ?? error) as { code?: string; message: string };
+    const away = `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}`;
+    throw new Error(redact(`${away}. For the local stack: make up`));
+  });
 }
-
-export const connectorStatus = (env: ConnectEnv) => askConnect<ConnectorStatus>(env, "GET", "/status");
 
 /** Whether the connector and its task run. @throws Error where Connect does not answer. */
 export async function isRunning(env: ConnectEnv): Promise<boolean> {
-  const status = await connectorStatus(env);
-  return status !== undefined && allRunning(status);
+  const answer = await askConnect(env, "GET", "/status");
+  return answer.ok && allRunning((await answer.json()) as ConnectorStatus);
 }

@@ -33,12 +33,15 @@ export const breaks: Record<string, { about: string; edit: (scratch: Scratch) =>
     edit: ({ edit }) => {
       const archive = (change: (code: string) => string) => edit("shared/events/archive.ts", change); // each of them must find its place
       archive((code) =>
-        code.replace(/putting = (put\(bucket, key, .+\));/, "late.push(() => $1); putting = Promise.resolve(false);"),
+        code.replace(
+          /uploading = (put\(bucket, key, body, .+\));/,
+          "late.push(() => $1); uploading = Promise.resolve(false);",
+        ),
       );
       archive((code) =>
         code.replace(
-          "  // An answer that was lost",
-          "  for (const put of late.splice(0)) await put();\n  // An answer that was lost",
+          "  // An answer that got lost",
+          "  for (const put of late.splice(0)) await put();\n  // An answer that got lost",
         ),
       );
       archive((code) => `${code}const late: (() => Promise<unknown>)[] = [];\n`);

@@ -5,20 +5,17 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
-import { globSync, readFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { suite } from "node:test";
 import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { migratePostgres } from "../../scripts/ops/lib/migrations.ts";
 import { readContract } from "../../shared/bigquery/contract.ts";
-import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
-import { createSource, sourceFiles } from "../data/source.ts";
+import { type Bucket, connectS3, listObjects, listUploads, removeObjects } from "../../shared/events/s3.ts";
+import { createSource } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
-import { pushgatewayProgram } from "../stack/pushgateway.ts";
-import { digest } from "../stack/stack.ts";
+import { stackPath } from "../stack/stack.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
 export const textColumns = { orders: "status", users: "age_band" };
@@ -27,7 +24,7 @@ export const pipelines = Object.keys(textColumns) as Pipeline[];
 
 /**
  * Whose tests are run of what the script's steps hold, whatever the table's columns are: those of orders, and with SOAK=1 of each pipeline.
- * The scripts are the same, step for step (docs/recipes.test.ts).
+ * The scripts are the same, step for step (recipes.test.ts).
  */
 export const ofSteps: Pipeline[] = process.env.SOAK === "1" ? pipelines : ["orders"];
 
@@ -111,10 +108,15 @@ export const connectClickHouse = (env: Env): ClickHouseClient =>
 
 /** The bucket of an environment. */
 export function connectBucket(env: Env): Bucket {
-  const { S3_ENDPOINT, S3_BUCKET = "", S3_PREFIX = "", AWS_REGION = "" } = env;
-  const { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY } = env;
-  Object.assign(process.env, { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY }); // where S3's client looks for them
-  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION });
+  const {
+    S3_ENDPOINT,
+    S3_BUCKET = "",
+    S3_PREFIX = "",
+    AWS_REGION = "",
+    AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY,
+  } = env;
+  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY });
 }
 
 export interface ShopOptions {
@@ -163,12 +165,10 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   if (gateway) env.PUSHGATEWAY_URL = gateway.url;
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
-  if (encoding === "UTF8")
-    await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
-  else {
-    await server.unsafe(`create database ${name} template template0 encoding ${encoding} locale 'C'`);
-    await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
-  }
+  await server.unsafe(
+    `create database ${name}${encoding === "UTF8" ? "" : ` template template0 encoding ${encoding} locale 'C'`}`,
+  );
+  await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
   const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];
   const connect = (application = "test"): Sql => {
@@ -339,6 +339,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
         if (datasetId.startsWith(name))
           await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
+      for await (const { abort } of listUploads(bucket, bucket.prefix)) await abort();
       await removeObjects(
         bucket,
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
@@ -353,32 +354,9 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   };
 }
 
-/**
- * The database that shops are cloned from: the source's tables and roles, and schema etl. Made once for these files; test/run.ts drops what
- * earlier runs left. It gets its name when it is whole.
- */
-async function templateDatabase(server: Sql, base: Env): Promise<string> {
-  const files = [...sourceFiles, ...globSync("sql/etl/*.sql", { cwd: root }).sort()];
-  const name = `test_template_${digest(files.map((file) => readFileSync(join(root, file), "utf8")).join(""))}`;
-  const at = (url = ""): string => Object.assign(new URL(url), { pathname: `/${name}_new` }).href;
-  await server`select pg_advisory_lock(hashtext(${name}))`;
-  const [there] = await server`select from pg_database where datname = ${name}`;
-  if (!there) {
-    await server.unsafe(`drop database if exists ${name}_new with (force)`);
-    await server.unsafe(`create database ${name}_new`);
-    await createSource(at(base.STACK_ADMIN_DATABASE_URL), []);
-    const etl = postgres(at(base.ETL_DATABASE_URL), { max: 1, onnotice: () => {} });
-    await migratePostgres(etl);
-    await etl.end();
-    await server.unsafe(`alter database ${name}_new rename to ${name}`);
-  }
-  await server`select pg_advisory_unlock(hashtext(${name}))`;
-  return name;
-}
-
 async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
   const port = await freePort();
-  const child = spawn(pushgatewayProgram, [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
+  const child = spawn(stackPath("bin", "pushgateway"), [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
   const url = `http://127.0.0.1:${port}`;
   await until("Pushgateway ready", () =>
     fetch(`${url}/-/ready`).then(

@@ -230,7 +230,7 @@ test("waits", () => new Promise((resolve) => setTimeout(resolve, 600_000)));
   }
 });
 
-test("data survives down and up, and a SIGKILL of every server but Kafka and Connect, which have theirs in sensors/kill.test.ts", async () => {
+test("data survives down and up, and a SIGKILL of every server but Kafka and Connect, which have theirs in sensors.kill.test.ts", async () => {
   const sql = sqlOf();
   await sql`create table kept (id int)`;
   await sql`insert into kept values (1)`;

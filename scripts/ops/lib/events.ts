@@ -1,6 +1,8 @@
 /** What the operations on the archive of events share: the days of FROM and TO, and reading a day back. */
 import { createHash } from "node:crypto";
+import { pipeline } from "node:stream/promises";
 import { createGunzip } from "node:zlib";
+import type { Sql } from "postgres";
 import { type Env, UsageError } from "../../../shared/env.ts";
 import {
   addDays,
@@ -10,79 +12,75 @@ import {
   type Part,
   readManifest,
 } from "../../../shared/events/archive.ts";
-import { type Bucket, bucketVariables, checkBucket, connectS3, get } from "../../../shared/events/s3.ts";
-import { type Fields, log, progress, thousands } from "../../../shared/log.ts";
+import { type Bucket, bucketVariables, checkBucket, connectS3, getStream } from "../../../shared/events/s3.ts";
+import { log, progress, thousands } from "../../../shared/log.ts";
 import { newRunId, pipelineVariables } from "../../../shared/run.ts";
-import type { SessionOptions } from "../../../shared/session.ts";
+import { checkSession, connect } from "../../../shared/session.ts";
 
 export const dayVariables = { ...pipelineVariables, ...bucketVariables };
 
 /** FROM and TO as the days they are. @throws UsageError where they are no dates, or no day lies between them. */
-export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "TO">, command: string): string[] {
+export function readDays(
+  { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
+  command: string,
+): string[] {
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
-  if (!FROM || !TO || FROM === TO)
+  if (!FROM || !TO)
     throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
   for (const [name, value] of Object.entries({ FROM, TO }))
     if (!value.endsWith("T00:00:00.000000+00"))
       throw new UsageError(`${name} ${value} must be a date: the archive is by days of UTC. ${example}`);
-  return daysBetween(FROM.slice(0, 10), TO.slice(0, 10));
+  const [from, to] = [FROM.slice(0, 10), TO.slice(0, 10)];
+  if (from === to)
+    throw new UsageError(
+      `FROM and TO are both ${from}, and TO is exclusive: there is no day between them. For that day: TO=${addDays(from)}`,
+    );
+  return daysBetween(from, to);
 }
 
-/** What the days of a command are read with. */
-export interface Reading {
-  command: string;
+/** A day, and what to read it with. */
+export interface Day {
+  day: string;
   bucket: Bucket;
-  session: SessionOptions;
-  log(step: string, fields?: Fields): void;
-}
-
-/** @throws UsageError where the bucket may not be used. */
-export async function openReading(command: string, env: Env<typeof dayVariables>): Promise<Reading> {
-  const [run, bucket] = [newRunId(), connectS3(env)];
-  await checkBucket(bucket);
-  const session = { application: `etl:${command} run=${run}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
-  return { command, bucket, session, log: (step, fields) => log({ step, run, ...fields }) };
+  sql: Sql;
+  say(step: string, fields?: object): void;
 }
 
 /**
- * Reads each day back, and continues past one that fails.
- * @param read returns the day's manifest, or throws what is wrong with the day.
- * @param ended is called with the rows that were read and the number of days that failed.
- * @throws Error at the end that lists the days that failed, each with the next command.
+ * Reads each day of FROM and TO back. @param read returns the day's manifest, if there is one, and what is wrong with it, if anything.
+ * @throws Error at the end that lists the days with a fault.
  */
 export async function eachDay(
-  { command, log }: Reading,
-  days: string[],
-  read: (day: string) => Promise<Manifest>,
-  ended: (rows: number, failed: number) => Promise<void> = async () => {},
+  command: string,
+  variable: "SOURCE_DATABASE_URL" | "ETL_DATABASE_URL",
+  env: Env<typeof dayVariables>,
+  read: (day: Day) => Promise<{ manifest: Manifest | undefined; fault: string | undefined }>,
 ): Promise<void> {
-  const started = performance.now();
+  const [days, run, bucket, started] = [readDays(env, command), newRunId(), connectS3(env), performance.now()];
+  await checkBucket(bucket);
+  const session = { application: `etl:${command} run=${run}`, timeoutSeconds: env.RUN_TIMEOUT_SECONDS };
+  await using sql = connect(env[variable], session);
+  await checkSession(variable, sql);
+  const say = (step: string, fields = {}): void => log({ step, run, ...fields });
   const totals = { days: 0, rows: 0, bytes: 0 };
   const faults: string[] = [];
   for (const day of days) {
-    try {
-      const { rows, parts } = await read(day);
-      totals.rows += rows;
-      totals.bytes += bytesOf(parts);
-    } catch (error) {
-      const { message } = error as Error;
-      const next = /\bmake /.test(message) ? "" : `. Next: make ${command} FROM=${day} TO=${addDays(day)}`;
-      faults.push(`  ${day}: ${message}${next}`);
-    }
+    const { manifest, fault } = await read({ day, bucket, sql, say });
+    if (fault) faults.push(`  ${day}: ${fault}`);
     totals.days += 1;
-    progress(`${totals.days}/${days.length} days, ${thousands(totals.rows)} rows`);
+    totals.rows += manifest?.rows ?? 0;
+    totals.bytes += manifest ? bytesOf(manifest) : 0;
+    progress(`${command}: ${day}, ${totals.days}/${days.length} days, ${thousands(totals.rows)} rows`);
   }
   progress("");
   const seconds = Math.round(performance.now() - started) / 1000;
-  log(faults.length ? "failed" : "done", { ...totals, failed: faults.length, seconds });
-  await ended(totals.rows, faults.length);
-  if (faults.length) throw new Error(`${faults.length} of ${days.length} days failed:\n${faults.join("\n")}`);
+  say(faults.length ? "failed" : "done", { ...totals, differ: faults.length, seconds });
+  if (faults.length) throw new Error(`${faults.length} of ${days.length} days differ:\n${faults.join("\n")}`);
 }
 
 /** Reads a day by its manifest. Where that is replaced meanwhile, and its parts deleted, reads the new one. */
 export async function readDay(
-  bucket: Bucket,
-  day: string,
+  { bucket, day }: Day,
   read: (manifest: Manifest) => Promise<void>,
 ): Promise<Manifest | undefined> {
   for (let etag = ""; ; ) {
@@ -92,43 +90,46 @@ export async function readDay(
       await read(found.manifest);
       return found.manifest;
     } catch (error) {
-      if ((error as Error).name !== "Damaged" || found.etag === etag) throw error;
+      if ((error as Error).name !== "NoSuchKey" || found.etag === etag) throw error;
       etag = found.etag;
     }
   }
 }
 
-/** Names the object: the day's manifest and its parts do not agree. */
-export const damaged = ({ name }: Bucket, key: string, how: string): Error =>
-  Object.assign(new Error(`s3://${name}/${key}: ${how}`), { name: "Damaged" });
+/** Names the object; the day's manifest and its parts do not agree. */
+export const damaged = (key: string, how: string): Error =>
+  Object.assign(new Error(`${key}: ${how}`), { name: "Damaged" });
 
 /**
- * The raw lines of a part, in pieces that may end inside one.
- * @throws Error named Damaged where the part does not exist, or is not what its manifest says.
+ * Reads a part; `use` gets its raw lines, in pieces that may end inside one.
+ * @throws Error named NoSuchKey where it does not exist, or Damaged where it is not what its manifest says.
  */
-export async function* readPart(bucket: Bucket, part: Part): AsyncGenerator<Buffer> {
-  const object = await get(bucket, part.key, part.bytes);
-  if (!object) throw damaged(bucket, part.key, "it does not exist");
-  const check = <F extends keyof Part>(field: F, found: Part[F]): void => {
-    if (found !== part[field])
-      throw damaged(bucket, part.key, `expected ${field} ${part[field]} (its manifest), found ${found}`);
-  };
-  check("bytes", object.body.length);
-  check("sha256", createHash("sha256").update(object.body).digest("hex"));
-  const [raw, gunzip] = [createHash("sha256"), createGunzip({ chunkSize: 2 ** 16 })];
-  let rows = 0;
-  gunzip.end(object.body);
-  try {
-    for await (const piece of gunzip as AsyncIterable<Buffer>) {
-      raw.update(piece);
-      for (let at = piece.indexOf(10); at >= 0; at = piece.indexOf(10, at + 1)) rows += 1;
-      progress(`${part.key}: ${thousands(rows)} of ${thousands(part.rows)} rows`);
+export async function readPart(
+  bucket: Bucket,
+  part: Part,
+  use: (lines: AsyncIterable<Buffer>) => Promise<void>,
+): Promise<void> {
+  const [raw, packed] = [createHash("sha256"), createHash("sha256")];
+  let [rows, bytes] = [0, 0];
+  async function* count(pieces: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+    for await (const piece of pieces) {
+      packed.update(piece);
+      bytes += piece.length;
       yield piece;
     }
-  } catch (error) {
-    const { code, message } = error as Error & { code?: string };
-    throw code?.startsWith("Z_") ? damaged(bucket, part.key, `it does not decompress (${message})`) : error;
   }
-  check("rows", rows);
-  check("sha256_raw", raw.digest("hex"));
+  async function* lines(pieces: AsyncIterable<Buffer>): AsyncGenerator<Buffer> {
+    for await (const piece of pieces) {
+      raw.update(piece);
+      for (let at = piece.indexOf(10); at >= 0; at = piece.indexOf(10, at + 1)) rows += 1;
+      yield piece;
+    }
+  }
+  const read = pipeline(await getStream(bucket, part.key), count, createGunzip(), lines, use);
+  await read.catch((error: Error & { code?: string }) => {
+    throw error.code?.startsWith("Z_") ? damaged(part.key, `it does not decompress (${error.message})`) : error;
+  });
+  const is = { rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") };
+  const differs = (["rows", "bytes", "sha256", "sha256_raw"] as const).find((field) => is[field] !== part[field]);
+  if (differs) throw damaged(part.key, `expected ${differs} ${part[differs]} (its manifest), found ${is[differs]}`);
 }
