@@ -222,7 +222,7 @@ function describe({ model, rows, bytes, seconds, error }: Outcome) {
   return { model: model.name, rows, checks: model.checks.length, bytes_billed: bytes, seconds, published };
 }
 
-/** Does `work`, which returns rows, for each model once those that it needs are published; one that fails holds back only those that need it. */
+/** Does `work`, which returns rows, for each model once those that it needs are published. A failure holds back only those that need it. */
 export async function eachModel(
   { run, billed }: Build,
   models: Model[],

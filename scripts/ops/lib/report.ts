@@ -174,7 +174,8 @@ function archive(days: Past["days"]): Markup | "" {
     return some.length > 5 ? `${thousands(some.length)} days, ${some[0]} to ${some.at(-1)}` : some.join(", ") || "none";
   };
   const total = thousands(days.reduce((sum, { rows }) => sum + rows, 0));
-  return html`<h2>Archive of events</h2><p>${first.day} to ${last.day}, ${total} rows. Failed: ${list("failed")}. Missing: ${list("gone")}.</p>
+  return html`<h2>Archive of events</h2><p>${first.day} to ${last.day}, ${total} rows.
+    Failed: ${list("failed")}. Missing: ${list("gone")}.</p>
     ${shown.map(([year, some = []]) => html`<figure class="scroll">${calendar(year, some)}</figure>`)}
     <p class="soft">The stronger the colour, the more rows. A cross failed; dashes: missing, or being archived.</p>`;
 }
