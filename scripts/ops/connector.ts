@@ -21,6 +21,7 @@ await main(import.meta, async () => {
   const env = readEnv({ ...kafkaConnect.connectorVariables, ...kafkaVariables });
   const config = kafkaConnect.connectorConfig(env);
   await kafkaConnect.checkReplication(env);
+  await kafkaConnect.checkSlot(env);
   if (await kafkaConnect.createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
   await kafkaConnect.startConnector(env, config);
   const { connector, slot } = namesOf(env);

@@ -88,3 +88,8 @@ export async function readCanary(etl: Sql, topic: string): Promise<CanaryState |
     from etl.topics where topic = ${topic}`;
   return state;
 }
+
+/** Forgets a gap that make verify has shown to be none: all that the source had then is in ClickHouse. One that came since stays. */
+export async function clearGap(etl: Sql, topic: string, seen: CanaryState | undefined): Promise<void> {
+  if (seen?.gap) await etl`update etl.topics set canary_gap = null where topic = ${topic} and canary_gap = ${seen.gap}`;
+}

@@ -58,6 +58,25 @@ export async function checkReplication(env: ConnectorEnv): Promise<void> {
     );
 }
 
+/**
+ * Whether the connector can resume where it was: its slot still has what it has not read.
+ * @throws UsageError where that is gone, which no restart brings back.
+ */
+export async function checkSlot(env: ConnectorEnv): Promise<void> {
+  const stored = await askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets");
+  if (!stored?.offsets.length) return; // it begins with a snapshot
+  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
+  const { slot } = namesOf(env);
+  const [found] = await source<
+    { wal: string }[]
+  >`select wal_status as wal from pg_replication_slots where slot_name = ${slot}`;
+  if (found && found.wal !== "lost") return;
+  throw new UsageError(
+    `slot ${slot} ${found ? "has lost WAL that the connector has not read" : "is gone from the source"}, and with it the changes ` +
+      `since. Stop all consumers (systemctl stop etl-sensors), then run: make resnapshot`,
+  );
+}
+
 /** Creates the topic as the file's topic.creation.default… say. @returns whether it was missing. */
 export async function createReadingsTopic(
   env: Env<typeof kafkaVariables>,

@@ -15,6 +15,7 @@ import type { Env } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import { newRunId, type Run } from "../../../shared/run.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
+import { clearGap, readCanary } from "../../../shared/sensors/canary.ts";
 import * as clickhouse from "../../../shared/sensors/clickhouse.ts";
 import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
 import { topicState } from "../../../shared/sensors/epoch.ts";
@@ -48,13 +49,17 @@ export async function compareReadings(run: Run, env: SensorsEnv): Promise<Compar
       arrayStringConcat(any(columns), ', ') AS columns FROM (${joined(columns, at("source"))}) GROUP BY id HAVING max(differs)`;
   // Of one that was killed.
   await dropTables(client, `match(name, '^verify_[0-9]{8}_') AND name < 'verify_${newRunId(Date.now() - DAY_MS)}'`);
+  const canary = await readCanary(run.etl, env.SENSORS_TOPIC);
   try {
     await create("before", versions());
     const rows = await loadSource(run, env, client, at("source"), columns);
     const [first] = await select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
     const candidates = Number(first?.n);
     const counts = Object.fromEntries(kinds.map((kind) => [kind, 0])) as Comparison["counts"];
-    if (!candidates) return { rows, fresh: 0, counts, shown: [] };
+    if (!candidates) {
+      await clearGap(run.etl, env.SENSORS_TOPIC, canary);
+      return { rows, fresh: 0, counts, shown: [] };
+    }
     run.log("again", { because: "what differs may be on its way", differences: candidates });
     await awaitArrival(run, env, candidates);
     await create("still", differing);
@@ -66,6 +71,7 @@ export async function compareReadings(run: Run, env: SensorsEnv): Promise<Compar
     );
     for (const { kind, n } of found) counts[kind] = Number(n);
     const differ = found.reduce((sum, { n }) => sum + Number(n), 0);
+    if (!differ) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
     const shown = found.flatMap(({ kind, shown }) => shown.map(([id, columns]) => ({ kind, id: BigInt(id), columns })));
     return {
       rows,
