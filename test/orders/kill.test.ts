@@ -299,7 +299,7 @@ stepsOfPipeline((pipeline) => {
     assert.match(
       rewind.stderr,
       new RegExp(
-        `error: a run of ${pipeline} is going \\(${run_id}, [^)]+\\): wait for its end, then: make rewind PIPELINE=${pipeline} TO=2017-06-01`,
+        `error: a run of ${pipeline} is going \\(${run_id}, [^)]+\\). Once it has ended: make rewind PIPELINE=${pipeline} TO=2017-06-01`,
       ),
     );
     merge.release();
