@@ -12,7 +12,7 @@ export NODE_COMPILE_CACHE := $(CURDIR)/node_modules/.cache/compile
 
 .PHONY: help
 help: ## Print this list
-	@awk -F ':.*## ' '/^# [A-Z][a-z ]+$$/ { printf "\n%s\n", substr($$0, 3) } /^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^# [A-Z][a-z ]+$$/ { printf "\n%s\n", substr($$0, 3) } /^[a-z0-9_-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # npm ci empties node_modules first, also through a link.
 node_modules/.package-lock.json: package-lock.json
@@ -43,7 +43,7 @@ sensors: setup ## Consume the sensors' topic into ClickHouse until stopped (UNTI
 	@node scripts/sensors.ts
 
 .PHONY: views
-views: setup ## Make, check and publish the models of views/ (ONLY= DRY_RUN=1 ALLOW_STALE=1 ALLOW_SHRINK=1)
+views: setup ## Build, check and publish the models of views/ (ONLY= ALLOW_STALE=1 ALLOW_SHRINK=1)
 	@node scripts/views.ts
 
 # Operations
@@ -52,8 +52,12 @@ views: setup ## Make, check and publish the models of views/ (ONLY= DRY_RUN=1 AL
 status: setup ## Where each pipeline is (JSON=1 for programs)
 	@node scripts/ops/status.ts
 
+.PHONY: report
+report: setup ## Write one page for the half hour a week: state, runs, archive, models, proofs, cost (OUT=report.html)
+	@node scripts/ops/report.ts
+
 .PHONY: doctor
-doctor: setup ## Check a set-up before its first run, and say what to fix (PIPELINE= for one)
+doctor: setup ## Check a set-up before its first run; say what to fix (PIPELINE= for one)
 	@node scripts/ops/doctor.ts
 
 .PHONY: rewind
@@ -65,7 +69,7 @@ verify: setup ## Prove that source and destination agree (PIPELINE= for one; REP
 	@node scripts/ops/verify.ts
 
 .PHONY: sweep
-sweep: setup ## Remove at the destination what was deleted at the source: PIPELINE= (DRY_RUN=1 CONFIRM=1)
+sweep: setup ## Remove at the destination what was deleted at the source (PIPELINE= for one; DRY_RUN=1 CONFIRM=1)
 	@node scripts/ops/sweep.ts
 
 .PHONY: backfill-events
@@ -73,19 +77,27 @@ backfill-events: setup ## Archive the days of FROM= TO= (CONCURRENCY= MAX_ROWS_P
 	@node scripts/ops/backfill-events.ts
 
 .PHONY: verify-events
-verify-events: setup ## Read the archive back and compare it with manifests and source: FROM= TO= (CLEAN=1)
+verify-events: setup ## Read the archive back, compare it with manifests and source (the last eight days, or FROM= TO=; CLEAN=1)
 	@node scripts/ops/verify-events.ts
 
 .PHONY: restore-events
-restore-events: setup ## Put archived days into etl.events_restored: FROM= TO=
+restore-events: setup ## Restore archived days into etl.events_restored: FROM= TO=
 	@node scripts/ops/restore-events.ts
 
+.PHONY: new-pipeline
+new-pipeline: setup ## Write a pipeline from a table to BigQuery: TABLE= EVERY=1d (NAME= CURSOR= KEY= DRY_RUN=1)
+	@node scripts/ops/new-pipeline.ts
+
+.PHONY: new-column
+new-column: setup ## Sync a column that the contract does not have: PIPELINE= COLUMN= (DRY_RUN=1)
+	@node scripts/ops/new-column.ts
+
 .PHONY: connector
-connector: setup ## Put Debezium's connector to Kafka Connect, and wait until it runs
+connector: setup ## Register Debezium's connector with Kafka Connect, and wait until it runs
 	@node scripts/ops/connector.ts
 
 .PHONY: dead-letters
-dead-letters: setup ## The sensors' messages that are no valid change, and why (LIMIT=)
+dead-letters: setup ## Messages of sensors that are not valid changes, and why (LIMIT=)
 	@node scripts/ops/dead-letters.ts
 
 .PHONY: replay-dead-letters
@@ -93,7 +105,7 @@ replay-dead-letters: setup ## Try the dead letters again
 	@node scripts/ops/replay-dead-letters.ts
 
 .PHONY: resnapshot
-resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (README, "Rebuilding the table")
+resnapshot: setup ## Rebuild sensor_readings from a fresh snapshot, beside the old one (scripts/README.md, "Rebuilding the table")
 	@node scripts/ops/resnapshot.ts
 
 .PHONY: swap-readings
@@ -101,7 +113,7 @@ swap-readings: setup ## Let readers see the rebuilt sensor_readings
 	@node scripts/ops/swap-readings.ts
 
 .PHONY: migrate
-migrate: setup ## Create what the pipelines need and is missing (DRY_RUN=1 says what)
+migrate: setup ## Create what is missing: tables, datasets, bucket (DRY_RUN=1 says what)
 	@node scripts/ops/migrate.ts
 
 # The local stack
@@ -129,15 +141,15 @@ data: setup ## Load what is missing of the real data into the local source
 # Development
 
 .PHONY: test
-test: setup ## Set up, run all the tests on the local stack (TESTS= for some files)
+test: setup ## Set up, run all the tests on the local stack (TESTS=orders, a folder of test/, or files)
 	@node test/run.ts $${TESTS:-}
 
 .PHONY: soak
-soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS= for some files)
+soak: setup ## The tests at full size: 5M rows, longer campaigns (TESTS=orders, a folder of test/, or files)
 	@SOAK=1 node test/run.ts $${TESTS:-}
 
 .PHONY: chaos
-chaos: setup ## All jobs under random faults on a stack of their own, then compared (MINUTES= SEED=; BREAK= shows that it can fail)
+chaos: setup ## All jobs under random faults on a separate stack, then compared (MINUTES= SEED=; BREAK= must fail)
 	@node test/chaos.ts
 
 .PHONY: check
@@ -147,7 +159,7 @@ check: setup ## Types, lint, unused code, SQL (Google's analyser, Postgres), ale
 	@echo "check: unused exports, files and dependencies" >&2 && knip --no-progress --treat-config-hints-as-errors
 	@echo "check: layers; SQL, by Google's analyser, by Postgres and by ClickHouse" >&2; \
 	  faults=0; for part in layers googlesql postgres clickhouse; do node test/check/$$part.ts || faults=1; done; exit $$faults
-	@echo "check: alert rules" >&2 && node --test test/alerts.test.ts
+	@echo "check: alert rules" >&2 && node --test test/ops/alerts.test.ts
 
 .PHONY: bench
 bench: up ## Speed, as ratios measured side by side
@@ -157,12 +169,8 @@ bench: up ## Speed, as ratios measured side by side
 bench-peers: up ## The same of orders and archive beside dlt, Sling and ingestr (sets them up in .stack/peers/)
 	@for job in orders archive; do PEERS=1 node test/bench/$$job.ts; done
 
-.PHONY: bench-page
-bench-page: up ## All benches, small and large, with the peers: writes README.md's table (about 15 minutes)
-	@node test/bench/page.ts
-
 .PHONY: bench-lossless
-bench-lossless: up ## Late commits, read by this project and its peers: writes README.md's table
+bench-lossless: up ## Late commits, read by this project and its peers
 	@node test/bench/lossless.ts
 
 # The compiler knows what a file imports.

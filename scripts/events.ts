@@ -16,57 +16,47 @@
  * For days of your own: make backfill-events.
  * Touches: reads the source as a read-only role; writes objects below events/ in the bucket, schema etl, and the Pushgateway.
  */
-import { readEnv, UsageError } from "../shared/env.ts";
-import {
-  addDays,
-  archiveDays,
-  archiveVariables,
-  daysBetween,
-  midnight,
-  openArchive,
-} from "../shared/events/archive.ts";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { readEnv, root, UsageError } from "../shared/env.ts";
+import { addDays, archiveDays, archiveVariables, daysBetween, openArchive } from "../shared/events/archive.ts";
 import { main } from "../shared/main.ts";
 import { type Run, runPipeline, takeLock } from "../shared/run.ts";
-import { readSelect, type Source } from "../shared/source.ts";
+import { queryWindow } from "../shared/session.ts";
 import { advance, takeWindow, type Window } from "../shared/watermark.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(archiveVariables);
   if (env.FROM)
     throw new UsageError("make events archives the days since the watermark. Next: make backfill-events FROM=… TO=…");
-  const source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
   await runPipeline("events", env, async (run) => {
     // 1. Lock: one run at a time, a backfill too.
     if (!(await takeLock(run))) return;
 
     // 2. Check the source, which must fit into etl.events_restored again, and the bucket, before a row moves.
-    const archive = await openArchive(run, source, env);
+    const archive = await openArchive(run, env);
 
     // 3. Take the window: the days since the watermark that end before the safe upper bound.
     const window = await takeWindow(run, {});
-    const days = await dueDays(run, source, window);
+    const days = await dueDays(run, window);
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest. The watermark
     // follows, up to the first day that failed.
-    await archiveDays(run, archive, { days, failed: new Map(), concurrency: 1 }, async (day) => {
-      await advance(run, { from: run.watermark ?? window.from, to: midnight(addDays(day)) }, window.origin);
-    });
+    await archiveDays(archive, days, new Map(), (end) =>
+      advance(run, { from: run.watermark ?? window.from, to: end }, window.origin),
+    );
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });
 });
 
 /** The days since the watermark that are over, as the safe upper bound knows it; the first time yesterday. */
-async function dueDays(run: Run, source: Source, { from, to }: Window): Promise<string[]> {
+async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   if (to === "-infinity") return []; // held before there is a watermark
   const bound = to.slice(0, 10);
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
-  const [oldest] = await run.source.unsafe<{ day: string | null }[]>(
-    `select min(${source.cursor})::date::text as day from ${source.table}`,
-  );
-  if (oldest?.day && oldest.day < yesterday) {
-    const next = `make backfill-events FROM=${oldest.day} TO=${yesterday}`;
-    run.log("first-run", { archives: yesterday, older_days_from: oldest.day, next });
-  }
+  const query = readFileSync(join(root, "sql/older_days.sql"), "utf8");
+  const [older] = await queryWindow<{ older_days: number; next: string }>(run.source, { from, to: yesterday }, query);
+  if (older?.next) run.log("first-run", { archives: yesterday, ...older });
   return [yesterday];
 }

@@ -17,44 +17,37 @@
  */
 import { bigqueryVariables, isTransient } from "../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../shared/bigquery/contract.ts";
-import { checkKeys, createStaging, loadChunk, mergeStaging, noRows, openDestination } from "../shared/bigquery/load.ts";
+import { mergeStaging, openDestination, stageChunk } from "../shared/bigquery/load.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
-import { readSelect } from "../shared/source.ts";
 import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "orders";
 
 await main(import.meta, async () => {
   const env = readEnv({ ...pipelineVariables, ...bigqueryVariables });
-  const source = { table: "public.orders", cursor: "updated_at", select: readSelect(pipeline) };
+  const contract = readContract(pipeline);
   await runPipeline(pipeline, env, async (run) => {
     // 1. Lock: one run at a time.
     if (!(await takeLock(run))) return;
 
     // 2. Check the schema: source and destination against schemas/bigquery/orders.json, before a row moves.
-    const contract = readContract(pipeline);
-    const [lines, destination] = await Promise.all([
-      checkSource(run, contract, source),
-      openDestination(env, contract, source.cursor),
-    ]);
-    const rows = { url: env.SOURCE_DATABASE_URL, select: source.select, lines };
+    const [columns, destination] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
 
     // 3. Take the window: [watermark, safe upper bound), or [FROM, TO) of a re-run by hand.
-    const window = await takeWindow(run, env);
+    const window = await takeWindow(run, env, destination);
 
     // 4. For each chunk: extract, load, count, upsert, advance.
     for (let from = window.from; ; ) {
-      const chunk = await nextChunk(run, source, { from, to: window.to }, env.CHUNK_ROWS);
+      const chunk = await nextChunk(run, contract.source, { from, to: window.to }, env.CHUNK_ROWS);
       if (!chunk) break;
       const done = await withRetry(run, isTransient, async (attempt) => {
-        if (chunk.rows === 0) return noRows;
-        await using staging = await createStaging(run, destination, attempt);
-        const sent = await loadChunk(run, rows, destination, staging, chunk); // extract, load, count
-        await checkKeys(run, destination, staging);
-        const merged = await mergeStaging(run, destination, staging);
-        return { ...sent, ...merged };
+        if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
+        // Extract, load, count.
+        await using staging = await stageChunk(run, env.SOURCE_DATABASE_URL, columns, destination, chunk, attempt);
+        const { inserted, updated } = await mergeStaging(run, destination, staging); // upsert
+        return { ...staging.sent, inserted, updated };
       });
       await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);

@@ -10,99 +10,101 @@
  *   safe to re-run yes: a message that comes again writes the same row with the same version
  *
  *   make sensors                      until SIGTERM or Ctrl-C, which finish and commit the batch under way
- *   make sensors UNTIL=caught-up      ends once the lag is zero
+ *   make sensors UNTIL=caught-up      ends once all that the topic had when it started is inserted
  *
  * Touches: reads the source's catalog as a read-only role, and the topic; writes ClickHouse, the group's offsets and schema etl.
  * Serves /metrics and /healthz at METRICS_PORT.
  */
 
 import { readEnv, UsageError } from "../shared/env.ts";
-import { log } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
 import { kafkaVariables } from "../shared/sensors/broker.ts";
-import {
-  checkMigrations,
-  clickhouseVariables,
-  connectClickHouse,
-  insertRowBinary,
-  landingRows,
-  readingColumns,
-  retryUntilUp,
-} from "../shared/sensors/clickhouse.ts";
-import { connectVariables } from "../shared/sensors/connector.ts";
-import {
-  checkReadings,
-  consumerVariables,
-  createPoisonLimit,
-  createReport,
-  findDeadLetters,
-  stopSignals,
-} from "../shared/sensors/consumer.ts";
-import { takeEpoch, topicState, writeOffsets } from "../shared/sensors/epoch.ts";
+import * as canary from "../shared/sensors/canary.ts";
+import * as clickhouse from "../shared/sensors/clickhouse.ts";
+import { checkDebezium, connectVariables } from "../shared/sensors/connector.ts";
+import * as consumer from "../shared/sensors/consumer.ts";
+import { type PartitionState, takeEpoch, topicState, writeOffset } from "../shared/sensors/epoch.ts";
 import { connectKafka, consume, withAdmin } from "../shared/sensors/kafka.ts";
+import { createReport } from "../shared/sensors/report.ts";
 import { checkSession, connect } from "../shared/session.ts";
 
+/** Kafka Connect and the source may be away: what is in Kafka is consumed all the same. */
+function unlessAway(error: Error): void {
+  if (error instanceof UsageError) throw error;
+}
+
 await main(import.meta, async () => {
-  const env = readEnv({ ...consumerVariables, ...clickhouseVariables, ...kafkaVariables, ...connectVariables });
+  const env = readEnv({
+    ...consumer.consumerVariables,
+    ...clickhouse.clickhouseVariables,
+    ...kafkaVariables,
+    ...connectVariables,
+    ...canary.canaryVariables,
+  });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
-  const { stop, abandon } = stopSignals();
+  const { stop, abandon } = consumer.stopSignals();
   const etl = connect(env.ETL_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
-  const client = connectClickHouse(env);
+  const client = clickhouse.connectClickHouse(env);
   const broker = connectKafka(env, "etl-sensors");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));
   await checkSession("ETL_DATABASE_URL", etl);
-  await using report = await createReport(env, where);
-  const { waiting } = report;
+  await using report = await createReport(env, where, () => canary.readCanary(etl, topic));
+  const retry = <T>(server: string, work: (until: AbortSignal) => Promise<T>, until: AbortSignal): Promise<T> =>
+    clickhouse.retryUntilUp(server, work, until, report.waiting);
 
   // 1. Check that ClickHouse has what schemas/clickhouse makes, and the source its columns, before a message moves.
-  const check = () => checkMigrations(client, database).then(() => readingColumns(client));
-  const columns = await retryUntilUp(check, async () => {}, stop.signal, waiting).catch((error: Error) => {
+  const check = () => clickhouse.checkMigrations(client, database).then(() => clickhouse.readingColumns(client));
+  const columns = await retry("ClickHouse", check, stop.signal).catch((error: Error) => {
     if (!stop.signal.aborted) throw error;
     return []; // stopped while ClickHouse was away: nothing is under way
   });
-  if (columns.length) report.unknownColumns(await checkReadings(env, columns));
+  const checkSource = async () => report.unknownColumns(await consumer.checkReadings(env, columns));
+  if (columns.length) await checkSource();
+  await checkDebezium(env).catch(unlessAway);
 
   let epoch = 0;
-  const limitPoison = createPoisonLimit(env.SENSORS_POISON_SHARE);
+  let ends: PartitionState[] | undefined;
+  const join = async (): Promise<void> => {
+    epoch = await takeEpoch(etl, topic, database, where);
+  };
+  const limitPoison = consumer.createPoisonLimit(env.SENSORS_POISON_SHARE);
+  await using _ = canary.startCanary(env);
   await consume(broker, env, stop.signal, {
-    // 2. After each rebalance: the epoch, whose partitions and offsets the topic must still have.
-    join: async () => {
-      const now = await takeEpoch(etl, topic, database, where);
-      if (now.database !== database)
-        throw new UsageError(
-          `epoch ${now.number} of ${topic} belongs into database ${now.database}, not ${database}: the table is ` +
-            `being rebuilt there. Next: make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${now.database}, then make ` +
-            `swap-readings`,
-        );
-      epoch = now.number;
-    },
-    // 3. Each batch: insert its bytes as they are, by one insert; count its dead letters; stop where they are too many.
-    batch: async (batch, heartbeat) => {
+    // 2. At the start and after each rebalance: the epoch, whose partitions and offsets the topic must still have.
+    join,
+    batch: async (batch, lost) => {
       const place = { topic, epoch, partition: batch.partition };
+      const over = AbortSignal.any([abandon, lost]);
       const started = performance.now();
-      const rows = landingRows(place, batch.messages);
-      if (rows.length)
-        await retryUntilUp(
-          (until) => insertRowBinary(client, "sensor_landing", rows, until),
-          heartbeat,
-          abandon,
-          waiting,
-        );
-      const dead = await retryUntilUp(() => findDeadLetters(client, place, batch), heartbeat, abandon, waiting);
-      report.inserted(batch, dead.length, (performance.now() - started) / 1000);
-      limitPoison(batch.messages.length, dead);
+      const canaries = batch.messages.filter(canary.isCanary);
+      const messages = canaries.length ? batch.messages.filter((one) => !canaries.includes(one)) : batch.messages;
+      await canary.checkSnapshot(etl, topic, messages);
+      // 3. Insert each batch's bytes as they are, by one insert; count its dead letters; stop where they are too many.
+      const rows = clickhouse.landingRows(place, messages);
+      const insert = (until: AbortSignal) => clickhouse.insertRowBinary(client, "sensor_landing", rows, until);
+      if (rows.length) await retry("ClickHouse", insert, over);
+      const dead = await retry("ClickHouse", () => consumer.findDeadLetters(client, place, messages), over);
+      limitPoison(messages.length, dead);
+      // 4. Only then record how far this is, in schema etl and, when this has returned, in the group's offsets.
+      const record = async (): Promise<void> => {
+        await canary.recordCanaries(etl, topic, canaries);
+        await writeOffset(etl, topic, batch.partition, BigInt(batch.lastOffset()) + 1n);
+      };
+      await retry("Schema etl", record, over);
+      report.inserted(messages, dead.length, (performance.now() - started) / 1000);
+      // 5. With each canary see whether the source's columns are still those.
+      if (canaries.length) await checkSource().catch(unlessAway);
     },
-    // 4. Only then is its offset committed; schema etl remembers it, to tell a topic that was created again.
-    commit: (partition, next) =>
-      writeOffsets(etl, topic, [{ partition, next }]).catch(({ message }: Error) =>
-        log({ step: "warning", warning: "schema etl does not know how far this is; Kafka does", error: message }),
-      ),
     fetch: async () => {
-      if (env.UNTIL && (await where()).every(({ lag }) => lag === 0)) stop.abort();
+      if (!epoch) await join();
+      if (!env.UNTIL) return;
+      const now = await where();
+      ends ??= now;
+      if (now.every(({ committed, lag }, at) => !lag || committed >= (ends?.[at]?.end ?? 0n))) stop.abort();
     },
   });
 
-  // 5. Report.
+  // 6. Report.
   report.done();
   await Promise.all([etl.end({ timeout: 5 }), client.close()]);
   process.exit(); // kafkajs may still be asking a broker that is away

@@ -13,7 +13,6 @@
  *
  *   make views                          all of them
  *   make views ONLY=weekly_revenue      this one and what it reads
- *   make views DRY_RUN=1                what would be built, in which order; nothing is
  *     ALLOW_STALE=1                     although orders or users are older than two of their intervals
  *     ALLOW_SHRINK=1                    although a model has no rows, or fewer than half of the published ones
  *
@@ -33,7 +32,6 @@ import {
   eachModel,
   publishModel,
   reportModels,
-  reportOrder,
   runChecks,
   viewsVariables,
 } from "../shared/views/build.ts";
@@ -44,8 +42,8 @@ await main(import.meta, async () => {
   await runPipeline("views", env, async (run) => {
     run.next = "each published table is whole, the old one or the new one. Next: make views";
 
-    // 1. Lock: one run at a time. A dry run needs none.
-    if (!env.DRY_RUN && !(await takeLock(run))) return;
+    // 1. Lock: one run at a time.
+    if (!(await takeLock(run))) return;
 
     // 2. Read the models, and find their order from the SQL itself.
     const models = readModels(pipelines(), env.ONLY);
@@ -53,24 +51,22 @@ await main(import.meta, async () => {
     const raw = pipelines().filter((name) => statements.some(({ reads }) => reads.includes(name)));
 
     // 3. Freshness: a model of old rows would look like a new answer.
-    await checkFresh(run, raw, env.ALLOW_STALE || env.DRY_RUN);
-    if (env.DRY_RUN) return reportOrder(models);
+    await checkFresh(run, raw, env.ALLOW_STALE);
 
     // 4. The build dataset, with a copy of the raw tables: all models see the same rows, whatever is synced meanwhile.
-    await using build = await createBuild(run, env);
+    const build = await createBuild(run, env);
     await copyRaw(build, raw);
 
     // 5. For each model, after those that it needs: build, check, publish.
     const outcomes = await eachModel(build, models, async (model) => {
       return await withRetry(run, isTransient, async (attempt) => {
-        const made = await buildModel(build, model, attempt);
+        await buildModel(build, model, attempt);
         await runChecks(build, model, attempt);
-        await publishModel(build, model, made, attempt);
-        return made;
+        return await publishModel(build, model, attempt);
       });
     });
 
-    // 6. Report: the table and a metric for each model; the run's are written by runPipeline, whether this succeeded or failed.
+    // 6. Report: the table, and the metrics of each model; runPipeline pushes the run's.
     await reportModels(build, outcomes);
   });
 });

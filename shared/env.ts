@@ -6,7 +6,7 @@
 import { existsSync, readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { getCACertificates, setDefaultCACertificates } from "node:tls";
-import { config } from "dotenv";
+import { parse, populate } from "dotenv";
 
 /** The project's root folder: sql/ and schemas/ are found from here, whatever the working directory. */
 export const root: string = resolve(import.meta.dirname, "..");
@@ -18,7 +18,11 @@ export class UsageError extends Error {
 
 const file = resolve(root, process.env.ENV_FILE || ".env");
 const atStart = process.env.NODE_EXTRA_CA_CERTS;
-config({ path: file, quiet: true }); // never overrides what is set; Google's and Amazon's clients see it too
+const content = existsSync(file) ? readFileSync(file, "utf8").replace(/^\uFEFF/, "") : "";
+/** What the file sets to a value that a # would cut, which dotenv takes for a comment; the environment wins here too. */
+const unquoted = /^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=(?:[ \t]*[^\s"'`#][^#\n]*)?(?<![ \t])#/gm;
+const cut = [...content.matchAll(unquoted)].map(([, name = ""]) => name).filter((name) => !(name in process.env));
+populate(process.env as Record<string, string>, parse(content)); // Google's and Amazon's clients see it too
 
 /** Reads a variable's text. Its error says what is wrong with it: "must be a number from 1 to 9". */
 type Reader<T> = (text: string) => T;
@@ -32,11 +36,10 @@ export type Variables = Record<string, Variable<unknown>>;
 export type Env<V extends Variables> = { [K in keyof V]: V[K] extends Variable<infer T> ? T : never };
 
 export const required = <T>(read: Reader<T>): Variable<T> => ({ read });
-export function optional<T>(read: Reader<T>): Variable<T | undefined>;
-export function optional<T>(read: Reader<T>, fallback: T): Variable<T>;
-export function optional<T>(read: Reader<T>, fallback?: T): Variable<T | undefined> {
-  return { read, fallback: { value: fallback } };
-}
+export const optional = <T, F extends T | undefined = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> => ({
+  read,
+  fallback: { value: fallback as F },
+});
 
 /** Whether it is set to anything. An empty variable counts as absent. */
 export const isSet = (name: string): boolean => Boolean(process.env[name]);
@@ -52,28 +55,24 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   const env: Record<string, unknown> = {};
   for (const [name, { read, fallback }] of Object.entries({ ...variables, ...everywhere })) {
     try {
-      const text = process.env[name];
-      if (text) env[name] = read(text);
+      if (cut.includes(name)) throw new Error(`has a # in ${file}, which begins a comment: put the value into quotes`);
+      if (isSet(name)) env[name] = read(process.env[name] ?? "");
       else if (fallback) env[name] = fallback.value;
       else throw new Error("is missing");
     } catch (error) {
-      faults.push(`  ${name} ${(error as Error).message}${documented(name)}`);
+      faults.push(`${name} ${(error as Error).message}${documented(name)}`);
     }
   }
-  if ("FROM" in variables && !faults.length) {
-    const { FROM, TO } = env as { FROM?: string; TO?: string };
-    const example = "Example: FROM=2017-01-01 TO=2017-02-01";
-    if (!FROM !== !TO)
-      faults.push(`  ${FROM ? "FROM" : "TO"} was given without the other: a re-run needs both. ${example}`);
-    else if (FROM && TO && FROM > TO)
-      faults.push(`  FROM ${FROM} is after TO ${TO}: FROM is inclusive, TO exclusive. ${example}`);
+  const { FROM, TO } = env as { FROM?: string; TO?: string };
+  if ("FROM" in variables && !faults.length && (!FROM !== !TO || (FROM ?? "") > (TO ?? ""))) {
+    const why = FROM && TO ? `FROM ${FROM} is after TO ${TO}` : `${FROM ? "FROM" : "TO"} was given without the other`;
+    faults.push(`${why}: a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01`);
   }
-  if (faults.length)
-    throw new UsageError(
-      `wrong environment or arguments, nothing was done:\n${faults.join("\n")}\nSet them in ${file} or in the ` +
-        `environment (.env.example has them all).`,
-    );
-  return env as Env<V>;
+  if (!faults.length) return env as Env<V>;
+  throw new UsageError(
+    `wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\nSet them in ${file} or in the environment ` +
+      `(.env.example has them all).`,
+  );
 }
 
 /** What .env.example says of a variable: the comment above it, and its value. */
@@ -87,12 +86,6 @@ function documented(name: string): string {
 function trust(path: string): void {
   if (path !== atStart) setDefaultCACertificates([...getCACertificates("default"), readFileSync(path, "utf8")]);
 }
-
-/** What every command heeds. */
-const everywhere = {
-  LOG_FORMAT: optional((value) => like(/^(text|json)$/, "must be text or json")(value), "text"),
-  NODE_EXTRA_CA_CERTS: optional(trust),
-};
 
 const secrets = new Set<string>();
 
@@ -121,50 +114,93 @@ export function like(form: RegExp, otherwise: string): Reader<string> {
   };
 }
 export const name = like(/^[\w-]+$/, "may hold letters, digits, _ and - only");
+/** One of these names. @param besides what to say of a name that is none of them, and has another command. */
+export const oneOf = (names: string[], besides = ""): Reader<string> =>
+  like(new RegExp(`^(${names.join("|")})$`), `must be one of ${names.join(", ")}${besides}`);
 
 export function number(least: number, most: number, whole = true): Reader<number> {
   return (value) => {
     const form = whole ? /^\d+$/ : /^\d+(\.\d+)?$/;
-    if (!form.test(value) || Number(value) < least || Number(value) > most)
-      throw new Error(`must be a ${whole ? "whole " : ""}number from ${least} to ${most}`);
-    return Number(value);
+    if (form.test(value) && Number(value) >= least && Number(value) <= most) return Number(value);
+    throw new Error(`must be a ${whole ? "whole " : ""}number from ${least} to ${most}`);
   };
 }
 
-function url(...protocols: string[]): Reader<string> {
+/** A URL; its password is a secret from here on. @param what it may be: a server's address, one with login and path, or any. */
+function url(what: "server" | "base" | "any"): Reader<string> {
   return (value) => {
-    if (!URL.canParse(value)) throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    const { protocol, password, hostname, searchParams } = new URL(value);
-    if (!protocols.includes(protocol)) throw new Error(`must start with ${protocols[0]}//`);
+    const parsed = URL.parse(value);
+    if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
+    const { protocol, username, password, pathname, search, hash } = parsed;
+    if (!/^https?:$/.test(protocol)) throw new Error("must start with http://");
     const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
     if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
-    if (hostname.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-    // Ignoring either would silently weaken TLS.
-    if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(searchParams.get("sslmode") ?? "prefer"))
-      throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-    if (searchParams.has("sslrootcert"))
-      throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+    if (what === "server" && (username || password || pathname !== "/"))
+      throw new Error("must be protocol, host and port only: a login, a database or a path has no effect here");
+    if (what !== "any" && (search || hash)) throw new Error("must have nothing behind its path");
     return value;
   };
 }
-export const httpUrl = url("http:", "https:");
-export const postgresUrl = url("postgres:", "postgresql:");
+/** The server of a client that takes an address only. */
+export const serverUrl = url("server");
+/** A server that may want a login, or be below a path: see shared/http.ts. */
+export const baseUrl = url("base");
+export const httpUrl = url("any");
 
 /**
- * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise.
- * As text in UTC with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
+ * The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name, an address ([::1]), or with ?host= the
+ * folder of a socket. A password with a character that is not encoded matches nothing, so that no piece of it is taken for a host.
+ */
+export function parsePostgresUrl(value: string) {
+  const form =
+    /^postgres(?:ql)?:\/\/(?:([^:/?#@]*)(?::([^/?#@]*))?@)?(\[[^\]/?#@]+\]|[^:/?#@[\]]*)(?::(\d+))?(?:\/([^/?#@]*))?(?:\?([^#@]*))?$/;
+  if (!/^postgres(ql)?:\/\//.test(value)) throw new Error("must start with postgres://");
+  const [match, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
+  if (!match || /%(?![\da-f]{2})/i.test(value))
+    throw new Error(
+      "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
+    );
+  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent);
+  if (password) for (const secretForm of [typed, password]) secret(secretForm);
+  const {
+    host = inUrl.replaceAll(/[[\]]/g, ""),
+    sslmode = "disable",
+    ...others
+  } = Object.fromEntries(new URLSearchParams(query));
+  if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");
+  if (!name) throw new Error("must name the database: …/NAME");
+  // Ignoring either would silently weaken TLS.
+  if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(sslmode))
+    throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
+  if ("sslrootcert" in others)
+    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+  const [unknown] = Object.keys(others);
+  if (unknown) throw new Error(`has the parameter ${unknown}, which does nothing here. Leave it out`);
+  return { user, password, host, port: Number(port), database, sslmode };
+}
+export function postgresUrl(value: string): string {
+  parsePostgresUrl(value);
+  return value;
+}
+
+/** What every command heeds. */
+const everywhere = {
+  LOG_FORMAT: optional(like(/^(text|json)$/, "must be text or json"), "text"),
+  NODE_EXTRA_CA_CERTS: optional(trust),
+};
+
+/**
+ * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise. As text in UTC
+ * with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
  */
 export function timestamp(value: string): string {
-  const form = /^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(?::(\d\d)(?:\.(\d{1,6}))?)?(?:Z|([+-]\d\d)(?::?(\d\d))?)?)?$/;
-  const [match, day, time = "00:00", seconds = "00", micros = "", hours = "+00", minutes = "00"] =
-    form.exec(value.trim()) ?? [];
-  if (!match) throw new Error("must look like 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+  const time = /(?:[T ]((?:[01]\d|2[0-3]):\d\d(?::\d\d(?:\.(\d{1,6}))?)?)(?:Z|([+-](?:0\d|1[0-5])):?(\d\d)?)?)?/;
+  const form = new RegExp(`^(\\d{4}-\\d\\d-\\d\\d)${time.source}$`);
+  const [, day, clock = "00:00", micros = "", hours = "+00", minutes = "00"] = form.exec(value.trim()) ?? [];
   const calendar = new Date(`${day}T00:00:00Z`);
-  if (Number.isNaN(calendar.getTime()) || calendar.toISOString().slice(0, 10) !== day)
-    throw new Error("is not a date of the calendar");
-  const utc = new Date(`${day}T${time}:${seconds}${hours}:${minutes}`);
-  if (time > "23:59" || Number.isNaN(utc.getTime())) throw new Error("is not a time of the day");
-  if (!/^[+-](0\d|1[0-5])$/.test(hours)) throw new Error("is not a time zone's offset");
-  if (utc.getUTCFullYear() < 1 || utc.getUTCFullYear() > 9999) throw new Error("is not in the years 0001 to 9999");
-  return `${utc.toISOString().slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
+  const utc = new Date(`${day}T${clock.replace(/\..*/, "")}${hours}:${minutes}`);
+  const iso = [calendar, utc].map((date) => (Number.isNaN(date.getTime()) ? "" : date.toISOString()));
+  if (iso[0]?.slice(0, 10) !== day || !/^(?!0000)\d{4}-/.test(iso[1] ?? ""))
+    throw new Error("must be a time of the years 0001 to 9999, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+  return `${iso[1]?.slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
 }

@@ -1,21 +1,16 @@
-/**
- * One line a step in key=value form on stderr, and on a terminal a line below them that shows how far a long step is. With
- * LOG_FORMAT=json each line is a JSON object with the same fields, for programs.
- */
+/** One line a step on stderr, as key=value or with LOG_FORMAT=json as a JSON object; on a terminal, below them, how far a long step is. */
 import { redact } from "./env.ts";
 
 export type Fields = Record<string, string | number | boolean | null | undefined>;
 
-/** A wrong value is readEnv's to refuse. */
+/** readEnv refuses any other value. */
 export const json = (): boolean => process.env.LOG_FORMAT === "json";
 /** Whether a person sees stderr as it comes. */
 export const terminal = (): boolean => !json() && process.stderr.isTTY === true;
 let shown = "";
 let drawn = 0;
 
-function clear(): void {
-  if (shown) process.stderr.write("\r\x1b[K");
-}
+const clear = (): void => void (shown && process.stderr.write("\r\x1b[K"));
 
 /** Prints one line: ts, then the fields in their order. Text with spaces or quotes is written as JSON; undefined is left out. */
 export function log(fields: Fields): void {
@@ -24,11 +19,9 @@ export function log(fields: Fields): void {
     // Before JSON escapes it: a secret would look different then.
     .map(([key, value]) => [key, typeof value === "string" ? redact(value) : value] as const);
   const text = (value: unknown): unknown => (/[\s"=\p{Cc}]|^$/u.test(String(value)) ? JSON.stringify(value) : value);
-  const line = json()
-    ? JSON.stringify(Object.fromEntries(pairs))
-    : pairs.map(([key, value]) => `${key}=${text(value)}`).join(" ");
+  const line = pairs.map(([key, value]) => `${key}=${text(value)}`).join(" ");
   clear();
-  process.stderr.write(`${line}\n${shown}`);
+  process.stderr.write(`${json() ? JSON.stringify(Object.fromEntries(pairs)) : line}\n${shown}`);
 }
 
 /** The error that ends a script: a sentence with what to do, of several lines where it lists things. `run`: pipeline and run, if known. */
@@ -48,6 +41,4 @@ export function progress(text: string): void {
 }
 
 /** 1234567 → "1,234,567" */
-export function thousands(value: number): string {
-  return Math.round(value).toLocaleString("en-US");
-}
+export const thousands = (value: number): string => Math.round(value).toLocaleString("en-US");

@@ -1,6 +1,4 @@
-/**
- * The frame of every script: --help, signals, and errors that become exit codes: 0 done, 1 failed, 2 wrong arguments, environment or schema.
- */
+/** The frame of every script: --help, signals, exit codes (0 done, 1 failed, 2 wrong arguments, environment or schema). */
 import { readFileSync } from "node:fs";
 import { UsageError } from "./env.ts";
 import { type Fields, json, log, logError } from "./log.ts";
@@ -10,25 +8,26 @@ export const current: Fields = {};
 
 /** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
-  // Ignore EPIPE: `make status | head` must not end the run.
-  for (const stream of [process.stdout, process.stderr]) {
+  for (const stream of [process.stdout, process.stderr])
     stream.on("error", (error: NodeJS.ErrnoException) => {
-      if (error.code !== "EPIPE") throw error;
+      if (error.code !== "EPIPE") throw error; // `make status | head` must not end the run
     });
-  }
   // Also what is thrown here: scripts await it at their top level.
   process.on("uncaughtException", (error) => setImmediate(() => !elsewhere.has(error) && fail(error)));
-  process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
+  process.removeAllListeners("warning").on("warning", ({ name, message }) => {
+    // kafkajs sets timers of a negative time, which does no harm.
+    if (name !== "TimeoutNegativeWarning") log({ step: "warning", warning: message });
+  });
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
     const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";
     process.stdout.write(`${header.replaceAll(/^ \* ?/gm, "")}\n`);
     return;
   }
-  if (argument !== undefined)
-    throw new UsageError(
-      `unknown argument ${argument.replace(/=.*/s, "=…")}: arguments are given as variables, FROM=… TO=…; --help explains.`,
-    );
+  if (argument !== undefined) {
+    const name = argument.replace(/=.*/s, "=…"); // its value may be a secret
+    throw new UsageError(`unknown argument ${name}: arguments are given as variables, FROM=… TO=…; --help explains.`);
+  }
   await body();
 }
 
@@ -39,20 +38,21 @@ export const handled = (error: object | null | undefined): void => void (error &
 function fail(error: unknown): never {
   const bug = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
   logError(bug ? String((!json() && (error as Error)?.stack) || error) : explain(error), current);
-  process.exit(error instanceof UsageError || withoutMetadata(error as Error) ? 2 : 1);
+  process.exit(error instanceof UsageError || lacksMetadata(error as Error) ? 2 : 1);
 }
 
-/** undefined_table, invalid_schema_name or undefined_column in schema etl: a file of sql/etl was not applied. */
-const withoutMetadata = ({ code = "", message, query = "" }: Error & { code?: string; query?: string }): boolean =>
-  ["42P01", "3F000", "42703"].includes(code) &&
-  /\betl\.(watermarks|runs|chunks|topic|migrations|events_)/.test(message + query);
+type DatabaseError = Error & { code?: string; query?: string };
+
+/** undefined_table, _schema_name, _column or _function in schema etl: a file of sql/etl was not applied. */
+const lacksMetadata = ({ code = "", message, query = "" }: DatabaseError): boolean =>
+  /^(42P01|3F000|42703|42883)$/.test(code) &&
+  /\betl\.(watermarks|runs|chunks|models|verifications|topic|migrations|events_|duration)/.test(message + query);
 
 /** An error's text for people, with the next command where its code says one. */
-export function explain(error: Error & { code?: string; query?: string }): string {
-  if (withoutMetadata(error))
-    return `${error.message}: the metadata tables are older than this version. Run: make migrate`;
+export function explain(error: DatabaseError): string {
   const message = error.message || String(error.code ?? error.name);
-  // postgres.js says in which statement; which of the databases it was is seen there.
+  if (lacksMetadata(error)) return `${message}: the metadata tables are older than this version. Run: make migrate`;
+  // A connection that broke has no words of its own; the statement tells which of the databases it was.
   if (!/^(read|write) [A-Z_]+/.test(message) || !error.query) return message;
   return `${message}: the connection to Postgres was lost in: ${error.query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
 }

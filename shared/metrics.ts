@@ -1,13 +1,13 @@
-/**
- * Metrics of the cron pipelines, pushed to a Pushgateway: job="etl", pipeline="NAME", and nothing that changes per run.
- */
+/** Metrics of the cron pipelines, pushed to a Pushgateway as job="etl", pipeline="NAME"; nothing in it changes per run. HEARTBEAT_URL. */
+import { ask, below } from "./http.ts";
+import { log } from "./log.ts";
 
-/** Name → value; README, "Metrics", says what they are. */
+/** Name → value; ops/README.md, "Metrics", says what they are. */
 export type Metrics = Record<string, number>;
 
 /**
- * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time,
- * because prom-client starts every gauge of a registry at 0, and pushing that would erase the last success.
+ * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time, because
+ * prom-client starts every gauge of a registry at 0, and pushing that would erase the last success.
  * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
@@ -17,9 +17,41 @@ export async function pushMetrics(
   values: Metrics,
   within: Record<string, string> = {},
 ): Promise<void> {
-  const { Gauge, Pushgateway, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
+  const { Gauge, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
   const registry = new Registry();
   for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);
-  const gateway = new Pushgateway(url, { signal: AbortSignal.timeout(5000) } as object, registry);
-  await gateway.pushAdd({ jobName: "etl", groupings: { pipeline, ...within } });
+  await askGateway(url, "POST", { pipeline, ...within }, await registry.metrics());
+}
+
+async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
+  const path = ["metrics", ...Object.entries({ job: "etl", ...group }).flat()].map(encodeURIComponent).join("/");
+  const answer = await ask("PUSHGATEWAY_URL", below(url, path), { method, ...(body !== undefined && { body }) }, 5);
+  const text = await answer.text(); // its end, too, comes within the time
+  if (!answer.ok) throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
+}
+
+/** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
+export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
+
+/**
+ * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus.
+ * @returns tells it of an event, after those before; takes at most 5 s each, and never throws.
+ */
+export function createHeartbeat(pipeline: string, url: string): (event: "start" | "success" | "fail") => Promise<void> {
+  let before = Promise.resolve();
+  const get = async (event: string): Promise<void> => {
+    const target = new URL(url.replaceAll("{pipeline}", pipeline));
+    if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
+    const { ok, status, body } = await ask("HEARTBEAT_URL", target, {}, 5);
+    await body?.cancel();
+    if (!ok) throw new Error(`HTTP status ${status}`);
+  };
+  return (event) => {
+    const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
+    const told = before.then(() => (url ? get(event) : undefined));
+    before = told.catch(({ message, cause }: Error) =>
+      log({ pipeline, step: "warning", warning, error: (cause as Error | undefined)?.message || message }),
+    );
+    return before;
+  };
 }

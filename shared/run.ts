@@ -1,22 +1,21 @@
-/**
- * The life of a run: its id, its lock, its deadline, its record in etl.runs and its metrics.
- */
+/** The life of a run: its id, its lock, its deadline, its record in etl.runs and its metrics. */
 import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import { type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
+import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
-import { type Metrics, pushMetrics } from "./metrics.ts";
-import { checkSession, connect, type SessionOptions } from "./session.ts";
+import { createHeartbeat, type Metrics, pushMetrics } from "./metrics.ts";
+import { checkSession, connect, type SessionOptions, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
   ETL_DATABASE_URL: required(postgresUrl),
-  PUSHGATEWAY_URL: required(httpUrl),
+  PUSHGATEWAY_URL: required(baseUrl),
   RUN_TIMEOUT_SECONDS: optional(number(1, 604_800, false), 1800),
   RETENTION_DAYS: optional(number(1, 36_500), 400),
+  HEARTBEAT_URL: optional(httpUrl, ""),
 };
 
 /** What every pipeline from Postgres reads. */
@@ -55,18 +54,20 @@ export interface Run {
   /** Seconds since the run began. */
   seconds(): number;
   state: "new" | "locked" | "skipped";
-  /** Sums over the chunks, for the report. */
-  totals: { chunks: number; rows: number; bytes: number };
-  /** The window and the watermark, once known, for the record and the metrics. */
-  window?: { from: string; to: string; holdSeconds: number };
+  /** Sums over the chunks, and what BigQuery billed, for the report. */
+  totals: { rows: number; bytes: number; chunks: number; bytes_billed: number };
+  /** Tells HEARTBEAT_URL, after what was told before. Never throws; takes at most 5 s. */
+  tell: ReturnType<typeof createHeartbeat>;
+  /** The window and the watermark, once known, for the record. */
+  window?: Window;
   watermark?: string;
-  /** Columns of the source table that the contract does not know, once they have been compared. */
-  unknownColumns?: string[];
+  /** What is pushed at the end, whether the run succeeded or failed. */
+  metrics: Metrics;
 }
 
 /**
- * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held
- * does neither, and a re-run by hand pushes nothing, since it says nothing of the schedule.
+ * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held does neither, and a
+ * re-run by hand pushes nothing, since it says nothing of the schedule.
  * @throws what `body` throws, or an Error that says what stopped it: a signal, or the deadline.
  */
 export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run) => Promise<void>): Promise<void> {
@@ -91,9 +92,9 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     await within5s(Promise.allSettled([...undos].map((undo) => undo())));
     if (run.state === "locked") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
   }
-  if (run.state !== "skipped" && !run.byHand) await push(run, env.PUSHGATEWAY_URL, failure !== undefined);
-  const { totals, watermark } = run;
-  const seconds = run.seconds();
+  if (run.state !== "skipped" && !run.byHand)
+    await Promise.all([push(run, env.PUSHGATEWAY_URL, failure !== undefined), run.tell(failure ? "fail" : "success")]);
+  const [{ totals, watermark }, seconds] = [run, run.seconds()];
   if (failure) {
     run.log("failed", { rows: totals.rows, chunks: totals.chunks, seconds, watermark });
     throw failure;
@@ -125,7 +126,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     pipeline,
     byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
     session,
-    etl: connect(env.ETL_DATABASE_URL, session),
+    etl: connect(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }),
     source: connect(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
     signal: stop.signal,
     restartDeadline: () => void timer.refresh(),
@@ -137,7 +138,9 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     log: (step, fields = {}) => log({ pipeline, run: id, step, ...fields }),
     seconds: () => Math.round(performance.now() - started) / 1000,
     state: "new",
-    totals: { rows: 0, bytes: 0, chunks: 0 },
+    totals: { rows: 0, bytes: 0, chunks: 0, bytes_billed: 0 },
+    tell: createHeartbeat(pipeline, env.HEARTBEAT_URL),
+    metrics: {},
   };
   return run;
 }
@@ -148,69 +151,64 @@ async function within5s(promise: Promise<unknown>): Promise<void> {
   await Promise.race([quiet, delay(5000, undefined, { ref: false })]);
 }
 
-async function push(run: Run, url: string, failed: boolean): Promise<void> {
+async function push({ pipeline, metrics, totals, log, seconds }: Run, url: string, failed: boolean): Promise<void> {
   const now = Date.now() / 1000;
-  const metrics: Metrics = { etl_last_run_timestamp_seconds: now };
-  if (run.unknownColumns) metrics.etl_unknown_source_columns = run.unknownColumns.length;
-  if (run.window) metrics.etl_watermark_hold_seconds = run.window.holdSeconds;
-  if (failed) metrics.etl_last_failure_timestamp_seconds = now;
-  else {
-    metrics.etl_last_success_timestamp_seconds = now;
-    metrics.etl_rows = run.totals.rows;
-    metrics.etl_bytes = run.totals.bytes;
-    metrics.etl_duration_seconds = run.seconds();
-    if (run.watermark) metrics.etl_watermark_timestamp_seconds = Date.parse(run.watermark.replace("+00", "Z")) / 1000;
-  }
-  await pushMetrics(url, run.pipeline, metrics).catch(({ message }: Error) =>
-    run.log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
+  const outcome = failed
+    ? { etl_last_failure_timestamp_seconds: now }
+    : {
+        etl_last_success_timestamp_seconds: now,
+        etl_rows: totals.rows,
+        etl_bytes: totals.bytes,
+        etl_bytes_billed: totals.bytes_billed,
+        etl_duration_seconds: seconds(),
+      };
+  const pushed = pushMetrics(url, pipeline, { ...metrics, ...outcome, etl_last_run_timestamp_seconds: now });
+  await pushed.catch(({ message }: Error) =>
+    log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
   );
 }
 
 /** Adds a chunk to the run's totals and prints its line. @param done what the chunk moved. */
 export function reportChunk(
   run: Run,
-  chunk: { from: string; to: string },
+  { from, to }: Window,
   done: { rows: number; bytes: number; inserted: number; updated: number },
 ): void {
   progress("");
-  run.totals.chunks += 1;
   run.totals.rows += done.rows;
   run.totals.bytes += done.bytes;
-  run.log("chunk", { chunk: run.totals.chunks, from: chunk.from, to: chunk.to, ...done, seconds: run.seconds() });
+  run.totals.chunks += 1;
+  run.log("chunk", { chunk: run.totals.chunks, from, to, ...done, seconds: run.seconds() });
 }
 
 /**
  * Records the run's end. After a success it also deletes runs and archived days older than RETENTION_DAYS, keeping the newest run of each
  * state; days that a backfill has yet to archive stay.
  */
-async function record(
-  run: Run,
-  state: "succeeded" | "failed",
-  days: number,
-  error: string | null = null,
-): Promise<void> {
+async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
   const { pipeline, etl, totals, window, watermark } = run;
   await etl`
-    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, error = ${error},
-      finished_at = now(), by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
+    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, bytes_billed = ${totals.bytes_billed},
+      hold_seconds = ${run.metrics.etl_watermark_hold_seconds ?? 0}, error = ${error ?? null}, finished_at = now(),
+      by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
       chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
     where run_id = ${run.id}`;
   if (error) return;
-  const old = etl`now() - make_interval(days => ${days})`;
-  try {
-    await etl`
-      delete from etl.runs where pipeline = ${pipeline} and started_at < ${old} and run_id not in (
-        select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
-        order by state, by_hand, started_at desc)`;
-    await etl`delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < ${old}`;
-  } catch (error) {
-    run.log("warning", { warning: `history older than ${days} days was not deleted`, error: (error as Error).message });
-  }
+  const forget = etl`
+    with days as (
+      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days})
+    ), proofs as (delete from etl.verifications where verified_at < now() - make_interval(days => ${days}))
+    delete from etl.runs where pipeline = ${pipeline} and started_at < now() - make_interval(days => ${days}) and run_id not in (
+      select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
+      order by state, by_hand, started_at desc)`;
+  await forget.catch(({ message }: Error) =>
+    run.log("warning", { warning: `history older than ${days} days was not deleted`, error: message }),
+  );
 }
 
 /**
- * Calls `attempt` up to four times, waiting about 1, 2 and 4 s in between, as long as its errors are transient.
- * Each attempt gets its number, from 1: nothing of an earlier one is used again.
+ * Calls `attempt` up to seven times, waiting about 1, 2, 4, 8, 16 and 32 s in between (as BigQuery's SLA asks), as long as its errors are
+ * transient. Each attempt gets its number, from 1: nothing of an earlier one is used again.
  */
 export async function withRetry<T>(
   run: Run,
@@ -221,7 +219,7 @@ export async function withRetry<T>(
     try {
       return await attempt(number);
     } catch (error) {
-      if (number === 4 || run.signal.aborted || !isTransient(error)) throw error;
+      if (number === 7 || run.signal.aborted || !isTransient(error)) throw error;
       const seconds = 2 ** (number - 1) * (0.75 + Math.random() / 2);
       run.log("retry", { attempt: number, in_seconds: Number(seconds.toFixed(1)), error: (error as Error).message });
       await delay(seconds * 1000, undefined, { signal: run.signal });
@@ -233,7 +231,7 @@ export async function withRetry<T>(
 export const lockKey = (etl: Sql, pipeline: string) => etl`hashtextextended(${`etl:${pipeline}`}, 0)`;
 
 /**
- * Takes the pipeline's lock: a session advisory lock on the metadata database, which goes with its session, whatever becomes of the
+ * Takes the pipeline's lock: a session advisory lock on the metadata database, which ends with its session, whatever becomes of the
  * process. It saves work; with it lost, upsert and compare-and-set still keep everything right. A run by hand waits for it.
  * @returns false where another run holds it.
  */
@@ -254,6 +252,7 @@ export async function takeLock(run: Run): Promise<boolean> {
     insert into etl.runs (run_id, pipeline, state, host, pid)
     values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
   run.state = "locked";
+  if (!run.byHand) void run.tell("start"); // the work need not wait for it
   return true;
 }
 

@@ -3,7 +3,11 @@
  *
  * Timestamps travel as text of a fixed width in UTC (`utc`), never as a JS Date, which holds milliseconds: two of them compare as text.
  */
+import { once } from "node:events";
+import { connect as connectSocket, isIP, type Socket } from "node:net";
+import { connect as connectTls } from "node:tls";
 import postgres, { type Sql } from "postgres";
+import { parsePostgresUrl } from "./env.ts";
 
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
@@ -14,54 +18,102 @@ export interface SessionOptions {
   settings?: Record<string, string>;
 }
 
+/** `connection` has its socket, once it is open. */
+export type Session = Sql & AsyncDisposable & { connection(): Socket | undefined };
+
 /**
- * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`.
- * max_lifetime is off because a session that postgres.js quietly replaces would lose its advisory lock.
+ * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`. It is
+ * never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
-export function connect(url: string, options: SessionOptions, extra: object = {}): Sql & AsyncDisposable {
-  const session = postgres(url, {
+export function connect(url: string, options: SessionOptions): Session {
+  const { host, port, ...to } = url ? parsePostgresUrl(url) : { host: "", port: 0 };
+  const connectSeconds = Math.min(10, options.timeoutSeconds);
+  let socket: Socket | undefined;
+  const session = postgres({
+    ...to,
+    host: [host],
+    port: [port],
+    ssl: false, // openSocket sees to it
+    socket: async () => {
+      socket = await openSocket(parsePostgresUrl(url), connectSeconds);
+      return socket;
+    },
     max: 1,
     idle_timeout: 0,
     max_lifetime: null,
-    connect_timeout: 10,
+    connect_timeout: connectSeconds,
     keep_alive: 30,
     fetch_types: false,
     onnotice: () => {},
-    // Whatever the role, the database or the server default to: text output that does not depend on them, no row silently
-    // filtered, and nothing that hangs for ever.
+    // Whatever the role, the database or the server default to: the same names and text, no row silently filtered, nothing that hangs
+    // for ever, and nothing that ends a session which waits for another.
     connection: {
       application_name: options.application,
+      search_path: "public",
       TimeZone: "UTC",
       DateStyle: "ISO",
       IntervalStyle: "iso_8601",
       extra_float_digits: "1",
       bytea_output: "hex",
+      quote_all_identifiers: "off",
+      standard_conforming_strings: "on",
+      transform_null_equals: "off",
       row_security: "off",
+      exit_on_error: "off",
+      default_transaction_isolation: "read committed",
+      default_transaction_deferrable: "off",
       statement_timeout: Math.ceil(options.timeoutSeconds * 1000),
       lock_timeout: 30_000,
       idle_in_transaction_session_timeout: 60_000,
+      idle_session_timeout: "0",
       tcp_keepalives_idle: "30",
       tcp_keepalives_interval: "10",
       tcp_keepalives_count: "3",
+      tcp_user_timeout: "0",
       client_connection_check_interval: "5000",
       ...options.settings,
     },
-    ...checkedTls(url),
-    ...extra,
-  });
-  return Object.assign(session, { [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
+  } as object);
+  return Object.assign(session, { connection: () => socket, [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
 }
 
+const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
+
 /**
- * sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks the certificate and that it
- * is the host's. An address has to be told: postgres.js would compare the certificate with "localhost".
+ * Opens a session's connection. sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks
+ * the certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-function checkedTls(url: string): { ssl?: object } {
-  if (!URL.canParse(url)) return {};
-  const { hostname, searchParams } = new URL(url);
-  if (!searchParams.get("sslmode")?.startsWith("verify-")) return {};
-  return { ssl: { host: hostname.replaceAll(/[[\]]/g, "") } };
+async function openSocket(
+  { host, port, sslmode }: ReturnType<typeof parsePostgresUrl>,
+  seconds: number,
+): Promise<Socket> {
+  const signal = AbortSignal.timeout(seconds * 1000);
+  let socket = connectSocket(host.startsWith("/") ? { path: `${host}/.s.PGSQL.${port}` } : { host, port });
+  try {
+    await once(socket, "connect", { signal });
+    if (sslmode !== "disable" && !host.startsWith("/")) {
+      socket.write(SSL_REQUEST);
+      const [answer] = await once(socket, "data", { signal });
+      if (answer[0] === "S".charCodeAt(0)) {
+        const rejectUnauthorized = sslmode.startsWith("verify-");
+        socket = connectTls({ socket, host, ...(isIP(host) ? {} : { servername: host }), rejectUnauthorized });
+        await once(socket, "secureConnect", { signal });
+      } else if (!/^(allow|prefer)$/.test(sslmode)) throw new Error(`the server has no TLS, and sslmode is ${sslmode}`);
+    }
+  } catch (error) {
+    socket.on("error", () => {}).destroy();
+    throw signal.aborted ? new Error(`no answer within ${seconds} s`) : error;
+  }
+  return socket.on("data", (received: Buffer) => {
+    const fatal = received.lastIndexOf("VFATAL\0C");
+    const [, code, message] = /C(.{5})\0M([^\0]*)/.exec(fatal < 0 ? "" : received.toString("utf8", fatal)) ?? [];
+    if (code) process.nextTick(() => socket.destroy(Object.assign(new Error(message), { code })));
+  });
 }
+
+/** Opens it. What only some versions have cannot be set at its start: a server refuses a name that it does not know. */
+export const openSession = (session: Sql): Promise<unknown> =>
+  session`select set_config(name, '0', false) from pg_settings where name = 'transaction_timeout'`.execute();
 
 /**
  * Opens the session, so that a wrong URL, password or database is named by its variable and not met in the middle of a run.
@@ -76,19 +128,28 @@ export async function checkSession(variable: string, session: Sql): Promise<void
     ENOTFOUND: "Check the host's name in it.",
     ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
   };
-  await session`select 1`.catch(({ code = "", message }: Error & { code?: string }) => {
+  await openSession(session).catch(({ code = "", message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-    const remedy =
-      remedies[code] ?? "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
-    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedy}`);
+    const otherwise = "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
+    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedies[code] ?? otherwise}`);
   });
 }
 
-/** An identifier as SQL writes it. */
-export function quote(name: string): string {
-  return `"${name.replaceAll('"', '""')}"`;
+/** Timestamps as `utc` writes them: from inclusive, '-infinity' before the first run; to exclusive. */
+export interface Window {
+  from: string;
+  to: string;
 }
+
+/** Rows of a query about the rows of a window. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
+export async function queryWindow<T extends object>(sql: Sql, { from, to }: Window, query: string): Promise<T[]> {
+  const set = sql`select set_config('etl.from', ${from}, false), set_config('etl.to', ${to}, false)`;
+  return (await Promise.all([set, sql.unsafe<T[]>(query)]))[1]; // nothing of this session comes in between
+}
+
+/** An identifier as SQL writes it. */
+export const quote = (name: string): string => `"${name.replaceAll('"', '""')}"`;
 
 /** SQL: a timestamptz as text of a fixed width, with microseconds. */
 export const utc = (sql: string): string => `to_char(${sql} at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')`;

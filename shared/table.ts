@@ -20,12 +20,7 @@ export function table(rows: Record<string, string | number>[]): string {
 /** 93784 → "1d 2h"; 125 → "2m 5s": the two largest units of a duration in seconds. */
 export function duration(seconds: number): string {
   const whole = Math.max(0, Math.round(seconds));
-  const [days, hours, minutes] = [
-    Math.floor(whole / 86_400),
-    Math.floor(whole / 3600) % 24,
-    Math.floor(whole / 60) % 60,
-  ];
-  const units = [`${days}d`, `${hours}h`, `${minutes}m`, `${whole % 60}s`];
-  const first = units.findIndex((unit) => !unit.startsWith("0"));
-  return first < 0 ? "0s" : units.slice(first, first + 2).join(" ");
+  const [days = 0, hours = 0, minutes = 0] = [86_400, 3600, 60].map((unit) => Math.floor(whole / unit));
+  const units = `${days}d ${hours % 24}h ${minutes % 60}m ${whole % 60}s`;
+  return /\b[1-9]\d*\w( \d+\w)?/.exec(units)?.[0] ?? "0s";
 }

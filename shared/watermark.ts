@@ -9,17 +9,21 @@ import { join } from "node:path";
 import type { Sql } from "postgres";
 import { root } from "./env.ts";
 import type { Run } from "./run.ts";
-import { quote, utc } from "./session.ts";
+import { queryWindow, quote, utc, type Window } from "./session.ts";
 import type { Source } from "./source.ts";
 
-/** The history that a watermark belongs to: after a restore or a failover it may mean nothing. */
+export type { Window };
+
+/** What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Null where it is not known. */
 export interface Origin {
   /** System identifier and timeline. */
-  server: string;
-  /** A database that was dropped and created again has another. Null in a watermark of an older version. */
+  server: string | null;
+  /** A database that was dropped and created again has another. */
   database_oid: string | null;
-  /** The WAL position as a number of 20 digits, so that two of them compare as text. Null as above. */
+  /** The WAL position as a number of 20 digits, so that two of them compare as text. */
   wal: string | null;
+  /** The table that was written to. */
+  destination: string | null;
 }
 
 export interface Watermark extends Origin {
@@ -27,7 +31,7 @@ export interface Watermark extends Origin {
 }
 
 /** One row of sql/safe_bound.sql, which says what the fields mean. */
-export interface Bound extends Origin {
+export interface Bound extends Omit<Origin, "destination"> {
   database: string;
   /** Why no bound is safe, and what to do. */
   refusal: string | null;
@@ -36,34 +40,36 @@ export interface Bound extends Origin {
   now: string;
   bound: string;
   hold_seconds: number;
+  /** What the server does not say of its history, in words. */
+  unknown: string[];
 }
 
-export interface Window {
-  /** Inclusive. '-infinity' before the first run. */
-  from: string;
-  /** Exclusive. */
-  to: string;
-  /** By how much a transaction keeps `to` from reaching now() − lag. */
-  holdSeconds: number;
-  /** Undefined for a re-run by hand, which leaves the watermark alone. */
-  origin: Origin | undefined;
-}
-
-export interface Chunk {
-  from: string;
-  to: string;
-  /** About how many rows; 0 is exact. A row that changes before it is read belongs to a later window. */
+/** A table that a pipeline writes to. */
+export interface Target {
+  /** Name and time of creation. */
+  identity: string;
   rows: number;
+  contract: { source: Source };
 }
+
+/** About how many rows; 0 is exact. A row that changes before it is read belongs to a later window. */
+export type Chunk = Window & { rows: number };
 
 /** The pipeline's watermark, or undefined before its first run. */
 export async function readWatermark(etl: Sql, pipeline: string): Promise<Watermark | undefined> {
-  const [stored] = await etl.unsafe<Watermark[]>(
-    `select ${utc("watermark")} as watermark, server, database_oid, wal from etl.watermarks where pipeline = $1`,
-    [pipeline],
-  );
-  return stored;
+  const query = `select ${utc("watermark")} as watermark, server, database_oid, wal, destination
+    from etl.watermarks where pipeline = $1`;
+  return (await etl.unsafe<Watermark[]>(query, [pipeline]))[0];
 }
+
+/** What tells one history of a server from another, each in a statement of its own: a managed server may refuse some. */
+const history = {
+  system: "system_identifier from pg_control_system()",
+  // By the WAL's name: after a promotion the control file keeps the old one until the first checkpoint is done, which takes minutes.
+  timeline: "left(pg_walfile_name(pg_current_wal_lsn()), 8)",
+  // The WAL that is on disk, so that a crash does not take it back.
+  wal: "lpad((pg_current_wal_flush_lsn() - '0/0')::text, 20, '0')",
+};
 
 /**
  * The safe upper bound of the source. The session must have etl.lag_seconds set.
@@ -73,61 +79,83 @@ export async function readBound(source: Sql): Promise<Bound> {
   const [bound] = await source.unsafe<Bound[]>(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"));
   if (!bound) throw new Error("sql/safe_bound.sql returned no row");
   if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
-  return bound;
+  const unknown: string[] = [];
+  const read = async (what: string): Promise<string | null> => {
+    const asked = source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`);
+    const rows = await asked.catch(({ code = "", message }: Error & { code?: string }) => {
+      if (!/^(42501|42883|0A000|55000)$/.test(code)) throw new Error(message); // not its to call, no such function, not supported
+      unknown.push(message);
+    });
+    return rows?.[0]?.value ?? null;
+  };
+  const [system, timeline, wal] = [await read(history.system), await read(history.timeline), await read(history.wal)];
+  return { ...bound, server: system && timeline && `${system}/${timeline}`, wal, unknown };
 }
 
 /**
  * Whether a watermark may be trusted: the one rule of run, status, verify, sweep and rewind.
+ * @param target the table that rows are written to, where they go to one.
  * @returns why not, in words with the next command, or undefined.
  */
-export function distrust(pipeline: string, stored: Watermark, bound: Bound): string | undefined {
-  const where = `source database ${bound.database}`;
-  const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=${pipeline} TO=…`;
-  const next = `Next: ${runbook}`;
-  const restored = "it was restored or failed over, and rows that were synced since may be gone there";
-  if (stored.server !== bound.server)
-    return (
-      `${where} is not the server that the watermark ${stored.watermark} was taken from (${bound.server}, expected ` +
-      `${stored.server}): ${restored}. ${next}`
-    );
-  if (stored.database_oid && stored.database_oid !== bound.database_oid)
-    return (
-      `${where} is another one than the watermark ${stored.watermark} was taken from (oid ${bound.database_oid}, ` +
-      `expected ${stored.database_oid}): ${restored}. ${next}`
-    );
+export async function distrust(
+  source: Sql,
+  pipeline: string,
+  stored: Watermark,
+  bound: Bound,
+  target?: Target,
+): Promise<string | undefined> {
+  const [where, at] = [`source database ${bound.database}`, `the watermark ${stored.watermark}`];
+  const rewind = `make rewind PIPELINE=${pipeline} TO=`;
+  const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}…`;
+  const restored = `it was restored or failed over, and rows that were synced since may be gone there. Next: ${runbook}`;
+  const [expected, found] = [stored, bound].map(({ server, database_oid }) => `server ${server}, oid ${database_oid}`);
+  const other = (a: string | null, b: string | null): boolean => Boolean(a && b && a !== b);
+  if (other(stored.server, bound.server) || other(stored.database_oid, bound.database_oid))
+    return `${where} is another one than ${at} was taken from (expected ${expected}, found ${found}): ${restored}`;
   if (stored.wal && bound.wal && stored.wal > bound.wal)
-    return (
-      `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when the watermark ` +
-      `${stored.watermark} was set: ${restored}. ${next}`
-    );
+    return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when ${at} was set: ${restored}`;
   if (stored.watermark > bound.now)
     return (
-      `the clock of ${where} says ${bound.now}, which is before the watermark ${stored.watermark}: it was set back, ` +
-      `or the watermark ahead, and rows written meanwhile would be missed. Next: correct the clock, or ${runbook}`
+      `the clock of ${where} says ${bound.now}, which is before ${at}: it was set back, or the watermark ahead, and rows written ` +
+      `meanwhile would be missed. Next: correct the clock, or ${runbook}`
     );
   if (stored.watermark > bound.bound && bound.holder && !bound.prepared)
     return (
-      `an open transaction of ${where} began before the watermark ${stored.watermark} and was not seen then, so its ` +
-      `rows would be missed (${bound.holder}; began ${bound.bound}). Next: once it has ended, make rewind ` +
-      `PIPELINE=${pipeline} TO=${bound.bound}; and raise WATERMARK_LAG_SECONDS`
+      `an open transaction of ${where} began before ${at} and was not seen then, so its rows would be missed (${bound.holder}; ` +
+      `began ${bound.bound}). Next: once it has ended, ${rewind}${bound.bound}; and raise WATERMARK_LAG_SECONDS`
     );
-  return undefined;
+  if (!target) return undefined;
+  const replaced =
+    other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
+  const emptied = target.rows === 0 && (await hasRows(source, target.contract.source, stored.watermark));
+  const missing = replaced || (emptied && `it is empty, and the source has rows before ${at}`);
+  return missing
+    ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again`
+    : undefined;
+}
+
+/** Whether a pipeline reads any row before this point. */
+async function hasRows(source: Sql, { select }: Source, to: string): Promise<boolean> {
+  return (await queryWindow(source, { from: "-infinity", to }, `select from (${select}) q limit 1`)).length > 0;
 }
 
 /**
- * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter,
- * or empty: a later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
+ * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter, or empty: a
+ * later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the next command.
  */
 export async function takeWindow(
   run: Run,
   { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
-): Promise<Window> {
+  target?: Target,
+): Promise<Window & { origin: Origin }> {
   const stored = await readWatermark(run.etl, run.pipeline);
   const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
-  const { prepared, holder, hold_seconds: holdSeconds } = bound;
-  const reason = stored && !FROM && distrust(run.pipeline, stored, bound);
+  const { prepared, holder, hold_seconds } = bound;
+  const reason = stored && !FROM && (await distrust(run.source, run.pipeline, stored, bound, target));
   if (reason) throw new Error(reason);
+  const unknown = "the server does not say, so that a restore or a failover is not noticed";
+  if (bound.unknown.length) run.log("warning", { warning: `${unknown}: ${bound.unknown.join("; ")}` });
   let [from, to] = [stored?.watermark ?? "-infinity", bound.bound];
   if (FROM && TO) {
     // Past the bound an open transaction may yet commit an older updated_at over a newer row: had the re-run taken that, the upsert
@@ -140,63 +168,59 @@ export async function takeWindow(
   // A bound behind the watermark without a holder is a lag that was raised since: the clock will catch up.
   if (prepared || to < from) to = from;
   if (holder && (prepared || to === bound.bound))
-    run.log("held", { by: holder, hold_seconds: Math.round(holdSeconds) });
+    run.log("held", { by: holder, hold_seconds: Math.round(hold_seconds) });
   run.log("window", { from, to });
-  run.window = { from, to, holdSeconds };
-  return { from, to, holdSeconds, origin: FROM ? undefined : bound };
+  run.window = { from, to };
+  run.metrics.etl_watermark_hold_seconds = hold_seconds;
+  return { from, to, origin: { ...bound, destination: target?.identity ?? null } };
 }
 
 /**
- * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where
- * that equals `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
+ * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where that equals
+ * `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
  */
 export async function nextChunk(
   run: Run,
   { select, cursor }: Source,
-  { from, to }: { from: string; to: string },
+  { from, to }: Window,
   chunkRows: number,
 ): Promise<Chunk | undefined> {
   if (from === to) return undefined;
   const column = quote(cursor);
-  return await run.source.begin("read only", async (sql) => {
-    await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-    const ask = async (query: string) => (await sql.unsafe<{ rows: number; at: string | null }[]>(query))[0];
-    const cut = await ask(`select count(*)::int as rows, ${utc("max(c)")} as at
-       from (select ${column} as c from (${select}) q order by ${column} limit ${chunkRows + 1}) head`);
-    if (!cut?.at || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
-    if (cut.at > from) return { from, to: cut.at, rows: chunkRows };
-    const next = await ask(`select 0 as rows, ${utc(`min(${column})`)} as at from (${select}) q
-       where ${column} > current_setting('etl.from')::timestamptz`);
-    return { from, to: next?.at ?? to, rows: cut.rows };
-  });
+  const query = `
+    with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
+    select count(*)::int as rows, ${utc("max(c)")} as last,
+      case when max(c) = current_setting('etl.from')::timestamptz then
+        (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
+    from head`;
+  const [cut] = await queryWindow<{ rows: number; last: string; next: string | null }>(run.source, { from, to }, query);
+  if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
+  return { from, to: cut.last > from ? cut.last : (cut.next ?? to), rows: chunkRows };
 }
 
 /**
  * Moves the watermark from `chunk.from` to `chunk.to`, if it is still there (compare-and-set). Does nothing in a re-run by hand.
  * @throws Error where another run, or a person, moved it meanwhile.
  */
-export async function advance(
-  run: Run,
-  chunk: { from: string; to: string },
-  origin: Origin | undefined,
-): Promise<void> {
+export async function advance(run: Run, { from, to }: Window, origin: Origin): Promise<void> {
   const { pipeline, etl, id } = run;
-  if (!origin) return;
+  if (run.byHand) return;
   run.signal.throwIfAborted();
   const moved = await etl`
-    insert into etl.watermarks as w (pipeline, watermark, server, database_oid, wal, run_id)
-    select ${pipeline}, ${chunk.to}::text::timestamptz, ${origin.server}, ${origin.database_oid}, ${origin.wal}, ${id}
-    where ${chunk.from}::text = '-infinity' or exists (select from etl.watermarks where pipeline = ${pipeline})
+    insert into etl.watermarks as w (pipeline, watermark, server, database_oid, wal, destination, run_id)
+    select ${pipeline}, ${to}::text::timestamptz, ${origin.server}, ${origin.database_oid}, ${origin.wal}, ${origin.destination}, ${id}
+    where ${from}::text = '-infinity' or exists (select from etl.watermarks where pipeline = ${pipeline})
     on conflict (pipeline) do update
       set watermark = excluded.watermark, server = excluded.server, database_oid = excluded.database_oid,
-          wal = excluded.wal, run_id = excluded.run_id, updated_at = now()
-      where w.watermark = ${chunk.from}::text::timestamptz`;
+          wal = excluded.wal, destination = excluded.destination, run_id = excluded.run_id, updated_at = now()
+      where w.watermark = ${from}::text::timestamptz`;
   if (moved.count !== 1) {
-    const now = await readWatermark(etl, pipeline);
+    const found = (await readWatermark(etl, pipeline))?.watermark ?? "none";
     throw new Error(
-      `another run moved the watermark of ${pipeline} (expected ${chunk.from}, found ` +
-        `${now?.watermark ?? "none"}): nothing is lost, the rows of this run are upserted. Next: make status`,
+      `another run moved the watermark of ${pipeline} (expected ${from}, found ${found}): nothing is lost, the rows of this run ` +
+        `are upserted. Next: make status`,
     );
   }
-  run.watermark = chunk.to;
+  run.watermark = to;
+  run.metrics.etl_watermark_timestamp_seconds = Date.parse(to.replace("+00", "Z")) / 1000;
 }

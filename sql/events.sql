@@ -8,7 +8,7 @@ select
   type,
   payload,
   created_at
-from events
+from public.events
 where created_at >= current_setting('etl.from')::timestamptz
   and created_at < current_setting('etl.to')::timestamptz
   -- Sub-selects, so that the settings are read once and not for each row.

@@ -11,6 +11,6 @@ select
   discount,
   created_at,
   updated_at
-from orders
+from public.orders
 where updated_at >= current_setting('etl.from')::timestamptz
   and updated_at < current_setting('etl.to')::timestamptz;

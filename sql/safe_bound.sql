@@ -38,14 +38,16 @@ select
   current_database() as database,
   -- Why no bound is safe, and what to do; null where one is.
   case
-    when pg_is_in_recovery() then 'it is a standby, and transactions open on its primary are not visible there. Point SOURCE_DATABASE_URL at the primary'
+    when pg_is_in_recovery() then
+      'it is a standby, and transactions open on its primary are not visible there. Point SOURCE_DATABASE_URL at the primary'
     -- Without pg_read_all_stats others' rows are there but empty, and the bound would silently be the clock alone.
     when not pg_has_role(current_user, 'pg_read_all_stats', 'usage') or exists (select from others where backend_type is null)
-      then format('role %1$I may not see when other sessions'' transactions began. Run as a superuser: grant pg_read_all_stats to %1$I;', current_user)
+      then format('role %1$I may not see when other sessions'' transactions began. '
+                  'Run as an administrator: grant pg_monitor to %1$I;', current_user)
     else (
-      select format('pid %s, application "%s", role %s hides when its transaction began: track_activities is or was off, or it writes over '
-                    'a replication connection. Run: alter role … reset track_activities; then end that session (select pg_terminate_backend(pid);)',
-                    pid, application_name, usename)
+      select format('pid %1$s, application "%2$s", role %3$s hides when its transaction began: track_activities is or was off, or it '
+                    'writes over a replication connection. Run: alter role %3$I reset track_activities; then end that session: '
+                    'select pg_terminate_backend(%1$s);', pid, application_name, usename)
       from pg_stat_activity
       where datname = current_database() and pid <> pg_backend_pid()
         and (state = 'disabled' and backend_type is distinct from 'walsender'
@@ -66,10 +68,5 @@ select
   to_char(least(now() - lag, (select xact_start from oldest)) at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as bound,
   greatest(0, extract(epoch from now() - lag
     - coalesce((select prepared from prepared), (select xact_start from oldest))))::float8 as hold_seconds,
-  -- The history that a watermark belongs to. The timeline by the WAL's name: after a promotion the control file keeps the old one until
-  -- the first checkpoint is done, which takes minutes. The WAL that is on disk, so that a crash does not take it back.
-  case when not pg_is_in_recovery() then
-    (select system_identifier from pg_control_system()) || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8) end as server,
-  (select oid::text from pg_database where datname = current_database()) as database_oid,
-  case when not pg_is_in_recovery() then lpad((pg_current_wal_flush_lsn() - '0/0')::text, 20, '0') end as wal
+  (select oid::text from pg_database where datname = current_database()) as database_oid
 from settings;

@@ -11,6 +11,6 @@ select
   kids_count,
   created_at,
   updated_at
-from users
+from public.users
 where updated_at >= current_setting('etl.from')::timestamptz
   and updated_at < current_setting('etl.to')::timestamptz;

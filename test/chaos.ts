@@ -3,7 +3,7 @@
  * end the writers stop, the faults are healed, each job runs once, and source and destinations must be the same.
  *
  *   make chaos MINUTES=10 SEED=7     the schedule of the faults follows from the seed: a failing one replays it (default: a new one)
- *   make chaos BREAK=guard           with a promise switched off in the copy that runs: bound, guard, commit or manifest. It must fail
+ *   make chaos BREAK=guard           with a promise switched off in the copy that runs, by test/chaos/breaks/guard.patch. It must fail
  *
  *   jobs      orders, users, events (daily runs and backfills), views: one run after the other; sensors: two consumers that are restarted
  *   writers   insert, update, delete, move keys, hold transactions open, roll back
@@ -26,7 +26,7 @@ import { addDays } from "../shared/events/archive.ts";
 import { thousands } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
 import { table } from "../shared/table.ts";
-import { breaks } from "./chaos/breaks.ts";
+import { about, applyBreak, breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
 import {
   createStack,
@@ -79,8 +79,8 @@ await main(import.meta, async () => {
   const [minutes, seed] = [Number(MINUTES), Number(SEED)];
   if (!(minutes > 0 && minutes <= 1440)) throw new UsageError(`MINUTES=${MINUTES} must be a number of at most 1440`);
   if (!Number.isSafeInteger(seed) || seed < 0) throw new UsageError(`SEED=${SEED} must be a whole number`);
-  if (BREAK && !breaks[BREAK]) throw new UsageError(`BREAK=${BREAK}: there are ${Object.keys(breaks).join(", ")}`);
-  say(`chaos: SEED=${seed} MINUTES=${minutes}${BREAK ? ` BREAK=${BREAK} (without ${breaks[BREAK]?.about})` : ""}`);
+  if (BREAK && !breaks.includes(BREAK)) throw new UsageError(`BREAK=${BREAK}: there are ${breaks.join(", ")}`);
+  say(`chaos: SEED=${seed} MINUTES=${minutes}${BREAK ? ` BREAK=${BREAK} (without ${about(BREAK)})` : ""}`);
   const again = `make chaos MINUTES=${MINUTES} SEED=${seed}${BREAK ? ` BREAK=${BREAK}` : ""}`;
   for (const signal of ["SIGINT", "SIGTERM"])
     process.on(signal, () => {
@@ -93,7 +93,7 @@ await main(import.meta, async () => {
     if (!(error instanceof TypeError && postgresJs.test(error.stack ?? ""))) fail?.(error, origin);
   });
   const stack = await createStack((scratch) => {
-    if (BREAK) breaks[BREAK]?.edit(scratch);
+    if (BREAK) applyBreak(BREAK, scratch.folder);
     // All twelve take half a minute.
     for (const file of minutes < 2 ? globSync(join(scratch.folder, "views/**/*.sql")) : [])
       if (!fewModels.test(basename(file))) rmSync(file);
@@ -174,7 +174,12 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   // 3. The writers, and the faults as their schedule says.
   const writers = startWriters(shop.connect, seed, 12);
   const hits = new Map<Kind, number>(kinds.map((kind) => [kind, 0]));
-  const hit = createFaults(stack, { running, start, wait });
+  const restart = `${env.CONNECT_URL}/connectors/etl-${env.CLICKHOUSE_DATABASE}-sensor_readings/restart?includeTasks=true`;
+  const restartConnector = () =>
+    fetch(restart, { method: "POST" })
+      .then(({ ok }) => ok)
+      .catch(() => false); // its worker may be down
+  const hit = createFaults(stack, { running, start, wait, restartConnector });
   const from = performance.now();
   const faults = createSchedule(seed, length).map(async (fault) => {
     await wait(fault.at - (performance.now() - from) / 1000);
@@ -219,8 +224,11 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   await Promise.all([synced("orders").then(() => synced("users")), drain(), archive()]);
   await once("scripts/views.ts");
 
-  // 6. Everything is the same.
-  const verified = await once("scripts/ops/verify.ts");
+  // 6. Everything is the same. A consumer runs: verify waits for what is on its way, of which canaries always are.
+  const consumer = shop.start("scripts/sensors.ts");
+  const verified = await once("scripts/ops/verify.ts", { LIMIT: "50" });
+  consumer.child.kill("SIGTERM");
+  await consumer.ended;
   process.stdout.write(verified.stdout);
   const rows: Record<string, number> = {};
   for (const [, pipeline = "", compared] of verified.stderr.matchAll(/pipeline=(\w+) .*step=compared rows=(\d+)/g))
@@ -294,12 +302,14 @@ interface Runs {
   start(job: Job): Promise<Result>;
   /** So many seconds, or until the campaign is over. */
   wait(seconds: number): Promise<unknown>;
+  /** With its task. @returns whether Connect did. */
+  restartConnector(): Promise<boolean>;
 }
 
 /** Does to the stack what a fault says, and undoes it. The answer is whether there was anything to hit. */
 function createFaults(
   { links, kill, start: startServer, signal }: PrivateStack,
-  { running, start, wait }: Runs,
+  { running, start, wait, restartConnector }: Runs,
 ): (fault: Fault) => Promise<boolean> {
   /** One thing at a time is done to a server. */
   const queues = new Map<string, Promise<unknown>>();
@@ -334,6 +344,8 @@ function createFaults(
       case "kill script":
         if (both) return await killSending(target as Job, fault);
         return (await victim(target, after))?.child.kill("SIGKILL") ?? false;
+      case "restart connector":
+        return await restartConnector();
       case "freeze script": {
         const frozen = await victim(target, after);
         if (!frozen?.child.kill("SIGSTOP")) return false;
@@ -361,10 +373,9 @@ function createFaults(
           signal(server, "SIGCONT");
         });
       case "cut connections":
-        link.down = true;
-        link.cut();
+        link.refuse();
         await wait(seconds / 2);
-        link.down = false;
+        await link.pass();
         return true;
       case "latency":
         link.latency = latency;

@@ -14,21 +14,19 @@ import { number, optional, readEnv } from "../../shared/env.ts";
 import { archiveDays, archiveVariables, openArchive } from "../../shared/events/archive.ts";
 import { main } from "../../shared/main.ts";
 import { runPipeline, takeLock } from "../../shared/run.ts";
-import { readSelect } from "../../shared/source.ts";
 import { readBound, takeWindow } from "../../shared/watermark.ts";
 import { readDays } from "./lib/events.ts";
 
 await main(import.meta, async () => {
   const env = readEnv({ ...archiveVariables, CONCURRENCY: optional(number(1, 32), 1) });
   const days = readDays(env, "backfill-events");
-  const source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
   await runPipeline("events", env, async (run) => {
     run.next = "days that are done stay so. To resume: the same command again";
     // 1. Lock: one run at a time, the daily one too.
     if (!(await takeLock(run))) return;
 
     // 2. Check the source and the bucket, before a row moves.
-    const archive = await openArchive(run, source, env);
+    const archive = await openArchive(run, env, env.CONCURRENCY);
 
     // 3. Take the days that end before the safe upper bound; the others count as failed.
     const { to } = await takeWindow(run, env);
@@ -38,6 +36,6 @@ await main(import.meta, async () => {
     const failed = new Map(days.filter((day) => !isOver(day)).map((day) => [day, why]));
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest.
-    await archiveDays(run, archive, { days: days.filter(isOver), failed, concurrency: env.CONCURRENCY });
+    await archiveDays(archive, days.filter(isOver), failed);
   });
 });

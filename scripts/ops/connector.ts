@@ -2,8 +2,10 @@
 /**
  * connector: puts schemas/debezium/sensor_readings.json to Kafka Connect, and waits until it runs.
  *
+ *   Debezium         3.6.1 or later
  *   the source       is looked at first: wal_level, role, publication, replica identity (sql/replication.sql)
- *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say
+ *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say; its max.message.bytes are
+ *                    raised where they are lower
  *   the connector    named after the topic; what differs per installation is added here: the source's address and role, the
  *                    topic's prefix, and the slot, etl_PREFIX
  *   safe to re-run   yes: a connector that is as the file says stays as it was
@@ -14,16 +16,19 @@ import { readEnv } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
-import { namesOf } from "../../shared/sensors/connector.ts";
+import { checkDebezium, namesOf } from "../../shared/sensors/connector.ts";
 import * as kafkaConnect from "./lib/kafka-connect.ts";
 
 await main(import.meta, async () => {
   const env = readEnv({ ...kafkaConnect.connectorVariables, ...kafkaVariables });
   const config = kafkaConnect.connectorConfig(env);
+  const debezium = await checkDebezium(env);
   await kafkaConnect.checkReplication(env);
-  if (await kafkaConnect.createReadingsTopic(env, config)) log({ step: "created", topic: env.SENSORS_TOPIC });
-  await kafkaConnect.putConnector(env, config);
-  await kafkaConnect.awaitRunning(env);
+  await kafkaConnect.checkSlot(env);
+  const step = await kafkaConnect.createReadingsTopic(env, config);
+  if (step)
+    log({ step, topic: env.SENSORS_TOPIC, max_message_bytes: config["topic.creation.default.max.message.bytes"] });
+  await kafkaConnect.startConnector(env, config);
   const { connector, slot } = namesOf(env);
-  log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING" });
+  log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING", debezium });
 });

@@ -1,6 +1,6 @@
 #!/usr/bin/env -S npx tsx
 /**
- * dead-letters: the messages of the sensors' topic that are no valid change: where they were, when, why, and how they begin.
+ * dead-letters: the messages of the sensors' topic that are not valid changes: where they were, when, why, and how they begin.
  *
  *   make dead-letters                 the latest twenty (LIMIT=), and how many there are for each reason; JSON=1 for programs
  *   safe to re-run   yes: it only reads

@@ -14,51 +14,46 @@ import { clickhouseVariables, connectClickHouse, select } from "../../shared/sen
 import { readEpoch } from "../../shared/sensors/epoch.ts";
 import { connect } from "../../shared/session.ts";
 
-const ours = "topic = {topic: String} AND epoch = {epoch: UInt16}";
-
 await main(import.meta, async () => {
   const { SENSORS_TOPIC } = kafkaVariables;
   const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), ...clickhouseVariables, SENSORS_TOPIC });
-  const { SENSORS_TOPIC: topic } = env;
   await using client = connectClickHouse(env);
 
   // 1. This epoch's only: what was dead before is in the snapshot that the epoch began with, or was deleted since.
   await using etl = connect(env.ETL_DATABASE_URL, { application: "etl:replay-dead-letters", timeoutSeconds: 30 });
-  const place = { topic, epoch: (await readEpoch(etl, topic))?.number ?? 0 };
-  const count = async (from: string, parameters = {}) => {
-    const query = `SELECT count() AS letters, max(attempt) AS latest FROM sensor_dead_letters FINAL WHERE ${from}`;
-    const [found] = await select<{ letters: string; latest: number }>(client, query, { ...place, ...parameters });
-    return { letters: Number(found?.letters), latest: Number(found?.latest) };
+  const epoch = (await readEpoch(etl, env.SENSORS_TOPIC))?.number ?? 0;
+  const letters = "sensor_dead_letters FINAL WHERE topic = {topic: String} AND epoch = {epoch: UInt16}";
+  const parameters = { topic: env.SENSORS_TOPIC, epoch, marked: 0 };
+  const count = async (some = "1"): Promise<{ n: string; latest: number }> => {
+    const query = `SELECT count() AS n, max(attempt) AS latest FROM ${letters} AND ${some}`;
+    const [found] = await select<{ n: string; latest: number }>(client, query, parameters);
+    return found ?? { n: "0", latest: 0 };
   };
-  const before = await count(ours);
-
-  // 2. Mark them: consumers write others meanwhile, which are not to be taken for replayed.
-  const marks = { ...place, marked: before.latest + 1, failed: before.latest + 2 };
-  const replay = async (query: string): Promise<unknown> =>
+  const change = async (query: string): Promise<unknown> =>
     await client.command({
       query,
-      query_params: marks,
+      query_params: parameters,
       clickhouse_settings: { wait_end_of_query: 1, lightweight_deletes_sync: "2" },
     });
-  await replay(
-    "INSERT INTO sensor_dead_letters SELECT topic, epoch, partition, offset, {marked: UInt32}, reason, key, " +
-      `value, parked_at FROM sensor_dead_letters FINAL WHERE ${ours}`,
-  );
+  const before = await count();
+
+  // 2. Mark them: consumers write others meanwhile, which are not to be taken for replayed.
+  parameters.marked = before.latest + 1;
+  await change(`INSERT INTO sensor_dead_letters SELECT * REPLACE ({marked: UInt32} AS attempt) FROM ${letters}`);
 
   // 3. Through the views again: those that fail again are dead letters under the next number.
-  const marked = `${ours} AND attempt = {marked: UInt32}`;
-  await replay(
-    "INSERT INTO sensor_landing SELECT topic, epoch, partition, offset, {failed: UInt32}, key, value FROM " +
-      `sensor_dead_letters FINAL WHERE ${marked}`,
+  const marked = "attempt = {marked: UInt32}";
+  await change(
+    `INSERT INTO sensor_landing SELECT topic, epoch, partition, offset, {marked: UInt32} + 1, key, value FROM ${letters} AND ${marked}`,
   );
 
   // 4. The others of them are changes now.
-  const changes = await count(marked, marks);
-  await replay(
-    `DELETE FROM sensor_dead_letters WHERE ${ours} AND (partition, offset) IN (SELECT partition, offset FROM ` +
-      `sensor_dead_letters FINAL WHERE ${marked})`,
+  const changes = await count(marked);
+  const gone = `SELECT epoch, partition, offset FROM ${letters} AND ${marked}`;
+  await change(
+    `DELETE FROM sensor_dead_letters WHERE topic = {topic: String} AND (epoch, partition, offset) IN (${gone})`,
   );
-  const { letters: left } = await count(ours);
-  const counts = { epoch: place.epoch, dead_letters: before.letters, now_changes: changes.letters, left };
+  const left = Number((await count()).n);
+  const counts = { epoch, dead_letters: Number(before.n), now_changes: Number(changes.n), left };
   log({ step: "replayed", ...counts, ...(left && { next: "make dead-letters" }) });
 });

@@ -15,13 +15,13 @@ import { log, progress } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { appliedMigrations, connectClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { namesOf } from "../../shared/sensors/connector.ts";
-import { type Epoch, writeOffsets } from "../../shared/sensors/epoch.ts";
+import { beginEpoch } from "../../shared/sensors/epoch.ts";
 import * as connector from "./lib/kafka-connect.ts";
-import { applyMigrations, inClickHouse } from "./lib/migrations.ts";
+import { migrateClickHouse } from "./lib/migrations.ts";
 import { openRebuild, tables } from "./lib/rebuild.ts";
 
 await main(import.meta, async () => {
-  const { env, topic, groupId, rebuild, etl, ask, where, lag } = await openRebuild("resnapshot");
+  const { env, topic, groupId, rebuild, etl, ask, where, epoch } = await openRebuild("resnapshot");
 
   // 1. Stop the connector, so that nothing of the old epoch comes after.
   await connector.checkReplication(env);
@@ -31,39 +31,32 @@ await main(import.meta, async () => {
 
   // 2. The new epoch: its messages are those after what the topic has now. From here on the old table's consumers are refused, so
   // that what is forgotten next, and they have not read, cannot be missed there.
-  const ends = (await where()).map(({ partition, end }) => ({ partition, next: end }));
-  const epoch = await etl.begin(async (sql) => {
-    const [next] = await sql<Epoch[]>`
-      insert into etl.topics as t (topic, epoch, database) values (${topic}, 1, ${rebuild})
-      on conflict (topic) do update set epoch = t.epoch + 1, database = excluded.database, started_at = now()
-      returning epoch as number, database`;
-    await sql`delete from etl.topic_offsets where topic = ${topic}`;
-    await writeOffsets(sql, topic, ends);
-    return next?.number;
-  });
-  const partitions = ends.map(({ partition, next }) => ({ partition, offset: String(next) }));
+  const from = (await where()).map(({ partition, end }) => ({ partition, next: end }));
+  const number = (epoch?.number ?? 0) + 1;
+  if (!(await beginEpoch(etl, topic, number - 1, rebuild, from)))
+    throw new Error(`another make resnapshot has begun epoch ${number} of ${topic}. Run this again when it has ended`);
+  const partitions = from.map(({ partition, next }) => ({ partition, offset: String(next) }));
   await ask((admin) => admin.setOffsets({ groupId, topic, partitions }));
   await connector.forgetProgress(env);
-  const offsets = partitions.map(({ offset }) => offset).join();
-  log({ step: "epoch", topic, epoch, partitions: partitions.length, offsets });
+  log({ step: "epoch", topic, epoch: number, offsets: partitions.map(({ offset }) => offset).join() });
 
   // 3. A separate database with empty tables, and the views that fill them.
   await using server = connectClickHouse(env, "default");
   await server.command({ query: `DROP DATABASE IF EXISTS ${rebuild} SYNC` });
   await server.command({ query: `CREATE DATABASE ${rebuild}` });
   await using client = connectClickHouse(env, rebuild);
-  const target = inClickHouse(client, () => appliedMigrations(client));
-  await applyMigrations("schemas/clickhouse", target, async (_, work) => void (await work()));
-  for (const table of tables) await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${epoch}'` });
+  await migrateClickHouse(client, await appliedMigrations(client));
+  for (const table of tables) await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${number}'` });
 
   // 4. The snapshot.
-  await connector.putConnector(env, config);
+  await connector.startConnector(env, config);
   const started = performance.now();
   await connector.awaitSnapshot(env, () =>
     progress(`the snapshot goes to Kafka: ${Math.round((performance.now() - started) / 1000)} s`),
   );
   progress("");
+  const messages = (await where()).reduce((sum, { lag }) => sum + lag, 0);
   const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}; then make swap-readings`;
-  log({ step: "done", connector: namesOf(env).connector, epoch, messages: await lag(), next });
+  log({ step: "done", connector: namesOf(env).connector, epoch: number, messages, next });
   await etl.end();
 });

@@ -6,58 +6,44 @@
  *
  *   safe to re-run   yes: it replaces a day's rows in one transaction
  */
-import { Readable } from "node:stream";
-import { finished, pipeline } from "node:stream/promises";
-import type { TransactionSql } from "postgres";
-import { readEnv } from "../../shared/env.ts";
-import { addDays, midnight, type Part } from "../../shared/events/archive.ts";
-import type { Bucket } from "../../shared/events/s3.ts";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { pipeline } from "node:stream/promises";
+import { readEnv, root } from "../../shared/env.ts";
+import { addDays, daysFailed, midnight } from "../../shared/events/archive.ts";
+import { checkBucket, connectS3 } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
-import { dayVariables, eachDay, readDay, readPart } from "./lib/events.ts";
+import { runPipeline } from "../../shared/run.ts";
+import { queryWindow } from "../../shared/session.ts";
+import { dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 
 await main(import.meta, async () => {
-  await eachDay("restore-events", "ETL_DATABASE_URL", readEnv(dayVariables), async (of) => {
-    const { day, bucket, sql: etl } = of;
-    const window = `FROM=${day} TO=${addDays(day)}`;
-    const manifest = await readDay(of, async ({ parts }) => {
-      await etl.begin(async (sql) => {
-        await sql`lock table etl.events_restored in share row exclusive mode`; // another restore waits
-        await sql`create temp table lines (line text) on commit drop`;
-        for (const part of parts) await copyPart(bucket, part, sql);
-        await replaceDay(sql, day);
+  const env = readEnv(dayVariables);
+  const days = readDays(env, "restore-events");
+  const restore = readFileSync(join(root, "sql/restore_events.sql"), "utf8");
+  // Without the source, which may be what was lost.
+  await runPipeline("events", { ...env, SOURCE_DATABASE_URL: "" }, async (run) => {
+    const [bucket, { etl }] = [connectS3(env), run];
+    await checkBucket(bucket);
+    const failed = await readBack(run, "restore-events", days, async (day) => {
+      const window = `FROM=${day} TO=${addDays(day)}`;
+      const manifest = await readDay(bucket, day, async ({ parts }) => {
+        // 1. The day's lines into a table of this session: nothing is restored before all of them are checked.
+        await etl`drop table if exists lines`;
+        await etl`create temp table lines (line text)`;
+        for (const part of parts) {
+          const copy = await etl`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
+          await pipeline(readPart(bucket, part), copy);
+        }
+        // 2. Those in the place of the day's rows.
+        await queryWindow(etl, { from: midnight(day), to: midnight(addDays(day)) }, restore);
+      }).catch((error: Error) => {
+        if (error.name !== "Damaged") throw error;
+        throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);
       });
-    }).catch((error: Error) => {
-      if (error.name !== "NoSuchKey" && error.name !== "Damaged") throw error;
-      throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);
+      if (!manifest) throw new Error(`is not archived. Next: make backfill-events ${window}`);
+      return manifest;
     });
-    return { manifest, fault: manifest ? undefined : `is not archived. Next: make backfill-events ${window}` };
+    if (failed.size) throw daysFailed(failed, days.length);
   });
 });
-
-async function copyPart(bucket: Bucket, part: Part, sql: TransactionSql): Promise<void> {
-  const copy = await sql`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
-  try {
-    await readPart(bucket, part, (lines) => pipeline(Readable.from(lines), copy));
-  } catch (error) {
-    copy.destroy(error as Error); // the transaction cannot be rolled back while the COPY waits for lines
-    throw error;
-  } finally {
-    await finished(copy).catch(() => {});
-  }
-}
-
-/** Puts the rows of `lines` in the place of the day's. */
-async function replaceDay(sql: TransactionSql, day: string): Promise<void> {
-  await sql`
-    delete from etl.events_restored
-    where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;
-  const columns = await sql<{ name: string; type: string }[]>`
-    select quote_ident(attname) as name, format_type(atttypid, null) as type from pg_attribute
-    where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
-  // jsonb_populate_record takes JSON's null for NULL.
-  const values = columns.map(({ name, type }) => (type === "jsonb" ? `line -> '${name}'` : `r.${name}`));
-  await sql.unsafe(
-    `insert into etl.events_restored (${columns.map(({ name }) => name)}) select ${values}
-     from (select line::jsonb as line from lines) l, jsonb_populate_record(null::etl.events_restored, line) r`,
-  );
-}

@@ -1,11 +1,12 @@
 #!/usr/bin/env -S npx tsx
 /**
- * status: where each pipeline is. Reads schema etl, the source's open transactions, and, where they are configured, Kafka, Kafka
- * Connect, ClickHouse and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing.
+ * status: where each pipeline is. Reads schema etl, the source's open transactions, and, where they are configured, Kafka, Kafka Connect,
+ * ClickHouse, BigQuery and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql
+ * judges, and says what each key means.
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
- *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of Status in
- *                        scripts/ops/lib/status.ts: pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
+ *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of Status below:
+ *                        pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
  *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
  *                        null where a pipeline has no such thing
@@ -18,71 +19,197 @@
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import { styleText } from "node:util";
-import { flag, optional, readEnv } from "../../shared/env.ts";
-import { thousands } from "../../shared/log.ts";
+import type { Sql } from "postgres";
+import { readIntervals, readThreshold } from "../../shared/alerts.ts";
+import { type Env, flag, isSet, optional, readEnv, root } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
-import { pipelineVariables } from "../../shared/run.ts";
+import { pipelines, watermarked } from "../../shared/pipelines.ts";
+import { describeHolder, pipelineVariables } from "../../shared/run.ts";
+import { kafkaVariables } from "../../shared/sensors/broker.ts";
+import { readCanary } from "../../shared/sensors/canary.ts";
+import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
+import { connectVariables, isRunning, namesOf } from "../../shared/sensors/connector.ts";
+import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
+import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../shared/session.ts";
-import { duration, table } from "../../shared/table.ts";
-import { readStatus, type Status } from "./lib/status.ts";
+import { findUnreachable } from "../../shared/source.ts";
+import { table } from "../../shared/table.ts";
+import { type Bound, distrust, readBound, readWatermark } from "../../shared/watermark.ts";
+
+/** A row of sql/status.sql. */
+export interface Status
+  extends Record<"watermark" | "last_success" | "last_run" | "last_run_state" | "last_run_id", string | null>,
+    Record<"last_error" | "lock" | "lock_since" | "held_by", string | null>,
+    Record<"watermark_age_seconds" | "interval_seconds" | "last_success_age_seconds", number | null>,
+    Record<"last_run_age_seconds" | "rows", number | null> {
+  pipeline: string;
+  state: "ok" | "new" | "warn" | "red";
+  reasons: string[];
+  last_run_by_hand: boolean | null;
+  hold_seconds: number;
+  days: (Record<"archived" | "failed" | "running", number> & Record<"first" | "last" | "at", string>) | null;
+  sensors: Sensors | null;
+}
+
+interface Sensors
+  extends Record<"lag" | "consumers" | "dead_letters" | "slot_retained_bytes" | "canary_age_seconds", number | null>,
+    Record<"connector_running" | "slot_active", boolean | null> {
+  topic: string;
+  epoch: number;
+  canary_gap: string | null;
+}
+
+/** The row of the table, and the lines below it. */
+type Shown = { line: Record<string, string>; said: string[] | null };
+
+/** What other servers say of a pipeline; `found` is what is wrong already. */
+type Facts = { found: { state: Status["state"]; reason: string }[]; [fact: string]: unknown };
+
+/** A part that has not answered by then is shown as such. */
+const PART_SECONDS = 5;
+const sensorsVariables = { ...clickhouseVariables, ...kafkaVariables, ...connectVariables };
 
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS } = pipelineVariables;
   const env = readEnv({ SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS, JSON: optional(flag, false) });
-  const session = { application: "etl:status", timeoutSeconds: 4 };
-  const quick = { connect_timeout: 4 };
-  const etl = connect(env.ETL_DATABASE_URL, session, quick);
-  const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) };
-  const source = connect(env.SOURCE_DATABASE_URL, { ...session, settings }, quick);
+  const open = (url: string, settings: Record<string, string> = {}) =>
+    connect(url, { application: "etl:status", timeoutSeconds: 4, settings });
+  const etl = open(env.ETL_DATABASE_URL);
+  const source = open(env.SOURCE_DATABASE_URL, { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) });
   await checkSession("ETL_DATABASE_URL", etl);
-  const all = await readStatus(etl, source);
-  if (env.JSON) process.stdout.write(`${JSON.stringify(all, null, 2)}\n`);
-  else print(all);
-  process.exit(all.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
+
+  // 1. Ask the other servers.
+  const facts = await readFacts(etl, source);
+
+  // 2. Judge.
+  const limits = {
+    hold: readThreshold("etl_watermark_hold_seconds"),
+    lag: readThreshold("etl_sensors_lag"),
+    canary: readThreshold("etl_sensors_canary_timestamp_seconds"),
+    wal: readThreshold("etl_sensors_slot_retained_bytes"),
+  };
+  await etl`select set_config('etl.facts', ${JSON.stringify(facts)}, false), set_config('etl.limits', ${JSON.stringify(limits)}, false)`;
+  const rows = await etl.unsafe<(Status & Shown)[]>(readFileSync(join(root, "sql/status.sql"), "utf8"));
+
+  // 3. Print.
+  const statuses = rows.map(({ line, said, ...status }): Status => status);
+  if (env.JSON) process.stdout.write(`${JSON.stringify(statuses, null, 2)}\n`);
+  else print(rows);
+  process.exit(rows.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
 
-function ago(seconds: number | null): string {
-  return seconds === null ? "never" : `${duration(seconds)} ago`;
-}
-
-function print(all: Status[]): void {
-  const colours = { ok: "green", new: "gray", warn: "yellow", red: "red" } as const;
-  const rows = all.map((of) => ({
-    pipeline: of.pipeline,
-    watermark: of.watermark ?? "none",
-    age: of.watermark_age_seconds === null ? "-" : duration(of.watermark_age_seconds),
-    "last success": ago(of.last_success_age_seconds),
-    every: of.interval_seconds === null ? "-" : duration(of.interval_seconds).replace(/ 0[hms]$/, ""),
-    "last run": of.last_run_state ? `${of.last_run_state} ${ago(of.last_run_age_seconds)}` : "never",
-    rows: of.rows === null ? "-" : thousands(of.rows),
-    "lock held by": of.lock ?? "nobody",
-    state: of.state,
-  }));
-  const [names = "", ...lines] = table(rows).split("\n");
-  // styleText: on a terminal only, and not where NO_COLOR is set.
-  const shown = lines.map((line, at) => styleText(colours[all[at]?.state ?? "ok"], line, { stream: process.stdout }));
-  process.stdout.write(`${[names, ...shown].join("\n")}\n`);
-  const below = all.flatMap((of) => details(of).map((line) => `${of.pipeline}: ${line}\n`));
-  if (below.length) process.stdout.write(`\n${below.join("")}`);
-}
-
-/** Below the table: why a pipeline is not ok, its error, and what has no column. */
-function details({ reasons, lock, lock_since, days, sensors }: Status): string[] {
-  const lines = [...reasons];
-  if (lock) lines.push(`its lock is held by ${lock} since ${lock_since}`);
-  if (days)
-    lines.push(
-      `${thousands(days.archived)} days archived of ${days.first} to ${days.last}, ${days.failed} failed${days.at ? `, at ${days.at}` : ""}`,
-    );
-  if (sensors?.epoch) {
-    const of = (value: number | null): string => (value === null ? "unknown" : thousands(value));
-    const bytes = sensors.slot_retained_bytes;
-    const wal = bytes === null ? "unknown" : `${thousands(bytes / 1e6)} MB`;
-    lines.push(
-      `lag ${of(sensors.lag)} · consumers ${of(sensors.consumers)} · dead letters ${of(sensors.dead_letters)} · ` +
-        `WAL kept for the slot ${wal}`,
-    );
+async function readFacts(etl: Sql, source: Sql): Promise<Facts[]> {
+  const intervals = readIntervals();
+  const facts: Facts[] = [];
+  const opened = checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source));
+  const bound = await answer("the source", opened);
+  for (const pipeline of new Set([...watermarked(), "sensors", "views", ...intervals.keys()])) {
+    const { holder: lock, since: lock_since } = await describeHolder(etl, pipeline);
+    const fact: Facts = { pipeline, interval_seconds: intervals.get(pipeline), lock, lock_since, found: [] };
+    if (pipeline === "sensors") await askSensors(fact, etl, source);
+    // The metadata is worth showing also when the source is down; that is when people look.
+    if (watermarked().includes(pipeline)) {
+      if (bound.value) await askSource(fact, pipeline, etl, source, bound.value);
+      else {
+        fact.held_by = `unknown: ${bound.error}`;
+        blame(fact, `cannot tell which transaction holds its watermark: ${bound.error}`);
+      }
+    }
+    facts.push(fact);
   }
-  return lines;
+  return facts;
+}
+
+function blame({ found }: Facts, reason: string, state: Status["state"] = "red"): void {
+  found.push({ state, reason });
+}
+
+/** What came within PART_SECONDS, or the error in words. */
+async function answer<T>(part: string, work: Promise<T>): Promise<{ value?: T; error?: string }> {
+  const late = delay(PART_SECONDS * 1000, undefined, { ref: false }).then(() => {
+    throw new Error(`${part} has not answered within ${PART_SECONDS} s`);
+  });
+  return await Promise.race([work, late]).then(
+    (value) => ({ value }),
+    (error: Error & { code?: string }) => ({ error: error.message || error.code || error.name }),
+  );
+}
+
+/** What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future. */
+async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, bound: Bound): Promise<void> {
+  Object.assign(fact, { held_by: bound.holder, hold_seconds: bound.hold_seconds });
+  const stored = await readWatermark(etl, pipeline);
+  if (!stored) return;
+  let target: Parameters<typeof distrust>[4];
+  if (pipelines().includes(pipeline) && isSet("BIGQUERY_PROJECT")) {
+    const { bigqueryVariables } = await import("../../shared/bigquery/client.ts");
+    const contract = (await import("../../shared/bigquery/contract.ts")).readContract(pipeline);
+    const { openDestination } = await import("../../shared/bigquery/load.ts");
+    const opened = await answer("BigQuery", openDestination(readEnv(bigqueryVariables), contract));
+    if (opened.error) blame(fact, opened.error);
+    target = opened.value;
+    fact.future_rows = (await answer("the source", findUnreachable(source, contract.source, []))).value?.future;
+  }
+  const reason = await distrust(source, pipeline, stored, bound, target);
+  if (reason) blame(fact, reason);
+}
+
+async function askSensors(fact: Facts, etl: Sql, source: Sql): Promise<void> {
+  if (!isSet("SENSORS_TOPIC")) return blame(fact, "it is not configured (SENSORS_TOPIC)", "new");
+  const env = readEnv(sensorsVariables);
+  const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
+  const { slot } = namesOf(env);
+  const epoch = await readEpoch(etl, topic);
+  if (!epoch) return blame(fact, `no consumer of topic ${topic} ever ran (group ${group})`, "new");
+  const ask = async <T>(part: string, work: Promise<T>): Promise<T | undefined> => {
+    const { value, error } = await answer(part, work);
+    if (error) blame(fact, `${part} is not known: ${error}`);
+    return value;
+  };
+  const canary = await readCanary(etl, topic);
+  const [kafka, dead_letters, connector_running, slots] = await Promise.all([
+    ask("Kafka", readTopic(env)),
+    ask("ClickHouse", countDeadLetters(env)),
+    ask("Kafka Connect", isRunning(env)),
+    ask(
+      "the slot",
+      source<{ wal: string }[]>`
+        select wal_status as wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
+        from pg_replication_slots where slot_name = ${slot}`,
+    ),
+  ]);
+  const [kept] = slots ?? [];
+  Object.assign(fact, { slot, slot_wal: kept?.wal ?? (slots && "none") });
+  fact.sensors = { topic, epoch: epoch.number, ...kafka, dead_letters, connector_running, ...kept, ...canary };
+}
+
+async function readTopic(env: Env<typeof sensorsVariables>): Promise<{ lag: number; consumers: number }> {
+  const broker = connectKafka(env, "etl-status");
+  broker.logger().setLogLevel(0); // nothing: what it waits for is told in one line
+  return await withAdmin(broker, env, async (admin) => {
+    const partitions = await topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP);
+    const { groups } = await admin.describeGroups([env.SENSORS_GROUP]);
+    return { lag: partitions.reduce((sum, { lag }) => sum + lag, 0), consumers: groups[0]?.members.length ?? 0 };
+  });
+}
+
+async function countDeadLetters(env: Env<typeof sensorsVariables>): Promise<number> {
+  await using client = connectClickHouse(env);
+  const query = "SELECT count() AS letters FROM sensor_dead_letters FINAL WHERE topic = {topic: String}";
+  const [row] = await select<{ letters: string }>(client, query, { topic: env.SENSORS_TOPIC });
+  return Number(row?.letters);
+}
+
+function print(rows: (Status & Shown)[]): void {
+  const colours = { ok: "green", new: "gray", warn: "yellow", red: "red" } as const;
+  const [names = "", ...lines] = table(rows.map(({ line }) => line)).split("\n");
+  // styleText: on a terminal only, and not where NO_COLOR is set.
+  const shown = lines.map((line, at) => styleText(colours[rows[at]?.state ?? "ok"], line, { stream: process.stdout }));
+  process.stdout.write(`${[names, ...shown].join("\n")}\n`);
+  const below = rows.flatMap(({ pipeline, said }) => said?.map((words) => `${pipeline}: ${words}\n`) ?? []);
+  if (below.length) process.stdout.write(`\n${below.join("")}`);
 }

@@ -2,130 +2,165 @@
 /**
  * verify-events: reads the archive of events back.
  *
- *   make verify-events FROM=2017-01-01 TO=2018-01-01     decompresses, counts and hashes every part of the days of [FROM, TO), and
- *                                                        compares them with the manifests and with the source; names the command
- *                                                        for a day that differs (exit 1), and lists what killed runs left
- *     CLEAN=1                                            deletes of that what is older than a day
+ *   make verify-events                                   the last eight days before the watermark; pushes how many differ
+ *   make verify-events FROM=2017-01-01 TO=2018-01-01     the days of [FROM, TO)
+ *     CLEAN=1                                            deletes what killed runs left, where that is older than a day
  *
+ * Decompresses, counts and hashes every part, and compares it with its manifest, and the day with the source's rows, read again. Names the
+ * command for a day that differs, and lists what killed runs left.
+ *
+ *   schedule         nightly, cron
  *   safe to re-run   yes: it changes nothing that a manifest names
+ *   exit code        1 where a day differs
  */
-import { flag, optional, readEnv } from "../../shared/env.ts";
+import { createHash } from "node:crypto";
+import type { Sql } from "postgres";
+import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
 import {
   addDays,
+  checkArchivable,
+  copyRows,
   dayPrefix,
+  daysBetween,
+  daysFailed,
   type Manifest,
   manifestKey,
   readManifest,
   readSource,
+  rowsOf,
 } from "../../shared/events/archive.ts";
-import { listObjects, listUploads, removeObjects } from "../../shared/events/s3.ts";
+import { type Bucket, checkBucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
+import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
+import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
-import { type Day, damaged, dayVariables, eachDay, readDay, readPart } from "./lib/events.ts";
+import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
+import { recordVerified } from "./lib/verified.ts";
 
 const DAY_SECONDS = 86_400;
 
 await main(import.meta, async () => {
   const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
-  await eachDay("verify-events", "SOURCE_DATABASE_URL", env, async (day) => {
-    const verified = await verifyDay(day);
-    await findStrays(day, env.CLEAN);
-    return verified;
+  const wanted = env.FROM && readDays(env, "verify-events");
+  // By hand: it says nothing of the pipeline's schedule.
+  await runPipeline("events", { ...env, DRY_RUN: true }, async (run) => {
+    const bucket = connectS3(env);
+    const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+    const days = wanted || (await lastDays(run.etl));
+    const failed = await readBack(run, "verify-events", days, async (day) => {
+      // 1. What killed runs left.
+      await findStrays(run, bucket, day, env.CLEAN);
+
+      // 2. The archive by itself: each part against its manifest.
+      const archived = await verifyParts(bucket, day);
+
+      // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
+      const source = await readSource(run.source, day);
+      return await compareDay(run, day, archived, source, async () => {
+        const hash = createHash("sha256");
+        await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rowsOf(day));
+        for await (const piece of stream.lines) {
+          hash.update(piece);
+          progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);
+        }
+        return hash.digest("hex");
+      });
+    });
+    const differences = failed.size;
+    const found = `${differences} of the days ${days[0]} to ${days.at(-1)}`;
+    const proof = { pipeline: "events", rows: run.totals.rows, differences, found, bytes_billed: 0 };
+    if (!wanted) await recordVerified(env.PUSHGATEWAY_URL, run.etl, proof);
+    if (differences) throw daysFailed(failed, days.length);
   });
 });
 
-async function verifyDay(of: Day): Promise<{ manifest: Manifest | undefined; fault: string | undefined }> {
-  const { day, sql, say } = of;
-  const source = await readSource(sql, day);
-  let manifest: Manifest | undefined;
-  const damage = await readDay(of, async (found) => {
-    manifest = found;
-    await verifyParts(of, found);
-  }).then(
-    () => undefined,
-    (error: Error) => {
-      if (!["NoSuchKey", "NoManifest", "Damaged"].includes(error.name)) throw error;
-      return error.message;
-    },
-  );
-  const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
-  const failed = (fault: string) => ({ manifest, fault });
-  if (!manifest)
-    return failed(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
-  if (damage && source.rows >= manifest.rows) return failed(`${damage}. Next: ${again} FORCE=1`);
-  if (damage)
-    return failed(
-      `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: bring the object back from the ` +
-        `bucket's versions or a copy`,
-    );
-  const both = `${source.rows} rows at the source (ids ${range(source)}), ${manifest.rows} in the archive (ids ${range(manifest)})`;
-  if (source.rows > manifest.rows)
-    return failed(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
-  if (source.rows === 0 && manifest.rows > 0)
-    say("note", { day, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` });
-  else if (source.rows < manifest.rows || range(source) !== range(manifest))
-    return failed(
-      `${both}: rows were deleted or changed at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`,
-    );
-  return { manifest, fault: undefined };
+/** The eight days before the watermark (a week, as the crontab has it, and a day); those of before the first archived one are left out. */
+async function lastDays(etl: Sql): Promise<string[]> {
+  const [last] = await etl<{ from: string; to: string }[]>`
+    select watermark::date::text as to, greatest(watermark - interval '8 days',
+      (select min(chunk_from) from etl.chunks where pipeline = 'events' and state = 'succeeded'))::date::text as from
+    from etl.watermarks where pipeline = 'events'`;
+  if (!last)
+    throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
+  return daysBetween(last.from, last.to);
 }
 
-function range({ min_id, max_id }: Pick<Manifest, "min_id" | "max_id">): string {
-  return `${min_id} to ${max_id}`;
-}
-
-/** @throws Error where a part, or all of them, are not what the manifest says. */
-async function verifyParts({ bucket, day }: Day, manifest: Manifest): Promise<void> {
-  let [rows, min, max]: [number, bigint | undefined, bigint | undefined] = [0, undefined, undefined];
-  for (const part of manifest.parts) {
-    await readPart(bucket, part, async (lines) => {
-      for await (const id of ids(lines)) {
-        if (min === undefined || id < min) min = id;
-        if (max === undefined || id > max) max = id;
-      }
-    });
-    rows += part.rows;
-  }
-  const found = `${rows} rows, ids ${min ?? null} to ${max ?? null}`;
-  const said = `${manifest.rows} rows, ids ${range(manifest)}`;
-  if (found !== said) throw damaged(manifestKey(bucket, day), `it says ${said}; its parts have ${found}`);
-}
-
-/** The ids of JSON lines, each of which starts with its id. */
-async function* ids(pieces: AsyncIterable<Buffer>): AsyncGenerator<bigint> {
-  let head = "";
-  for await (const piece of pieces) {
-    for (let start = 0; start < piece.length; ) {
-      const newline = piece.indexOf(10, start);
-      const end = newline < 0 ? piece.length : newline;
-      if (head.length < 40) head += piece.toString("latin1", start, Math.min(end, start + 40));
-      start = end + 1;
-      if (newline < 0) continue; // the line ends in a later piece
-      const id = /^\{"id":(-?\d+)/.exec(head)?.[1];
-      if (id !== undefined) yield BigInt(id);
-      head = "";
-    }
-  }
-}
-
-/** Objects and uploads of the day that no manifest names: a killed run's, or of one that is going. */
-async function findStrays({ day, bucket, say }: Day, clean: boolean): Promise<void> {
-  const report = async (what: string, key: string, modified: Date, remove: () => Promise<unknown>): Promise<void> => {
-    const seconds = (Date.now() - modified.getTime()) / 1000;
-    const [gone, age] = [clean && seconds > DAY_SECONDS, duration(seconds)];
-    if (gone) await remove();
-    say(gone ? "removed" : "stray", {
-      ...{ what, key, age },
-      next: gone ? undefined : "CLEAN=1 deletes it once it is older than a day",
-    });
-  };
+/** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */
+async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: boolean): Promise<void> {
   const objects = await Array.fromAsync(listObjects(bucket, dayPrefix(bucket, day)));
   // After the list: what it names was not stray. One that cannot be read may name any of them.
   const found = objects.length ? await readManifest(bucket, day).catch(() => null) : null;
+  if (found === null) return;
   const named = new Set([manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
-  for (const { key, modified } of found === null ? [] : objects)
-    if (!named.has(key))
-      await report("a part that no manifest names", key, modified, () => removeObjects(bucket, [key]));
-  for await (const { key, modified, abort } of listUploads(bucket, dayPrefix(bucket, day)))
-    await report("an upload that never ended", key, modified, abort); // of a version that uploaded in pieces
+  for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
+    const seconds = (Date.now() - modified.getTime()) / 1000;
+    const stray = { what: "a part that no manifest names", key, age: duration(seconds) };
+    if (clean && seconds > DAY_SECONDS) {
+      await removeObjects(bucket, [key]);
+      log("removed", stray);
+    } else log("stray", { ...stray, next: "CLEAN=1 deletes it once it is older than a day" });
+  }
+}
+
+/** A day's manifest, with the hash of its raw lines or with what is wrong with it. */
+interface Archived {
+  manifest?: Manifest | undefined;
+  sha256?: string;
+  damage?: string;
+}
+
+async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
+  const archived: Archived = {};
+  try {
+    await readDay(bucket, day, async (manifest) => {
+      archived.manifest = manifest;
+      const hash = createHash("sha256");
+      for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
+      archived.sha256 = hash.digest("hex");
+      const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
+      if (rows !== manifest.rows)
+        throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+    });
+  } catch (error) {
+    if ((error as Error).name !== "Damaged") throw error;
+    archived.damage = (error as Error).message;
+  }
+  return archived;
+}
+
+/** @throws Error that says what is wrong with the day, with the next command. */
+async function compareDay(
+  { log }: Run,
+  day: string,
+  { manifest, sha256, damage }: Archived,
+  source: Pick<Manifest, "rows" | "min_id" | "max_id">,
+  hashSource: () => Promise<string>,
+): Promise<Manifest> {
+  const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
+  if (!manifest)
+    throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
+  const both = `${source.rows} rows at the source, ${manifest.rows} in the archive`;
+  const ids = ({ min_id, max_id }: typeof source): string => `ids ${min_id} to ${max_id}`;
+  const fault = async (): Promise<string | undefined> => {
+    if (damage && source.rows < manifest.rows)
+      return (
+        `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: restore the object from the ` +
+        `bucket's versions or a copy, then: make verify-events FROM=${day} TO=${addDays(day)}`
+      );
+    if (damage) return `${damage}. Next: ${again} FORCE=1`;
+    if (source.rows > manifest.rows)
+      return `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
+    if (!source.rows && manifest.rows)
+      log("note", { day, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` });
+    else if (source.rows < manifest.rows)
+      return `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
+    else if ((await hashSource()) !== sha256)
+      return `its ${source.rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
+    else if (ids(source) !== ids(manifest))
+      return `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`;
+    return undefined;
+  };
+  const found = await fault();
+  if (found) throw new Error(found);
+  return manifest;
 }

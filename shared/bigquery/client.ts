@@ -1,17 +1,21 @@
-/**
- * BigQuery: the client, and which of its errors are worth another attempt.
- */
+/** BigQuery: the client, and which of its errors are worth another attempt. */
+import { setTimeout as delay } from "node:timers/promises";
 import { BigQuery } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
-import { type Env, httpUrl, name, optional, required } from "../env.ts";
+import { type Env, like, name, optional, required, serverUrl } from "../env.ts";
 import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
-  BIGQUERY_PROJECT: required(name),
+  BIGQUERY_PROJECT: required(
+    like(
+      /^[\w-]+$/,
+      "must be a project's id: letters, digits and -. Projects of a domain (example.com:shop) are not supported",
+    ),
+  ),
   BIGQUERY_DATASET: required(name),
   BIGQUERY_LOCATION: required(name),
-  BIGQUERY_ENDPOINT: optional(httpUrl),
+  BIGQUERY_ENDPOINT: optional(serverUrl),
 };
 export type BigQueryEnv = Env<typeof bigqueryVariables>;
 
@@ -30,41 +34,71 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
 /** A job's labels, by which it is found in the list of jobs. */
 export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
+/** Adds what a finished query job was billed to the run's total. Loads and copies are free. */
+export function addBilled(run: Run, statistics: { query?: { totalBytesBilled?: string } } | undefined): number {
+  const billed = Number(statistics?.query?.totalBytesBilled ?? 0);
+  run.totals.bytes_billed += billed;
+  return billed;
+}
+
 /** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
 }
 
-/** Fewer or more rows were loaded than read. */
-export class ShortLoad extends Error {
-  constructor(sent: number, loaded: number) {
-    super(`the counts differ: ${sent} rows were read from the source, and ${loaded} were loaded; nothing was merged`);
-  }
-}
+/** An error of the API or of a job: `code` is HTTP's or the socket's, a reason one of Google's list ("Error messages" of BigQuery). */
+export type ApiError = Error & { code?: number | string; errors?: { reason?: string }[] };
 
-/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
-export function isRefusal(error: unknown): boolean {
-  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
-  // Postgres's data exceptions and program limits; not those that name the row already.
-  if (error instanceof SourceError)
-    return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
-  return errors?.some(({ reason }) => reason === "invalid") ?? false;
-}
+/** Whether Google lists one of these reasons for the error. */
+const isBecause = ({ errors }: ApiError, reasons: RegExp): boolean =>
+  errors?.some(({ reason = "" }) => reasons.test(reason)) ?? false;
 
-/** Whether trying again may help: the service was overloaded, or the connection to it broke. */
+const busy = /^(job)?(backendError|internalError|(user)?rateLimitExceeded)$|^tableUnavailable$/i;
+const broken =
+  /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|premature close|other side closed|network timeout|due to timeout|_TIMEOUT|due to concurrent update/i;
+
+/** Whether trying again may help: BigQuery is overloaded, another job writes to the table, or a connection broke, the token's too. */
 export function isTransient(error: unknown): boolean {
   if (error instanceof SourceError) return false;
-  const { code, errors, message } = error as {
-    code?: number | string;
-    errors?: { reason?: string }[];
-    message?: string;
-  };
+  const { code, message } = error as ApiError;
   return (
     [408, 429, 500, 502, 503, 504].includes(Number(code)) ||
-    errors?.some(({ reason = "" }) => /^(job)?(backendError|internalError|rateLimitExceeded)$/i.test(reason)) ||
-    error instanceof ShortLoad ||
-    /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|could not serialize access|premature close|other side closed/i.test(
-      `${code} ${message}`,
-    )
+    isBecause(error as ApiError, busy) ||
+    broken.test(`${code} ${message}`)
   );
+}
+
+/** What to do about an error that trying again does not help. */
+export function remedy(error: ApiError): string {
+  if (isBecause(error, /^billingNotEnabled$/))
+    return "Link a billing account to BIGQUERY_PROJECT: without one BigQuery runs no MERGE, and its tables expire";
+  if (error.code === 403)
+    return "Grant the service account roles/bigquery.jobUser on the project and roles/bigquery.dataEditor on the dataset";
+  return "Check BIGQUERY_PROJECT and the Google credentials";
+}
+
+// biome-ignore lint/suspicious/noExplicitAny: the API's own Job resource
+export type JobResource = any;
+
+/**
+ * Runs a job to its end; it is cancelled where the run is stopped.
+ * @param jobId of its attempt: BigQuery runs one id once, however often it is asked.
+ * @throws Error with the job's error, and what to do where trying again does not help.
+ */
+export async function runJob(run: Run, bigquery: BigQuery, jobId: string, configuration: object): Promise<JobResource> {
+  run.signal.throwIfAborted();
+  const job = bigquery.job(jobId);
+  using _cancel = run.onStop(() => job.cancel());
+  const created = bigquery.createJob({ jobId, configuration: { ...configuration, labels: labels(run) } });
+  await created.catch(ignoreAlreadyThere).catch((error: ApiError) => {
+    if (error.code === 403 && !isTransient(error)) error.message += `. ${remedy(error)}`;
+    throw error;
+  });
+  for (let pause = 50; ; pause = Math.min(2 * pause, 2000)) {
+    const [metadata] = await job.getMetadata();
+    const { state, errorResult } = metadata.status ?? {};
+    if (errorResult) throw Object.assign(new Error(errorResult.message), { errors: [errorResult] });
+    if (state === "DONE") return metadata;
+    await delay(pause, undefined, { signal: run.signal });
+  }
 }

@@ -1,85 +1,98 @@
 /**
- * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it. Before a run moves a row, what
- * the extraction SELECT really returns and what the destination really has are compared with it.
+ * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it, with the table and the cursor that
+ * sql/NAME.sql reads as its `source`. Before a run moves a row, what that SELECT returns and what the destination has are compared with
+ * it.
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { type Column, checkColumns, differs, type SchemaCheck, type Source } from "../source.ts";
-import { apiType, type Field, jsonLines, unmappable } from "./types.ts";
-
-export interface Contract {
-  pipeline: string;
-  /** File name from the project's root, for messages. */
-  file: string;
-  fields: Field[];
-  /** Columns of the primary key. */
-  key: string[];
-  /** The whole Table resource, for creating the table. */
-  resource: TableMetadata;
-}
+import { type Column, checkColumns, driftError, readSelect, type SchemaCheck } from "../source.ts";
+import { apiType, type Contract, type Field, unmappable } from "./types.ts";
 
 export function readContract(pipeline: string): Contract {
   const file = `schemas/bigquery/${pipeline}.json`;
   try {
-    const resource = JSON.parse(readFileSync(join(root, file), "utf8"));
-    const fields = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
-    const names: string[] = [...fields.map(({ name }: Field) => name), ...resource.tableConstraints.primaryKey.columns];
-    const odd = names.find((name) => !/^[A-Za-z_]\w*$/.test(name));
-    if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only`);
-    const { columns: key } = resource.tableConstraints.primaryKey;
-    const required = fields
-      .filter(({ mode }: Field) => mode.toUpperCase() === "REQUIRED")
-      .map(({ name }: Field) => name);
+    const { source, ...resource } = JSON.parse(readFileSync(join(root, file), "utf8"));
+    const fields: Field[] = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
+    const key: string[] = resource.tableConstraints.primaryKey.columns;
+    const odd = [...fields.map(({ name }) => name), ...key].find((name) => !/^(?!etl__)[a-z_]\w*$/i.test(name));
+    if (odd !== undefined)
+      throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only, and not begin with etl__`);
+    const lower = fields.map(({ name }) => name.toLowerCase());
+    const twice = fields.find((_, at) => lower.indexOf(lower[at] ?? "") < at);
+    if (twice) throw new Error(`field ${twice.name} exists twice: BigQuery's names do not tell A from a`);
+    const required = (name: string) => fields.some((field) => field.name === name && /^required$/i.test(field.mode));
     // A MERGE finds no row by a NULL: each run would insert it again.
-    const nullable = key.find((name: string) => !required.includes(name));
+    const nullable = key.find((name) => !required(name));
     if (nullable !== undefined)
       throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
-    return { pipeline, file, fields, key, resource };
+    if (!/^\w+\.\w+$/.test(source?.table)) throw new Error("source.table must be SCHEMA.TABLE, such as public.orders");
+    if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
+    return { pipeline, file, source: { ...source, key, select: readSelect(pipeline) }, fields, key, resource };
   } catch (error) {
-    throw new UsageError(
-      `${file} must be a BigQuery Table resource with schema.fields and tableConstraints.primaryKey: ${(error as Error).message}`,
-    );
+    if (error instanceof UsageError) throw error;
+    const form = "a BigQuery Table resource with schema.fields and tableConstraints.primaryKey";
+    throw new UsageError(`${file} must be ${form}: ${(error as Error).message}`);
   }
 }
 
-/** A SELECT of JSON lines, as a function of the SELECT whose rows it writes, and of the fields, by default all. */
-export type JsonSelect = (select: string, fields?: Field[]) => string;
-
 /**
- * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the
- * contract does not know is a warning and a metric.
- * @returns the SELECT around source.select of JSON lines with the contract's fields, each written as its BigQuery type reads it.
+ * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the contract does
+ * not know is a warning and a metric.
+ * @returns the columns that the SELECT returns.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export async function checkSource(run: SchemaCheck, contract: Contract, source: Source): Promise<JsonSelect> {
-  const { pipeline, fields, key, file } = contract;
+export function checkSource(run: SchemaCheck, { fields, file, source }: Contract): Promise<Column[]> {
   const wanted = fields.map((field) => ({
     name: field.name,
     expected: describeField(field),
     differs: (column: Column) => unmappable(column, field),
   }));
-  const columns = await checkColumns(run, file, source, wanted);
-  return (select, some = fields) => jsonLines(pipeline, some, key, select, columns);
+  return checkColumns(run, file, source, wanted);
 }
 
 /**
- * Compares the destination table's fields with the contract.
+ * Compares the destination table with the contract. @param name of it, with its dataset. @param hidden where a policy hides rows.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export function checkDestination(contract: Contract, table: string, actual: TableField[]): void {
-  const { fields, file } = contract;
-  const faults = fields.flatMap((field) => {
-    const column = actual.find(({ name }) => name === field.name);
-    const [expected, found] = [describeField(field), column ? describeField(column) : "no such column"];
-    return found === expected ? [] : [`column ${table}.${field.name}: expected ${expected} (${file}), found ${found}`];
+export function checkDestination(
+  { fields, file }: Contract,
+  name: string,
+  actual: TableMetadata,
+  hidden: boolean,
+): void {
+  const described = (list: TableField[] = []) => new Map(list.map((field) => [field.name, describeField(field)]));
+  const [expected, found] = [described(fields), described(actual.schema?.fields)];
+  const faults = [...new Set([...expected.keys(), ...found.keys()])].flatMap((column) => {
+    const [wanted, is] = [expected.get(column) ?? "no such field", found.get(column) ?? "no such column"];
+    return wanted === is ? [] : [`column ${name}.${column}: expected ${wanted} (${file}), found ${is}`];
   });
-  for (const { name } of actual)
-    if (!fields.some((field) => field.name === name))
-      faults.push(`column ${table}.${name}: exists, but ${file} has no such field`);
+  faults.push(...optionFaults(name, actual, hidden));
   if (faults.length)
-    throw differs("destination", faults, "For additions: make migrate. Anything else is your decision");
+    throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
+}
+
+/** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. */
+export function optionFaults(
+  name: string,
+  { type = "TABLE", expirationTime, ...table }: TableMetadata,
+  hidden = false,
+): string[] {
+  const reset = (option: string, value: string): string =>
+    `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option} = ${value})`;
+  const at = new Date(Number(expirationTime ?? 0)).toISOString();
+  return [
+    type !== "TABLE" && `table ${name}: expected a table, found a ${type}. Drop or rename it, then: make migrate`,
+    expirationTime && `table ${name}: expires at ${at}, with all its rows. ${reset("expiration_timestamp", "NULL")}`,
+    table.timePartitioning?.expirationMs &&
+      `table ${name}: each partition expires, with its rows. ${reset("partition_expiration_days", "NULL")}`,
+    table.requirePartitionFilter &&
+      `table ${name}: requires a partition filter, and an upsert has none. ${reset("require_partition_filter", "FALSE")}`,
+    hidden &&
+      `table ${name}: a row access policy hides rows from an upsert, which inserts them again. ` +
+        `Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`,
+  ].filter((fault) => typeof fault === "string");
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

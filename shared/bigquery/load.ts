@@ -1,72 +1,100 @@
-/**
- * BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key.
- */
+/** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
-import type { BigQuery, Job } from "@google-cloud/bigquery";
+import type { Job, QueryRowsResponse, Table } from "@google-cloud/bigquery";
 import { copyJsonLines, type RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
+import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
-import { quote } from "../session.ts";
-import { type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, isRefusal, labels, ShortLoad } from "./client.ts";
-import { type Contract, checkDestination } from "./contract.ts";
-import { freeName, rowName } from "./types.ts";
+import type { Window } from "../session.ts";
+import type { Column } from "../source.ts";
+import {
+  type ApiError,
+  addBilled,
+  type BigQueryEnv,
+  connectBigQuery,
+  ignoreAlreadyThere,
+  labels,
+  remedy,
+  runJob,
+} from "./client.ts";
+import { checkDestination, optionFaults } from "./contract.ts";
+import { type Contract, jsonLines } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
 
-/** A destination table, with what is needed to address it. */
-export interface Destination {
-  bigquery: BigQuery;
-  contract: Contract;
-  dataset: string;
-  table: string;
-  /** The column that says which of two versions of a row is newer. */
-  version: string;
-}
-
-/** What a chunk without rows moved. */
-export const noRows = { rows: 0, bytes: 0, inserted: 0, updated: 0 };
-
-/** How rows are read: sql/NAME.sql, and around it, or around some of its rows, the SELECT of JSON lines. */
-export interface Extraction {
-  url: string;
-  select: string;
-  lines(select: string): string;
-}
+export type Destination = Awaited<ReturnType<typeof openDestination>>;
 
 /**
  * The pipeline's table, compared with its contract.
- * @throws UsageError where it does not exist or differs.
+ * @throws UsageError where it does not exist or differs, or hides rows.
  */
-export async function openDestination(env: BigQueryEnv, contract: Contract, version: string): Promise<Destination> {
+export async function openDestination(env: BigQueryEnv, contract: Contract) {
   const bigquery = connectBigQuery(env);
-  const [dataset, table] = [env.BIGQUERY_DATASET, contract.pipeline];
-  const where = `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${table}`;
-  const asked = bigquery.dataset(dataset).table(table).getMetadata();
-  const [metadata] = await asked.catch(({ code, message }: { code?: number; message: string }) => {
-    if (code === 404) throw new UsageError(`${where} does not exist. Run: make migrate`);
-    const at = env.BIGQUERY_ENDPOINT ? "BIGQUERY_ENDPOINT" : "BIGQUERY_PROJECT and the Google credentials";
-    throw new Error(`cannot read the ${where}: ${message}. Check ${at}; for the local stack: make up`);
+  const [dataset, { pipeline }] = [env.BIGQUERY_DATASET, contract];
+  const table = bigquery.dataset(dataset).table(pipeline);
+  const [metadata] = await table.getMetadata().catch((error: ApiError) => {
+    const where = `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${pipeline}`;
+    const rewind = `make rewind PIPELINE=${pipeline} TO=0001-01-01`;
+    if (error.code === 404)
+      throw new UsageError(`${where} does not exist. Run: make migrate. If it had rows before, then run: ${rewind}`);
+    const next = env.BIGQUERY_ENDPOINT ? "Check BIGQUERY_ENDPOINT; for the local stack: make up" : remedy(error);
+    throw new Error(`cannot read the ${where}: ${error.message}. ${next}`);
   });
-  checkDestination(contract, `${dataset}.${table}`, metadata.schema?.fields ?? []);
-  return { bigquery, contract, dataset, table, version };
+  // roles/bigquery.dataEditor may not list them (403); then the MERGE's own statistics tell.
+  const listed = table.request({ uri: "/rowAccessPolicies" });
+  const [{ rowAccessPolicies = [] }] = await listed.catch((error: ApiError) =>
+    error.code === 403 ? [{}] : Promise.reject(error),
+  );
+  checkDestination(contract, `${dataset}.${pipeline}`, metadata, rowAccessPolicies.length > 0);
+  const created = new Date(Number(metadata.creationTime)).toISOString();
+  // `identity`: which table a watermark was written to.
+  const identity = `${bigquery.projectId}.${dataset}.${pipeline}, created ${created}`;
+  return { bigquery, contract, dataset, identity, rows: Number(metadata.numRows) };
 }
 
+/** A table with the rows of one chunk. */
 export interface Staging extends AsyncDisposable {
   name: string;
+  sent: RowStream["sent"];
 }
 
 /**
- * Creates the staging table of one attempt, with the contract's fields and an expiry. It is dropped when the attempt ends,
- * well or not; where that fails it is left to its expiry.
+ * Extracts, loads and counts the rows of [from, to) in a new staging table, which is dropped when the attempt ends, well or not.
+ * @param columns as checkSource returns them. @param attempt names the table, with the run and the chunk.
+ * @throws UsageError where a key comes twice; Error that names the row, where the source or BigQuery refuses one, for whatever reason.
  */
-export async function createStaging(run: Run, to: Destination, attempt: number | string): Promise<Staging> {
-  const name = `${to.table}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
-  const table = to.bigquery.dataset(to.dataset).table(name);
+export async function stageChunk(
+  run: Run,
+  url: string,
+  columns: Column[],
+  to: Destination,
+  chunk: Window,
+  attempt: number,
+): Promise<Staging> {
+  const { pipeline, source, key } = to.contract;
+  const stage = (part: string, select: string): Promise<Staging> => {
+    const name = `${pipeline}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}${part}`;
+    const lines = jsonLines(to.contract, select, columns);
+    return fillStaging(run, to, name, () => copyJsonLines(url, lines, run.session, chunk));
+  };
+  return await stage("", source.select).catch(async (error: Error) => {
+    if (!isRefusal(error)) throw error;
+    let step = 0;
+    const settings = { "etl.from": chunk.from, "etl.to": chunk.to };
+    throw await nameRefused(run, key, source.select, settings, async (select) => {
+      await using _ = await stage(`_part_${++step}`, select);
+    });
+  });
+}
+
+async function fillStaging(run: Run, to: Destination, name: string, open: () => RowStream): Promise<Staging> {
+  const { bigquery, dataset, contract } = to;
+  const table = bigquery.dataset(dataset).table(name);
   const created = table.create({
-    description: `Rows of run ${run.id} on their way to ${to.table}. Nothing reads it; it deletes itself.`,
-    schema: { fields: to.contract.fields },
+    description: `Rows of run ${run.id} on their way to ${contract.pipeline}. Nothing reads it; it deletes itself.`,
+    schema: { fields: contract.fields },
     expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
   });
   await created.catch(ignoreAlreadyThere);
@@ -76,62 +104,38 @@ export async function createStaging(run: Run, to: Destination, attempt: number |
       run.log("warning", { warning, error: message });
     });
   };
-  return { name, [Symbol.asyncDispose]: drop };
+  try {
+    await using stream = open(); // where it fails, its COPY ends before BigQuery is asked anything more
+    const loaded = await load(run, to, table, stream);
+    if (loaded !== stream.sent.rows) {
+      const counts = `${stream.sent.rows} rows were read from the source, and ${loaded} were loaded`;
+      throw Object.assign(new Error(`the counts differ: ${counts}; nothing was merged`), {
+        errors: [{ reason: "backendError" }],
+      });
+    }
+    await checkKeys(run, to, name);
+    return { name, sent: stream.sent, [Symbol.asyncDispose]: drop };
+  } catch (error) {
+    await drop();
+    throw error;
+  }
 }
 
 /**
- * Extracts the rows of [from, to) into the staging table: one COPY, one load job, and the rows read compared with the rows loaded. A row
- * that the source or BigQuery refuses, for whatever reason, is named.
- * @returns what was sent.
+ * Streams JSON lines into a table as one load job, whose id follows from the attempt. One request for all of them: a resumable upload
+ * would have to keep what BigQuery has not confirmed, since a COPY cannot be read again from its middle; the next attempt reads all again.
+ * Where uploads break off for their length, lower CHUNK_ROWS.
+ * @returns the rows that the job says it wrote: a stream that ended early would be a successful short load.
  */
-export async function loadChunk(
-  run: Run,
-  rows: Extraction,
-  to: Destination,
-  staging: Staging,
-  chunk: { from: string; to: string },
-): Promise<RowStream["sent"]> {
-  const load = async (select: string, into: Staging): Promise<RowStream["sent"]> => {
-    await using stream = copyJsonLines(rows.url, rows.lines(select), run.session, chunk);
-    const loaded = await loadLines(run, to, into, stream);
-    if (loaded !== stream.sent.rows) throw new ShortLoad(stream.sent.rows, loaded);
-    return stream.sent;
-  };
-  return await load(rows.select, staging).catch(async (error: Error) => {
-    if (!isRefusal(error)) throw error;
-    let step = 0;
-    throw await nameRefused(run, to.contract.key, rows.select, chunk, async (select) => {
-      await using part = await createStaging(run, to, `${staging.name.split("_").at(-1)}_part_${++step}`);
-      return await load(select, part).then(
-        () => undefined,
-        (error) => (isRefusal(error) ? error : Promise.reject(error)),
-      );
-    });
-  });
-}
-
-/**
- * Streams JSON lines into the staging table as one load job, whose id follows from the attempt.
- * @returns the rows that the job says it wrote. A stream that ended early would be a successful short load: compare
- * this with the rows sent.
- */
-export async function loadLines(
-  run: Run,
-  to: Destination,
-  staging: Staging,
-  { lines, sent }: RowStream,
-): Promise<number> {
-  const jobId = `etl_${staging.name}_load`;
-  const upload = to.bigquery
-    .dataset(to.dataset)
-    .table(staging.name)
-    .createWriteStream({
-      jobId,
-      sourceFormat: "NEWLINE_DELIMITED_JSON",
-      schema: { fields: to.contract.fields },
-      createDisposition: "CREATE_NEVER",
-      writeDisposition: "WRITE_EMPTY",
-    } as object);
+async function load(run: Run, to: Destination, table: Table, { lines, sent }: RowStream): Promise<number> {
+  const jobId = `etl_${table.id}_load`;
+  const upload = table.createWriteStream({
+    jobId,
+    sourceFormat: "NEWLINE_DELIMITED_JSON",
+    schema: { fields: to.contract.fields },
+    createDisposition: "CREATE_NEVER",
+    writeDisposition: "WRITE_EMPTY",
+  } as object);
   // An upload that fails after its last byte was sent tells nobody but its own listeners: pipeline() would wait for ever.
   const completed = new Promise<Job>((resolve, reject) => upload.once("complete", resolve).once("error", reject));
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
@@ -146,37 +150,6 @@ export async function loadLines(
   return Number(metadata.statistics.load.outputRows ?? 0);
 }
 
-/**
- * Reads the rows of a chunk again in halves, in the order of their keys, until one is left: log2(n) steps.
- * @param load loads some rows, and returns the error if they are refused.
- * @returns the error that names the row by its key.
- */
-async function nameRefused(
-  run: Run,
-  key: string[],
-  select: string,
-  { from, to }: { from: string; to: string },
-  load: (select: string) => Promise<Error | undefined>,
-): Promise<Error> {
-  const ask = async (value: string, rows: string): Promise<string | undefined> =>
-    await run.source.begin("read only", async (sql) => {
-      await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-      return (await sql.unsafe<{ value: string }[]>(`select ${value} as value from (${rows}) q`))[0]?.value;
-    });
-  const part = (first: number, rows: number): string =>
-    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
-  let [first, count] = [0, Number(await ask("count(*)", select))];
-  run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
-  for (; count > 1; ) {
-    const half = Math.ceil(count / 2);
-    [first, count] = (await load(part(first, half))) ? [first, half] : [first + half, count - half];
-  }
-  const refused = await load(part(first, 1));
-  const row = await ask(rowName(key), part(first, 1));
-  const why = refused ? `is refused: ${refused.message}. Correct it at the source` : "was refused, and no longer is";
-  return new Error(`row ${row} of ${run.pipeline} ${why}, then: make ${run.pipeline}`);
-}
-
 /** Rows of the staging table that share a key; the MERGE would insert each of them. */
 export function duplicateKeysStatement(contract: Contract, staging: string): string {
   const key = contract.key.map((name) => `\`${name}\``).join(", ");
@@ -184,13 +157,12 @@ export function duplicateKeysStatement(contract: Contract, staging: string): str
 }
 
 /** @throws UsageError where the SELECT returned a key twice: the source has no primary key on it, or a join repeats rows. */
-export async function checkKeys(run: Run, to: Destination, staging: Staging): Promise<void> {
-  const [twice] = await ask(run, to, duplicateKeysStatement(to.contract, address(to, staging.name)));
+async function checkKeys(run: Run, to: Destination, staging: string): Promise<void> {
+  const [twice] = await ask(run, to, duplicateKeysStatement(to.contract, address(to, staging)));
   if (!twice) return;
   throw new UsageError(
-    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was ` +
-      `merged. Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in ` +
-      `that file.`,
+    `sql/${run.pipeline}.sql returned the key ${JSON.stringify(twice)} more than once; nothing of this chunk was merged. ` +
+      `Each row needs its own ${to.contract.key.join(", ")}: check the source's primary key, and joins in that file.`,
   );
 }
 
@@ -199,25 +171,24 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
   `\`${bigquery.projectId}.${dataset}.${table}\``;
 
 /**
- * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a
- * run that was slow, or a window read again, never puts an old version back.
+ * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
+ * slow, or a window read again, never puts an old version back.
  * @param staging a table, or a subquery in parentheses.
- * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one,
- * newer or not.
+ * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
  */
 export function mergeStatement(
-  { fields, key }: Contract,
+  { fields, key, source }: Contract,
   target: string,
   staging: string,
-  version: string,
   compared?: string,
 ): string {
-  const [t, s] = [freeName(fields, "t"), freeName(fields, "s")];
+  const [t, s] = ["etl__t", "etl__s"]; // no field has such a name
   const columns = fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !key.includes(column.slice(1, -1)));
+  const version = `\`${source.cursor}\``; // says which of two versions of a row is newer
   const replaced = compared
-    ? `${t}.\`${version}\` IS NOT DISTINCT FROM ${s}.\`${compared}\``
-    : `${s}.\`${version}\` >= ${t}.\`${version}\``;
+    ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\``
+    : `${s}.${version} >= ${t}.${version}`;
   return [
     `MERGE ${target} AS ${t} USING ${staging} AS ${s}`,
     `ON ${key.map((name) => `${t}.\`${name}\` = ${s}.\`${name}\``).join(" AND ")}`,
@@ -227,42 +198,38 @@ export function mergeStatement(
 }
 
 /** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
-export async function mergeStaging(
-  run: Run,
-  to: Destination,
-  staging: Staging,
-): Promise<{ inserted: number; updated: number }> {
-  const merge = mergeStatement(to.contract, address(to, to.table), address(to, staging.name), to.version);
-  const { inserted, updated } = await change(run, to, `etl_${staging.name}_merge`, merge);
-  return { inserted, updated };
-}
+export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Promise<Changed> =>
+  change(
+    run,
+    to,
+    `etl_${name}_merge`,
+    mergeStatement(to.contract, address(to, to.contract.pipeline), address(to, name)),
+  );
 
-/** Runs a statement that changes rows, as the job of that id; it is cancelled where the run is stopped. @returns rows changed. */
-export async function change(
-  run: Run,
-  { bigquery }: Destination,
-  jobId: string,
-  sql: string,
-): Promise<Record<"inserted" | "updated" | "deleted", number>> {
-  const job = bigquery.job(jobId);
-  using _cancel = run.onStop(() => job.cancel());
-  await bigquery.createQueryJob({ ...named(run, sql), jobId }).catch(ignoreAlreadyThere);
-  await job.getQueryResults({ maxResults: 0 }); // waits for the end, and throws the job's error
-  const [{ status, statistics }] = await job.getMetadata();
-  if (status?.state !== "DONE" || status.errorResult)
-    throw new Error(`BigQuery job ${jobId} ended without a result: ${status?.errorResult?.message ?? status?.state}`);
+type Changed = Record<"inserted" | "updated" | "deleted", number>;
+
+/** Runs a statement that changes rows, as the job of that id. @returns rows changed. */
+export async function change(run: Run, to: Destination, jobId: string, sql: string): Promise<Changed> {
+  const { bigquery, dataset, contract } = to;
+  const query = { query: traceable(run, sql), useLegacySql: false };
+  const { statistics } = await runJob(run, bigquery, jobId, { query });
+  addBilled(run, statistics);
+  if (statistics.rowLevelSecurityStatistics?.rowLevelSecurityApplied)
+    throw new UsageError(
+      `${optionFaults(`${dataset}.${contract.pipeline}`, {}, true)}; then: make verify PIPELINE=${contract.pipeline} REPAIR=1`,
+    );
   const { insertedRowCount = 0, updatedRowCount = 0, deletedRowCount = 0 } = statistics.query.dmlStats ?? {};
   return { inserted: Number(insertedRowCount), updated: Number(updatedRowCount), deleted: Number(deletedRowCount) };
 }
 
 /** The rows of a query that returns few. */
 export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: Destination, sql: string): Promise<T[]> {
-  const [rows] = await bigquery.query(named(run, sql));
+  const query = { query: traceable(run, sql), labels: labels(run) };
+  const [rows, , answer] = (await bigquery.query(query)) as unknown as QueryRowsResponse;
+  const [{ statistics }] = await bigquery.job(answer?.jobReference?.jobId ?? "").getMetadata();
+  addBilled(run, statistics);
   return rows as T[];
 }
 
-/** A query that can be found by its run: in the console by its text, in the list of jobs by its labels. */
-const named = (run: Run, sql: string): { query: string; labels: Record<string, string> } => ({
-  query: `/* etl:${run.pipeline} run=${run.id} */\n${sql}`,
-  labels: labels(run),
-});
+/** A query that the console finds by its run; the list of jobs has it by its labels. */
+const traceable = (run: Run, sql: string): string => `/* etl:${run.pipeline} run=${run.id} */\n${sql}`;

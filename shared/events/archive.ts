@@ -2,7 +2,7 @@
  * The archive of events: a day of UTC is events/dt=YYYY-MM-DD/ with its parts and, last, manifest.json. A day is done when its
  * manifest exists; etl.chunks is progress, not truth. Readers go by manifests. A part is one object, held in memory until it is put.
  */
-import { createHash } from "node:crypto";
+import { createHash, hash } from "node:crypto";
 import { once } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import { createGzip } from "node:zlib";
@@ -10,20 +10,12 @@ import type { Sql } from "postgres";
 import { copyJsonLines } from "../copy.ts";
 import { type Env, flag, number, optional, redact } from "../env.ts";
 import { progress, terminal, thousands } from "../log.ts";
-import { pipelineVariables, type Run, withRetry } from "../run.ts";
-import { quote } from "../session.ts";
-import { type Column, checkColumns, type SchemaCheck, type Source } from "../source.ts";
+import { isRefusal, nameRefused } from "../refused.ts";
+import { pipelineVariables, type Run } from "../run.ts";
+import { quote, type SessionOptions } from "../session.ts";
+import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { duration } from "../table.ts";
-import {
-  type Bucket,
-  bucketVariables,
-  checkBucket,
-  connectS3,
-  getText,
-  isTransientS3,
-  put,
-  removeObjects,
-} from "./s3.ts";
+import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
 
 export const archiveVariables = {
   ...pipelineVariables,
@@ -36,7 +28,7 @@ export const archiveVariables = {
 /** A part ends before it would be larger, compressed, unless it is a single row. */
 const PART_BYTES = 32 * 2 ** 20;
 
-/** Of zlib's nine: README, "Speed and memory", has what the others cost. */
+/** Of zlib's nine: above it the compression, not Postgres, would set the pace. */
 const GZIP_LEVEL = 6;
 
 export interface Part {
@@ -61,11 +53,19 @@ export interface Manifest {
   parts: Part[];
 }
 
-/** Compressed bytes of a day. */
-export const bytesOf = ({ parts }: Manifest): number => parts.reduce((sum, part) => sum + part.bytes, 0);
+/** A manifest as S3 has it. */
+type Stored = { manifest: Manifest; etag: string };
 
-export const manifestKey = (bucket: Bucket, day: string): string => `${dayPrefix(bucket, day)}manifest.json`;
+/** Where a part of a day starts: after this row, in the order of created_at and id. */
+type Position = Record<"created_at" | "id", string>;
+
+/** Compressed bytes of a day's parts. */
+const bytesOf = (parts: Part[]): number => parts.reduce((sum, { bytes }) => sum + bytes, 0);
 export const dayPrefix = (bucket: Bucket, day: string): string => `${bucket.prefix}events/dt=${day}/`;
+export const manifestKey = (bucket: Bucket, day: string): string => `${dayPrefix(bucket, day)}manifest.json`;
+
+/** The first moment of a day. */
+export const midnight = (day: string): string => `${day}T00:00:00+00`;
 
 /** The day after, or so many days after or before. */
 export function addDays(day: string, days = 1): string {
@@ -81,44 +81,40 @@ export function daysBetween(from: string, to: string): string[] {
   return days;
 }
 
+/** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
+export type JsonSelect = (select?: string) => string;
+
 /** What the days of a run are archived with. */
 export interface Archive {
+  run: Run;
   env: Env<typeof archiveVariables>;
   bucket: Bucket;
-  /** Reads the source as JSON lines. */
-  select: string;
-  /** Called with the rows that have passed; waits where they are more than MAX_ROWS_PER_SECOND, of all days together. */
-  pace(rows: number): Promise<void>;
+  lines: JsonSelect;
+  /** Days at a time. */
+  concurrency: number;
 }
 
 /** Checks the source, which must fit into etl.events_restored again, and the bucket. @throws UsageError with what to do. */
-export async function openArchive(run: Run, source: Source, env: Archive["env"]): Promise<Archive> {
+export async function openArchive(run: Run, env: Archive["env"], concurrency = 1): Promise<Archive> {
   const bucket = connectS3(env);
-  const [select] = await Promise.all([checkArchivable(run, source), checkBucket(bucket)]);
-  let due = performance.now();
-  const pace = async (rows: number): Promise<void> => {
-    due = Math.max(due, performance.now()) + (rows / env.MAX_ROWS_PER_SECOND) * 1000;
-    const wait = due - performance.now();
-    if (wait > 1) await delay(wait, undefined, { signal: run.signal });
-  };
-  return { env, bucket, select, pace };
+  const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+  return { run, env, bucket, lines, concurrency };
 }
+
+export const eventsSource: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
 
 /**
  * Compares the source with etl.events_restored, which archived days must fit into again.
- * @returns a SELECT of JSON lines.
+ * @returns the SELECT of JSON lines.
  */
-export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">, source: Source): Promise<string> {
-  const file = "sql/etl/002_events_restored.sql";
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<JsonSelect> {
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
-  const wanted = restored.map(({ name, sql }) => ({
-    name,
-    expected: sql,
-    differs: (column: { sql: string }) => (column.sql === sql ? undefined : column.sql),
-  }));
-  return jsonLines(source.select, await checkColumns(run, file, source, wanted));
+  const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
+  const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
+  const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
+  return (select = eventsSource.select) => jsonLines(select, columns);
 }
 
 /**
@@ -137,162 +133,20 @@ export function jsonLines(select: string, columns: Column[]): string {
   return `select '{' || concat_ws(',', ${pairs.join(", ")}) || '}' from (${select}) source`;
 }
 
-export async function readManifest(
-  bucket: Bucket,
-  day: string,
-): Promise<{ manifest: Manifest; etag: string } | undefined> {
-  const object = await getText(bucket, manifestKey(bucket, day));
-  if (!object) return undefined;
+/** @returns undefined where the day is not archived. @throws Error named Damaged where the object is no manifest. */
+export async function readManifest(bucket: Bucket, day: string): Promise<Stored | undefined> {
+  const key = manifestKey(bucket, day);
+  const object = await get(bucket, key);
   try {
-    return { manifest: JSON.parse(object.text) as Manifest, etag: object.etag };
+    return object && { manifest: JSON.parse(object.body.toString()), etag: object.etag };
   } catch (error) {
-    const { message } = error as Error;
-    const fault = `s3://${bucket.name}/${manifestKey(bucket, day)} is no manifest (${message}): delete it, then archive the day again`;
-    throw Object.assign(new Error(fault), { name: "NoManifest" });
+    const why = `is no manifest (${(error as Error).message}): delete it, then archive the day again`;
+    throw Object.assign(new Error(`s3://${bucket.name}/${key} ${why}`), { name: "Damaged" });
   }
-}
-
-/** Where the next part of a day starts: after this row, in the order of created_at and id. */
-interface Position {
-  created_at: string;
-  id: string;
 }
 
 /** Before the first row of a day: no bigint is smaller. */
-const startOf = (day: string): Position => ({ created_at: `${day}T00:00:00+00`, id: "-9223372036854775809" });
-
-/** The first moment of a day. */
-export const midnight = (day: string): string => startOf(day).created_at;
-
-/** Archives one day, unless that is done: extract and put its parts, count, put the manifest. */
-async function archiveDay(run: Run, archive: Archive, day: string): Promise<{ manifest: Manifest; skipped: boolean }> {
-  const { env, bucket } = archive;
-  const keys = createKeys(run, bucket, day);
-  using _stopped = run.onStop(keys.remove);
-  return await withRetry(run, isTransientS3, async (attempt) => {
-    const before = await readManifest(bucket, day);
-    if (before && !env.FORCE) return { manifest: before.manifest, skipped: before.manifest.run_id !== run.id };
-    try {
-      const parts: Part[] = [];
-      for (let after: Position | undefined = startOf(day); after; ) {
-        const part = await readPart(run, archive, day, after);
-        if (part) parts.push({ key: await keys.put(part.body, attempt, parts.length + 1), ...part.is });
-        after = part?.next;
-      }
-      const manifest = await publish(run, archive, await countDay(run, day, parts), before, keys);
-      return { manifest, skipped: manifest.run_id !== run.id };
-    } catch (error) {
-      await keys.remove().catch((fault: Error) => warnOfLeft(run, day, fault));
-      throw error;
-    }
-  });
-}
-
-interface Compressed {
-  body: Buffer;
-  is: Omit<Part, "key">;
-  /** The part's last row, where another part may follow. */
-  next: Position | undefined;
-}
-
-/**
- * Reads and compresses the rows of one part of a day: as many as fit. Its COPY has ended then, for a transaction of the source must not
- * wait for S3. @returns undefined where there are no rows.
- */
-async function readPart(
-  run: Run,
-  { env, select, pace }: Archive,
-  day: string,
-  after: Position,
-): Promise<Compressed | undefined> {
-  const session = { ...run.session, settings: { "etl.after": after.id, "etl.rows": String(env.CHUNK_ROWS) } };
-  const window = { from: after.created_at, to: midnight(addDays(day)) };
-  let large: Buffer | undefined;
-  using _once = { [Symbol.dispose]: () => free(large) }; // the session, which reads it too, is closed
-  await using stream = copyJsonLines(env.SOURCE_DATABASE_URL, select, session, window);
-  const [raw, packed] = [createHash("sha256"), createHash("sha256")];
-  let [body, bytes, rows]: [Buffer | undefined, number, number] = [undefined, 0, 0];
-  const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
-    packed.update(piece);
-    const copied = piece.copy(body as Buffer, bytes);
-    if (copied < piece.length) gzip.destroy(new RangeError("gzip made its input larger"));
-    bytes += copied;
-  });
-  const ended = once(gzip, "end");
-  ended.catch(() => {}); // it is awaited below
-  let [last, cut]: [Position | undefined, boolean] = [undefined, false];
-  for await (const piece of stream.lines) {
-    run.signal.throwIfAborted();
-    cut = rows > 0 && bytes + piece.length > PART_BYTES;
-    if (cut) break; // the next part reads the piece again
-    // One row may be larger than a part. Memory that is not written to costs nothing.
-    body ??= Buffer.allocUnsafeSlow(Math.max(PART_BYTES, piece.length) * 1.05);
-    const taken = new Promise<void>((done, fail) => gzip.write(piece, (error) => (error ? fail(error) : done())));
-    raw.update(piece); // while gzip works, in a thread of its own
-    await taken;
-    await pace(stream.sent.rows - rows);
-    [large, last, rows] = [piece, position(piece), stream.sent.rows];
-    cut = bytes + piece.length > PART_BYTES; // the next piece is likely as large
-    if (cut) break;
-  }
-  if (!body) return undefined;
-  gzip.end();
-  await ended;
-  const is = { rows, bytes, sha256: packed.digest("hex"), sha256_raw: raw.digest("hex") };
-  return { body: body.subarray(0, bytes), is, next: cut || rows === env.CHUNK_ROWS ? last : undefined };
-}
-
-/** Frees memory that nothing reads any more. The collector, to which it looks small, would leave it beside the next part's. */
-function free(part: Buffer | undefined): void {
-  if (part && part.buffer.byteLength > PART_BYTES) (part.buffer as ArrayBuffer).transfer(0);
-}
-
-/** The last line's row. Its payload may be large: only the line's two ends are read. */
-function position(lines: Buffer): Position {
-  const start = lines.lastIndexOf(10, lines.length - 2) + 1;
-  const [, id] = /^\{"id":(-?\d+)/.exec(lines.toString("latin1", start, start + 40)) ?? [];
-  const [, created_at] =
-    /"created_at":"([^"]+)"\}\n$/.exec(lines.toString("latin1", Math.max(start, lines.length - 80))) ?? [];
-  if (!id || !created_at) throw new TypeError("a line without id and created_at at its ends");
-  return { id, created_at };
-}
-
-/** The keys that a run has put for a day, in all its attempts, until a manifest names them or they are deleted again. */
-function createKeys(run: Run, bucket: Bucket, day: string) {
-  const mine: string[] = [];
-  let doubtful = 0;
-  let uploading: Promise<boolean> = Promise.resolve(true);
-  return {
-    /** A part is never overwritten: run and attempt are in its key. */
-    put: async (body: Buffer, attempt: number, number: number): Promise<string> => {
-      const suffix = attempt > 1 ? `${run.id}_${attempt}` : run.id;
-      const key = `${dayPrefix(bucket, day)}part-${String(number).padStart(4, "0")}-${suffix}.ndjson.gz`;
-      run.signal.throwIfAborted();
-      mine.push(key);
-      // Where an object of this key exists, it is this one, whose answer was lost: nobody else puts keys of this run.
-      uploading = put(bucket, key, body, undefined, { run: run.id });
-      if (await uploading) free(body);
-      return key;
-    },
-    /** Before a manifest is put that names those so far: the PUT may succeed even if its answer is lost, so they stay until `settle`. */
-    commit: (): void => {
-      doubtful = mine.length;
-    },
-    /** Deletes what the manifest that is there now does not name, and what it replaced. */
-    settle: async (named: Part[], replaced: Part[]): Promise<void> => {
-      const gone = new Set([...mine.splice(0), ...replaced.map(({ key }) => key)]);
-      doubtful = 0;
-      for (const { key } of named) gone.delete(key);
-      await removeObjects(bucket, [...gone]);
-    },
-    remove: async (): Promise<void> => {
-      if (mine.length === doubtful) return;
-      // A request that is under way may be done yet, after the deletion: wait for it, but not for a server that is silent.
-      await Promise.race([uploading.catch(() => {}), delay(2000, undefined, { ref: false })]);
-      await removeObjects(bucket, mine.splice(doubtful));
-    },
-  };
-}
+const startOf = (day: string): Position => ({ created_at: midnight(day), id: "-9223372036854775809" });
 
 /** What the source has of a day. */
 export async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
@@ -302,144 +156,275 @@ export async function readSource(source: Sql, day: string): Promise<Pick<Manifes
   return { rows: Number(row?.rows), min_id: row?.min_id ?? null, max_id: row?.max_id ?? null };
 }
 
+/** Archives one day, unless that is done: extracts and puts its parts, counts, puts the manifest. @returns the day's manifest. */
+async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
+  const { run, env, bucket } = archive;
+  const before = await readManifest(bucket, day);
+  if (before && !env.FORCE) return before.manifest;
+  const parts: Part[] = [];
+  let [putting, committing]: [Promise<unknown>, boolean] = [Promise.resolve(), false];
+  const undo = async (): Promise<void> => {
+    if (committing) return;
+    // A PUT that is under way may succeed after the deletion: wait for it, but not for a silent server.
+    await Promise.race([putting, delay(2000, undefined, { ref: false })]).catch(() => {});
+    await removeParts(archive, day, parts);
+  };
+  using _stopped = run.onStop(undo);
+  try {
+    for (let after: Position | undefined = startOf(day); after; ) {
+      const part: Compressed | undefined = await readPart(archive, day, after).catch(async (error: Error) => {
+        throw isRefusal(error) ? await nameRow(archive, rowsOf(day, after, env.CHUNK_ROWS)) : error;
+      });
+      if (!part) break;
+      run.signal.throwIfAborted();
+      // A part is never overwritten: its run is in its key. Where the key exists, the answer of this PUT was lost.
+      const key = `${dayPrefix(bucket, day)}part-${String(parts.length + 1).padStart(4, "0")}-${run.id}.ndjson.gz`;
+      parts.push({ key, ...part.is });
+      putting = put(bucket, key, part.body, undefined, { run: run.id });
+      await putting;
+      part.body.buffer.transfer(0); // frees it at once: the collector would keep it beside the next part's
+      after = part.next;
+    }
+    const manifest = await countDay(archive, { day, parts }, before);
+    run.signal.throwIfAborted();
+    committing = true; // the PUT may succeed even if its answer is lost, so keep the parts from here on
+    return await publish(archive, manifest, before);
+  } catch (error) {
+    await undo();
+    throw error;
+  }
+}
+
+/** What sql/events.sql reads: at most so many rows of a day, from the one after `after` on. */
+export const rowsOf = (day: string, after = startOf(day), rows = Number.MAX_SAFE_INTEGER) => ({
+  ...{ "etl.from": after.created_at, "etl.to": midnight(addDays(day)) },
+  ...{ "etl.after": after.id, "etl.rows": String(rows) },
+});
+
+/** Those rows as JSON lines, in the order of created_at and id. */
+export function copyRows(url: string, select: string, session: SessionOptions, settings: ReturnType<typeof rowsOf>) {
+  const { "etl.from": from, "etl.to": to } = settings;
+  return copyJsonLines(url, select, { ...session, settings }, { from, to });
+}
+
+/** `next`: its last row, where another part may follow. */
+type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined };
+
 /**
- * What the manifest says: the parts, compared with what the source now has of the day.
- * @throws Error where the counts differ: a stream that ended early would be a successful short part. The next attempt reads the day again.
+ * Reads and compresses as many rows of a day as fit into one part. Its COPY has ended then: no transaction of the source waits for S3.
+ * @returns undefined where there are no rows.
  */
-async function countDay(run: Run, day: string, parts: Part[]): Promise<Manifest> {
-  const found = await readSource(run.source, day);
-  const rows = parts.reduce((sum, part) => sum + part.rows, 0);
-  if (rows !== found.rows)
-    throw new Error(
-      `the counts differ: ${rows} rows of ${day} were archived, and the source has ${found.rows}; no manifest was written`,
-    );
-  return { day, ...found, run_id: run.id, created_at: new Date().toISOString(), parts };
+async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {
+  const [{ run, env, lines, concurrency }, started] = [archive, performance.now()];
+  const rows = rowsOf(day, after, env.CHUNK_ROWS);
+  await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rows);
+  let [buffer, bytes, read] = [Buffer.alloc(0), 0, 0];
+  const raw = createHash("sha256");
+  const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
+    bytes += piece.copy(buffer, bytes);
+  });
+  let [last, full]: [Buffer | undefined, boolean] = [undefined, false];
+  for await (const piece of stream.lines) {
+    run.signal.throwIfAborted();
+    const fits = (): boolean => bytes + piece.length <= PART_BYTES;
+    full = read > 0 && !fits();
+    if (full) break; // the next part reads the piece again
+    // One row may be larger than a part; gzip makes none a twentieth larger. Memory that is not written to costs nothing.
+    if (!last) buffer = Buffer.allocUnsafeSlow(Math.max(PART_BYTES, piece.length) * 1.05);
+    const taken = new Promise<void>((done, fail) => gzip.write(piece, (error) => (error ? fail(error) : done())));
+    raw.update(piece); // while gzip works, in a thread of its own
+    await taken;
+    [last, read] = [piece, stream.sent.rows];
+    const ahead = started + (read * concurrency * 1000) / env.MAX_ROWS_PER_SECOND - performance.now();
+    if (ahead > 1) await delay(ahead, undefined, { signal: run.signal });
+    full = !fits(); // the next piece is likely as large
+    if (full) break;
+  }
+  if (!last) return undefined;
+  gzip.end();
+  await once(gzip, "end");
+  const body = buffer.subarray(0, bytes);
+  const is = { rows: read, bytes, sha256: hash("sha256", body), sha256_raw: raw.digest("hex") };
+  return { body, is, next: full || read === env.CHUNK_ROWS ? position(last) : undefined };
+}
+
+/** @returns the error that names the row that the source refuses. */
+async function nameRow({ run, env, lines }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
+  return await nameRefused(run, ["id"], eventsSource.select, rows, async (select) => {
+    await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(select), run.session, rows);
+    for await (const _ of stream.lines) run.signal.throwIfAborted();
+  });
+}
+
+/** The last line's row. Its payload may be large: only the line's two ends are read. */
+function position(lines: Buffer): Position {
+  const start = lines.lastIndexOf(10, lines.length - 2) + 1;
+  const [, id] = /^\{"id":(-?\d+)/.exec(lines.toString("latin1", start, start + 40)) ?? [];
+  const end = lines.toString("latin1", Math.max(start, lines.length - 80));
+  const [, created_at] = /"created_at":"([^"]+)"\}\n$/.exec(end) ?? [];
+  if (!id || !created_at) throw new TypeError("a line without id and created_at at its ends");
+  return { id, created_at };
 }
 
 /**
- * The commit: puts the manifest, if the one it replaces is still the one that was read (or there still is none). The winner of a race
+ * @returns the day's new manifest.
+ * @throws Error where the parts and the source have different counts, for a stream that ended early would be a successful short part;
+ * and where the day would end with fewer rows than it has, unless that was allowed.
+ */
+async function countDay(
+  { run, env }: Archive,
+  { day, parts }: Pick<Manifest, "day" | "parts">,
+  before: Stored | undefined,
+): Promise<Manifest> {
+  const source = await readSource(run.source, day);
+  const rows = parts.reduce((sum, part) => sum + part.rows, 0);
+  const were = before?.manifest.rows ?? 0;
+  if (rows !== source.rows)
+    throw new Error(
+      `the counts differ: ${rows} rows were read, and the source has ${source.rows}; no manifest was written`,
+    );
+  if (rows < were && !env.ALLOW_SHRINK)
+    throw new Error(
+      `${day} has ${rows} rows at the source and ${were} in the archive, which may be the only copy of the others: it stays as it is. ` +
+        `If they are to go: make backfill-events FROM=${day} TO=${addDays(day)} FORCE=1 ALLOW_SHRINK=1`,
+    );
+  return { day, ...source, run_id: run.id, created_at: new Date().toISOString(), parts };
+}
+
+/**
+ * The commit: puts the manifest, if the one that it replaces is still the one that was read, or still none exists. The winner of a race
  * then deletes the parts of the manifest that it replaced; the loser its own.
  * @returns the day's manifest from now on.
- * @throws Error where the day would end with fewer rows than it has, unless that was allowed.
  */
-async function publish(
-  run: Run,
-  { env, bucket }: Archive,
-  manifest: Manifest,
-  before: { manifest: Manifest; etag: string } | undefined,
-  keys: ReturnType<typeof createKeys>,
-): Promise<Manifest> {
-  const { day, rows } = manifest;
-  if (before && rows < before.manifest.rows && !env.ALLOW_SHRINK)
-    throw new Error(
-      `${day} has ${rows} rows at the source and ${before.manifest.rows} in the archive, which may be the only ` +
-        `copy of the others: it stays as it is. If they are to go: make backfill-events FROM=${day} ` +
-        `TO=${addDays(day)} FORCE=1 ALLOW_SHRINK=1`,
-    );
-  run.signal.throwIfAborted();
-  keys.commit();
+async function publish(archive: Archive, manifest: Manifest, before: Stored | undefined): Promise<Manifest> {
+  const { run, bucket } = archive;
+  const { day, parts } = manifest;
   const text = `${JSON.stringify(manifest, null, 2)}\n`;
   const won = await put(bucket, manifestKey(bucket, day), text, before?.etag, { run: run.id });
-  // An answer that got lost, and the request sent again, looks like a lost race.
+  // An answer that was lost, and the request sent again, looks like a lost race.
   const now = won ? manifest : (await readManifest(bucket, day))?.manifest;
-  const replaced = now?.run_id === run.id && before ? before.manifest.parts : [];
-  await keys.settle(now?.parts ?? [], replaced).catch((error: Error) => warnOfLeft(run, day, error));
+  const mine = now?.run_id === run.id;
+  await removeParts(archive, day, mine ? (before?.manifest.parts ?? []) : parts);
   if (!now) throw new Error(`the manifest of ${day} was deleted while the day was archived again`);
-  if (now.run_id !== run.id) run.log("lost", { day, because: "another run archived it meanwhile", holder: now.run_id });
+  if (!mine) run.log("lost", { day, because: "another run archived it meanwhile", holder: now.run_id });
   return now;
 }
 
-function warnOfLeft(run: Run, day: string, { message }: Error): void {
-  run.log("warning", {
-    warning: `parts of ${day} were left that no manifest names; make verify-events removes them with CLEAN=1`,
-    error: message,
+/** Deletes parts that no manifest names. Where that fails they are harmless. */
+async function removeParts({ run, bucket }: Archive, day: string, parts: Part[]): Promise<void> {
+  const keys = parts.map(({ key }) => key);
+  await removeObjects(bucket, keys).catch(({ message }: Error) => {
+    const warning = `parts of ${day} were left that no manifest names; make verify-events removes them with CLEAN=1`;
+    run.log("warning", { warning, error: message });
   });
 }
 
 /**
- * Archives the days, so many at a time, and continues past one that fails.
- * @param failed days that have failed already, with the reason; those that fail are added.
- * @param archived is called after each day that is done, as long as none has failed.
- * @throws Error at the end that lists the days that failed.
+ * Does `work` for each day, so many at a time, and continues past one that fails: that is logged, added to `failed` with the reason, and
+ * recorded. `started` is in seconds of the run. `work` adds what it did to the run's totals, a chunk for each day.
  */
-export async function archiveDays(
+export async function eachDay(
   run: Run,
-  archive: Archive,
-  { days, failed, concurrency }: { days: string[]; failed: Map<string, string>; concurrency: number },
-  archived: (day: string) => Promise<void> = async () => {},
+  days: string[],
+  failed: Map<string, string>,
+  work: (day: string, started: number) => Promise<void>,
+  record = async (_day: string, _started: number, _why: string): Promise<void> => {},
+  concurrency = 1,
 ): Promise<void> {
-  const total = days.length + failed.size;
-  let [done, skipped] = [0, 0];
-  const one = async (day: string): Promise<void> => {
-    const started = run.seconds();
-    try {
-      const { manifest, skipped: before } = await archiveDay(run, archive, day);
-      run.signal.throwIfAborted();
-      run.restartDeadline();
-      await recordDay(run, day, started, { ...manifest, bytes: bytesOf(manifest) });
-      if (before) skipped += 1;
-      else reportDay(run, manifest, started);
-      if (!failed.size) await archived(day);
-    } catch (error) {
-      if (run.signal.aborted) throw error;
-      const { message } = error as Error;
-      failed.set(day, message);
-      run.log("day", { day, failed: message });
-      await recordDay(run, day, started, { run_id: run.id, rows: 0, bytes: 0, error: redact(message) });
-    }
-    done += 1;
-    showProgress(run, done, skipped, days.length);
-  };
+  let done = 0;
   const queue = days.values();
   const worker = async (): Promise<void> => {
-    for (const day of queue) await one(day);
+    for (const day of queue) {
+      const started = run.seconds();
+      try {
+        await work(day, started);
+      } catch (error) {
+        if (run.signal.aborted) throw error;
+        const { message } = error as Error;
+        failed.set(day, message);
+        run.log("day", { day, failed: message });
+        await record(day, started, redact(message));
+      }
+      run.restartDeadline();
+      done += 1;
+      const [seconds, { rows, bytes, chunks }] = [run.seconds(), run.totals];
+      const bar = "#".repeat(Math.round((done / days.length) * 20)).padEnd(20, "-");
+      const speed = `${thousands(rows)} rows · ${thousands(bytes / 1e6)} MB · ${thousands(rows / seconds)} rows/s`;
+      const left = chunks ? duration((seconds / chunks) * (days.length - done)) : "?";
+      progress(`[${bar}] ${done}/${days.length} days · ${speed} · ${left} left`);
+    }
   };
   await Promise.all(Array.from({ length: concurrency }, worker));
   progress("");
+}
+
+/** The error that lists the days that failed. */
+export function daysFailed(failed: Map<string, string>, total: number, others = "", next = ""): Error {
+  const list = [...failed].sort().map(([day, why]) => `  ${day}: ${why}`);
+  return new Error(`${failed.size} of ${total} days failed${others}:\n${list.join("\n")}${next}`);
+}
+
+export function addTotals({ totals }: Run, { rows, parts }: Pick<Manifest, "rows" | "parts">): void {
+  totals.chunks += 1;
+  totals.rows += rows;
+  totals.bytes += bytesOf(parts);
+}
+
+/**
+ * Archives the days, and continues past one that fails.
+ * @param failed days that have failed already, with the reason; those that fail are added.
+ * @param archived is called with the end of each day that is done, as long as none has failed.
+ * @throws Error at the end that lists the days that failed, with the command that archives them.
+ */
+export async function archiveDays(
+  archive: Archive,
+  days: string[],
+  failed = new Map<string, string>(),
+  archived: (end: string) => Promise<void> = async () => {},
+): Promise<void> {
+  const { run, concurrency, env } = archive;
+  const total = days.length + failed.size;
+  let skipped = 0;
+  const archiveOne = async (day: string, started: number): Promise<void> => {
+    const manifest = await archiveDay(archive, day);
+    run.signal.throwIfAborted();
+    await recordDay(run, day, started, manifest);
+    const { rows, parts } = manifest;
+    const seconds = Number((run.seconds() - started).toFixed(3));
+    if (manifest.run_id !== run.id) skipped += 1;
+    else {
+      addTotals(run, manifest);
+      if (!terminal()) run.log("day", { day, rows, bytes: bytesOf(parts), parts: parts.length, seconds });
+    }
+    if (!failed.size) await archived(midnight(addDays(day)));
+  };
+  const record = (day: string, started: number, why: string): Promise<void> =>
+    recordDay(run, day, started, { run_id: run.id, rows: 0, parts: [] }, why);
+  await eachDay(run, days, failed, archiveOne, record, concurrency);
   run.log("days", { archived: run.totals.chunks, skipped, failed: failed.size });
   if (!failed.size) return;
-  const list = [...failed.keys()].sort();
-  const again = archive.env.FORCE
-    ? ` FORCE=1${archive.env.ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}`
+  const [first, ...others] = [...failed.keys()].sort();
+  const again = env.FORCE
+    ? ` FORCE=1${env.ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}`
     : " (days that are done are skipped)";
-  const next = `make backfill-events FROM=${list[0]} TO=${addDays(list.at(-1) ?? "")}${again}`;
-  throw new Error(
-    `${failed.size} of ${total} days failed${failed.size < total ? "; the others are archived" : ""}:\n${list.map((day) => `  ${day}: ${failed.get(day)}`).join("\n")}\nNext: ${next}`,
-  );
+  const next = `\nNext: make backfill-events FROM=${first} TO=${addDays(others.at(-1) ?? first ?? "")}${again}`;
+  throw daysFailed(failed, total, failed.size < total ? "; the others are archived" : "", next);
 }
 
-function reportDay(run: Run, manifest: Manifest, started: number): void {
-  const { day, rows, parts } = manifest;
-  const bytes = bytesOf(manifest);
-  run.totals.chunks += 1;
-  run.totals.rows += rows;
-  run.totals.bytes += bytes;
-  if (!terminal())
-    run.log("day", { day, rows, bytes, parts: parts.length, seconds: Number((run.seconds() - started).toFixed(3)) });
-}
-
-function showProgress(run: Run, done: number, skipped: number, days: number): void {
-  const [seconds, { rows, bytes }] = [run.seconds(), run.totals];
-  const bar = "#".repeat(Math.round((done / days) * 20)).padEnd(20, "-");
-  const left = done > skipped ? ` · ${duration((seconds / (done - skipped)) * (days - done))} left` : "";
-  progress(
-    `[${bar}] ${done}/${days} days · ${thousands(rows)} rows · ${thousands(bytes / 1e6)} MB · ${thousands(rows / seconds)} rows/s${left}`,
-  );
-}
-
-/** Records how a day ended. Progress, for people: whether it is done, its manifest says. */
+/** Records in etl.chunks how a day ended. Progress, for people: whether it is done, its manifest says. */
 async function recordDay(
   run: Run,
   day: string,
   started: number,
-  by: { run_id: string; rows: number; bytes: number; error?: string },
+  { run_id, rows, parts }: Pick<Manifest, "run_id" | "rows" | "parts">,
+  error: string | null = null,
 ): Promise<void> {
   await run.etl`
-    insert into etl.chunks as c (pipeline, chunk_from, chunk_to, state, rows, bytes, attempts, error, run_id, started_at, finished_at)
+    insert into etl.chunks (pipeline, chunk_from, chunk_to, state, rows, bytes, error, run_id, started_at, finished_at)
     values (${run.pipeline}, ${midnight(day)}::text::timestamptz, ${midnight(addDays(day))}::text::timestamptz,
-      ${by.error === undefined ? "succeeded" : "failed"}, ${by.rows}, ${by.bytes}, 1, ${by.error ?? null}, ${by.run_id},
+      ${error === null ? "succeeded" : "failed"}, ${rows}, ${bytesOf(parts)}, ${error}, ${run_id},
       now() - make_interval(secs => ${run.seconds() - started}), now())
     on conflict (pipeline, chunk_from) do update
-      set state = excluded.state, rows = excluded.rows, bytes = excluded.bytes, attempts = c.attempts + 1, error = excluded.error,
-          run_id = excluded.run_id, started_at = excluded.started_at, finished_at = excluded.finished_at`;
+      set (state, rows, bytes, error, run_id, started_at, finished_at) =
+        (excluded.state, excluded.rows, excluded.bytes, excluded.error, excluded.run_id, excluded.started_at, now())`;
 }

@@ -1,21 +1,19 @@
 /**
  * S3: objects and conditional writes. Every error names the bucket and the object.
  */
-import type { Readable } from "node:stream";
+import { addAbortSignal, type Readable } from "node:stream";
+import { buffer } from "node:stream/consumers";
+import { setTimeout as delay } from "node:timers/promises";
 import {
-  AbortMultipartUploadCommand,
-  type BucketLocationConstraint,
   CreateBucketCommand,
   DeleteObjectsCommand,
   GetObjectCommand,
-  ListMultipartUploadsCommand,
-  type ListMultipartUploadsCommandOutput,
   ListObjectsV2Command,
   PutObjectCommand,
   paginateListObjectsV2,
   S3Client,
 } from "@aws-sdk/client-s3";
-import { type Env, httpUrl, like, name, optional, required, secret, text, UsageError } from "../env.ts";
+import { type Env, like, name, optional, required, secret, serverUrl, text, UsageError } from "../env.ts";
 
 const bucketName = like(
   /^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/,
@@ -24,8 +22,9 @@ const bucketName = like(
 /** Without slashes before it, and with one behind it unless it is empty. */
 const prefix = (value: string): string => value.replace(/^\/+|\/*$/g, "").replace(/.$/u, "$&/");
 
+/** The client reads the credentials itself: from these variables or, without them, from a profile or the machine's role. */
 export const bucketVariables = {
-  S3_ENDPOINT: optional(httpUrl),
+  S3_ENDPOINT: optional(serverUrl),
   S3_BUCKET: required(bucketName),
   S3_PREFIX: optional(prefix, ""),
   AWS_REGION: required(name),
@@ -33,7 +32,6 @@ export const bucketVariables = {
   AWS_SECRET_ACCESS_KEY: optional(secret),
   AWS_SESSION_TOKEN: optional(secret),
 };
-type S3Env = Omit<Env<typeof bucketVariables>, "AWS_SESSION_TOKEN"> & { AWS_SESSION_TOKEN?: string | undefined };
 
 export interface Bucket {
   client: S3Client;
@@ -48,20 +46,18 @@ interface S3Error extends Error {
   $metadata?: { httpStatusCode?: number };
 }
 
-/** Time for a request and its answer, to which a body adds 1 ms for each 100 bytes: a link of 100 KB/s is enough. */
-const REQUEST_MS = 60_000;
+/** Milliseconds for a request and its answer. A body of so many bytes adds to it what a link of 100 KB/s needs. */
+const deadline = (bytes: number): number => 20_000 + Math.round(bytes / 100);
 
-/** The bucket, with the credentials of the environment or, where it has none, those that the SDK finds. */
-export function connectS3(env: S3Env): Bucket {
-  const { AWS_ACCESS_KEY_ID: accessKeyId, AWS_SECRET_ACCESS_KEY: secretAccessKey, AWS_SESSION_TOKEN: token } = env;
-  const keys = accessKeyId &&
-    secretAccessKey && { credentials: { accessKeyId, secretAccessKey, ...(token && { sessionToken: token }) } };
+export function connectS3(
+  env: Pick<Env<typeof bucketVariables>, "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION">,
+): Bucket {
   const client = new S3Client({
     region: env.AWS_REGION,
     ...(env.S3_ENDPOINT && { endpoint: env.S3_ENDPOINT, forcePathStyle: true }),
-    ...keys,
     responseChecksumValidation: "WHEN_REQUIRED", // the manifest has the SHA-256, and says what differs
-    requestHandler: { connectionTimeout: 5000, requestTimeout: REQUEST_MS, throwOnRequestTimeout: true },
+    maxAttempts: 7, // the last one some 6 s after the first; where S3 asks for less, some 30 s
+    requestHandler: { connectionTimeout: 5000, requestTimeout: deadline(0), throwOnRequestTimeout: true },
   });
   return { client, name: env.S3_BUCKET, prefix: env.S3_PREFIX };
 }
@@ -69,19 +65,13 @@ export function connectS3(env: S3Env): Bucket {
 /** Names the bucket and the object in the error's text; what else it carries stays. */
 async function naming<T>({ name }: Bucket, key: string, work: Promise<T>): Promise<T> {
   return await work.catch((error: S3Error) => {
-    const status = error.$metadata?.httpStatusCode;
-    error.message = `s3://${name}/${key}: ${[error.name, status, error.message || error.code].filter(Boolean).join(" ")}`;
+    const what = [error.name, error.$metadata?.httpStatusCode, error.message || error.code];
+    error.message = `s3://${name}/${key}: ${what.filter((word) => word && word !== "Error").join(" ")}`;
     throw error;
   });
 }
 
-/** @throws UsageError where the bucket does not exist or may not be used, with what to do. */
-export async function checkBucket(bucket: Bucket): Promise<void> {
-  if (!(await bucketExists(bucket)))
-    throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) does not exist. Run: make migrate`);
-}
-
-/** @throws UsageError where the bucket may not be used. */
+/** @returns false where the bucket does not exist. @throws UsageError where it may not be used, with what to do. */
 export async function bucketExists(bucket: Bucket): Promise<boolean> {
   // Not HeadBucket: its errors have no text.
   const list = new ListObjectsV2Command({ Bucket: bucket.name, Prefix: `${bucket.prefix}events/`, MaxKeys: 1 });
@@ -90,41 +80,45 @@ export async function bucketExists(bucket: Bucket): Promise<boolean> {
     (error: S3Error) => {
       const { name, message, $metadata } = error;
       if (name === "NoSuchBucket") return false;
-      if (($metadata?.httpStatusCode ?? 500) < 500 || name === "CredentialsProviderError")
-        throw new UsageError(
-          `bucket ${bucket.name} (S3_BUCKET) may not be used: ${name} ${message}. Check AWS_ACCESS_KEY_ID, ` +
-            `AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy`,
-        );
-      return naming(bucket, "", Promise.reject(error));
+      if (($metadata?.httpStatusCode ?? 500) >= 500 && name !== "CredentialsProviderError")
+        return naming(bucket, "", Promise.reject(error));
+      const check = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy";
+      throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) may not be used: ${name} ${message}. ${check}`);
     },
   );
 }
 
-/** In the client's region; us-east-1 is the one that S3 does not want to be told. */
-export async function createBucket(bucket: Bucket, region: string): Promise<void> {
-  const where = region !== "us-east-1" && {
-    CreateBucketConfiguration: { LocationConstraint: region as BucketLocationConstraint },
-  };
-  const created = bucket.client.send(new CreateBucketCommand({ Bucket: bucket.name, ...where }));
-  await naming(bucket, "", created).catch((error: S3Error) => {
-    if (error.name !== "BucketAlreadyOwnedByYou") throw error;
-  });
+/** @throws UsageError where the bucket does not exist or may not be used, with what to do. */
+export async function checkBucket(bucket: Bucket): Promise<void> {
+  if (!(await bucketExists(bucket)))
+    throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) does not exist. Run: make migrate`);
 }
 
-/** The object as text, with its ETag, or undefined where there is none. */
-export async function getText(bucket: Bucket, key: string): Promise<{ text: string; etag: string } | undefined> {
-  const got = bucket.client.send(new GetObjectCommand({ Bucket: bucket.name, Key: key }));
-  const read = got.then(async ({ Body, ETag = "" }) => ({ text: (await Body?.transformToString()) ?? "", etag: ETag }));
-  return await naming(bucket, key, read).catch((error: S3Error) => {
+/** In the client's region. */
+export async function createBucket(bucket: Bucket): Promise<void> {
+  await naming(bucket, "", bucket.client.send(new CreateBucketCommand({ Bucket: bucket.name })));
+}
+
+/**
+ * The object with its ETag, or undefined where it does not exist. The client repeats a request that fails; a body that is cut or stalls is
+ * read again here. @param bytes how large it is, if that is known.
+ */
+export async function get(bucket: Bucket, key: string, bytes = 0): Promise<{ body: Buffer; etag: string } | undefined> {
+  const read = async (attempt: number): Promise<{ body: Buffer; etag: string }> => {
+    const { Body, ETag = "" } = await bucket.client.send(new GetObjectCommand({ Bucket: bucket.name, Key: key }));
+    const signal = AbortSignal.timeout(deadline(bytes));
+    try {
+      return { body: await buffer(addAbortSignal(signal, Body as Readable)), etag: ETag };
+    } catch (error) {
+      if (attempt < 4) return await read(attempt + 1);
+      const how = signal.aborted ? `was not complete after ${deadline(bytes) / 1000} s` : "was cut off";
+      throw new Error(`its body ${how}, four times (${(error as Error).message})`);
+    }
+  };
+  return await naming(bucket, key, read(1)).catch((error: S3Error) => {
     if (error.name === "NoSuchKey") return undefined;
     throw error;
   });
-}
-
-/** The object's bytes as a stream. @throws Error named NoSuchKey where there is no such object. */
-export async function getStream(bucket: Bucket, key: string): Promise<Readable> {
-  const answer = bucket.client.send(new GetObjectCommand({ Bucket: bucket.name, Key: key }));
-  return (await naming(bucket, key, answer)).Body as Readable;
 }
 
 /**
@@ -142,19 +136,23 @@ export async function put(
   const condition = seen === undefined ? { IfNoneMatch: "*" } : { IfMatch: seen };
   const type = { ContentType: typeof body === "string" ? "application/json" : "application/gzip" };
   const object = { Bucket: bucket.name, Key: key, Body: body, Metadata: metadata, ...type };
-  const requestTimeout = REQUEST_MS + body.length / 100;
-  const sent = bucket.client.send(new PutObjectCommand({ ...object, ...condition }), { requestTimeout });
+  const sent = bucket.client.send(new PutObjectCommand({ ...object, ...condition }), {
+    requestTimeout: deadline(body.length),
+  });
   return await naming(bucket, key, sent).then(
     () => true,
-    (error: S3Error) => {
+    async (error: S3Error) => {
+      const { name, $metadata } = error;
       // NoSuchKey: the object with that ETag no longer exists.
-      if (error.$metadata?.httpStatusCode === 412 || (error.name === "NoSuchKey" && seen !== undefined)) return false;
-      throw error;
+      if ($metadata?.httpStatusCode === 412 || (name === "NoSuchKey" && seen !== undefined)) return false;
+      if (name !== "ConditionalRequestConflict") throw error;
+      await delay(500); // another PUT of the key is under way
+      return await put(bucket, key, body, seen, metadata);
     },
   );
 }
 
-/** Deletes objects; one that is not there is no error. */
+/** Deletes objects; one that does not exist is no error. */
 export async function removeObjects(bucket: Bucket, keys: string[]): Promise<void> {
   for (let first = 0; first < keys.length; first += 1000) {
     const Objects = keys.slice(first, first + 1000).map((Key) => ({ Key }));
@@ -169,30 +167,4 @@ export async function* listObjects(bucket: Bucket, prefix: string): AsyncGenerat
   const pages = paginateListObjectsV2({ client: bucket.client }, { Bucket: bucket.name, Prefix: prefix });
   for await (const { Contents = [] } of pages)
     for (const { Key, LastModified } of Contents) if (Key && LastModified) yield { key: Key, modified: LastModified };
-}
-
-/** Multipart uploads below `prefix` that were begun and never ended. S3 keeps their parts, and charges for them. */
-export async function* listUploads(
-  bucket: Bucket,
-  prefix: string,
-): AsyncGenerator<{ key: string; modified: Date; abort: () => Promise<unknown> }> {
-  for (let page: ListMultipartUploadsCommandOutput | undefined; !page || page.IsTruncated; ) {
-    const after = { KeyMarker: page?.NextKeyMarker, UploadIdMarker: page?.NextUploadIdMarker };
-    const request = new ListMultipartUploadsCommand({ Bucket: bucket.name, Prefix: prefix, ...after });
-    page = await naming(bucket, prefix, bucket.client.send(request));
-    for (const { Key = "", UploadId, Initiated = new Date(0) } of page.Uploads ?? []) {
-      const abort = new AbortMultipartUploadCommand({ Bucket: bucket.name, Key, UploadId });
-      yield { key: Key, modified: Initiated, abort: () => naming(bucket, Key, bucket.client.send(abort)) };
-    }
-  }
-}
-
-/** Whether trying again may help: S3 was overloaded, or the connection to it broke. */
-export function isTransientS3(error: unknown): boolean {
-  const { name, code, message, $metadata } = error as S3Error;
-  const status = $metadata?.httpStatusCode;
-  if (status !== undefined) return status >= 500 || [408, 409, 429].includes(status);
-  return /TimeoutError|ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|the counts differ/.test(
-    `${name} ${code} ${message}`,
-  );
 }

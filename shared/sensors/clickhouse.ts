@@ -1,14 +1,15 @@
 /**
  * ClickHouse: a client, the record of schemas/clickhouse, retries while a server is away or overloaded, and inserts of raw messages.
  */
+import { addAbortListener } from "node:events";
 import { Readable } from "node:stream";
-import { setTimeout as delay, setInterval as ticks } from "node:timers/promises";
+import { setTimeout as delay } from "node:timers/promises";
 import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
-import { type Env, httpUrl, like, name, optional, required, secret, UsageError } from "../env.ts";
-import { type Applied, pendingMigrations, readMigrations } from "../migrations.ts";
+import { type Env, like, name, optional, required, secret, serverUrl, UsageError } from "../env.ts";
+import { type Applied, pendingMigrations } from "../migrations.ts";
 
 export const clickhouseVariables = {
-  CLICKHOUSE_URL: required(httpUrl),
+  CLICKHOUSE_URL: required(serverUrl),
   CLICKHOUSE_DATABASE: required(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only")),
   CLICKHOUSE_USER: required(name),
   CLICKHOUSE_PASSWORD: optional(secret, ""),
@@ -48,23 +49,25 @@ export async function appliedMigrations(client: ClickHouseClient): Promise<Appli
   });
 }
 
+/** What schemas/clickhouse makes. */
+const objects =
+  "sensor_readings sensor_dead_letters sensor_landing sensor_changes sensor_changes_view sensor_readings_view sensor_dead_letters_view";
+
 /** @throws UsageError where a file of schemas/clickhouse was not applied, or was edited since, or a table or view of theirs is gone. */
 export async function checkMigrations(client: ClickHouseClient, database: string): Promise<void> {
-  const applied = await appliedMigrations(client);
-  const [first, ...more] = pendingMigrations("schemas/clickhouse", applied);
+  const pending = pendingMigrations("schemas/clickhouse", await appliedMigrations(client));
+  const [first] = pending;
   if (first)
     throw new UsageError(
-      `${first.folder}/${first.file}${more.length ? ` and ${more.length} more files were` : " was"} not applied to ClickHouse's database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`,
+      `${first.folder}/${first.file}${pending.length > 1 ? ` and ${pending.length - 1} more files were` : " was"} not ` +
+        `applied to ClickHouse's database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`,
     );
-  const objects = new Set<string>();
-  for (const { sql } of readMigrations("schemas/clickhouse"))
-    for (const [, verb, name = ""] of sql.matchAll(/^(CREATE|DROP) [A-Z ]+ EXISTS (\w+)/gm))
-      verb === "CREATE" ? objects.add(name) : objects.delete(name);
-  for (const { name } of await select<{ name: string }>(client, "SHOW TABLES")) objects.delete(name);
-  if (objects.size)
+  const tables = (await select<{ name: string }>(client, "SHOW TABLES")).map(({ name }) => name);
+  const lost = objects.split(" ").filter((name) => !tables.includes(name));
+  if (lost.length)
     throw new UsageError(
-      `ClickHouse's database ${database} has lost ${[...objects].join(", ")}, which schemas/clickhouse made. Run ` +
-        `there: DROP TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
+      `ClickHouse's database ${database} has lost ${lost.join(", ")}, which schemas/clickhouse made. Run there: DROP ` +
+        `TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
     );
 }
 
@@ -72,6 +75,10 @@ export interface Column {
   name: string;
   type: string;
 }
+/** LowCardinality(Nullable(String)) → String */
+export const plainType = (type: string): string =>
+  type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
+
 /** The columns of sensor_readings that are the contract with the source, in their order. @throws UsageError without the table. */
 export async function readingColumns(client: ClickHouseClient): Promise<Column[]> {
   const columns = await select<Column>(
@@ -83,63 +90,55 @@ export async function readingColumns(client: ClickHouseClient): Promise<Column[]
   return columns;
 }
 
-/** Overload, or a server that is starting, stopping or full: names of ClickHouse's src/Common/ErrorCodes.cpp. */
+/** Overload, or a server that is starting, stopping or full: names of ClickHouse's src/Common/ErrorCodes.cpp, Postgres's codes. */
 const retryable = new RegExp(
-  "^(TIMEOUT_EXCEEDED|READONLY|TOO_MANY_SIMULTANEOUS_QUERIES|SOCKET_TIMEOUT|NETWORK_ERROR|ABORTED|MEMORY_LIMIT_EXCEEDED|TABLE_IS_READ_ONLY" +
-    "|NOT_ENOUGH_SPACE|TOO_MANY_PARTS|UNKNOWN_STATUS_OF_INSERT|QUERY_WAS_CANCELLED|KEEPER_EXCEPTION)$",
+  "^(TIMEOUT_EXCEEDED|READONLY|TOO_MANY_SIMULTANEOUS_QUERIES|SOCKET_TIMEOUT|NETWORK_ERROR|ABORTED|MEMORY_LIMIT_EXCEEDED" +
+    "|TABLE_IS_READ_ONLY|NOT_ENOUGH_SPACE|TOO_MANY_PARTS|UNKNOWN_STATUS_OF_INSERT|QUERY_WAS_CANCELLED|KEEPER_EXCEPTION|53...|57P0.)$",
 );
 
-/** An error that ClickHouse did not raise is the network's or a proxy's, and can be retried. */
+/** An error that neither server raised is the network's or a proxy's, and can be retried. */
 function isRetryable(error: unknown): boolean {
   if (error instanceof ClickHouseError) return retryable.test(error.type ?? "");
+  const { name, code } = error as { name?: string; code?: string };
+  if (name === "PostgresError") return retryable.test(code ?? "");
   return !(error instanceof TypeError || error instanceof RangeError || error instanceof UsageError);
 }
 
 const RETRY_SECONDS = 60;
 
 /**
- * Repeats `work` until the server is up and takes it, for a minute at most; `heartbeat` is called each second meanwhile.
+ * Repeats `work` until the server is up and takes it, for a minute at most.
+ * @param server for messages.
  * @param onWait gets the error of each attempt that is repeated, and nothing once one of them has succeeded.
- * @throws Error after a minute, of a server that refuses the work, of `heartbeat`, and once `signal` aborts.
+ * @throws Error after a minute, of a server that refuses the work, and once `signal` aborts: its reason.
  */
 export async function retryUntilUp<T>(
+  server: string,
   work: (signal: AbortSignal) => Promise<T>,
-  heartbeat: () => Promise<void>,
   signal: AbortSignal,
-  onWait: (error?: Error) => void,
+  onWait: (server: string, error?: Error) => void,
 ): Promise<T> {
-  const [end, minute] = [new AbortController(), AbortSignal.timeout(RETRY_SECONDS * 1000)];
-  const over = AbortSignal.any([signal, minute, end.signal]);
+  const minute = AbortSignal.timeout(RETRY_SECONDS * 1000);
+  const over = AbortSignal.any([signal, minute]);
+  const aborted = new Promise<never>((_, reject) => void addAbortListener(over, () => reject(over.reason)));
   let last: Error | undefined;
-  const attempts = async (): Promise<T> => {
-    for (let attempt = 0; ; attempt++)
-      try {
-        const result = await work(over);
-        if (last) onWait();
-        return result;
-      } catch (error) {
-        if (over.aborted || !isRetryable(error)) throw refused(error);
-        last = error as Error;
-        onWait(last);
-        await delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal: over });
-      }
-  };
-  const heartbeats = async (): Promise<never> => {
-    for await (const _ of ticks(1000, undefined, { signal: over })) await heartbeat();
-    throw over.reason;
-  };
-  try {
-    return await Promise.race([attempts(), heartbeats()]);
-  } catch (error) {
-    if (!minute.aborted || signal.aborted) throw error;
-    throw new Error(
-      `ClickHouse has not answered for ${RETRY_SECONDS} s ` +
-        `(${last?.message.trim().slice(0, 300) || "no answer at all"}). What was not inserted is not committed; the ` +
-        `next start reads it again. Next: make doctor`,
-    );
-  } finally {
-    end.abort();
-  }
+  for (let attempt = 0; ; attempt++)
+    try {
+      const result = await Promise.race([work(over), aborted]);
+      if (last) onWait(server);
+      return result;
+    } catch (error) {
+      signal.throwIfAborted();
+      if (minute.aborted)
+        throw new Error(
+          `${server} has not answered for ${RETRY_SECONDS} s (${last?.message.trim().slice(0, 300) ?? "no answer at all"}). ` +
+            "The batch was not committed; the next start reads it again. Next: make doctor",
+        );
+      if (!isRetryable(error)) throw refused(error);
+      last = error as Error;
+      onWait(server, last);
+      await delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal: over }).catch(() => {});
+    }
 }
 
 function refused(error: unknown): unknown {

@@ -1,7 +1,9 @@
-/** Debezium's connector: its names, and whether it runs. */
-import { httpUrl, redact, required, UsageError } from "../env.ts";
+/** Debezium's connector: its names, Kafka Connect's REST interface, and whether it runs. */
+import { setTimeout as delay } from "node:timers/promises";
+import { baseUrl, required, UsageError } from "../env.ts";
+import { ask, below } from "../http.ts";
 
-export const connectVariables = { CONNECT_URL: required(httpUrl) };
+export const connectVariables = { CONNECT_URL: required(baseUrl) };
 export type ConnectEnv = { CONNECT_URL: string; SENSORS_TOPIC: string };
 
 /** What the connector reads. */
@@ -22,7 +24,7 @@ export function namesOf(env: { SENSORS_TOPIC: string }): Record<"prefix" | "conn
   };
 }
 
-/** What Kafka Connect answers to GET …/status. Source: https://kafka.apache.org/documentation/#connect_rest */
+/** What Kafka Connect answers to GET …/status. */
 export interface ConnectorStatus {
   connector: { state: string; trace?: string };
   tasks: { id: number; state: string; trace?: string }[];
@@ -31,22 +33,62 @@ export interface ConnectorStatus {
 export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
   tasks.length > 0 && [connector, ...tasks].every(({ state }) => state === "RUNNING");
 
-/** A request to /connectors/NAME/… @throws Error where Connect does not answer. */
-export async function askConnect(env: ConnectEnv, method: string, path: string, body?: object): Promise<Response> {
-  return await fetch(new URL(`/connectors/${namesOf(env).connector}${path}`, env.CONNECT_URL), {
-    method,
-    headers: { "content-type": "application/json" },
-    ...(body && { body: JSON.stringify(body) }),
-    signal: AbortSignal.timeout(60_000),
-  }).catch((error: Error) => {
-    const { code, message } = (error.cause ?? error) as { code?: string; message: string };
-    const away = `Kafka Connect at ${env.CONNECT_URL} (CONNECT_URL) does not answer: ${message || code}`;
-    throw new Error(redact(`${away}. For the local stack: make up`));
-  });
+/**
+ * A request to /connectors/NAME/…, repeated while Connect is rebalancing. https://kafka.apache.org/documentation/#connect_rest
+ * @returns the answer, or undefined where there is no such connector.
+ * @throws Error where Connect does not answer, or with its own words.
+ */
+export async function askConnect<T>(
+  env: ConnectEnv,
+  method: string,
+  path: string,
+  body?: object,
+): Promise<T | undefined> {
+  const headers = { "content-type": "application/json" };
+  const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
+  for (let attempt = 1; ; attempt++) {
+    const answer = await ask(
+      "CONNECT_URL",
+      below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`),
+      init,
+      60,
+    );
+    const text = await answer.text();
+    if (answer.status === 404) return undefined;
+    if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
+    // 409, or 500 for reads (Kafka 4, HerderRequestHandler.completeRequest).
+    const rebalancing = answer.status === 409 || text.includes("a rebalance is expected");
+    if (!rebalancing || attempt === 60) {
+      const { pathname } = new URL(answer.url);
+      throw new Error(`Kafka Connect refused ${method} ${pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
+    }
+    await delay(500);
+  }
 }
+
+/** The oldest that was tested. Rows of a COPY need the trigger of sql/replication.sql, with this one too. */
+const LEAST_DEBEZIUM = "3.6.1";
+
+/** @throws UsageError where Connect has no Debezium for Postgres, or an older one; Error where it does not answer within 10 s. */
+export async function checkDebezium(env: ConnectEnv): Promise<string> {
+  const answer = await ask("CONNECT_URL", below(env.CONNECT_URL, "connector-plugins"), {}, 10);
+  if (!answer.ok) throw new Error(`Kafka Connect refused GET /connector-plugins: HTTP ${answer.status}`);
+  const plugins = (await answer.json()) as { class: string; version?: string }[];
+  const found = plugins.filter(({ class: name }) => name === "io.debezium.connector.postgresql.PostgresConnector");
+  const versions = found.map(({ version = "" }) => version);
+  const isOld = (version: string): boolean =>
+    version.localeCompare(LEAST_DEBEZIUM, "en", { numeric: true }) < 0 || !/^\d/.test(version);
+  if (versions.length && !versions.some(isOld)) return versions.join();
+  throw new UsageError(
+    `Kafka Connect (CONNECT_URL) has Debezium ${versions.join() || "not at all"} for Postgres; the least is ` +
+      `${LEAST_DEBEZIUM}. Install it at each worker (ops/README.md, "Kafka and ClickHouse"), restart them, then run: make connector`,
+  );
+}
+
+export const connectorStatus = (env: ConnectEnv) => askConnect<ConnectorStatus>(env, "GET", "/status");
 
 /** Whether the connector and its task run. @throws Error where Connect does not answer. */
 export async function isRunning(env: ConnectEnv): Promise<boolean> {
-  const answer = await askConnect(env, "GET", "/status");
-  return answer.ok && allRunning((await answer.json()) as ConnectorStatus);
+  const status = await connectorStatus(env);
+  return status !== undefined && allRunning(status);
 }

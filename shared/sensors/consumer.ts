@@ -1,17 +1,14 @@
 /**
- * What the consumer of sensors does beside moving batches: it checks the source's columns, counts the dead letters, stops where
- * too much is poison, and reports.
+ * What the consumer of sensors does beside moving batches: it checks the source's columns, counts the dead letters, and stops where
+ * too many are.
  */
 import type { ClickHouseClient } from "@clickhouse/client";
-import { type Env, like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
+import { like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
 import { log, thousands } from "../log.ts";
 import { onSignal } from "../main.ts";
 import { checkSession, connect } from "../session.ts";
-import { type Column, select } from "./clickhouse.ts";
-import { type ConnectEnv, isRunning, namesOf, sourceTable } from "./connector.ts";
-import type { PartitionState } from "./epoch.ts";
-import type { Batch } from "./kafka.ts";
-import { serveMetrics } from "./metrics.ts";
+import { type Column, plainType, select } from "./clickhouse.ts";
+import { sourceTable } from "./connector.ts";
 
 export const consumerVariables = {
   SOURCE_DATABASE_URL: required(postgresUrl),
@@ -20,7 +17,6 @@ export const consumerVariables = {
   METRICS_PORT: optional(number(0, 65_535), 9464),
   UNTIL: optional(like(/^caught-up$/, "can only be caught-up")),
 };
-type ConsumerEnv = Env<typeof consumerVariables> & ConnectEnv;
 
 /** Postgres's types that a column of ClickHouse holds every value of, as Debezium writes them. */
 const fitting: Record<string, string[]> = {
@@ -30,9 +26,6 @@ const fitting: Record<string, string[]> = {
   Bool: ["boolean"],
   "DateTime64(6, 'UTC')": ["timestamp with time zone"],
 };
-/** LowCardinality(Nullable(String)) → String */
-const plain = (type: string): string =>
-  type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
 
 /**
  * Compares the source table with the columns of sensor_readings, before anything is ingested.
@@ -43,32 +36,29 @@ const plain = (type: string): string =>
 export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted: Column[]): Promise<string[]> {
   await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
   await checkSession("SOURCE_DATABASE_URL", source);
-  const found = await source<{ name: string; type: string; full: boolean }[]>`
-    select attname as name, format_type(atttypid, null) as type, relreplident = 'f' as full
-    from pg_attribute join pg_class c on c.oid = attrelid
-    where attrelid = to_regclass(${sourceTable}) and attnum > 0 and not attisdropped order by attnum`;
+  const found = await source<{ name: string; type: string }[]>`
+    select attname as name, format_type(atttypid, null) as type
+    from pg_attribute where attrelid = to_regclass(${sourceTable}) and attnum > 0 and not attisdropped order by attnum`;
+  // And each of its partitions, where it is partitioned.
+  const partial = await source<{ name: string }[]>`
+    select oid::regclass::text as name from pg_class where relreplident <> 'f' and (oid = to_regclass(${sourceTable})
+      or oid in (select relid from pg_partition_tree(to_regclass(${sourceTable}))))`;
   const faults = wanted.flatMap(({ name, type }) => {
     const is = found.find((column) => column.name === name)?.type ?? "no such column";
-    if (fitting[plain(type)]?.includes(is)) return [];
+    if (fitting[plainType(type)]?.includes(is)) return [];
     return [`  column ${sourceTable}.${name}: expected one for ${type} (ClickHouse's sensor_readings), found ${is}`];
   });
-  if (found[0]?.full === false)
+  for (const { name } of partial)
     faults.push(
-      `  table ${sourceTable}: its changes lack the old row. Run as its owner: alter table ${sourceTable} replica identity full;`,
+      `  table ${name}: its changes lack the old row. Run as its owner: alter table ${name} replica identity full;`,
     );
   if (faults.length)
     throw new UsageError(
-      `the source differs from ClickHouse's sensor_readings, nothing was ingested:\n${faults.join("\n")}\nChange ` +
-        `the source back, or sensor_readings by a new file in schemas/clickhouse; README, "When the schema ` +
+      `the source differs from ClickHouse's sensor_readings:\n${faults.join("\n")}\nChange ` +
+        `the source back, or sensor_readings by a new file in schemas/clickhouse; schemas/README.md, "When the schema ` +
         `changes".`,
     );
   const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
-  if (wanted.length && unknown.length)
-    log({
-      step: "warning",
-      warning: `${sourceTable} has columns that sensor_readings has not; their values are kept in _unknown`,
-      columns: unknown.join(),
-    });
   return unknown;
 }
 
@@ -76,12 +66,14 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
 export async function findDeadLetters(
   client: ClickHouseClient,
   place: { topic: string; epoch: number; partition: number },
-  { messages }: Batch,
+  messages: { offset: string }[],
 ): Promise<number[]> {
+  if (!messages.length) return [];
   const letters = await select<{ offset: string }>(
     client,
     `SELECT DISTINCT toString(offset) AS offset FROM sensor_dead_letters WHERE topic = {topic: String} AND epoch = {epoch: UInt16}
-     AND partition = {partition: UInt32} AND sensor_dead_letters.offset BETWEEN {first: UInt64} AND {last: UInt64}`,
+     AND partition = {partition: UInt32} AND sensor_dead_letters.offset BETWEEN {first: UInt64} AND {last: UInt64}
+     SETTINGS select_sequential_consistency = 1`, // a replica of ClickHouse Cloud may lag behind the one that was written
     { ...place, first: messages[0]?.offset ?? "0", last: messages.at(-1)?.offset ?? "0" },
   );
   const dead = new Set(letters.map(({ offset }) => offset));
@@ -91,30 +83,27 @@ export async function findDeadLetters(
 const POISON_MESSAGES = { least: 100, last: 1000 };
 
 /**
- * Called with the number of a batch's messages and the indices of those that are dead letters, ascending.
+ * Called with the number of a batch's messages and the indices of those that are dead letters.
  * @throws Error where these are more than the share of the last 1,000 messages (of at least 100), at any of them: the format has
  * changed then, and it is not a message that is bad.
  */
 export function createPoisonLimit(share: number): (messages: number, dead: number[]) => void {
-  let seen = 0;
-  let bad: number[] = []; // which of the messages, of the last 1,000
-  const judge = (message: number): void => {
-    bad = bad.filter((one) => one > message - POISON_MESSAGES.last);
-    const last = Math.min(message, POISON_MESSAGES.last);
-    if (last < POISON_MESSAGES.least || bad.length <= share * last) return;
-    throw new Error(
-      `${thousands(bad.length)} of the last ${thousands(last)} messages are no valid change (limit: ` +
-        `SENSORS_POISON_SHARE=${share}). The last batch was not committed; the next start reads it again. Next: ` +
-        `make dead-letters (says why)`,
-    );
-  };
+  const last = new Uint8Array(POISON_MESSAGES.last); // 1 for a dead letter
+  let [seen, bad] = [0, 0];
   return (messages, dead) => {
-    for (const index of dead) {
-      bad.push(seen + index + 1);
-      judge(seen + index + 1);
+    const letters = new Set(dead);
+    for (let index = 0; index < messages; index++) {
+      const [at, letter] = [seen % last.length, letters.has(index) ? 1 : 0];
+      bad += letter - (last[at] ?? 0);
+      last[at] = letter;
+      seen += 1;
+      const of = Math.min(seen, last.length);
+      if (of >= POISON_MESSAGES.least && bad > share * of)
+        throw new Error(
+          `${thousands(bad)} of the last ${thousands(of)} messages are not valid changes (limit: SENSORS_POISON_SHARE=` +
+            `${share}). The last batch was not committed; the next start reads it again. Next: make dead-letters (says why)`,
+        );
     }
-    seen += messages;
-    judge(seen);
   };
 }
 
@@ -130,70 +119,4 @@ export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
     setTimeout(() => abandon.abort(new Error(`stopped by ${signal}`)), 7000).unref();
   });
   return { stop, abandon: abandon.signal };
-}
-
-/** Metrics at METRICS_PORT, and a line every ten seconds. @param lag asks Kafka. */
-export async function createReport(env: ConsumerEnv, lag: () => Promise<PartitionState[]>) {
-  const slotRetainedBytes = async (): Promise<number | undefined> => {
-    await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
-    const [slot] = await source<{ bytes: string }[]>`
-      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
-    return slot && Number(slot.bytes);
-  };
-  const connectorRunning = () => isRunning(env);
-  const metrics = await serveMetrics(env.METRICS_PORT, { lag, connectorRunning, slotRetainedBytes });
-  log({ step: "serving", metrics: `http://127.0.0.1:${metrics.port}/metrics` });
-  const started = performance.now();
-  const total = { rows: 0, batches: 0, dead_letters: 0 };
-  let [said, saidRows, waitingSince] = [started, 0, 0];
-  return {
-    unknownColumns: (columns: string[]): void => metrics.unknownColumns.set(columns.length),
-    /** A batch was inserted, and its dead letters counted. */
-    inserted: ({ messages }: Batch, dead: number, seconds: number): void => {
-      const changes = messages.filter(({ value }) => value).length - dead;
-      total.rows += changes;
-      total.batches += 1;
-      total.dead_letters += dead;
-      metrics.rows.inc(changes);
-      metrics.batches.inc();
-      metrics.deadLetters.inc(dead);
-      metrics.insertSeconds.observe(seconds);
-      const age = ageOf(messages.at(-1)?.value);
-      if (age !== undefined) metrics.eventAge.set(age);
-      const now = performance.now();
-      if (now - said < 10_000) return;
-      const perSecond = Math.round((total.rows - saidRows) / ((now - said) / 1000));
-      log({ step: "inserted", ...total, rows_per_second: perSecond, event_age_seconds: age && Number(age.toFixed(1)) });
-      [said, saidRows] = [now, total.rows];
-    },
-    /** ClickHouse is away, or is up again. */
-    waiting: (error?: Error): void => {
-      metrics.away.set(error ? 1 : 0);
-      if (error && !waitingSince) log({ step: "waiting", for: "ClickHouse", error: error.message.slice(0, 300) });
-      if (!error && waitingSince)
-        log({ step: "back", waited_seconds: Math.round((performance.now() - waitingSince) / 1000) });
-      waitingSince = error ? waitingSince || performance.now() : 0;
-    },
-    done: (): void => {
-      const seconds = (performance.now() - started) / 1000;
-      log({
-        step: "done",
-        ...total,
-        seconds: Number(seconds.toFixed(3)),
-        rows_per_second: Math.round(total.rows / seconds),
-        peak_rss_mb: Math.round(process.resourceUsage().maxRSS / 1024),
-      });
-    },
-    [Symbol.asyncDispose]: () => metrics[Symbol.asyncDispose](),
-  };
-}
-
-/** Seconds since the source committed the message's change, by the message's own source.ts_ms. */
-function ageOf(value: Buffer | null | undefined): number | undefined {
-  try {
-    const at = JSON.parse(value?.toString() ?? "").source.ts_ms;
-    return typeof at === "number" ? (Date.now() - at) / 1000 : undefined;
-  } catch {
-    return undefined; // a dead letter
-  }
 }

@@ -8,10 +8,12 @@ import { type Admin, committedOffsets, topicOffsets } from "./kafka.ts";
 
 export interface PartitionState {
   partition: number;
-  /** The offset after the last message, and the group's committed one; -1 where it has none. */
+  /** The offset of the first message that is left, and the one after the last. */
+  low: bigint;
   end: bigint;
+  /** The group's; negative where it has none. */
   committed: bigint;
-  /** Messages that the group has not committed yet. */
+  /** Messages that the group has not committed, with those that expired unread. */
   lag: number;
 }
 
@@ -19,9 +21,8 @@ export interface PartitionState {
 export async function topicState(admin: Admin, topic: string, groupId: string): Promise<PartitionState[]> {
   const [ends, offsets] = await Promise.all([topicOffsets(admin, topic), committedOffsets(admin, topic, groupId)]);
   const states = ends.map(({ partition, high, low }) => {
-    const [end, committed] = [BigInt(high), offsets.get(partition) ?? -1n];
-    const from = committed > BigInt(low) ? committed : BigInt(low);
-    return { partition, end, committed, lag: end > from ? Number(end - from) : 0 };
+    const state = { partition, low: BigInt(low), end: BigInt(high), committed: offsets.get(partition) ?? -1n };
+    return { ...state, lag: Math.max(0, Number(state.end - (state.committed < 0n ? state.low : state.committed))) };
   });
   return states.sort((a, b) => a.partition - b.partition);
 }
@@ -39,62 +40,95 @@ export async function readEpoch(etl: Sql, topic: string): Promise<Epoch | undefi
 }
 
 /**
- * The topic's epoch; its first one where there is none yet.
+ * Begins the epoch after that one: its messages are those from `from` on, and its rows belong to `database`.
+ * @returns false where somebody else has begun one meanwhile.
+ */
+export async function beginEpoch(
+  etl: Sql,
+  topic: string,
+  after: number,
+  database: string,
+  from: { partition: number; next: bigint }[],
+): Promise<boolean> {
+  return await etl.begin(async (sql) => {
+    const begun = await sql`
+      insert into etl.topics as t (topic, epoch, database) values (${topic}, ${after + 1}, ${database})
+      on conflict (topic) do update set epoch = excluded.epoch, database = excluded.database, started_at = now(),
+        canary_at = null, canary_seen = null, canary_gap = null, snapshot_lsn = null
+      where t.epoch = ${after}`;
+    if (!begun.count) return false;
+    await sql`delete from etl.topic_offsets where topic = ${topic}`;
+    for (const { partition, next } of from) await writeOffset(sql, topic, partition, next);
+    return true;
+  });
+}
+
+/**
+ * The number of the topic's epoch; its first one where there is none yet.
  * @param where asks Kafka for the partitions' ends and the group's offsets.
- * @throws UsageError where the topic is not what the epoch began with: other partitions, or offsets that went back.
+ * @throws UsageError where the epoch's rows belong to another database, or the topic is not what the epoch began with: other
+ * partitions, offsets that went back, or messages that expired unread.
  */
 export async function takeEpoch(
   etl: Sql,
   topic: string,
   database: string,
   where: () => Promise<PartitionState[]>,
-): Promise<Epoch> {
-  let epoch = await readEpoch(etl, topic);
-  if (!epoch) {
-    const begun = (await where()).map(({ partition }) => ({ partition, next: 0n }));
-    await etl.begin(async (sql) => {
-      const [created] = await sql`
-        insert into etl.topics (topic, epoch, database) values (${topic}, 1, ${database}) on conflict do nothing returning epoch`;
-      if (created) await writeOffsets(sql, topic, begun);
-    });
-    epoch = await readEpoch(etl, topic);
-  }
-  const known = await etl<{ partition: number; next: string }[]>`
-    select partition, next_offset as next from etl.topic_offsets where topic = ${topic} order by partition`;
-  // Kafka is asked after that: another consumer, of another partition, commits there first. Asked before, it could be behind.
-  const partitions = await where();
-  const remedy =
-    "Its offsets no longer order the changes, and rows could lose to older ones. Nothing was inserted. Stop all " +
-    `consumers, then: make resnapshot (a new epoch, and the table from a fresh snapshot; README, "Rebuilding the ` +
-    `table")`;
-  if (known.length !== partitions.length)
+): Promise<number> {
+  const began = async () => (await where()).map(({ partition }) => ({ partition, next: 0n }));
+  if (!(await readEpoch(etl, topic))) await beginEpoch(etl, topic, 0, database, await began());
+  const epoch = (await readEpoch(etl, topic)) as Epoch;
+  if (epoch.database !== database)
     throw new UsageError(
-      `topic ${topic} has ${partitions.length} partitions, and had ${known.length} when epoch ${epoch?.number} began. ${remedy}`,
+      `epoch ${epoch.number} of ${topic} belongs to database ${epoch.database}, not ${database}: the table is ` +
+        `being rebuilt there. Next: make swap-readings`,
     );
-  for (const { partition, next } of known) {
-    const { end = 0n, committed = -1n } = partitions.find((one) => one.partition === partition) ?? {};
-    if (end < BigInt(next))
-      throw new UsageError(
-        `partition ${partition} of topic ${topic} ends at offset ${end}, and ${next} was reached before: the ` +
-          `topic was created again. ${remedy}`,
-      );
-    if (committed < 0n && BigInt(next) > 0n)
-      throw new UsageError(
-        `the group has no offset in partition ${partition} of topic ${topic}, and ${next} was reached before: the ` +
-          `topic was created again, or the group's offsets expired. ${remedy}`,
-      );
-  }
-  return epoch as Epoch;
+  // Both change meanwhile: the topic must reach as far as what was inserted before it was asked, the group no further than after.
+  const before = await inserted(etl, topic);
+  const partitions = await where();
+  const after = await inserted(etl, topic);
+  const faults = partitions.flatMap((state) => {
+    const [next = 0n, latest = 0n] = [before, after].map((offsets) => offsets.get(state.partition));
+    const fault = faultOf(state, next, latest);
+    return fault ? [`partition ${state.partition} of topic ${topic} ${fault}`] : [];
+  });
+  if (before.size !== partitions.length)
+    faults.unshift(
+      `topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`,
+    );
+  if (faults.length)
+    throw new UsageError(
+      `${faults[0]}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: ` +
+        `make resnapshot (a new epoch, and the table from a fresh snapshot; scripts/README.md, "Rebuilding the table")`,
+    );
+  return epoch.number;
 }
 
-/** How far partitions are inserted. Never back: another consumer may have reached more by now. */
-export async function writeOffsets(
+async function inserted(etl: Sql, topic: string): Promise<Map<number, bigint>> {
+  const known = await etl<{ partition: number; next: string }[]>`
+    select partition, next_offset as next from etl.topic_offsets where topic = ${topic}`;
+  return new Map(known.map(({ partition, next }) => [partition, BigInt(next)]));
+}
+
+/** Why a partition that was inserted up to `next`, and by now up to `latest`, cannot be read on. */
+function faultOf({ low, end, committed }: PartitionState, next: bigint, latest: bigint): string | undefined {
+  const was = "was inserted up to offset";
+  if (end < next) return `ends at offset ${end}, but ${was} ${next}: the topic was created again`;
+  if (low > next) return `begins at offset ${low}, but ${was} ${next}: messages expired unread (retention.ms)`;
+  if (committed < 0n && next > 0n)
+    return `${was} ${next}, but the group has none: the topic was created again, or the group's offset expired`;
+  if (committed > latest) return `${was} ${latest}, but the group's offset is ${committed}: somebody set it ahead`;
+  return undefined;
+}
+
+/** How far a partition is inserted. Never back: another consumer may have reached more by now. */
+export async function writeOffset(
   etl: Sql | TransactionSql,
   topic: string,
-  offsets: { partition: number; next: bigint }[],
+  partition: number,
+  next: bigint,
 ): Promise<void> {
-  for (const { partition, next } of offsets)
-    await etl`
-      insert into etl.topic_offsets as o (topic, partition, next_offset) values (${topic}, ${partition}, ${String(next)})
-      on conflict (topic, partition) do update set next_offset = greatest(o.next_offset, excluded.next_offset), updated_at = now()`;
+  await etl`
+    insert into etl.topic_offsets as o (topic, partition, next_offset) values (${topic}, ${partition}, ${String(next)})
+    on conflict (topic, partition) do update set next_offset = greatest(o.next_offset, excluded.next_offset), updated_at = now()`;
 }

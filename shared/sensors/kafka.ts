@@ -4,35 +4,40 @@
  */
 import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
-import kafkajs, { type Admin, type Batch, type EachBatchPayload, type ITopicConfig, type Kafka } from "kafkajs";
+import kafkajs, {
+  type Admin,
+  type Batch,
+  type Consumer,
+  type EachBatchPayload,
+  type ITopicConfig,
+  type Kafka,
+} from "kafkajs";
 import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
 import { brokerConfig, isCertificate, type KafkaEnv, namedFault } from "./broker.ts";
+import { installCodecs } from "./codecs.ts";
 
-export type { Admin, Batch, Kafka };
+export type { Admin, Kafka };
+export const { ConfigResourceTypes, ConfigSource } = kafkajs;
 
 type TopicEnv = KafkaEnv & { SENSORS_TOPIC: string };
 
-// kafkajs sets a timer of a negative time, which Node has warned of since version 24. Nothing comes of it.
-const { emitWarning } = process;
-process.emitWarning = ((warning: string | Error, ...rest: never[]) => {
-  if ((rest[0] as unknown) !== "TimeoutNegativeWarning") emitWarning.call(process, warning, ...rest);
-}) as typeof emitWarning;
+/** It logs rebalances and leader elections as errors; both are normal. */
+const normal = /rebalanc|ListOffsets.* not the leader|KafkaJSPartialMessage/i;
 
 /** @param application names the client in the broker's logs. */
 export function connectKafka(env: KafkaEnv, application: string): Kafka {
+  installCodecs();
   return new kafkajs.Kafka({
     ...(brokerConfig(env) as { brokers: string[] }), // its type of a login is one for each mechanism
     clientId: application,
     connectionTimeout: 5000,
     retry: { initialRetryTime: 200, maxRetryTime: 5000, retries: 7 }, // some 20 s
     logLevel: kafkajs.logLevel.WARN,
-    // It logs rebalances and leader elections as errors; both are normal.
-    logCreator: () => (entry) => {
-      const { message, error } = entry.log;
-      const normal = /rebalanc|ListOffsets.* not the leader|KafkaJSPartialMessage/i.test(`${message} ${error}`);
-      if (!normal) log({ step: "kafka", message, error });
-    },
+    logCreator:
+      () =>
+      ({ log: { message, error } }) =>
+        normal.test(`${message} ${error}`) || log({ step: "kafka", message, error }),
   });
 }
 
@@ -49,10 +54,10 @@ export async function withAdmin<T>(kafka: Kafka, env: TopicEnv, ask: (admin: Adm
   }
 }
 
-/** The offsets of each partition's first message, and after its last. */
+/** The offsets of each partition's first message that is left, and after its last. */
 export const topicOffsets = (admin: Admin, topic: string) => settled(() => admin.fetchTopicOffsets(topic));
 
-/** By partition; negative where the group has none: -1, or -2 for kafkajs's "from the beginning" after an offset out of range. */
+/** By partition; negative where the group has none: -1, or -2, which kafkajs commits in place of an offset that is out of range. */
 export async function committedOffsets(admin: Admin, topic: string, groupId: string): Promise<Map<number, bigint>> {
   const [group] = await settled(() => admin.fetchOffsets({ groupId, topics: [topic] }));
   return new Map(group?.partitions.map(({ partition, offset }) => [partition, BigInt(offset)]));
@@ -68,7 +73,7 @@ export async function createTopic(admin: Admin, config: ITopicConfig): Promise<b
   return created;
 }
 
-/** Asks again, for 20 s, a broker that does not know yet what it leads, or still loads a group (kafkajs does not: its pull request 1779). */
+/** Asks again, for 20 s, a broker that does not know yet what it leads or still loads a group (not in kafkajs: its pull request 1779). */
 async function settled<T>(ask: () => Promise<T>, types = /LEADER|COORDINATOR|GROUP_LOAD_IN_PROGRESS/): Promise<T> {
   for (let tries = 0; ; tries++)
     try {
@@ -98,18 +103,19 @@ function explained(error: Error, env: TopicEnv): Error {
   return Object.assign(new Error(away), { name: error.name });
 }
 
-/** `join`: before a partition's first batch after the group gave it out, or where its offset is not the one that was committed here. */
+type Messages = Pick<Batch, "partition" | "messages" | "firstOffset" | "lastOffset">;
+
 interface Work {
+  /** Before a partition's first batch after the group gave it out, or where a batch does not begin at the offset committed here. */
   join(): Promise<void>;
-  batch(batch: Batch, heartbeat: () => Promise<void>): Promise<void>;
-  /** next: the partition's next offset. */
-  commit(partition: number, next: bigint): Promise<void>;
+  /** One without messages is what a transaction leaves. `signal` aborts where the group gives the partition to another consumer. */
+  batch(batch: Messages, signal: AbortSignal): Promise<void>;
   /** After each answer of the broker, an empty one too. */
   fetch(): Promise<void>;
 }
 
 const away =
-  "Kafka (KAFKA_BROKERS) has not answered for 60 s. What was not committed is read again by the next start. Next: make doctor";
+  "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start resumes at what was committed. Next: make doctor";
 
 /**
  * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch under
@@ -124,15 +130,16 @@ export async function consume(
   work: Work,
 ): Promise<void> {
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId } = env;
-  const [consumer, admin] = [createConsumer(kafka, groupId, () => !failure), kafka.admin()];
-  const { promise: over, resolve: leave } = Promise.withResolvers<void>();
-  let failure: Error | undefined;
-  const fail = (error: Error): void => {
-    failure ??= explained(error, env);
-    leave();
+  const [consumer, admin] = [createConsumer(kafka, groupId, () => !leaving), kafka.admin()];
+  const { promise: over, resolve, reject } = Promise.withResolvers<void>();
+  let leaving = false;
+  /** The first call counts: what fails while this leaves is not an error any more. */
+  const leave = (error?: Error): void => {
+    leaving = true;
+    error ? reject(explained(error, env)) : resolve();
   };
   using _leave = addAbortListener(signal, () => leave());
-  const watch = setTimeout(() => fail(new Error(away)), 60_000);
+  const watch = setTimeout(() => leave(new Error(away)), 60_000);
   consumer.on("consumer.heartbeat", () => void watch.refresh());
   /** By partition: the offset that was committed here, since the group gave it out. */
   const reached = new Map<number, bigint>();
@@ -144,39 +151,31 @@ export async function consume(
   });
   consumer.on("consumer.fetch", () => {
     watch.refresh();
-    work.fetch().catch((error: Error) => isTransient(error) || fail(error));
+    work.fetch().catch((error: Error) => isTransient(error) || leave(error));
   });
-  const retryLater = (error: Error): unknown => (failure || !isTransient(error) ? fail(error) : delay(1000).then(read));
+  const retryLater = (error: Error): unknown =>
+    leaving || !isTransient(error) ? leave(error) : delay(1000).then(read);
   // With restart kafkajs resumes by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
   consumer.on("consumer.crash", ({ payload: { error, restart } }) => restart || retryLater(error));
-  const eachBatch = async (payload: EachBatchPayload): Promise<void> => {
-    if (signal.aborted || failure || !payload.isRunning() || payload.isStale()) return;
-    const { partition } = payload.batch;
-    const committed = async () => (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
-    await moveBatch(payload, committed, reached, work).catch((error: Error) => {
-      if (isTransient(error)) throw error; // the batch comes again, to whoever has the partition then
-      if (!signal.aborted) fail(error);
-    });
-  };
+  const eachBatch = createMover(consumer, { topic, groupId, admin, reached, work }, () => leaving, leave);
   const read = async (): Promise<void> => {
     try {
       await Promise.all([consumer.connect(), admin.connect()]);
       await consumer.subscribe({ topics: [topic], fromBeginning: true });
-      if (signal.aborted || failure) return;
-      // Three at once: while one batch is inserted, another is made ready.
-      const options = { autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently: 3 };
-      await consumer.run({ ...options, eachBatch });
+      if (leaving) return;
+      const partitionsConsumedConcurrently = 3; // while one batch is inserted, another is made ready
+      await consumer.run({ autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently, eachBatch });
     } catch (error) {
       retryLater(error as Error);
     }
   };
   void read();
-  await over;
-  clearTimeout(watch);
-  // Waits for the batch under way, but not for a broker that is away: the group then finds out by itself.
-  const left = consumer.disconnect().then(() => admin.disconnect());
-  await Promise.race([left, delay(9000, undefined, { ref: false })]);
-  if (failure) throw failure;
+  await over.finally(async () => {
+    clearTimeout(watch);
+    // Waits for the batch under way, but not for a broker that is away: the group then finds out by itself.
+    const left = consumer.disconnect().then(() => admin.disconnect());
+    await Promise.race([left, delay(9000, undefined, { ref: false })]);
+  });
 }
 
 const createConsumer = (kafka: Kafka, groupId: string, restartOnFailure: () => boolean) =>
@@ -195,21 +194,65 @@ const createConsumer = (kafka: Kafka, groupId: string, restartOnFailure: () => b
     retry: { restartOnFailure: async () => restartOnFailure() },
   });
 
+interface Mover {
+  topic: string;
+  groupId: string;
+  admin: Admin;
+  reached: Map<number, bigint>;
+  work: Work;
+}
+type Commit = (offset: string) => Promise<void>;
+
+/** What kafkajs calls with each batch. @param fail gets what is to end the reading. */
+function createMover(consumer: Consumer, mover: Mover, isLeaving: () => boolean, fail: (error: Error) => void) {
+  const { topic } = mover;
+  // What is left of an aborted transaction, and the end of each, comes as no batch: its offset is passed and committed all the same.
+  let passed = Promise.resolve();
+  consumer.on("consumer.end_batch_process", ({ payload: { batchSize, partition, firstOffset, lastOffset } }) => {
+    if (batchSize) return;
+    const empty = { partition, messages: [], firstOffset: () => firstOffset, lastOffset: () => lastOffset };
+    const commit: Commit = (offset) => consumer.commitOffsets([{ topic, partition, offset }]);
+    const moved = passed.then(() => moveBatch(empty, mover, commit, async () => {}));
+    passed = moved.catch((error: Error) => void (isTransient(error) || fail(error)));
+  });
+  return async (payload: EachBatchPayload): Promise<void> => {
+    await passed;
+    const { batch, heartbeat, commitOffsetsIfNecessary, resolveOffset } = payload;
+    if (isLeaving() || !payload.isRunning() || payload.isStale()) return;
+    const { partition } = batch;
+    // consumer.commitOffsets would silently do nothing once the consumer is being stopped.
+    const commit: Commit = (offset) =>
+      commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition, offset }] }] });
+    await moveBatch(batch, mover, commit, heartbeat).then(
+      () => resolveOffset(batch.lastOffset()),
+      (error: Error) => {
+        if (isTransient(error)) throw error; // the batch comes again, to whoever has the partition then
+        fail(error);
+      },
+    );
+  };
+}
+
 async function moveBatch(
-  { batch, heartbeat, commitOffsetsIfNecessary, resolveOffset }: EachBatchPayload,
-  committedOffset: () => Promise<bigint>,
-  reached: Map<number, bigint>,
-  work: Work,
+  batch: Messages,
+  { topic, groupId, admin, reached, work }: Mover,
+  commit: Commit,
+  heartbeat: () => Promise<void>,
 ): Promise<void> {
-  const { topic, partition } = batch;
+  const { partition } = batch;
+  const first = batch.firstOffset() ?? "0";
   // Kafka deletes a group's offsets with their topic: without them this is another topic, which may be as long as the old one was.
-  const committed = await committedOffset();
-  if (committed !== reached.get(partition) || BigInt(batch.firstOffset() ?? 0) < committed) await work.join();
-  await work.batch(batch, heartbeat);
+  const committed = (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
+  if (committed !== reached.get(partition) || committed !== BigInt(first)) await work.join();
+  if (committed < 0n) await commit(first); // so that from the first insert on there is one
+  const lost = new AbortController();
+  const heartbeats = setInterval(() => heartbeat().catch((error: Error) => lost.abort(error)), 1000);
+  try {
+    await work.batch(batch, lost.signal);
+  } finally {
+    clearInterval(heartbeats);
+  }
   const next = BigInt(batch.lastOffset()) + 1n;
-  // consumer.commitOffsets would silently do nothing once the consumer is being stopped.
-  await commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition, offset: String(next) }] }] });
+  await commit(String(next));
   reached.set(partition, next);
-  resolveOffset(batch.lastOffset());
-  await work.commit(partition, next);
 }

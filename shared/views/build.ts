@@ -1,16 +1,22 @@
 /**
- * Write, audit, publish: the raw tables are copied into a dataset of the run, where each model is made and checked; then one atomic job
+ * Write, audit, publish. The raw tables are copied into a dataset of the run, where each model is built and checked. Then one atomic job
  * puts its rows into the published table.
  */
-import { setTimeout as delay } from "node:timers/promises";
-import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, labels } from "../bigquery/client.ts";
-import { type Env, flag, like, name, number, optional, required, UsageError } from "../env.ts";
+import {
+  addBilled,
+  bigqueryVariables,
+  connectBigQuery,
+  ignoreAlreadyThere,
+  type JobResource,
+  labels,
+  runJob,
+} from "../bigquery/client.ts";
+import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
-import { newRunId, type Run, runVariables } from "../run.ts";
+import { type Run, runVariables } from "../run.ts";
 import { duration, table } from "../table.ts";
 import type { Model, Statement } from "./models.ts";
 
@@ -18,28 +24,26 @@ export const viewsVariables = {
   ...runVariables,
   ...bigqueryVariables,
   BIGQUERY_VIEWS_DATASET: required(name),
-  ONLY: optional(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only")),
-  DRY_RUN: optional(flag, false),
+  ONLY: optional(name),
   ALLOW_STALE: optional(flag, false),
   ALLOW_SHRINK: optional(flag, false),
   MAX_BYTES_BILLED: optional(number(10 * 2 ** 20, 1e15), 100e9),
 };
 
 /**
- * Compares the watermarks of raw tables with their intervals in ops/alerts.yml: a model of a stuck pipeline is a wrong answer that looks new.
+ * Compares the watermarks of the raw tables with their intervals in ops/alerts.yml: built from old rows, a model is wrong and looks new.
  * @throws Error where one is older than two of its intervals, unless `allowed`.
  */
 export async function checkFresh(run: Run, raw: string[], allowed: boolean): Promise<void> {
   const intervals = readIntervals();
-  const rows = await run.etl<{ pipeline: string; watermark: string; age: number | null }[]>`
-    select t.pipeline, replace(date_trunc('second', watermark)::text, ' ', 'T') as watermark, extract(epoch from now() - watermark)::float8 as age
+  const rows = await run.etl<{ pipeline: string; age: number | null }[]>`
+    select t.pipeline, extract(epoch from now() - watermark)::float8 as age
     from unnest(${`{${raw.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
-  const stale = rows.flatMap(({ pipeline, watermark, age }) => {
-    const interval = intervals.get(pipeline);
-    if (age === null) return `${pipeline} has no watermark: it never ran`;
-    if (interval && age <= 2 * interval) return [];
-    const expected = interval ? duration(interval) : "not in ops/alerts.yml";
-    return `${pipeline} is stale: its watermark ${watermark} is ${duration(age)} old, its interval is ${expected}`;
+  const stale = rows.flatMap(({ pipeline, age }) => {
+    const interval = intervals.get(pipeline) ?? 0;
+    if (age !== null && age <= 2 * interval) return [];
+    const watermark = age === null ? "missing" : `${duration(age)} old`;
+    return `${pipeline} is stale: its watermark is ${watermark}, its interval in ops/alerts.yml ${duration(interval)}`;
   });
   if (stale.length && !allowed)
     throw new Error(
@@ -50,7 +54,11 @@ export async function checkFresh(run: Run, raw: string[], allowed: boolean): Pro
 
 type Build = Awaited<ReturnType<typeof createBuild>>;
 
-/** Creates the dataset in which the models of this run are made, and drops those of runs whose tables have expired. */
+/**
+ * Creates the dataset in which the models of this run are built. It stays for whoever wants to look: its tables expire after a day, and the
+ * next run drops it.
+ * @throws UsageError where the dataset of the published tables does not exist.
+ */
 export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
   const bigquery = connectBigQuery(env);
   const published = env.BIGQUERY_VIEWS_DATASET;
@@ -59,53 +67,18 @@ export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
     throw new UsageError(
       `dataset ${env.BIGQUERY_PROJECT}.${published} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`,
     );
-  const [hours, prefix] = [24, `${published}_build_`]; // killed runs leave their dataset, and failed ones keep it
+  const prefix = `${published}_build_`;
   const [datasets] = await bigquery.getDatasets({ filter: "labels.etl_pipeline:views" });
-  const oldest = prefix + newRunId(Date.now() - hours * 3_600_000);
-  const old = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < oldest);
-  await Promise.all(old.map((dataset) => dataset.delete({ force: true })));
-  const dataset = bigquery.dataset(prefix + run.id);
-  const options = { labels: labels(run), defaultTableExpirationMs: String(hours * 3_600_000) };
-  await dataset.create(options).catch(ignoreAlreadyThere);
-  const build = {
-    run,
-    env,
-    bigquery,
-    dataset: prefix + run.id,
-    /** Bytes that each model's statements, its checks' too, were billed. */
-    billed: new Map<string, number>(),
-    /** Leaves the dataset to its expiry, for whoever wants to look at what failed. */
-    keep: false,
-    [Symbol.asyncDispose]: async () => {
-      if (build.keep)
-        return run.log("kept", { dataset: dataset.id, because: "a model failed", expires_in_hours: hours });
-      await dataset.delete({ force: true }).catch(({ message: error }: Error) => {
-        run.log("warning", { warning: `${dataset.id} was not dropped; its tables expire in ${hours} h`, error });
-      });
-    },
-  };
-  return build;
+  const earlier = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < prefix + run.id);
+  await Promise.all(earlier.map((dataset) => dataset.delete({ force: true })));
+  const dataset = prefix + run.id;
+  const options = { labels: labels(run), defaultTableExpirationMs: String(24 * 3_600_000) };
+  await bigquery.createDataset(dataset, options).catch(ignoreAlreadyThere);
+  return { run, env, bigquery, dataset, billed: new Map<string, number>() };
 }
 
-// biome-ignore lint/suspicious/noExplicitAny: the API's own Job resource
-type Job = any;
-
-/** Runs a job to its end; it is cancelled where the run is stopped. @throws Error with the job's error. */
-async function runJob({ bigquery, run }: Build, name: string, configuration: object): Promise<Job> {
-  run.signal.throwIfAborted();
-  const jobId = `etl_${run.id}_${name}`;
-  const job = bigquery.job(jobId);
-  using _cancel = run.onStop(() => job.cancel());
-  const created = bigquery.createJob({ jobId, configuration: { ...configuration, labels: labels(run) } });
-  await created.catch(ignoreAlreadyThere);
-  for (let pause = 50; ; pause = Math.min(2 * pause, 2000)) {
-    const [metadata] = await job.getMetadata();
-    const { state, errorResult } = metadata.status ?? {};
-    if (errorResult) throw Object.assign(new Error(errorResult.message), { errors: [errorResult] });
-    if (state === "DONE") return metadata;
-    await delay(pause, undefined, { signal: run.signal });
-  }
-}
+const jobOf = ({ run, bigquery }: Build, name: string, configuration: object): Promise<JobResource> =>
+  runJob(run, bigquery, `etl_${run.id}_${name}`, configuration);
 
 const copy = ({ bigquery: { projectId } }: Build, from: string, to: string, tableId: string): object => ({
   copy: {
@@ -118,65 +91,56 @@ const copy = ({ bigquery: { projectId } }: Build, from: string, to: string, tabl
 /** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
 export async function copyRaw(build: Build, raw: string[]): Promise<void> {
   const { BIGQUERY_DATASET: from } = build.env;
-  const copied = raw.map(async (name) => {
-    await runJob(build, `copy_${name}`, copy(build, from, build.dataset, name)).catch((error) => {
-      if (error.code !== 404 && error.errors?.[0]?.reason !== "notFound") throw error;
-      throw new UsageError(`raw table ${from}.${name} does not exist. Run: make migrate ${name}`);
-    });
-    build.run.log("copy", { table: name, seconds: build.run.seconds() });
+  const copies = raw.map((name) => jobOf(build, `copy_${name}`, copy(build, from, build.dataset, name)));
+  await Promise.all(copies).catch(({ message }: Error) => {
+    throw new Error(`cannot copy the raw tables ${raw.join(", ")}: ${message}. Run: make doctor`);
   });
-  await Promise.all(copied);
+  build.run.log("copy", { tables: raw.join(), seconds: build.run.seconds() });
 }
 
-/** Runs a query for the model, and adds what it was billed. BigQuery refuses, without charge, more than MAX_BYTES_BILLED. */
-async function runQuery(build: Build, model: string, job: string, query: string, into: object = {}): Promise<Job> {
-  const { bigquery, dataset: datasetId, env, billed } = build;
-  const defaultDataset = { projectId: bigquery.projectId, datasetId };
-  const maximumBytesBilled = String(env.MAX_BYTES_BILLED);
-  const configuration = { query, useLegacySql: false, defaultDataset, maximumBytesBilled, ...into };
-  const done = await runJob(build, job, { query: configuration }).catch((error) => {
-    const [, bytes] = /bytes billed.* (\d+) or higher/.exec(error.message) ?? [];
-    if (!bytes) throw error;
-    throw new Error(
-      `it would be billed ${bytes} bytes; MAX_BYTES_BILLED is ${maximumBytesBilled}. Let it read less, or run: ` +
-        `make views ONLY=${model} MAX_BYTES_BILLED=${bytes}`,
-    );
-  });
-  billed.set(model, (billed.get(model) ?? 0) + Number(done.statistics.query.totalBytesBilled));
-  return done;
-}
-
-/** Runs a file's statement. @throws Error that begins with the file, also where BigQuery read a table that was not found in it. */
-async function runStatement(build: Build, model: Model, { file, sql, reads }: Statement, job: string): Promise<Job> {
+/**
+ * Runs a statement for the model, and adds what it was billed. BigQuery refuses, without charge, one above MAX_BYTES_BILLED.
+ * @throws Error that begins with the file, also where BigQuery read a table that was not found in it.
+ */
+async function runStatement(
+  build: Build,
+  model: Model,
+  { file, sql, reads }: Omit<Statement, "name">,
+  job: string,
+  into: object = {},
+): Promise<JobResource> {
+  const { projectId } = build.bigquery;
+  const defaultDataset = { projectId, datasetId: build.dataset };
+  const maximumBytesBilled = String(build.env.MAX_BYTES_BILLED);
+  const query = { query: sql, useLegacySql: false, defaultDataset, maximumBytesBilled, ...into };
   try {
-    const done = await runQuery(build, model.name, job, sql);
+    const done = await jobOf(build, `${model.name}_${job}`, { query });
+    build.billed.set(model.name, (build.billed.get(model.name) ?? 0) + addBilled(build.run, done.statistics));
     for (const { datasetId, tableId } of done.statistics.query.referencedTables ?? [])
       if (datasetId !== build.dataset || !reads.includes(tableId))
-        throw new Error(`table ${datasetId}.${tableId} was not found in the file, but read`);
+        throw new Error(`table ${datasetId}.${tableId} was read, but not found in the file`);
     return done;
   } catch (error) {
-    const message = (error as Error).message.replaceAll(`${build.bigquery.projectId}:`, "");
-    const hint = /table.* not found/i.test(message)
-      ? ". Name each table without a dataset, behind a FROM or JOIN of its own"
-      : "";
-    (error as Error).message = `${file}: ${message.replaceAll(`${build.dataset}.`, "")}${hint}`;
+    const message = (error as Error).message.replaceAll(`${projectId}:`, "").replaceAll(`${build.dataset}.`, "");
+    const hint = /table.* not found/i.test(message) ? ". Name each table behind FROM or JOIN, without a dataset" : "";
+    const [, bytes] = /bytes billed.* (\d+) or higher/.exec(message) ?? [];
+    const next = bytes ? `. Let it read less, or run: make views ONLY=${model.name} MAX_BYTES_BILLED=${bytes}` : hint;
+    (error as Error).message = `${file}: ${message.replace(/\.$/, "")}${next}`;
     throw error;
   }
 }
 
-/** Makes the model in the build dataset. @returns its table. */
-export async function buildModel(build: Build, model: Model, attempt: number): Promise<TableMetadata> {
-  await runStatement(build, model, model, `${model.name}_build_${attempt}`);
-  const [metadata] = await build.bigquery.dataset(build.dataset).table(model.name).getMetadata();
-  return metadata;
+/** Builds the model in the build dataset. */
+export async function buildModel(build: Build, model: Model, attempt: number): Promise<void> {
+  await runStatement(build, model, model, `build_${attempt}`);
 }
 
 /** Runs the model's checks. @throws Error with each that returned rows, and the first of these. */
 export async function runChecks(build: Build, model: Model, attempt: number): Promise<void> {
   const results = model.checks.map(async (check) => {
-    const { jobReference } = await runStatement(build, model, check, `${model.name}_${check.name}_${attempt}`);
+    const { jobReference } = await runStatement(build, model, check, `${check.name}_${attempt}`);
     const options = { maxResults: 1, autoPaginate: false };
-    const [[row], , answer]: Job = await build.bigquery.job(jobReference.jobId).getQueryResults(options);
+    const [[row], , answer]: JobResource = await build.bigquery.job(jobReference.jobId).getQueryResults(options);
     return row ? `${check.file} returned ${thousands(answer.totalRows)} rows, for example ${JSON.stringify(row)}` : "";
   });
   const failed = (await Promise.all(results)).filter(Boolean);
@@ -184,146 +148,122 @@ export async function runChecks(build: Build, model: Model, attempt: number): Pr
 }
 
 /**
- * Puts the model's rows into the published table, by one atomic job. A copy makes the table. Later runs query into it with WRITE_TRUNCATE_DATA,
- * which keeps its row access policies, policy tags, descriptions and labels, and may add columns; a copy would remove the policies. See
- * docs.cloud.google.com/bigquery/docs: reference/auditlogs/rest/Shared.Types/BigQueryAuditMetadata.WriteDisposition, reference/rest/v2/Job
- * (schemaUpdateOptions), using-row-level-security-with-features (Copy jobs).
- * @throws Error where rows, columns or layout are not to replace the published ones, with the command that lets them.
+ * Puts the model's rows into the published table, by one atomic job. A copy creates the table. Later runs query into it with
+ * WRITE_TRUNCATE_DATA, which keeps its row access policies, policy tags, descriptions and labels, and may add columns; a copy would remove
+ * the policies. See docs.cloud.google.com/bigquery/docs: reference/auditlogs/rest/Shared.Types/BigQueryAuditMetadata.WriteDisposition,
+ * reference/rest/v2/Job (schemaUpdateOptions), using-row-level-security-with-features (Copy jobs).
+ * @throws Error where rows, columns or layout must not replace the published ones, with the command that lets them. @returns rows.
  */
-export async function publishModel(build: Build, model: Model, made: TableMetadata, attempt: number): Promise<void> {
+export async function publishModel(build: Build, model: Model, attempt: number): Promise<number> {
   const { bigquery, dataset, env } = build;
-  const [{ name, file }, to, job] = [model, env.BIGQUERY_VIEWS_DATASET, `${model.name}_publish_${attempt}`];
+  const [{ name, file }, to, job] = [model, env.BIGQUERY_VIEWS_DATASET, `publish_${attempt}`];
   const published = bigquery.dataset(to).table(name);
+  const [made]: [TableMetadata, unknown] = await bigquery.dataset(dataset).table(name).getMetadata();
   const [exists] = await published.exists();
-  const [before]: [TableMetadata, unknown?] = exists ? await published.getMetadata() : [{ numRows: "0" }];
-  const [rows, rowsBefore] = [Number(made.numRows), Number(before.numRows)];
+  const [before]: [TableMetadata?, unknown?] = exists ? await published.getMetadata() : [];
+  const [rows, rowsBefore] = [Number(made.numRows), Number(before?.numRows ?? 0)];
   if (!env.ALLOW_SHRINK && (rows === 0 || rows * 2 < rowsBefore))
     throw new Error(
-      `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ` +
-        `${exists ? thousands(rowsBefore) : "does not exist"}. If that is right: make views ONLY=${name} ` +
-        `ALLOW_SHRINK=1`,
+      `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ${thousands(rowsBefore)}. ` +
+        `If that is right: make views ONLY=${name} ALLOW_SHRINK=1`,
     );
-  const lost = exists ? lostParts(before, made) : [];
+  const lost = before ? parts(before).filter((part) => !parts(made).includes(part)) : [];
   if (lost.length)
     throw new Error(
       `${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: DROP TABLE ${to}.${name} ` +
         `(its access policies go with it); then: make views ONLY=${name}`,
     );
-  if (!exists) await runJob(build, job, copy(build, dataset, to, name));
+  if (!before) await jobOf(build, `${name}_${job}`, copy(build, dataset, to, name));
   else
-    await runQuery(build, name, job, `SELECT * FROM \`${name}\``, {
+    await runStatement(build, model, { file, sql: `SELECT * FROM \`${name}\``, reads: [name] }, job, {
       destinationTable: { projectId: bigquery.projectId, datasetId: to, tableId: name },
       writeDisposition: "WRITE_TRUNCATE_DATA",
       schemaUpdateOptions: ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
     });
-  const [{ description, schema, expirationTime }] = await published.getMetadata();
-  const fields = describe(schema.fields, made.schema?.fields);
-  const wanted = { description: made.description ?? description, schema: { fields }, expirationTime: undefined };
-  // The dataset's default may have set an expiry.
-  if (!isDeepStrictEqual({ description, schema, expirationTime }, wanted))
-    await published.setMetadata({ ...wanted, expirationTime: null } as object);
-}
-
-/** What a table has that another lacks: columns of that name and type, PARTITION BY and CLUSTER BY. */
-function lostParts(before: TableMetadata, made: TableMetadata): string[] {
-  const shape = ({ name, type, mode, precision, scale, maxLength, fields }: TableField): string =>
-    JSON.stringify([name, type, mode === "REPEATED", precision, scale, maxLength, fields?.map(shape)]);
-  const layout = ({ timePartitioning: time, rangePartitioning, clustering }: TableMetadata): string =>
-    JSON.stringify([time?.type, time?.field, rangePartitioning, clustering]);
-  const shapes = made.schema?.fields?.map(shape) ?? [];
-  const fields: TableField[] =
-    before.schema?.fields?.filter((field: TableField) => !shapes.includes(shape(field))) ?? [];
-  const columns = fields.map(({ name, type }) => `column ${name} ${type}`);
-  return layout(before) === layout(made) ? columns : [...columns, "PARTITION BY or CLUSTER BY"];
-}
-
-/** The fields, described as others of the same names are; where those are not, as they were. */
-function describe(fields: TableField[], others: TableField[] = []): TableField[] {
-  return fields.map((field) => {
-    const { description, fields } = others.find(({ name }) => name === field.name) ?? {};
-    const nested = field.fields && { fields: describe(field.fields, fields) };
-    return { ...field, ...(description && { description }), ...nested };
+  // A query brings no descriptions, and the dataset's default may have set an expiry.
+  const [{ schema }] = await published.getMetadata();
+  const fields = schema.fields.map((field: TableField) => {
+    const { description = field.description } = made.schema?.fields?.find(({ name }) => name === field.name) ?? {};
+    return { ...field, description };
   });
+  await published.setMetadata({ description: made.description, schema: { fields }, expirationTime: null } as object);
+  return rows;
 }
 
-/** What became of a model. */
+/** What a new table must have too to replace the published one. A change inside a column is BigQuery's to refuse. */
+function parts({ schema, timePartitioning: time, rangePartitioning, clustering }: TableMetadata): string[] {
+  const columns = schema?.fields?.map(({ name, type }: TableField) => `column ${name} ${type}`) ?? [];
+  const layout = { by: time?.field, type: time?.type, range: rangePartitioning, cluster: clustering?.fields };
+  return [...columns, `PARTITION BY or CLUSTER BY ${JSON.stringify(layout)}`];
+}
+
+/** What became of a model: rows, bytes billed for its statements and checks, and why it was not published. */
 export interface Outcome {
   model: Model;
   rows: number;
-  /** What its statements and checks were billed, also where it failed. */
   bytes: number;
   seconds: number;
-  /** Why it was not published. */
   error?: Error;
 }
 
-/** Does `work` for each model once those that it needs are published; one that fails holds back only those that need it. */
+/** A model's line in the log, and in the table. */
+function describe({ model, rows, bytes, seconds, error }: Outcome) {
+  const published = error ? `no: ${error.message.split("\n")[0]}` : "yes";
+  return { model: model.name, rows, checks: model.checks.length, bytes_billed: bytes, seconds, published };
+}
+
+/** Does `work`, which returns rows, for each model once those that it needs are published. A failure holds back only those that need it. */
 export async function eachModel(
   { run, billed }: Build,
   models: Model[],
-  work: (model: Model) => Promise<TableMetadata>,
+  work: (model: Model) => Promise<number>,
 ): Promise<Outcome[]> {
   const outcomes = new Map<string, Promise<Outcome>>();
   const one = async (model: Model): Promise<Outcome> => {
-    const outcome: Outcome = { model, rows: 0, bytes: 0, seconds: 0 };
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
     const started = run.seconds();
-    try {
-      const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
-      if (missing.length) throw new Error(`it needs ${missing.join(", ")}`);
-      outcome.rows = Number((await work(model)).numRows);
-    } catch (error) {
-      outcome.error = error as Error;
-    }
-    outcome.bytes = billed.get(model.name) ?? 0;
-    outcome.seconds = Math.round(1000 * (run.seconds() - started)) / 1000;
-    const { rows, bytes, seconds, error } = outcome;
-    const fields = error ? { failed: error.message.split("\n")[0] } : { rows, checks: model.checks.length };
-    run.log("model", { model: model.name, ...fields, bytes_billed: bytes, seconds });
+    const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
+    const done = missing.length ? Promise.reject(new Error(`it needs ${missing.join(", ")}`)) : work(model);
+    const ended = await done.then(
+      (rows) => ({ rows }),
+      (error: Error) => ({ rows: 0, error }),
+    );
+    const [bytes, seconds] = [billed.get(model.name) ?? 0, Math.round(1000 * (run.seconds() - started)) / 1000];
+    const outcome: Outcome = { model, ...ended, bytes, seconds };
+    run.log("model", describe(outcome));
     return outcome;
   };
-  for (const model of models) outcomes.set(model.name, one(model)); // in their order: what a model needs has its promise before it
+  for (const model of models) outcomes.set(model.name, one(model)); // in order: what a model needs has its promise before it
   return await Promise.all(outcomes.values());
 }
 
-/** DRY_RUN=1: prints the models in the order in which they would be built, with the tables that each reads. */
-export function reportOrder(models: Model[]): void {
-  const row = ({ name, reads, checks }: Model) => ({ model: name, reads: reads.join(", "), checks: checks.length });
-  process.stdout.write(`${table(models.map(row))}\n`);
-}
-
-/** Prints the table, pushes a metric for each model. @throws Error that names the models that were not published, and why. */
+/** Prints the table, pushes the metrics of each model. @throws Error that names the models that were not published, and why. */
 export async function reportModels(build: Build, outcomes: Outcome[]): Promise<void> {
   const { run, env } = build;
-  const rows = outcomes.map(({ model, rows, bytes, seconds, error }) => ({
-    model: model.name,
-    rows: error ? "-" : thousands(rows),
-    "bytes billed": thousands(bytes),
-    seconds: seconds.toFixed(1),
-    checks: error ? "-" : `${model.checks.length} passed`,
-    published: error ? `no: ${error.message.split("\n")[0]}` : "yes",
-  }));
-  process.stdout.write(`${table(rows)}\n`);
+  process.stdout.write(`${table(outcomes.map(describe))}\n`);
+  const history = outcomes.map(({ error, ...outcome }) => ({ ...describe(outcome), error: error?.message }));
+  await run.etl`
+    insert into etl.models (run_id, model, rows, checks, bytes_billed, seconds, error)
+    select ${run.id}, model, rows, checks, bytes_billed, seconds, error from jsonb_to_recordset(${JSON.stringify(history)}::text::jsonb)
+      as m (model text, rows bigint, checks int, bytes_billed bigint, seconds real, error text)`;
   const failed = outcomes.filter(({ error }) => error);
-  build.keep = failed.length > 0;
   run.totals.chunks = outcomes.length - failed.length;
-  for (const { rows, bytes } of outcomes)
-    [run.totals.rows, run.totals.bytes] = [run.totals.rows + rows, run.totals.bytes + bytes];
+  for (const { rows } of outcomes) run.totals.rows += rows;
   const now = Date.now() / 1000;
   const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
+    const published = { etl_model_rows: rows, etl_model_bytes: bytes, etl_model_duration_seconds: seconds };
     const values: Metrics = error
       ? { etl_model_last_failure_timestamp_seconds: now }
-      : { etl_model_last_success_timestamp_seconds: now, etl_model_rows: rows, etl_model_bytes: bytes };
-    if (!error) values.etl_model_duration_seconds = seconds;
+      : { etl_model_last_success_timestamp_seconds: now, ...published };
     return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model: model.name });
   });
   await Promise.all(pushed).catch(({ message: error }: Error) => {
-    run.log("warning", { warning: "models' metrics were not pushed; the run itself is not affected", error });
+    run.log("warning", { warning: "the models' metrics were not pushed; the run itself is not affected", error });
   });
   if (!failed.length) return;
   const lines = failed.map(({ model, error }) => `  ${model.name}: ${error?.message}`);
   throw new Error(
-    `${failed.length} of ${outcomes.length} models failed, and are published as they were ` +
-      `before:\n${lines.join("\n")}\nNext: correct them, then: make views`,
+    `${failed.length} of ${outcomes.length} models failed, and are published as they were before:\n` +
+      `${lines.join("\n")}\nThey were built in dataset ${build.dataset}. Correct them, then run: make views`,
   );
 }

@@ -1,6 +1,6 @@
 /**
  * The weekly models. views/NAME.sql is one CREATE OR REPLACE TABLE NAME … AS SELECT with unqualified names, run as it stands (paste it into
- * the console); views/checks/*.sql return the rows that are wrong. Which tables a file reads is found behind its FROM and JOIN. `make check`
+ * the console). views/checks/*.sql return the rows that are wrong. Which tables a file reads is found behind its FROM and JOIN. `make check`
  * compares that with Google's analyser, and build.ts with BigQuery's own list of the finished job.
  */
 import { globSync, readFileSync } from "node:fs";
@@ -40,52 +40,45 @@ export function tablesRead(sql: string, known: string[]): string[] {
   return known.filter((name) => found.has(name)).sort();
 }
 
-function readFiles(folder: string, known: string[] = []): Statement[] {
-  const files = globSync(`${folder}/*.sql`, { cwd: root }).sort();
-  return files.map((file) => {
-    const sql = readFileSync(join(root, file), "utf8");
-    return { file, name: basename(file, ".sql"), sql, reads: tablesRead(sql, known) };
-  });
-}
-
 /**
  * The models with their checks, in an order in which each comes after those that it needs.
  * @param raw the raw tables. @param only this model and what it needs.
  * @throws UsageError with everything that is wrong in the files, and with models that read one another.
  */
 export function readModels(raw: string[], only?: string): Model[] {
-  const faults: string[] = [];
-  const names = readFiles("views").map(({ name }) => name);
-  const known = [...names, ...raw];
-  const models = readFiles("views", known).map((file): Model => {
-    const made = modelForm.exec(code(file.sql))?.[1];
-    if (made !== file.name)
-      faults.push(
-        `${file.file} must hold one statement: CREATE OR REPLACE TABLE ${file.name} … AS SELECT …, without a dataset`,
-      );
-    if (raw.includes(file.name)) faults.push(`${file.file}: ${file.name} is the name of a raw table`);
-    return { ...file, checks: [], needs: file.reads.filter((name) => names.includes(name)) };
-  });
+  const list = (folder: string): string[] => globSync(`${folder}/*.sql`, { cwd: root }).sort();
+  const names = list("views").map((file) => basename(file, ".sql"));
+  const readFile = (file: string): Statement => {
+    const sql = readFileSync(join(root, file), "utf8");
+    return { file, name: basename(file, ".sql"), sql, reads: tablesRead(sql, [...names, ...raw]) };
+  };
+  const modelsIn = (reads: string[]): string[] => reads.filter((name) => names.includes(name));
+  const faults = names.length ? [] : ["views/ holds no model"];
   const ordered: Model[] = [];
-  const isNext = (model: Model): boolean =>
-    !ordered.includes(model) && model.needs.every((name) => ordered.some((done) => done.name === name));
-  for (let next = models.find(isNext); next; next = models.find(isNext)) ordered.push(next);
-  const left = models.filter((model) => !ordered.includes(model));
-  if (left.length) {
-    const pairs = left.map(({ file, needs }) => `${file} reads ${needs.join(", ")}`);
-    faults.push(`models read one another in a circle: ${pairs.join("; ")}`);
-    ordered.push(...left);
+  for (let left = list("views").map(readFile); left.length; ) {
+    const ready = left.filter(({ reads }) => !left.some(({ name }) => reads.includes(name)));
+    if (!ready.length) {
+      const pairs = left.map(({ file, reads }) => `${file} reads ${modelsIn(reads).join(", ")}`);
+      faults.push(`models read one another in a circle: ${pairs.join("; ")}`);
+    }
+    const next = ready.length ? ready : left;
+    ordered.push(...next.map((file) => ({ ...file, checks: [], needs: modelsIn(file.reads) })));
+    left = left.filter((file) => !next.includes(file));
   }
-  for (const check of readFiles("views/checks", known)) {
+  for (const { file, name, sql } of ordered) {
+    if (modelForm.exec(code(sql))?.[1] !== name)
+      faults.push(`${file} must hold one statement: CREATE OR REPLACE TABLE ${name} … AS SELECT …, without a dataset`);
+    if (raw.includes(name)) faults.push(`${file}: ${name} is the name of a raw table`);
+  }
+  for (const check of list("views/checks").map(readFile)) {
     if (!checkForm.test(code(check.sql)))
       faults.push(`${check.file} must hold one statement: a SELECT of the rows that are wrong`);
     // It runs with the last of the models that it reads, once all of them are built.
     const owner = ordered.findLast(({ name }) => check.reads.includes(name));
     if (!owner) faults.push(`${check.file} reads no model: nothing would run it`);
     owner?.checks.push(check);
-    owner?.needs.push(...check.reads.filter((name) => names.includes(name) && name !== owner.name));
+    owner?.needs.push(...modelsIn(check.reads).filter((name) => name !== owner.name));
   }
-  if (!names.length) faults.push("views/ holds no model");
   if (only && !names.includes(only))
     faults.push(`ONLY=${only}: there is no views/${only}.sql. There are: ${names.join(", ")}`);
   if (faults.length) throw new UsageError(`nothing was built:\n${faults.map((fault) => `  ${fault}`).join("\n")}`);

@@ -1,18 +1,17 @@
 /**
  * make bench: what archiving events costs, a backfill of their days and one day that has them all, against psql | gzip | curl of
- * the same JSON, and what each gzip level costs. With PEERS=1 (make bench-peers) the one day also by dlt, Sling and ingestr, each
+ * the same JSON. With PEERS=1 (make bench-peers) the one day also by dlt, Sling and ingestr, each
  * in a venv of its own, on the same rows to the same server. ROWS= (default all, 1,471,409 of 365 days), RUNS= (default 3) of each,
- * interleaved; medians are quoted. PARTS=backfill,day,levels does some of it. Absolute times are this machine's.
+ * interleaved; medians are quoted. PARTS=backfill,day does some of it. Absolute times are this machine's.
  */
 import { execFileSync } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { gunzipSync, gzipSync } from "node:zlib";
-import { addDays, readManifest } from "../../shared/events/archive.ts";
-import { getStream, listObjects, removeObjects } from "../../shared/events/s3.ts";
+import { gunzipSync } from "node:zlib";
+import { addDays } from "../../shared/events/archive.ts";
+import { get, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { thousands } from "../../shared/log.ts";
-import { table } from "../../shared/table.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -22,7 +21,7 @@ import { type Contender, compare, measure } from "./measure.ts";
 import { openPeers, plain } from "./peers.ts";
 
 const rows = Number(process.env.ROWS ?? 1_471_409);
-const parts = (process.env.PARTS ?? "backfill,day,levels").split(",");
+const parts = (process.env.PARTS ?? "backfill,day").split(",");
 const day = "2017-06-01";
 
 await using shop = await createShop();
@@ -77,7 +76,7 @@ async function checkWritten(by: string, writes: string, format: string): Promise
   for await (const { key } of listObjects(shop.bucket, place(writes))) {
     if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key))
       continue;
-    const body = Buffer.concat(await Array.fromAsync(await getStream(shop.bucket, key)));
+    const body = (await get(shop.bucket, key))?.body ?? Buffer.alloc(0);
     sum.bytes += body.length;
     if (format === "Parquet") {
       writeFileSync(join(scratch, "file.parquet"), body);
@@ -123,25 +122,6 @@ if (parts.includes("day")) {
   ];
   await compare("archive", rows, contenders);
   for (const { by, writes, format } of contenders) await checkWritten(by, writes, format);
-}
-
-if (parts.includes("day") && parts.includes("levels")) {
-  // The levels, on the day's first part.
-  const manifest = (await readManifest(shop.bucket, day))?.manifest;
-  const [part] = manifest?.parts ?? [];
-  if (!part) throw new Error("no part");
-  const raw = gunzipSync(Buffer.concat(await Array.fromAsync(await getStream(shop.bucket, part.key))));
-  const levels = [1, 2, 3, 4, 5, 6, 7, 8, 9].map((level) => {
-    const started = performance.now();
-    const packed = gzipSync(raw, { level });
-    const seconds = (performance.now() - started) / 1000;
-    return {
-      "gzip level": level,
-      "MB/s of raw": Math.round(raw.length / 1e6 / seconds),
-      "raw : compressed": (raw.length / packed.length).toFixed(1),
-    };
-  });
-  process.stdout.write(`${table(levels)}\n`);
 }
 
 function peers(): (Contender & { writes: string; format: string })[] {

@@ -3,8 +3,7 @@
  * their defaults and with what they document for late rows. For SECONDS= (default 120) WRITERS= (default 12) insert rows, each in a
  * transaction of up to 400 ms; five more insert 10 rows at a time and stay open for 10 s each time, five for 90 s. As in many a
  * shop, a row's updated_at is now(): the start of its transaction. Meanwhile each tool runs again and again, in turn, and at
- * the end, when all has committed, twice more. Then what each has is compared with the source, by key and updated_at, and the
- * table written into README.md, between <!-- bench-lossless --> and <!-- /bench-lossless --> (README= names another file).
+ * the end, when all has committed, twice more. Then what each has is compared with the source, by key and updated_at.
  */
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -18,7 +17,6 @@ import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
 import { measure } from "./measure.ts";
 import { dltSync, ingestrSync, openPeers, type Sync, slingSync, slotOf } from "./peers.ts";
-import { markdown, writeSection } from "./section.ts";
 
 const seconds = Number(process.env.SECONDS ?? 120);
 const writers = Number(process.env.WRITERS ?? 12);
@@ -144,23 +142,6 @@ try {
   }
   await peersSql.end();
   process.stdout.write(`${table(report)}\n`);
-  const head = Object.keys(report[0] ?? {});
-  const lines = report.map((row) => Object.values(row));
-  const of = kinds.map(({ name }) => `${count(expected, name)} of transactions open for ${name}`);
-  writeSection(
-    "bench-lossless",
-    `
-### Late commits, beside dlt, Sling and ingestr
-
-\`make bench-lossless\`, ${new Date().toISOString().slice(0, 10)}: one source, each tool run again and again in turn while ${writers} writers insert for ${seconds} s. ${thousands(expected.length)} rows in the end: 1,000 of before, ${of.join(", ")}. A row's updated_at is the start of its transaction.
-
-${markdown([head, ...lines])}
-
-What they document for it: dlt a \`lag\` ("attribution window"), Sling a SELECT of one's own with \`{incremental_value}\`, here less 60 s; both read the last 60 s of rows again each time, and lose what stays open for longer. ingestr
-keeps no cursor: its caller gives the interval, or it reads all, or, with \`postgres+cdc\`, the write-ahead log, which needs a replication slot (dlt has a pg_replication source for that, Sling a mode of later versions; not tried). This project needs no slot and reads each row
-once, and pays with waiting: while the transaction of 90 s is open, nothing that began after it is read.
-`,
-  );
 } finally {
   await shop.admin.unsafe(`drop database if exists ${shop.dataset}_peers with (force)`);
   await shop.admin`

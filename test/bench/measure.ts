@@ -1,7 +1,7 @@
-/** What the benches share: a command's wall time, peak memory and CPU, the source's CPU meanwhile, and where results go. */
+/** What the benches share: a command's wall time, peak memory and CPU, the source's CPU meanwhile. */
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { appendFileSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
 import { running } from "../stack/process.ts";
@@ -23,18 +23,6 @@ export interface Measured {
   sourceCpu?: number | undefined;
   /** Its seconds by those of its floor in the same round. */
   times?: number;
-}
-
-/** One measurement of the page: `job` on `rows` rows, done by us, by its floor or by a peer. */
-export interface Row extends Measured {
-  job: string;
-  rows: number;
-  by: string;
-}
-
-/** For the page (make bench-page), which collects the lines of BENCH_ROWS. */
-export function record(row: Row): void {
-  if (process.env.BENCH_ROWS) appendFileSync(process.env.BENCH_ROWS, `${JSON.stringify(row)}\n`);
 }
 
 function readProc(pid: number, file: string): string {
@@ -87,7 +75,7 @@ const peerRuns = Math.min(runs, Number(process.env.PEER_RUNS ?? runs));
 
 /**
  * RUNS= (default 3) runs of each contender, interleaved; PEER_RUNS= (default as many) of those after the second, in
- * the last rounds. `round` comes before each round. Prints a table, and records each run for the page.
+ * the last rounds. `round` comes before each round. Prints a table.
  */
 export async function compare(
   job: string,
@@ -107,7 +95,6 @@ export async function compare(
       const times = index && !contender.floor ? { times: seconds / floor } : {};
       const measured = { seconds, megabytes, sourceCpu, ...times };
       results[index]?.push(measured);
-      record({ job, rows, by: index ? contender.by : "floor", ...measured });
       say(`bench: ${job}, run ${run + 1} of ${runs}: ${contender.by}: ${seconds.toFixed(2)} s`);
     }
   }

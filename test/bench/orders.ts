@@ -15,18 +15,11 @@ import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import postgres from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
-import {
-  checkKeys,
-  createStaging,
-  loadLines,
-  mergeStaging,
-  mergeStatement,
-  openDestination,
-} from "../../shared/bigquery/load.ts";
+import { mergeStaging, mergeStatement, openDestination, stageChunk } from "../../shared/bigquery/load.ts";
+import { jsonLines } from "../../shared/bigquery/types.ts";
 import { copyJsonLines } from "../../shared/copy.ts";
 import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
-import { readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -56,11 +49,11 @@ const env = {
   BIGQUERY_ENDPOINT: shop.env.BIGQUERY_ENDPOINT,
   RUN_TIMEOUT_SECONDS: 3600,
   RETENTION_DAYS: 400,
+  HEARTBEAT_URL: "",
   WATERMARK_LAG_SECONDS: 0,
   FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
 };
 const contract = readContract("orders");
-const source = { table: "public.orders", cursor: "updated_at", select: readSelect("orders") };
 const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
 process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
 
@@ -106,7 +99,8 @@ function extractions(): Contender[] {
 }
 
 await runPipeline("orders", env, async (run) => {
-  select = (await checkSource(run, contract, source))(source.select);
+  const described = await checkSource(run, contract);
+  select = jsonLines(contract, contract.source.select, described);
   const window = { from: "-infinity", to: "infinity" };
   const copy = (): ReturnType<typeof copyJsonLines> =>
     copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
@@ -134,15 +128,12 @@ await runPipeline("orders", env, async (run) => {
 
   if (!parts.includes("steps")) return;
   if (!extraction.length) await extract();
-  const destination = await openDestination(env, contract, source.cursor);
-  const [create, staging] = await timed(() => createStaging(run, destination, 1));
-  await using stream = await copy();
-  const [load, loaded] = await timed(() => loadLines(run, destination, staging, stream));
-  if (loaded !== stream.sent.rows) throw new Error(`${loaded} rows of ${stream.sent.rows} were loaded`);
-  const [keys] = await timed(() => checkKeys(run, destination, staging));
+  const destination = await openDestination(env, contract);
+  const url = env.SOURCE_DATABASE_URL;
+  const [load, staging] = await timed(() => stageChunk(run, url, described, destination, window, 1));
   const [merge] = await timed(() => mergeStaging(run, destination, staging));
   const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());
-  const total = create + load + keys + merge + drop;
+  const total = load + merge + drop;
   const part = (seconds: number): { seconds: string; share: string } => ({
     seconds: seconds.toFixed(2),
     share: `${Math.round((seconds / total) * 100)} %`,
@@ -152,10 +143,8 @@ await runPipeline("orders", env, async (run) => {
   );
   process.stdout.write(
     `${table([
-      { step: "create staging", ...part(create) },
       { step: "of the load: extraction alone", ...part(median(extraction)) },
-      { step: "extract and load", ...part(load) },
-      { step: "check of the keys", ...part(keys) },
+      { step: "create staging, extract, load, check the keys", ...part(load) },
       { step: "MERGE", ...part(merge) },
       { step: "drop staging", ...part(drop) },
     ])}\n`,
@@ -203,7 +192,7 @@ const pipe =
       `psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`,
       {
         ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
-        COPY: `copy (${source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
+        COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
         TARGET: target?.url,
         PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
       },
@@ -321,25 +310,4 @@ if (parts.includes("verify")) {
     { by: "one sum of hashes on either side", run: () => bash(floor, { SUM, QUERY, OUT: join(scratch, "answer") }) },
     { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
   ]);
-}
-
-if (parts.includes("steps")) {
-  // What Google's BigQuery counts for the MERGE, by its documented sizes of the types and its rule for DML on partitioned tables
-  // (cloud.google.com/bigquery/pricing, "Data size calculation"; "DML statements", q' + t'); the local server counts no bytes.
-  const widths: Record<string, string> = { INTEGER: "8", TIMESTAMP: "8", NUMERIC: "16", STRING: "2 + octet_length($)" };
-  const size = (names: string[]): string =>
-    contract.fields
-      .filter(({ name }) => names.includes(name))
-      .map(
-        ({ name, type }) =>
-          `coalesce(sum(case when ${name} is not null then ${widths[type]?.replace("$", name)} end), 0)`,
-      )
-      .join(" + ");
-  const every = contract.fields.map(({ name }) => name);
-  const [counted] = await shop.admin.unsafe(
-    `select (${size(["id", "updated_at"])})::float8 / count(*) as key, (${size(every)})::float8 / count(*) as row from orders`,
-  );
-  process.stdout.write(
-    `\nthe MERGE, in bytes as BigQuery counts them: ${counted?.key} for each order of the table (id and updated_at of every partition), and ${Math.round(counted?.row)} for each order of the months that it updates, and of the staging table\n`,
-  );
 }

@@ -1,55 +1,34 @@
 /**
- * make bench: what the sensors pipeline does, and what it costs its source. MESSAGES= (default 2,000,000) envelopes from Kafka into
- * ClickHouse against kcat | split | curl into the same insert, RUNS= (default 3) of each, interleaved; then for SECONDS= (default
- * 60) each at 139 rows/s: the time from a commit to its queryable row, and the source's CPU for replication and for polling a table
- * of SOURCE_ROWS= (default 5,000,000). PARTS= (throughput,latency,source) does some of it. Absolute figures are this machine's.
+ * make bench: what the sensors pipeline does. MESSAGES= (default 2,000,000) envelopes from Kafka into ClickHouse beside
+ * kcat | split | curl into the same insert, RUNS= (default 3) of each, interleaved; then for SECONDS= (default 60) at 139 rows/s the
+ * time from a commit to its queryable row. PARTS=throughput,latency does one of them. Absolute figures are this machine's.
  */
 import { spawn } from "node:child_process";
-import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { globSync } from "node:fs";
+import { join } from "node:path";
 import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
-import postgres, { type Sql } from "postgres";
-import {
-  awaitRunning,
-  checkReplication,
-  connectorConfig,
-  createReadingsTopic,
-  putConnector,
-} from "../../scripts/ops/lib/kafka-connect.ts";
+import type { Sql } from "postgres";
 import { thousands } from "../../shared/log.ts";
-import { namesOf } from "../../shared/sensors/connector.ts";
-import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { table } from "../../shared/table.ts";
-import { createSource } from "../data/source.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { debianPath } from "../stack/debian.ts";
-import { localEnv } from "../stack/env.ts";
+import { localEnv, root } from "../stack/env.ts";
 import { kcat } from "../stack/kcat.ts";
-import { running } from "../stack/process.ts";
 import { say } from "../stack/stack.ts";
-import { cpuOf, median, percentile, record, sourceCpu, spread, treeCpu } from "./measure.ts";
-import { startServer } from "./server.ts";
+import { compare, type Measured, measure, percentile } from "./measure.ts";
 
 const messages = Number(process.env.MESSAGES ?? 2_000_000);
-const runs = Number(process.env.RUNS ?? 3);
 const seconds = Number(process.env.SECONDS ?? 60);
-const sourceRows = Number(process.env.SOURCE_ROWS ?? 5_000_000);
-const parts = (process.env.PARTS ?? "throughput,latency,source").split(",");
+const parts = (process.env.PARTS ?? "throughput,latency").split(",");
 /** 500,000 an hour. */
 const rowsPerSecond = 139;
 
 // 1. Throughput
-
-interface Read {
-  seconds: number;
-  cpu: { reader: number; clickhouse: number; kafka: number };
-  megabytes?: number;
-}
 
 async function throughput(): Promise<void> {
   const templates = await realMessages();
@@ -63,100 +42,42 @@ async function throughput(): Promise<void> {
   await shop.succeed("scripts/ops/migrate.ts", { CLICKHOUSE_DATABASE: floor.name });
   say(`bench: writing ${thousands(messages)} envelopes`);
   const expected = { rows: 0, ids: 0, bytes: 0 };
-  const began = performance.now();
   await produce(topic, envelopes(templates, expected));
-  const ends = await admin.fetchTopicOffsets(topic);
-  say(
-    `bench: written in ${((performance.now() - began) / 1000).toFixed(1)} s; ${Math.round(expected.bytes / messages)} bytes each; partitions ${ends.map(({ high }) => high).join(", ")}`,
-  );
+  say(`bench: written; ${Math.round(expected.bytes / messages)} bytes each`);
 
-  const reset = async (database: string): Promise<void> => {
+  /** Runs it, proves that it read everything, and makes it forget. */
+  const checked = async (database: string, run: Promise<Measured>): Promise<Measured> => {
+    const measured = await run;
+    await check(shop.clickhouse, database, expected);
     await shop.clickhouse.command({ query: `TRUNCATE TABLE ${database}.sensor_readings` });
     await shop.admin`delete from etl.topic_offsets where topic = ${topic}`;
     await shop.admin`delete from etl.topics where topic = ${topic}`;
     await admin.deleteGroups([shop.env.SENSORS_GROUP ?? ""]).catch(() => {}); // there is none yet
+    return measured;
   };
-  let rowsPerInsert = 0;
-  const consumer = async (): Promise<Read> => {
-    const { child, ended } = shop.start("scripts/sensors.ts", { UNTIL: "caught-up" });
-    const read = await measure(child.pid ?? 0, ended);
-    const { code, signal, stderr } = await ended;
-    if (code !== 0) throw new Error(`make sensors exited ${code ?? signal}:\n${stderr}`);
-    const last = (name: string): number => Number(new RegExp(`step=done .*\\b${name}=(\\S+)`).exec(stderr)?.[1]);
-    rowsPerInsert = Math.round(last("rows") / last("batches"));
-    return { ...read, megabytes: last("peak_rss_mb") };
-  };
-  const pipes = async (...partitions: string[]): Promise<Read> => {
-    const env = floorEnv(topic, floor.name, rowsPerInsert);
-    const child = spawn("bash", ["-c", floorScript, "bash", ...partitions], {
-      env,
-      stdio: ["ignore", "ignore", "pipe"],
-    });
-    let errors = "";
-    child.stderr.setEncoding("utf8").on("data", (text) => (errors = (errors + text).slice(-2000)));
-    const ended = once(child, "close");
-    const read = await measure(child.pid ?? 0, ended);
-    const [code] = await ended;
-    if (code !== 0) throw new Error(`kcat | split | curl exited ${code}:\n${errors}`);
-    return read;
-  };
-  const contenders = [
-    { name: "make sensors (this project)", database: ours, run: consumer },
-    { name: "kcat | split | curl", database: floor.name, run: () => pipes("-1") },
-    { name: "kcat | split | curl, one for each partition", database: floor.name, run: () => pipes("0", "1", "2") },
-  ].map((contender) => ({ ...contender, reads: [] as Read[] }));
-  for (let run = 1; run <= runs; run++) {
-    for (const { name, database, run: once, reads } of contenders) {
-      say(`bench: run ${run} of ${runs}: ${name}`);
-      reads.push(await once());
-      await check(shop.clickhouse, database, expected);
-      await reset(database);
-    }
-    const [own = 0, , least = 0] = contenders.map(({ reads }) => reads.at(-1)?.seconds ?? 0);
-    const megabytes = contenders[0]?.reads.at(-1)?.megabytes;
-    record({ job: "sensors", rows: messages, by: "ours", seconds: own, times: own / least, megabytes });
-  }
-
-  const ourSeconds = contenders[0]?.reads.map((read) => read.seconds) ?? [];
-  const report = contenders.map(({ name, reads }, index) => {
-    const time = reads.map((read) => read.seconds);
-    const cpu = (of: keyof Read["cpu"]): string => median(reads.map((read) => read.cpu[of])).toFixed(1);
-    return {
-      reads: name,
-      seconds: spread(time, 1),
-      "rows/s": thousands(messages / median(time)),
-      "ours / this, in rows/s": index ? spread(time.map((value, run) => value / (ourSeconds[run] ?? 0))) : "",
-      "CPU s: reader": cpu("reader"),
-      clickhouse: cpu("clickhouse"),
-      kafka: cpu("kafka"),
-      "peak RSS, MB": index ? "" : Math.max(...reads.map(({ megabytes = 0 }) => megabytes)),
-    };
-  });
-  process.stdout.write(
-    `\n${thousands(messages)} envelopes from Kafka into ClickHouse, ${thousands(rowsPerInsert)} an insert, from start to exit (targets: 60,000 rows/s, at least 0.50 of kcat | split | curl, under 400 MB)\n${table(report)}\n`,
-  );
+  await compare("sensors", messages, [
+    {
+      by: "kcat | split | curl",
+      run: () =>
+        checked(floor.name, measure({ command: "bash", args: ["-c", floorScript], env: floorEnv(topic, floor.name) })),
+    },
+    {
+      by: "ours",
+      run: () =>
+        checked(
+          ours,
+          measure({
+            command: process.execPath,
+            args: [join(root, "scripts/sensors.ts")],
+            env: { ...shop.env, UNTIL: "caught-up" },
+          }),
+        ),
+    },
+  ]);
 }
 
 const dropDatabase = async (client: ClickHouseClient, name: string): Promise<void> =>
   void (await client.command({ query: `DROP DATABASE IF EXISTS ${name}` }));
-
-/** Wall time, and the CPU meanwhile of what was started and of the servers (where they run here). */
-async function measure(pid: number, ended: Promise<unknown>): Promise<Pick<Read, "seconds" | "cpu">> {
-  const servers = (): { clickhouse: number; kafka: number } => {
-    const [clickhouse, kafka] = ["clickhouse", "kafka"].map((name) => cpuOf(running(name)?.pid ?? 0).own);
-    return { clickhouse: clickhouse ?? 0, kafka: kafka ?? 0 };
-  };
-  const [started, before] = [performance.now(), servers()];
-  let reader = 0;
-  const sampler = setInterval(() => (reader = Math.max(reader, treeCpu(pid))), 100);
-  await ended.finally(() => clearInterval(sampler));
-  const elapsed = (performance.now() - started) / 1000;
-  const after = servers();
-  return {
-    seconds: elapsed,
-    cpu: { reader, clickhouse: after.clickhouse - before.clickhouse, kafka: after.kafka - before.kafka },
-  };
-}
 
 /** Every message became what it says: as many rows with FINAL as are left, and no dead letter. */
 async function check(
@@ -174,19 +95,12 @@ async function check(
 }
 
 /**
- * The floor. JSON has neither raw tabs nor raw newlines, so what kcat prints is TabSeparatedRaw as it is: no program between the
- * broker and ClickHouse looks at a message. split starts one curl for as many lines as `make sensors` had in an insert (measured
- * just before), and kcat fetches ahead meanwhile. One pipe reads all partitions and does one insert at a time; a pipe for each
- * partition, as many inserts as there are partitions. Arguments: a pipe's partition each, -1 for all.
+ * The floor. JSON has neither raw tabs nor raw newlines, so what kcat prints is TabSeparatedRaw as it is: no program between the broker and
+ * ClickHouse looks at a message. split starts one curl for as many lines as `make sensors` has in an insert, and kcat fetches ahead.
  */
 const floorScript = `set -o pipefail
-read_into() {
-  LD_LIBRARY_PATH="$KCAT_LIBRARIES" "$KCAT" -q -C -e -b "$BROKER" -t "$TOPIC" -p "$1" -o beginning -f "$TOPIC\\t1\\t%p\\t%o\\t0\\t%k\\t%s\\n" |
-    split --lines="$ROWS" --filter='curl -sSf --user "$LOGIN" -H "content-type: text/plain" --data-binary @- "$URL"'
-}
-pids=()
-for partition in "$@"; do read_into "$partition" & pids+=($!); done
-for pid in "\${pids[@]}"; do wait "$pid" || exit 1; done`;
+LD_LIBRARY_PATH="$KCAT_LIBRARIES" "$KCAT" -q -C -e -b "$BROKER" -t "$TOPIC" -o beginning -f "$TOPIC\\t1\\t%p\\t%o\\t0\\t%k\\t%s\\n" |
+  split --lines=10000 --filter='curl -sSf --user "$LOGIN" -H "content-type: text/plain" --data-binary @- "$URL"'`;
 
 const kcatEnv = (): NodeJS.ProcessEnv => ({
   PATH: process.env.PATH,
@@ -195,7 +109,7 @@ const kcatEnv = (): NodeJS.ProcessEnv => ({
   BROKER: localEnv().KAFKA_BROKERS,
 });
 
-function floorEnv(topic: string, database: string, rows: number): NodeJS.ProcessEnv {
+function floorEnv(topic: string, database: string): NodeJS.ProcessEnv {
   const { CLICKHOUSE_URL = "", CLICKHOUSE_USER, CLICKHOUSE_PASSWORD } = localEnv();
   const url = new URL(CLICKHOUSE_URL);
   url.searchParams.set("database", database);
@@ -203,7 +117,6 @@ function floorEnv(topic: string, database: string, rows: number): NodeJS.Process
   return {
     ...kcatEnv(),
     TOPIC: topic,
-    ROWS: String(rows),
     URL: url.href,
     LOGIN: `${CLICKHOUSE_USER}:${CLICKHOUSE_PASSWORD}`,
   };
@@ -331,7 +244,6 @@ async function latency(): Promise<void> {
   await until("the first row is in ClickHouse", async () => (await visible(-1)).length);
 
   say(`bench: latency, ${seconds} s at ${rowsPerSecond} rows/s`);
-  const before = sourceCpu();
   const sent = new Map<number, number>();
   const latencies: number[] = [];
   let writing = true;
@@ -353,8 +265,6 @@ async function latency(): Promise<void> {
   child.kill("SIGTERM");
   await ended;
   const at = (share: number): string => percentile(latencies, share).toFixed(2);
-  const whole = { job: "latency", rows: latencies.length, sourceCpu: ((sourceCpu() - before) / seconds) * 60 };
-  for (const share of [0.5, 0.95, 1]) record({ ...whole, by: `${share}`, seconds: percentile(latencies, share) });
   process.stdout.write(
     `\nfrom commit at the source to the queryable row, ${rowsPerSecond} rows/s for ${seconds} s, seconds (target: median under 2)\n${table(
       [
@@ -370,164 +280,5 @@ async function latency(): Promise<void> {
   );
 }
 
-// 3. The source's CPU
-
-/** Checkpoints and autovacuum, which come now and then, are put off: they would count to whichever measurement they fell into. */
-async function startSource() {
-  const server = await startServer({ checkpoint_timeout: "1h", max_wal_size: "20GB", autovacuum: "off" });
-  const at = (variable: string): string => {
-    const { host, pathname } = new URL(server.url);
-    return Object.assign(new URL(localEnv()[variable] ?? ""), { host, pathname }).href;
-  };
-  const variables = {
-    SOURCE_DATABASE_URL: at("SOURCE_DATABASE_URL"),
-    REPLICATION_DATABASE_URL: at("REPLICATION_DATABASE_URL"),
-  };
-  await createSource(server.url, Object.values(variables)).catch(async (error) => {
-    await server[Symbol.asyncDispose]();
-    throw error;
-  });
-  return { ...server, variables };
-}
-
-/** Debezium on that server from now on, without a snapshot of what is there; until it is disposed of. */
-async function replicate({ variables }: Awaited<ReturnType<typeof startSource>>, admin: Sql) {
-  const { KAFKA_BROKERS = "", CONNECT_URL = "" } = localEnv();
-  const env = {
-    ...{ ...variables, CONNECT_URL, KAFKA_BROKERS: [KAFKA_BROKERS], KAFKA_TLS: false },
-    ...{ KAFKA_SASL_MECHANISM: undefined, KAFKA_USERNAME: undefined, KAFKA_PASSWORD: undefined },
-    SENSORS_TOPIC: `bench_${randomBytes(5).toString("hex")}.public.sensor_readings`,
-    SENSORS_GROUP: "bench",
-  };
-  const { prefix, connector, slot } = namesOf(env);
-  const kafka = connectKafka(env, "bench");
-  const topics = [env.SENSORS_TOPIC, `__debezium-heartbeat.${prefix}`];
-  const replication = {
-    /** Messages that came to the topic. */
-    messages: () =>
-      withAdmin(kafka, env, async (client) =>
-        (await client.fetchTopicOffsets(env.SENSORS_TOPIC)).reduce((sum, { high }) => sum + Number(high), 0),
-      ),
-    [Symbol.asyncDispose]: async () => {
-      await fetch(new URL(`/connectors/${connector}`, CONNECT_URL), { method: "DELETE" });
-      await until("the connector's slot is dropped", () =>
-        admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`.then(
-          () => true,
-          () => false,
-        ),
-      );
-      await withAdmin(kafka, env, (client) => client.deleteTopics({ topics })).catch(() => {});
-    },
-  };
-  try {
-    await checkReplication(env);
-    const config = connectorConfig(env);
-    await createReadingsTopic(env, config);
-    await putConnector(env, { ...config, "snapshot.mode": "no_data" });
-    await awaitRunning(env);
-    await until("the slot is read", async () => {
-      const [row] =
-        await admin`select from pg_replication_slots where slot_name = ${slot} and active and confirmed_flush_lsn is not null`;
-      return row;
-    });
-    return replication;
-  } catch (error) {
-    await replication[Symbol.asyncDispose]();
-    throw error;
-  }
-}
-
-/**
- * Asks each second for the rows after the last one that it has, until it is disposed of: over one connection, as the read-only
- * role. `back` is how far before that it looks each time, for rows that commit late; such rows come again and again.
- */
-async function poll(
-  { variables }: Awaited<ReturnType<typeof startSource>>,
-  cursor: "recorded_at" | "id",
-  { back = "0 s", settings = {} }: { back?: string; settings?: Record<string, string> } = {},
-) {
-  const sql = postgres(variables.SOURCE_DATABASE_URL, { max: 1, fetch_types: false, connection: settings });
-  const [top] = await sql`select max(${sql(cursor)})::text as last from sensor_readings`;
-  let last: string = top?.last;
-  let [stopped, rows] = [false, 0];
-  const loop = (async () => {
-    for (let next = performance.now(); !stopped; await delay(Math.max(0, next - performance.now()))) {
-      const from =
-        cursor === "id" ? sql`${last}::text::bigint` : sql`${last}::text::timestamptz - ${back}::text::interval`;
-      const found = await sql`
-        select id, sensor_id, metric, value, recorded_at, ${sql(cursor)}::text as last
-        from sensor_readings where ${sql(cursor)} > ${from} order by ${sql(cursor)}`;
-      last = found.at(-1)?.last ?? last;
-      rows += found.length;
-      next += 1000;
-    }
-  })();
-  loop.catch(() => {});
-  return {
-    messages: async () => rows,
-    [Symbol.asyncDispose]: async () => {
-      stopped = true;
-      await loop.finally(() => sql.end({ timeout: 1 }));
-    },
-  };
-}
-
-async function source(): Promise<void> {
-  await using server = await startSource();
-  const admin = postgres(server.url, { max: 1, fetch_types: false, onnotice: () => {} });
-  await using _ = { [Symbol.asyncDispose]: () => admin.end({ timeout: 1 }) };
-  say(`bench: a source of ${thousands(sourceRows)} readings`);
-  await admin`
-    insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
-    select i, 'S' || i % 1000, 'temp', i % 100, now() - (${sourceRows} + 3600 - i) * interval '1 ms' - interval '1 hour'
-    from generate_series(1, ${sourceRows}::int) i`;
-  await admin`vacuum analyze sensor_readings`;
-  await admin`checkpoint`;
-  let first = sourceRows + 1;
-  const nothing = async () => ({ messages: async () => 0, [Symbol.asyncDispose]: async () => {} });
-  const noIndex = { settings: { enable_indexscan: "off", enable_bitmapscan: "off" } };
-  // The writer alone before and after, as a measure of the noise.
-  const phases = [
-    { name: "the writer alone, before", reader: nothing },
-    { name: "replication (slot and connector)", reader: () => replicate(server, admin) },
-    { name: "polling, recorded_at > last, by its index", reader: () => poll(server, "recorded_at") },
-    { name: "polling, id > last, by the primary key", reader: () => poll(server, "id") },
-    { name: "polling, recorded_at > last - 60 s", reader: () => poll(server, "recorded_at", { back: "60 s" }) },
-    { name: "polling, recorded_at > last, had it no index", reader: () => poll(server, "recorded_at", noIndex) },
-    { name: "the writer alone, after", reader: nothing },
-  ];
-  const measured: { name: string; perMinute: number; alone: boolean }[] = [];
-  for (const { name, reader } of phases) {
-    say(`bench: the source's CPU, ${seconds} s: ${name}`);
-    await using reading = await reader();
-    await delay(3000); // what its start cost is over
-    const [cpu, started, before] = [server.cpu(), performance.now(), await reading.messages()];
-    await write(admin, first);
-    const came = async (): Promise<number> => (await reading.messages()) - before;
-    if (reader !== nothing)
-      await until(`${name}: all rows came`, async () => (await came()) >= seconds * rowsPerSecond, 120);
-    await delay(1000);
-    const elapsed = (performance.now() - started) / 1000;
-    const perMinute = ((server.cpu() - cpu) / elapsed) * 60;
-    measured.push({ name, perMinute, alone: reader === nothing });
-    first += Math.ceil(seconds * rowsPerSecond);
-  }
-  const alone = measured.filter((phase) => phase.alone).map(({ perMinute }) => perMinute);
-  const writer = alone.reduce((sum, value) => sum + value, 0) / alone.length;
-  const beyond = (index: number): number => (measured[index]?.perMinute ?? 0) - writer;
-  process.stdout.write(
-    `\nCPU of the source's server at ${rowsPerSecond} rows/s, ${thousands(sourceRows)} rows in the table, polled each second, ${seconds} s each\n${table(
-      measured.map(({ name, perMinute, alone: nobody }, index) => ({
-        source: name,
-        "CPU s a minute": perMinute.toFixed(2),
-        "beyond the writer": nobody ? "" : beyond(index).toFixed(2),
-        "more than the writer": nobody ? "" : `${Math.round((beyond(index) / writer) * 100)} %`,
-        "replication / this": nobody || index === 1 ? "" : (beyond(1) / beyond(index)).toFixed(2),
-      })),
-    )}\n`,
-  );
-}
-
 if (parts.includes("throughput")) await throughput();
 if (parts.includes("latency")) await latency();
-if (parts.includes("source")) await source();

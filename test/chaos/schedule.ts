@@ -1,7 +1,7 @@
 /**
  * Which fault hits what, and when: all of it follows from the seed, so that a failing seed replays the same schedule.
  */
-import { random } from "../lib/shop.ts";
+import { random } from "../lib/random.ts";
 import { type LinkName, linkNames, type ServerName, servers } from "./stack.ts";
 
 const jobs = ["orders", "users", "events", "sensors", "views"] as const;
@@ -11,6 +11,7 @@ export type Job = (typeof jobs)[number];
 const targets = {
   "kill script": jobs,
   "kill server": servers,
+  "restart connector": ["connect"],
   "freeze script": jobs,
   "freeze server": servers,
   "cut connections": linkNames,

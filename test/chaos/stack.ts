@@ -5,13 +5,13 @@
 import { spawnSync } from "node:child_process";
 import { readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
+import { createLink, type Link } from "../lib/link.ts";
 import { type Scratch, scratchCopy } from "../lib/scratch.ts";
 import { linkInstalled, type Servers, serversOf } from "../lib/servers.ts";
 import type { Env } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
 import { parts as installable } from "../stack/parts.ts";
 import type { Command } from "../stack/process.ts";
-import { createLink, type Link } from "./link.ts";
 
 export const servers = ["postgres", "bigquery", "clickhouse", "kafka", "connect", "s3", "pushgateway"] as const;
 export type ServerName = (typeof servers)[number];
@@ -80,9 +80,7 @@ export async function createStack(change: (scratch: Scratch) => void): Promise<P
   const { localEnv, endpoint } = await load<typeof import("../stack/env.ts")>("test/stack/env.ts");
   const env = localEnv();
   const links = Object.fromEntries(
-    await Promise.all(
-      linkNames.map(async (name) => [name, await createLink(linkPort(name), endpoint(env[name] ?? "").port)]),
-    ),
+    await Promise.all(linkNames.map(async (name) => [name, await createLink(env[name], { port: linkPort(name) })])),
   ) as Record<LinkName, Link>;
   return {
     scratch,

@@ -2,9 +2,11 @@
  * The shop's applications: they insert, update, delete and move rows of orders, users and sensor_readings, in transactions of one to
  * four statements, some held open, some rolled back, until they are stopped. They outlive the database's deaths.
  */
+import { Readable } from "node:stream";
+import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql, TransactionSql } from "postgres";
-import { random } from "../lib/shop.ts";
+import { random } from "../lib/random.ts";
 
 export interface Writers {
   count: { committed: number; "rolled back": number; "cut off": number };
@@ -78,7 +80,7 @@ async function change(sql: TransactionSql, below: (n: number) => number, next: (
   const order = (id: number) => sql`
     insert into orders (id, user_id, store_id, status, item_count, total, discount, created_at)
     values (${id}, ${below(200)}, ${below(10)}, 'completed', ${1 + below(9)}, ${value}::numeric / 100, 0, ${day})`;
-  switch (below(15)) {
+  switch (below(16)) {
     case 0:
     case 1:
       return await order(next());
@@ -105,6 +107,16 @@ async function change(sql: TransactionSql, below: (n: number) => number, next: (
     case 13: // its primary key, and others' values
       await sql`update sensor_readings set value = ${value} where id % 500 = ${key % 500}`;
       return await sql`update sensor_readings set id = ${next()} where id = ${key}`;
+    case 14: {
+      // Many rows: of a COPY, and of one INSERT.
+      const ids = Array.from({ length: 100 }, next);
+      const lines = ids.map((id) => `${id}\tS2\tcopied\t${value}\t2024-02-01Z\n`).join("");
+      const copy = "copy sensor_readings (id, sensor_id, metric, value, recorded_at) from stdin";
+      await pipeline(Readable.from([lines]), await sql.unsafe(copy).writable());
+      return await sql`
+        insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+        select i, 'S3', 'many', ${value}::float8, '2024-02-02Z' from unnest(${`{${Array.from({ length: 100 }, next)}}`}::text::bigint[]) i`;
+    }
     default:
       return await sql`delete from sensor_readings where id = ${key}`;
   }

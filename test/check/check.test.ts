@@ -103,27 +103,34 @@ await test("the MERGE quotes a reserved word; without the quotes, with another c
     /^schemas\/bigquery\/orders\.json: MERGE:4:\d+: Syntax error: Unexpected keyword ORDER\n {4}WHEN NOT MATCHED THEN INSERT \(id, /,
   );
   const wrong = await check("googlesql", (scratch) => {
-    scratch.edit("scripts/orders.ts", (code) => code.replace('cursor: "updated_at"', 'cursor: "changed_at"'));
     scratch.editFields("users", (all) =>
       all.map((field) => (field.name === "id" ? { ...field, type: "JSON" } : field)),
     );
     scratch.editFields("orders", (all) => [...all, { name: "odd", type: "INT32" }]);
   });
   assert.match(wrong[0] ?? "", /^schemas\/bigquery\/orders\.json:\d+:1: field odd: BigQuery has no type INT32$/);
-  assert.match(wrong[1] ?? "", /^schemas\/bigquery\/orders\.json: MERGE:3:\d+: Name changed_at not found inside s$/);
   assert.match(
     wrong.find((fault) => fault.startsWith("schemas/bigquery/users.json: MERGE")) ?? "",
     /^schemas\/bigquery\/users\.json: MERGE:2:\d+: Equality is not defined for arguments of type JSON$/,
   );
+  const [cursor] = await check("googlesql", (scratch) =>
+    scratch.edit("schemas/bigquery/orders.json", (json) =>
+      json.replace('"cursor": "updated_at"', '"cursor": "changed_at"'),
+    ),
+  );
+  assert.match(cursor ?? "", /^schemas\/bigquery\/orders\.json:.*cursor must be one of the fields/);
 });
 
-await test("a contract of 1,000 fields passes: no statement nests deeper with its fields", async () => {
+await test("a contract of 1,000 fields passes, some of them with the names of our aliases: no statement nests deeper with its fields", async () => {
   const more = Array.from({ length: 1000 }, (_, index) => ({
     name: `f${index}`,
     type: ["FLOAT", "JSON", "STRING"][index % 3],
     mode: index % 7 ? "NULLABLE" : "REPEATED",
   }));
-  const wide = (scratch: Scratch): void => scratch.editFields("orders", (all) => [...all, reserved, ...more]);
+  // Names of our aliases: where one is a column too, the analyser refuses the MERGE.
+  const aliases = "s t d compared found pairs keys kind".split(" ").map((name) => ({ name, type: "STRING" }));
+  const wide = (scratch: Scratch): void =>
+    scratch.editFields("orders", (all) => [...all, reserved, ...aliases, ...more]);
   assert.deepEqual(await check("googlesql", wide), []);
 });
 
@@ -184,7 +191,7 @@ await test("Postgres: a contract that its source does not fulfil, and a fault in
   );
   const cast = await check("postgres", (scratch) => {
     scratch.edit("shared/bigquery/types.ts", (code) =>
-      code.replace("numeric: { NUMERIC: asText", "numeric: { NUMERIC: asBase64"),
+      code.replace('"NUMERIC BIGNUMERIC", "?::text"', '"NUMERIC BIGNUMERIC", "encode(?, \'base64\')"'),
     );
   });
   assert.deepEqual(cast, [

@@ -5,14 +5,15 @@
  * The analyser stops at a statement's first fault.
  */
 import { spawn } from "node:child_process";
-import { existsSync, globSync, readFileSync } from "node:fs";
+import { globSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
 import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
-import { differenceFields, sweepStatements, verifyStatements } from "../../scripts/ops/lib/verify.ts";
-import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
+import { verifyStatements } from "../../scripts/ops/lib/verify.ts";
+import { readContract } from "../../shared/bigquery/contract.ts";
 import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
+import type { Contract } from "../../shared/bigquery/types.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { readModels, tablesRead } from "../../shared/views/models.ts";
@@ -55,39 +56,17 @@ function columnType({ name, type = "", mode, fields }: Field, file: string): Typ
   return { typeKind: "TYPE_STRING" };
 }
 
-/** The pipeline's statements: the MERGE, with the column that its script calls the cursor, and the check of the keys. */
+/** The pipeline's statements: the MERGE, the check of the keys, and what make verify and make sweep ask and write. */
 function generated(contract: Contract, staging: string): Statement[] {
-  const script = `scripts/${contract.pipeline}.ts`;
-  const version = existsSync(join(root, script)) && /\bcursor: "(\w+)"/.exec(read(script))?.[1];
-  if (!version) faults.push(`${script}:1:1: names no cursor: "…" to check the MERGE of ${contract.file} with`);
-  const at = (table: string): string => `\`${path(table)}\``;
-  const sql = mergeStatement(contract, at(contract.pipeline), at(staging), version || "updated_at");
-  return [
-    { file: contract.file, sql, generated: "MERGE" },
-    { file: contract.file, sql: duplicateKeysStatement(contract, at(staging)), generated: "key check" },
-    ...verification(contract, at, staging, version || "updated_at"),
-  ];
+  const tables = { table: `\`${path(contract.pipeline)}\``, staging: `\`${path(staging)}\`` };
+  const time = "2017-01-01T00:00:00.000001+00";
+  const statements = {
+    MERGE: mergeStatement(contract, tables.table, tables.staging),
+    "key check": duplicateKeysStatement(contract, tables.staging),
+    ...verifyStatements(contract, tables, { watermark: time, clock: time, shown: 20 }),
+  };
+  return Object.entries(statements).map(([generated, sql]) => ({ file: contract.file, sql, generated }));
 }
-
-/** What make verify and make sweep ask, and with what they repair. */
-function verification(
-  contract: Contract,
-  at: (table: string) => string,
-  staging: string,
-  version: string,
-): Statement[] {
-  const { file, pipeline } = contract;
-  const tables = [at(pipeline), at(staging), at(differencesOf(pipeline))];
-  const watermark = "2017-01-01T00:00:00.000001+00";
-  const { insert, after } = verifyStatements(contract, tables, version, watermark);
-  const of = (command: string, statements: Record<string, string>): Statement[] =>
-    Object.entries(statements).map(([name, sql]) => ({ file, sql, generated: `${command}, ${name}` }));
-  return [
-    ...of("verify", { insert, ...after(watermark) }),
-    ...of("sweep", sweepStatements(contract, tables, version, watermark)),
-  ];
-}
-const differencesOf = (pipeline: string): string => `${pipeline}_differences`;
 
 /** BigQuery takes a path in one pair of backticks for one name, and so does the analyser. */
 const path = (table: string): string => `my-project.raw.${table}`;
@@ -167,7 +146,6 @@ for (const pipeline of pipelines()) {
     const columns = typed(contract.fields);
     const staging = `${pipeline}_staging`;
     for (const table of [pipeline, staging]) addTable(table, columns);
-    addTable(differencesOf(pipeline), typed(differenceFields(contract)));
     statements.push(...generated(contract, staging));
   } catch (error) {
     faults.push(`schemas/bigquery/${pipeline}.json:1:1: ${(error as Error).message}`); // not JSON, or no Table resource

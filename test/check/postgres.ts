@@ -1,6 +1,6 @@
 /**
  * make check: all SQL against Postgres, on a throw-away cluster with the demo source's tables and no rows. What creates
- * things is executed, in the role that does it in production; what reads is prepared and then run as etl_reader, which also
+ * things is executed, in the role that does it in production; what reads is prepared and then run as the role that does, which also
  * finds a missing grant. Then, as a run does it, each pipeline's SELECT is compared with its contract, and the SELECT made of it
  * that writes each column as its field reads it is run. Prints all faults as file:line: message; exit code 1 where there are any.
  */
@@ -10,10 +10,9 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import postgres, { type Sql } from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
+import { jsonLines } from "../../shared/bigquery/types.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import type { Run } from "../../shared/run.ts";
-import { readSelect } from "../../shared/source.ts";
 import { freePort } from "../lib/shop.ts";
 import { startCluster, stopCluster } from "../stack/postgres.ts";
 import { logPath, say } from "../stack/stack.ts";
@@ -36,15 +35,10 @@ async function attempt(file: string, use: (text: string) => Promise<unknown>): P
 }
 
 async function checkContract(sql: Sql, pipeline: string): Promise<void> {
-  const [script, contract] = [`scripts/${pipeline}.ts`, readContract(pipeline)];
-  const declared = /\btable: "([\w.]+)", cursor: "(\w+)"/.exec(readFileSync(join(root, script), "utf8"));
-  const [, table = "", cursor = ""] = declared ?? [];
-  if (!declared) return void faults.push(`${script}:1: names no table: "…", cursor: "…"`);
-  const run = { pipeline, source: sql, log: () => {} } as unknown as Run;
+  const contract = readContract(pipeline);
   try {
-    const select = readSelect(pipeline);
-    const lines = await checkSource(run, contract, { table, cursor, select });
-    await sql.unsafe(lines(select));
+    const columns = await checkSource({ pipeline, source: sql, log: () => {}, metrics: {} }, contract);
+    await sql.unsafe(jsonLines(contract, contract.source.select, columns));
   } catch (error) {
     if (!(error instanceof UsageError || error instanceof postgres.PostgresError)) throw error;
     const what = error instanceof UsageError ? "" : "the SELECT made of it and its SELECT: ";
@@ -59,24 +53,34 @@ const remove = async (): Promise<void> => {
 for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => remove().finally(() => process.exit(1)));
 
 const as = (sql: Sql, role: string): Promise<unknown> => sql.unsafe(`set session authorization ${role}`);
+/** What the statements read in place of a 0. */
+const examples: Record<string, string> = {
+  "etl.from": "2017-01-01",
+  "etl.to": "2017-01-02",
+  "etl.facts": "[]",
+  "etl.limits": "{}",
+  "etl.status": "[]",
+};
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
 try {
   const settings = { fsync: "off", shared_buffers: "16MB", max_connections: "10" };
   await startCluster({ name, dataDir: join(folder, "data"), url, settings });
   const sql = postgres(url, { max: 1, onnotice: () => {} });
-  const setup = ["sql/roles.sql", "sql/replication.sql"];
+  const setup = ["sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
   for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
   await as(sql, "etl_metadata");
   for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
-  await as(sql, "etl_reader");
   for (const file of files("sql/*.sql").filter((path) => !setup.includes(path))) {
+    await as(sql, file === "sql/status.sql" ? "etl_metadata" : "etl_reader");
     await attempt(file, async (text) => {
+      await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
       await sql.unsafe(text).describe(); // refuses a second statement
       for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))
-        await sql`select set_config(${setting}, ${/from|to$/.test(setting) ? "2017-01-01" : "0"}, false)`;
+        await sql`select set_config(${setting}, ${examples[setting] ?? "0"}, false)`;
       await sql.unsafe(text);
     });
   }
+  await as(sql, "etl_reader");
   // Where a SELECT itself is at fault, that has been said.
   if (!faults.length) for (const pipeline of pipelines()) await checkContract(sql, pipeline);
   await sql.end({ timeout: 1 });

@@ -190,7 +190,8 @@ export async function loadData(adminUrl: string, options: LoadOptions = {}): Pro
     const states = new Map<Table, State>();
     for (const table of only) states.set(table, await stateOf(sql, table, rows(table)));
     const due = only.filter((table) => states.get(table) !== "loaded");
-    if ([...states.values()].includes("missing")) await sql.file(join(import.meta.dirname, "schema.sql"));
+    if ([...states.values()].includes("missing"))
+      for (const file of ["test/data/schema.sql", "sql/source.sql"]) await sql.file(join(root, file));
     if (due.length > 0 && !existsSync(python)) throw new Error("data: .stack/python is missing: make up installs it");
     for (const table of only) {
       if (!due.includes(table)) log(`data: table=${table} rows=${rows(table)} loaded already`);

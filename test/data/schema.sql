@@ -1,4 +1,5 @@
--- The demo's source tables: what a shop's Postgres would hold. Safe to run again: it creates only what is missing.
+-- The demo's source tables: what a shop's Postgres would hold. What the pipelines need of them is in sql/source.sql. Safe to run again:
+-- it creates only what is missing.
 -- Only the cursor columns are NOT NULL: the pipelines refuse a nullable cursor, and take everything else as it comes.
 
 create table if not exists public.orders (
@@ -41,23 +42,7 @@ create table if not exists public.sensor_readings (
   recorded_at timestamptz not null default now()
 );
 
-create index if not exists orders_updated_at on public.orders (updated_at);
-create index if not exists users_updated_at on public.users (updated_at);
-create index if not exists events_created_at on public.events (created_at, id);
 create index if not exists sensor_readings_recorded_at on public.sensor_readings (recorded_at);
-
--- The database sets updated_at, not the application: the safe upper bound of a window rests on that.
-create or replace function public.set_updated_at() returns trigger language plpgsql as $$
-begin
-  new.updated_at := clock_timestamp();
-  return new;
-end
-$$;
-
-create or replace trigger set_updated_at before insert or update on public.orders
-  for each row execute function public.set_updated_at();
-create or replace trigger set_updated_at before insert or update on public.users
-  for each row execute function public.set_updated_at();
 
 comment on table public.orders is 'One row per order: a basket at a till, or an order of the demo.';
 comment on column public.orders.id is 'The basket''s number.';

@@ -10,11 +10,14 @@ import { loadData, openSource } from "./load.ts";
 
 const root = join(import.meta.dirname, "../..");
 
+/** What makes a database a source. */
+export const sourceFiles = ["test/data/schema.sql", "sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
+
 /** Safe to repeat. `adminUrl` is a superuser's; `roleUrls` are the URLs whose roles get the passwords in them. */
 export async function createSource(adminUrl: string, roleUrls: string[]): Promise<void> {
   const sql = postgres(adminUrl, { max: 1, onnotice: () => {} });
   try {
-    for (const file of ["test/data/schema.sql", "sql/roles.sql", "sql/replication.sql"]) await execute(sql, file);
+    for (const file of sourceFiles) await execute(sql, file);
     for (const url of roleUrls) {
       const { username, password } = new URL(url);
       const [statement] = await sql<{ text: string }[]>`

@@ -18,7 +18,9 @@ export interface TestCluster extends AsyncDisposable {
   /** Its superuser, in the shop's database. Connects again after a restart. */
   admin: Sql;
   /** What a run is given to read from this cluster. */
-  variables: { SOURCE_DATABASE_URL: string };
+  variables: { SOURCE_DATABASE_URL: string; REPLICATION_DATABASE_URL: string };
+  /** Copies its disk; what it returns puts the copy in the disk's place. Each restarts it. */
+  saveDisk(): Promise<{ restore(): Promise<void> }>;
   /** Sets its clock against the machine's while it runs, for example "-3600" seconds. */
   setClock(offset: string): void;
   /** A standby that streams from it. Restarts this cluster, to copy it. */
@@ -32,7 +34,10 @@ export async function createCluster(settings: Record<string, string> = {}): Prom
   await ensureInstalled(faketime);
   const cluster = await describe("primary", settings);
   const created = await start(cluster);
-  await createSource(cluster.url, [localEnv().SOURCE_DATABASE_URL ?? ""]);
+  await createSource(
+    cluster.url,
+    ["SOURCE_DATABASE_URL", "REPLICATION_DATABASE_URL"].map((name) => localEnv()[name] ?? ""),
+  );
   return created;
 }
 
@@ -58,10 +63,24 @@ async function start(cluster: Cluster): Promise<TestCluster> {
   await startCluster(cluster);
   const admin = postgres(cluster.url, { max: 1, fetch_types: false, onnotice: () => {} });
   const { host, pathname } = new URL(cluster.url);
-  const readerUrl = Object.assign(new URL(localEnv().SOURCE_DATABASE_URL ?? ""), { host, pathname }).href;
+  const at = (name: string): string => Object.assign(new URL(localEnv()[name] ?? ""), { host, pathname }).href;
   return {
     admin,
-    variables: { SOURCE_DATABASE_URL: readerUrl },
+    variables: {
+      SOURCE_DATABASE_URL: at("SOURCE_DATABASE_URL"),
+      REPLICATION_DATABASE_URL: at("REPLICATION_DATABASE_URL"),
+    },
+    saveDisk: async () => {
+      const [disk, copy] = [cluster.dataDir, `${cluster.dataDir}.saved`];
+      const move = async (from: string, to: string): Promise<void> => {
+        await stopCluster(cluster.name);
+        rmSync(to, { recursive: true, force: true });
+        cpSync(from, to, { recursive: true });
+        await startCluster(cluster);
+      };
+      await move(disk, copy);
+      return { restore: () => move(copy, disk) };
+    },
     setClock: (offset) => writeFileSync(cluster.env?.FAKETIME_TIMESTAMP_FILE ?? "", offset),
     createStandby: async () => {
       const { hostname, port, username, password } = new URL(cluster.url);

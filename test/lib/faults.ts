@@ -1,6 +1,6 @@
 /**
- * Faults between a run and its servers: an HTTP proxy that refuses, cuts, holds or shortens single requests, and a TCP
- * proxy that cuts a Postgres connection in mid-COPY. Behind both is the real server; what passes is its own answer.
+ * Faults between a run and its servers: the one HTTP proxy, which refuses, cuts, holds or shortens single requests (link.ts is for what
+ * is no HTTP). Behind it is the real server; what passes is its own answer.
  *
  *   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
  *   const merge = hold();
@@ -11,7 +11,7 @@
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { Agent, createServer, type IncomingMessage, request as open, type ServerResponse } from "node:http";
-import { type AddressInfo, connect, createServer as createTcpServer, type Socket } from "node:net";
+import type { AddressInfo } from "node:net";
 import { buffer } from "node:stream/consumers";
 import { pipeline } from "node:stream/promises";
 import { after, test } from "node:test";
@@ -25,7 +25,6 @@ export const steps = {
   upload: /^POST \/upload\//,
   loadState: /^GET .+\/jobs\/\w+_load$/,
   merge: /^POST \/bigquery\/.+\/jobs$/,
-  mergeResult: /^GET .+\/queries\//,
   mergeState: /^GET .+\/jobs\/\w+_merge$/,
   cancel: /^POST .+\/cancel$/,
   dropStaging: /^DELETE .+\/tables\//,
@@ -213,77 +212,6 @@ export async function createProxy(target = "", { signed = false } = {}): Promise
   };
 }
 
-export interface PostgresProxy extends AsyncDisposable {
-  /** The target's URL, by way of the proxy. */
-  url: string;
-  /** Resolves when a connection has been cut. */
-  cut: Promise<void>;
-}
-
-/**
- * A TCP proxy in front of a Postgres that cuts a connection once `bytes` have come from the server, at the end of a
- * message, so at the end of a COPY's row: by a reset, by a FIN, the way a server ends whose machine shuts down, or by a
- * stall: it stays open, and nothing comes any more.
- */
-export async function createPostgresProxy(
-  target = "",
-  how: "reset" | "fin" | "stall",
-  bytes: number,
-): Promise<PostgresProxy> {
-  const { hostname, port } = new URL(target);
-  const url = new URL(target);
-  const cut = Promise.withResolvers<void>();
-  const sockets = new Set<Socket>();
-  const server = createTcpServer((client) => {
-    const upstream = connect(Number(port), hostname);
-    for (const socket of [client, upstream]) {
-      sockets.add(socket);
-      socket.on("error", () => {}).on("close", () => sockets.delete(socket));
-    }
-    client.pipe(upstream);
-    let pending = Buffer.alloc(0);
-    let passed = 0;
-    upstream.on("data", (data: Buffer) => {
-      pending = Buffer.concat([pending, data]);
-      let whole = 0; // a message: its type, its length without the type, its content
-      while (passed + whole < bytes && pending.length >= whole + 5) {
-        const next = whole + 1 + pending.readUInt32BE(whole + 1);
-        if (next > pending.length) break;
-        whole = next;
-      }
-      passed += whole;
-      const last = passed >= bytes;
-      if (whole > 0 && !client.write(pending.subarray(0, whole)) && !last) {
-        upstream.pause();
-        client.once("drain", () => upstream.resume());
-      }
-      pending = pending.subarray(whole);
-      if (!last) return;
-      upstream.removeAllListeners("data");
-      cut.resolve();
-      if (how === "stall") return;
-      upstream.destroy();
-      if (how === "fin") client.end();
-      else client.resetAndDestroy();
-    });
-    upstream.on("close", () => client.end());
-    client.on("close", () => upstream.destroy());
-  });
-  server.listen(0, "127.0.0.1");
-  await once(server, "listening");
-  url.port = String((server.address() as AddressInfo).port);
-  url.hostname = "127.0.0.1";
-  return {
-    url: url.href,
-    cut: cut.promise,
-    [Symbol.asyncDispose]: async () => {
-      for (const socket of sockets) socket.destroy();
-      server.close();
-      await once(server, "close");
-    },
-  };
-}
-
 type Rows = Record<string, string | null>[];
 
 /** What a test of a shared shop begins with: nothing runs, and source and destination differ by the changed rows. */
@@ -453,8 +381,8 @@ export async function assertExpiring(shop: Shop, left: number): Promise<void> {
     const response = await fetch(
       `${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${BIGQUERY_PROJECT}/datasets/${shop.dataset}/tables/${table}`,
     );
-    const { expirationTime } = (await response.json()) as { expirationTime?: string };
-    const hours = (Number(expirationTime) - Date.now()) / 3_600_000;
-    assert.ok(hours > 23 && hours <= 24, `${table} expires in ${hours} h`);
+    const { expirationTime, creationTime } = (await response.json()) as Record<string, string>;
+    const hours = (Number(expirationTime) - Number(creationTime)) / 3_600_000;
+    assert.ok(hours > 23 && hours <= 24, `${table} expires ${hours} h after it was made`);
   }
 }

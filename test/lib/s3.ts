@@ -9,12 +9,15 @@
  */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
+import { once } from "node:events";
 import { buffer } from "node:stream/consumers";
+import { after, before, suite } from "node:test";
+import { setTimeout } from "node:timers/promises";
 import { gunzipSync } from "node:zlib";
 import { addDays, type Manifest, readManifest } from "../../shared/events/archive.ts";
-import { getStream, listObjects, listUploads } from "../../shared/events/s3.ts";
+import { type Bucket, get, listObjects } from "../../shared/events/s3.ts";
 import { createProxy, type Fault, type HttpProxy } from "./faults.ts";
-import type { Shop } from "./shop.ts";
+import { createShop, type Shop } from "./shop.ts";
 
 /** The requests of a run, as `METHOD path?query`, decoded. A part is one putPart. */
 export const s3Steps = {
@@ -40,8 +43,24 @@ export function refuse(status: number, code: string): Fault {
   };
 }
 
+/** The answer's body ends after some bytes: the connection is reset, or stays open and silent. */
+export function breakBody(how: "reset" | "stall"): Fault {
+  return async ({ response, send }) => {
+    const answer = await send();
+    const body = await buffer(answer);
+    response.writeHead(answer.statusCode ?? 0, answer.headers).write(body.subarray(0, body.length / 2));
+    await (how === "reset" ? setTimeout(100) : once(response, "close"));
+    response.socket?.resetAndDestroy();
+  };
+}
+
 /** An HTTP server in front of the S3 server at `target` that passes everything on until told otherwise. */
 export const createS3Proxy = (target?: string): Promise<HttpProxy> => createProxy(target, { signed: true });
+
+/** An object's bytes. */
+export async function readObject(bucket: Bucket, key: string): Promise<Buffer> {
+  return (await get(bucket, key))?.body ?? assert.fail(`no object ${key}`);
+}
 
 export interface ArchivedDay {
   manifest: Manifest;
@@ -62,7 +81,7 @@ export async function readArchived({ bucket }: Shop, day: string): Promise<Archi
     try {
       const rows: ArchivedDay["rows"] = [];
       for (const part of manifest.parts) {
-        const packed = await buffer(await getStream(bucket, part.key));
+        const packed = await readObject(bucket, part.key);
         const raw = gunzipSync(packed);
         const lines = raw.toString().split("\n").slice(0, -1);
         const [sha256, sha256_raw] = [packed, raw].map((bytes) => createHash("sha256").update(bytes).digest("hex"));
@@ -71,7 +90,7 @@ export async function readArchived({ bucket }: Shop, day: string): Promise<Archi
       }
       return { manifest, etag, rows };
     } catch (error) {
-      assert.equal((error as Error).name, "NoSuchKey", `${day}: ${(error as Error).stack}`);
+      assert.match((error as Error).message, /^no object /, `${day}: ${(error as Error).stack}`);
       assert.notEqual(etag, seen, `${day}: a part that its manifest names is not there: ${(error as Error).message}`);
       seen = etag;
     }
@@ -104,12 +123,12 @@ export async function assertArchived(shop: Shop, day: string): Promise<ArchivedD
 }
 
 /** The keys below events/, of one day or of all, without the shop's prefix. */
-export async function objectKeys({ bucket }: Shop, day?: string): Promise<string[]> {
+export async function objectKeys({ bucket }: Pick<Shop, "bucket">, day?: string): Promise<string[]> {
   const objects = await Array.fromAsync(listObjects(bucket, `${bucket.prefix}events/${day ? `dt=${day}/` : ""}`));
   return objects.map(({ key }) => key.slice(bucket.prefix.length));
 }
 
-/** The keys that no manifest names, of one day or of all, without the shop's prefix; and the uploads that never ended. */
+/** The keys that no manifest names, of one day or of all, without the shop's prefix. */
 export async function strays(shop: Shop, day?: string): Promise<string[]> {
   const { bucket } = shop;
   const keys = await objectKeys(shop, day);
@@ -118,11 +137,29 @@ export async function strays(shop: Shop, day?: string): Promise<string[]> {
   const named = manifests.flatMap(
     (found) => found?.manifest.parts.map(({ key }) => key.slice(bucket.prefix.length)) ?? [],
   );
-  const uploads = await Array.fromAsync(listUploads(bucket, `${bucket.prefix}events/`));
-  return [
-    ...keys.filter((key) => !key.endsWith("/manifest.json") && !named.includes(key)),
-    ...uploads.map(({ key }) => key.slice(bucket.prefix.length)).filter((key) => !day || key.includes(`/dt=${day}/`)),
-  ].sort();
+  return keys.filter((key) => !key.endsWith("/manifest.json") && !named.includes(key));
+}
+
+/** A suite with a shop, and a day of its own for each test, of so many rows: 150 are three parts of 60. */
+export function suiteOfDays(
+  name: string,
+  first: string,
+  tests: (shop: () => Shop, nextDay: (rows?: number) => Promise<string>) => void,
+): void {
+  suite(name, { concurrency: 1 }, () => {
+    let shop: Shop | undefined;
+    let day = first;
+    before(async () => {
+      shop = await createShop();
+    });
+    after(() => shop?.[Symbol.asyncDispose]());
+    const there = (): Shop => shop ?? assert.fail("no shop");
+    tests(there, async (rows = 150) => {
+      day = addDays(day, 5);
+      await there().insertEvents(day, rows);
+      return day;
+    });
+  });
 }
 
 /** The day is archived, and there is nothing else of it in the bucket. */

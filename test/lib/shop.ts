@@ -5,17 +5,20 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
+import { globSync, readFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { suite } from "node:test";
 import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
+import { migratePostgres } from "../../scripts/ops/lib/migrations.ts";
 import { readContract } from "../../shared/bigquery/contract.ts";
-import { type Bucket, connectS3, listObjects, listUploads, removeObjects } from "../../shared/events/s3.ts";
-import { createSource } from "../data/source.ts";
+import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
+import { createSource, sourceFiles } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
-import { stackPath } from "../stack/stack.ts";
+import { pushgatewayProgram } from "../stack/pushgateway.ts";
+import { digest } from "../stack/stack.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
 export const textColumns = { orders: "status", users: "age_band" };
@@ -24,7 +27,7 @@ export const pipelines = Object.keys(textColumns) as Pipeline[];
 
 /**
  * Whose tests are run of what the script's steps hold, whatever the table's columns are: those of orders, and with SOAK=1 of each pipeline.
- * The scripts are the same, step for step (recipes.test.ts).
+ * The scripts are the same, step for step (docs/recipes.test.ts).
  */
 export const ofSteps: Pipeline[] = process.env.SOAK === "1" ? pipelines : ["orders"];
 
@@ -43,7 +46,6 @@ export interface Result {
   signal: NodeJS.Signals | null;
   stdout: string;
   stderr: string;
-  seconds: number;
 }
 
 export interface Process {
@@ -108,15 +110,10 @@ export const connectClickHouse = (env: Env): ClickHouseClient =>
 
 /** The bucket of an environment. */
 export function connectBucket(env: Env): Bucket {
-  const {
-    S3_ENDPOINT,
-    S3_BUCKET = "",
-    S3_PREFIX = "",
-    AWS_REGION = "",
-    AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY,
-  } = env;
-  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY });
+  const { S3_ENDPOINT, S3_BUCKET = "", S3_PREFIX = "", AWS_REGION = "" } = env;
+  const { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY } = env;
+  Object.assign(process.env, { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY }); // where S3's client looks for them
+  return connectS3({ S3_ENDPOINT, S3_BUCKET, S3_PREFIX, AWS_REGION });
 }
 
 export interface ShopOptions {
@@ -165,10 +162,12 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   if (gateway) env.PUSHGATEWAY_URL = gateway.url;
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
-  await server.unsafe(
-    `create database ${name}${encoding === "UTF8" ? "" : ` template template0 encoding ${encoding} locale 'C'`}`,
-  );
-  await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
+  if (encoding === "UTF8")
+    await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
+  else {
+    await server.unsafe(`create database ${name} template template0 encoding ${encoding} locale 'C'`);
+    await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
+  }
   const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];
   const connect = (application = "test"): Sql => {
@@ -185,7 +184,6 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   const children = new Set<ChildProcess>();
 
   const start = (script: string, variables: Env = {}): Process => {
-    const started = performance.now();
     const child = spawn(process.execPath, [join(folder, script)], {
       cwd: folder,
       env: { ...env, ...variables } as NodeJS.ProcessEnv,
@@ -204,7 +202,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     });
     const ended = once(child, "close").then(([code, signal]) => {
       children.delete(child);
-      return { code, signal, stdout, stderr: lines.join("\n"), seconds: (performance.now() - started) / 1000 };
+      return { code, signal, stdout, stderr: lines.join("\n") };
     });
     const line = (pattern: RegExp): Promise<string> =>
       new Promise((resolve, reject) => {
@@ -339,7 +337,6 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
         if (datasetId.startsWith(name))
           await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
-      for await (const { abort } of listUploads(bucket, bucket.prefix)) await abort();
       await removeObjects(
         bucket,
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
@@ -354,9 +351,32 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   };
 }
 
+/**
+ * The database that shops are cloned from: the source's tables and roles, and schema etl. Made once for these files; test/run.ts drops what
+ * earlier runs left. It gets its name when it is whole.
+ */
+async function templateDatabase(server: Sql, base: Env): Promise<string> {
+  const files = [...sourceFiles, ...globSync("sql/etl/*.sql", { cwd: root }).sort()];
+  const name = `test_template_${digest(files.map((file) => readFileSync(join(root, file), "utf8")).join(""))}`;
+  const at = (url = ""): string => Object.assign(new URL(url), { pathname: `/${name}_new` }).href;
+  await server`select pg_advisory_lock(hashtext(${name}))`;
+  const [there] = await server`select from pg_database where datname = ${name}`;
+  if (!there) {
+    await server.unsafe(`drop database if exists ${name}_new with (force)`);
+    await server.unsafe(`create database ${name}_new`);
+    await createSource(at(base.STACK_ADMIN_DATABASE_URL), []);
+    const etl = postgres(at(base.ETL_DATABASE_URL), { max: 1, onnotice: () => {} });
+    await migratePostgres(etl);
+    await etl.end();
+    await server.unsafe(`alter database ${name}_new rename to ${name}`);
+  }
+  await server`select pg_advisory_unlock(hashtext(${name}))`;
+  return name;
+}
+
 async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
   const port = await freePort();
-  const child = spawn(stackPath("bin", "pushgateway"), [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
+  const child = spawn(pushgatewayProgram, [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
   const url = `http://127.0.0.1:${port}`;
   await until("Pushgateway ready", () =>
     fetch(`${url}/-/ready`).then(
@@ -425,15 +445,6 @@ export async function until<T>(what: string, condition: () => Promise<T> | T, se
     if (now > deadline) throw new Error(`not within ${seconds} s: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, Math.min(500, Math.max(20, 4 * (now - from)))));
   }
-}
-
-/** Numbers of [0, below), the same for the same seed. */
-export function random(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
-    return Math.floor((state / 2 ** 32) * below);
-  };
 }
 
 /**

@@ -13,8 +13,8 @@ local-bigquery, with seven things of it made fast. What it does is the same, but
 And four things done as Google's BigQuery does them:
 - A copy brings descriptions, policy tags, partitioning and clustering, and removes the row access policies of what it replaces.
 - A query with WRITE_TRUNCATE_DATA replaces the rows only, and with ALLOW_FIELD_ADDITION adds columns.
-- A query with maximumBytesBilled is refused before it runs where it would be billed more, and counts what it is billed: the size of the
-  tables that it names, at least 10 MiB each.
+- A query counts what it is billed: the size of the tables that it names, at least 10 MiB each. One that would be billed more than its
+  maximumBytesBilled is refused before it runs.
 - The table that a CREATE TABLE makes is not among its referencedTables.
 """
 
@@ -219,12 +219,10 @@ MIB = 2**20
 
 def run_within_limit(cur, tree, context, destination, config, dry_run, isolated):
     made = names.reference(tree.find(exp.Table), context.project_id, context.dataset_id) if isinstance(tree, exp.Create) else None
-    if not config.maximumBytesBilled:
-        return run_statement(cur, tree, context, destination, config, dry_run, isolated)
     named = {names.reference(table, context.project_id, context.dataset_id) for table in tree.find_all(exp.Table)} - {made}
     sizes = [int(tables.load(*table).numBytes) for table in named if tables.exists(*table)]
     billed = sum(max(10, -(-size // MIB)) * MIB for size in sizes)
-    if billed > int(config.maximumBytesBilled):
+    if config.maximumBytesBilled and billed > int(config.maximumBytesBilled):
         raise BigQueryError(
             "bytesBilledLimitExceeded",
             f"Query exceeded limit for bytes billed: {config.maximumBytesBilled}. {billed} or higher required.",

@@ -1,4 +1,5 @@
-// What the pipelines may rely on of the local ClickHouse: its HTTP interface as @clickhouse/client uses it.
+// What the pipelines may rely on of the local ClickHouse, its HTTP interface as @clickhouse/client uses it, beyond what the tests of sensors
+// use it for.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { request } from "node:http";
@@ -56,44 +57,6 @@ before(async () => {
 after(async () => {
   await command(`DROP DATABASE ${database}`);
   await client.close();
-});
-
-test("it pings, also through a query, and has the database of the request", async () => {
-  assert.equal((await client.ping()).success, true);
-  assert.equal((await client.ping({ select: true })).success, true);
-  assert.deepEqual(await rows("SELECT currentDatabase() AS d"), [{ d: database }]);
-});
-
-test("rows go in as JSON, as a stream, gzipped, as RowBinary, and come back", async () => {
-  await command("CREATE TABLE t (id UInt64, value String) ENGINE = MergeTree ORDER BY id");
-  const values = Array.from({ length: 1000 }, (_, id) => ({ id, value: `'"\\\n\t\0é ${id}` }));
-  const { summary } = await client.insert({ table: "t", values, format: "JSONEachRow" });
-  assert.equal(summary?.written_rows, "1000");
-  assert.deepEqual(await rows("SELECT * FROM t WHERE id = 7"), [{ id: 7, value: `'"\\\n\t\0é 7` }]);
-  await client.insert({ table: "t", values: Readable.from(values), format: "JSONEachRow", columns: ["id", "value"] });
-  const zipped = connection({ compression: { request: true, response: true } });
-  await zipped.insert({ table: "t", values, format: "JSONEachRow" });
-  const answer = await zipped.query({ query: "SELECT count() AS n FROM t", format: "JSON" });
-  assert.deepEqual((await answer.json<{ n: string }>()).data, [{ n: 3000 }]);
-  await zipped.close();
-  const { stream, summary: sum } = await client.exec({
-    query: "INSERT INTO t FORMAT RowBinary",
-    values: Readable.from([rowBinary(5000, 5500), rowBinary(5500, 6000)], { objectMode: false }),
-    clickhouse_settings: { max_insert_threads: "1" },
-  });
-  assert.equal(await text(stream), "");
-  assert.equal(sum?.written_rows, "1000");
-  assert.deepEqual(await rows("SELECT value FROM t WHERE id = 5999"), [{ value: "value 5999\0" }]);
-  await command("INSERT INTO t VALUES (9000, 'a;b'), (9001, 'c')");
-  await command("INSERT INTO t SELECT number, 'x' FROM numbers(10)");
-  assert.equal(await count("t"), 4012);
-});
-
-test("5 MB strings pass", async () => {
-  await command("CREATE TABLE large (s String) ENGINE = MergeTree ORDER BY ()");
-  const s = "x\0".repeat(2_500_000);
-  await client.insert({ table: "large", values: [{ s }, { s }], format: "JSONEachRow" });
-  assert.deepEqual(await rows("SELECT count() AS n, min(length(s)) AS l FROM large"), [{ n: 2, l: 5_000_000 }]);
 });
 
 test("parameters and settings are the query's own, however many run at once", async () => {
@@ -183,53 +146,14 @@ test("an insert with a bad row, or cut off in the middle, inserts nothing", asyn
   assert.equal(await count("whole"), 0);
 });
 
-test("what the schema needs: Null, views into a deduplicating table, a swap of tables, system tables", async () => {
-  await command("CREATE TABLE raw (key UInt64, version UInt64, deleted UInt8, value String) ENGINE = Null");
-  const target = "(key UInt64, value String, _version UInt64, _deleted UInt8)";
-  await command(`CREATE TABLE latest ${target} ENGINE = ReplacingMergeTree(_version, _deleted) ORDER BY key`);
-  const select = "SELECT key, value, version AS _version, deleted AS _deleted FROM raw";
-  await command(`CREATE MATERIALIZED VIEW to_latest TO latest AS ${select}`);
-  await command("INSERT INTO raw VALUES (1, 2, 0, 'new'), (2, 1, 0, 'x')");
-  await command("INSERT INTO raw VALUES (1, 1, 0, 'old'), (2, 2, 1, '')");
-  assert.deepEqual(await rows("SELECT key, value FROM latest FINAL"), [{ key: 1, value: "new" }]);
-  await command(`CREATE TABLE other ${target} ENGINE = ReplacingMergeTree(_version, _deleted) ORDER BY key`);
-  await command("EXCHANGE TABLES latest AND other");
-  await command("INSERT INTO raw VALUES (3, 1, 0, 'after')");
-  assert.deepEqual(await rows("SELECT key, value FROM latest"), [{ key: 3, value: "after" }]);
-  await command("SYSTEM STOP MERGES other");
-  await command("SYSTEM START MERGES other");
-  await command("OPTIMIZE TABLE other FINAL");
-  assert.deepEqual(
-    await rows("SELECT count() AS n FROM system.parts WHERE database = {d:String} AND table = 'other' AND active", {
-      d: database,
-    }),
-    [{ n: 1 }],
-  );
-  const [shown] = await rows<{ statement: string }>("SHOW CREATE TABLE latest");
-  assert.match(shown?.statement ?? "", /ReplacingMergeTree\(_version, _deleted\)/);
-});
-
-test("a session keeps its temporary tables; another does not see them", async () => {
-  const mine = connection({ session_id: database });
-  await mine.command({ query: "CREATE TEMPORARY TABLE mine (x UInt8)" });
-  await mine.command({ query: "INSERT INTO mine VALUES (1)" });
-  const answer = await mine.query({ query: "SELECT * FROM mine", format: "JSONEachRow" });
-  assert.deepEqual(await answer.json(), [{ x: 1 }]);
-  await assert.rejects(command("SELECT * FROM mine"), { code: "60" });
-  await mine.close();
-});
-
 test("long queries neither block each other nor the ping, and a client that goes away harms nothing", async () => {
   const long = { query: "SELECT sum(sleepEachRow(0.5)) FROM numbers(4) SETTINGS max_block_size = 1" };
   const given = connection({ request_timeout: 300 });
   await assert.rejects(given.command(long), /Timeout/);
   await given.close();
-  const started = Date.now();
-  const many = Array.from({ length: 9 }, () => client.command(long));
-  await sleep(100);
-  const asked = Date.now();
+  let done = 0;
+  const many = Array.from({ length: 9 }, () => client.command(long).finally(() => done++));
   assert.equal((await client.ping()).success, true);
-  assert.ok(Date.now() - asked < 500);
+  assert.equal(done, 0);
   await Promise.all(many);
-  assert.ok(Date.now() - started < 10_000); // 18 s one after the other
 });

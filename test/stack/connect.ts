@@ -36,6 +36,9 @@ function settings(env: Env): string {
     "heartbeat.interval.ms": 2000,
     "producer.max.request.size": 10_485_760,
     "consumer.max.partition.fetch.bytes": 10_485_760,
+    // Where a connector's configuration may refer to for a secret: ${file:PATH:KEY}.
+    "config.providers": "file",
+    "config.providers.file.class": "org.apache.kafka.common.config.provider.FileConfigProvider",
     // All is on the classpath and says what it is: no scan of every class.
     "plugin.discovery": "service_load",
   });

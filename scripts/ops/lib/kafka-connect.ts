@@ -5,160 +5,227 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, postgresUrl, required, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, root, UsageError } from "../../../shared/env.ts";
+import { thousands } from "../../../shared/log.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
+import { canaryVariables } from "../../../shared/sensors/canary.ts";
 import {
   allRunning,
   askConnect,
   type ConnectorStatus,
+  connectorStatus,
   connectVariables,
   namesOf,
   sourceTable,
 } from "../../../shared/sensors/connector.ts";
-import { connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
+import {
+  type Admin,
+  ConfigResourceTypes,
+  ConfigSource,
+  connectKafka,
+  createTopic,
+  withAdmin,
+} from "../../../shared/sensors/kafka.ts";
 import { checkSession, connect } from "../../../shared/session.ts";
 
-export const connectorVariables = { ...connectVariables, REPLICATION_DATABASE_URL: required(postgresUrl) };
-type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
+export const connectorVariables = {
+  ...connectVariables,
+  ...canaryVariables,
+  REPLICATION_PASSWORD_REFERENCE: optional(like(/^\$\{\w+:.+\}$/, "must be PROVIDER:PATH:KEY in braces, behind a $")),
+};
+export type ConnectorEnv = Env<typeof connectorVariables> & { SENSORS_TOPIC: string };
+
+const file = "schemas/debezium/sensor_readings.json";
+const readConfig = (): Record<string, string> => JSON.parse(readFileSync(join(root, file), "utf8"));
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
 export function connectorConfig(env: ConnectorEnv): Record<string, string> {
-  const config = JSON.parse(readFileSync(join(root, "schemas/debezium/sensor_readings.json"), "utf8"));
   const { hostname, port, pathname, username, password, searchParams } = new URL(env.REPLICATION_DATABASE_URL);
   const { prefix, slot } = namesOf(env);
   return {
-    ...config,
+    ...readConfig(),
     "topic.prefix": prefix,
     "slot.name": slot,
     "database.hostname": hostname.replaceAll(/[[\]]/g, ""),
     "database.port": port || "5432",
     "database.dbname": decodeURIComponent(pathname.slice(1)),
     "database.user": decodeURIComponent(username),
-    "database.password": decodeURIComponent(password),
+    "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? decodeURIComponent(password),
     "database.sslmode": searchParams.get("sslmode") ?? "prefer",
   };
 }
 
 /**
- * Compares the source with what the connector needs of it.
- * @throws UsageError that lists what is missing, with the SQL.
+ * Asks the source what the connector needs of it and has not.
+ * @throws UsageError that lists it.
  */
 export async function checkReplication(env: ConnectorEnv): Promise<void> {
   await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
-  const [found] = await source<{ level: string; replicates: boolean; full: boolean | null; tables: string[] }[]>`
-    select current_setting('wal_level') as level, (select rolreplication or rolsuper from pg_roles where rolname = current_user) as replicates,
-      (select relreplident = 'f' from pg_class where oid = to_regclass(${sourceTable})) as full,
-      array(select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors') as tables`;
-  const faults = [];
-  if (found?.level !== "logical")
-    faults.push(`wal_level is ${found?.level}: alter system set wal_level = logical; and restart the server`);
-  if (!found?.replicates) faults.push("the role may not replicate");
-  if (found?.full !== true) faults.push(`table ${sourceTable} does not exist, or is not REPLICA IDENTITY FULL`);
-  for (const needed of [sourceTable, "public.etl_heartbeat"])
-    if (!found?.tables.includes(needed)) faults.push(`publication etl_sensors does not exist, or lacks ${needed}`);
+  const faults = await source.unsafe(readFileSync(join(root, "sql/replication_checks.sql"), "utf8"));
   if (faults.length)
     throw new UsageError(
-      `the source is not ready for Debezium:\n${faults.map((fault) => `  ${fault}`).join("\n")}\nRun sql/replication.sql in that database as a superuser, then: make connector`,
+      `the source is not ready for Debezium:\n${faults.map(({ fault }) => `  ${fault}`).join("\n")}\nRun ` +
+        "sql/replication.sql in that database as an administrator, then: make connector",
     );
 }
 
-/** Creates the topic as the file's topic.creation.default… say. @returns whether it was missing. */
+/**
+ * Whether the connector can resume where it was: its slot still has what it has not read.
+ * @throws UsageError where that is gone, which no restart brings back.
+ */
+export async function checkSlot(env: ConnectorEnv): Promise<void> {
+  const stored = await askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets");
+  if (!stored?.offsets.length) return; // it begins with a snapshot
+  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
+  const { slot } = namesOf(env);
+  const [found] = await source<
+    { wal: string }[]
+  >`select wal_status as wal from pg_replication_slots where slot_name = ${slot}`;
+  if (found && found.wal !== "lost") return;
+  throw new UsageError(
+    `slot ${slot} ${found ? "has lost WAL that the connector has not read" : "is gone from the source"}, and with it the changes ` +
+      `since. Stop all consumers (systemctl stop etl-sensors), then run: make resnapshot`,
+  );
+}
+
+/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes. @returns what it did. */
 export async function createReadingsTopic(
   env: Env<typeof kafkaVariables>,
   config: Record<string, string>,
-): Promise<boolean> {
+): Promise<"created" | "raised" | undefined> {
   const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
   const { undefined: _, partitions, "replication.factor": replicas, ...others } = Object.fromEntries(settings);
   return await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
-    if ((await admin.listTopics()).includes(env.SENSORS_TOPIC)) return false;
-    return await createTopic(admin, {
+    const bytes = others["max.message.bytes"];
+    if ((await admin.listTopics()).includes(env.SENSORS_TOPIC))
+      return (await raiseMessageBytes(admin, env.SENSORS_TOPIC, bytes)) ? "raised" : undefined;
+    const created = await createTopic(admin, {
       topic: env.SENSORS_TOPIC,
       numPartitions: Number(partitions),
       replicationFactor: Number(replicas),
       configEntries: Object.entries<string>(others).map(([name, value]) => ({ name, value })),
     });
+    return created ? "created" : undefined;
   });
 }
 
-/**
- * A request to /connectors/NAME/…, repeated while Connect is rebalancing.
- * @returns the answer, or undefined where there is no such connector.
- * @throws Error with Connect's own words.
- */
-async function request<T>(env: ConnectorEnv, method: string, path: string, body?: object): Promise<T | undefined> {
-  for (let attempt = 1; ; attempt++) {
-    const answer = await askConnect(env, method, path, body);
-    const text = await answer.text();
-    if (answer.status === 404) return undefined;
-    if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
-    // 409, or 500 for reads (Kafka 4, HerderRequestHandler.completeRequest).
-    const rebalancing = answer.status === 409 || text.includes("a rebalance is expected");
-    if (!rebalancing || attempt === 60) {
-      const { pathname } = new URL(answer.url);
-      throw new Error(`Kafka Connect refused ${method} ${pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
-    }
-    await delay(500);
-  }
+/** @throws Error where the connector may send what the topic refuses: its task would fail at the first such change. */
+export async function checkMessageBytes(admin: Admin, topic: string): Promise<void> {
+  const { messageBytes } = await readTopicSettings(admin, topic);
+  const sent = Number(readConfig()["producer.override.max.request.size"]);
+  if (messageBytes < sent)
+    throw new Error(
+      `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}. Run: make connector ` +
+        `(it raises max.message.bytes; where the service does not allow that, lower the sizes in ${file} before)`,
+    );
 }
 
-const failedOf = (status?: ConnectorStatus) =>
-  status && [status.connector, ...status.tasks].find(({ state }) => state === "FAILED");
+/** How large a message of the topic may be, in bytes, with all of its settings. */
+async function readTopicSettings(admin: Admin, topic: string) {
+  const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic }];
+  const described = await admin.describeConfigs({ includeSynonyms: false, resources });
+  const settings = described.resources[0]?.configEntries ?? [];
+  const messageBytes = Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue);
+  return { settings, messageBytes };
+}
 
-/** Creates or changes the connector and lets it run. What has failed is restarted: an unchanged configuration does not do that. */
-export async function putConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  await request(env, "PUT", "/config", config);
-  await request(env, "PUT", "/resume");
-  await request(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
-  // Connect says so a moment later. Where it still says FAILED after that, it has failed again.
-  for (const deadline = performance.now() + 5000; performance.now() < deadline; await delay(100))
-    if (!failedOf(await request<ConnectorStatus>(env, "GET", "/status"))) return;
+/** kafkajs writes a topic's settings as a whole: those that are its own are written again as they are. */
+async function raiseMessageBytes(admin: Admin, topic: string, bytes: string): Promise<boolean> {
+  const { settings, messageBytes } = await readTopicSettings(admin, topic);
+  if (messageBytes >= Number(bytes)) return false;
+  const own = settings.filter(
+    ({ configName, configSource }) => configSource === ConfigSource.TOPIC_CONFIG && configName !== "max.message.bytes",
+  );
+  const configEntries = own.map(({ configName: name, configValue: value }) => ({ name, value }));
+  configEntries.push({ name: "max.message.bytes", value: bytes });
+  const resource = { type: ConfigResourceTypes.TOPIC, name: topic, configEntries };
+  await admin.alterConfigs({ validateOnly: false, resources: [resource] });
+  return true;
+}
+
+/** Asks until `done` says so. @throws Error of `otherwise` after that time. */
+export async function waitUntil(done: () => Promise<boolean>, seconds: number, otherwise: () => string): Promise<void> {
+  for (const deadline = performance.now() + seconds * 1000; !(await done()); await delay(200))
+    if (performance.now() > deadline) throw new Error(otherwise());
+}
+
+/** Whether Connect shows the database's password to everybody who may read the connector. */
+export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
+  const config = await askConnect<Record<string, string>>(env, "GET", "/config");
+  return !/^\$\{/.test(config?.["database.password"] ?? "${");
+}
+
+const failureOf = ({ connector, tasks }: ConnectorStatus) =>
+  [connector, ...tasks].find(({ state }) => state === "FAILED");
+
+/** Whether the connector and its task run. @param patient a failure is not the last word yet. @throws Error with a failure's trace. */
+async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
+  const status = await connectorStatus(env);
+  const failed = status && failureOf(status);
+  if (!status || !failed || patient) return status !== undefined && allRunning(status);
+  const words = failed.trace?.trim().replaceAll(/\n\tat .*/g, "") ?? "";
+  let next = "Fix it, then: make connector";
+  if (/replication slot/i.test(words)) next = "Where the slot is gone, so are the changes since: make resnapshot";
+  if (words.includes("RecordTooLargeException")) next = await nextOfLargeRow(env);
+  throw new Error(`connector ${namesOf(env).connector} failed:\n${words}\n${next}`);
+}
+
+/** A change carries the old row and the new: which rows are the largest at the source, and what lets them pass. */
+async function nextOfLargeRow(env: ConnectorEnv): Promise<string> {
+  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 300 });
+  const rows = await source<{ id: string; bytes: number }[]>`
+    select id::text, octet_length(r::text) as bytes from public.sensor_readings r order by bytes desc limit 3`;
+  const largest = rows.map(({ id, bytes }) => `id=${id} of ${thousands(bytes)} bytes`).join(", ");
+  return (
+    `The largest rows of ${sourceTable}: ${largest}. Raise max.message.bytes, max.request.size and buffer.memory in ` +
+    "schemas/debezium/sensor_readings.json, then: make connector. Deleting the row is not enough: its change is in the " +
+    "WAL (make resnapshot)"
+  );
 }
 
 /**
- * Waits until the connector and its task run.
+ * Creates or changes the connector and waits until it and its task run. What has failed is restarted, which an unchanged configuration
+ * does not do; Connect says FAILED for a moment after that.
  * @throws Error with the trace of what failed, or its status after 90 s.
  */
-export async function awaitRunning(env: ConnectorEnv): Promise<void> {
-  await awaitStatus(env, "RUNNING", (status) => {
-    const failed = failedOf(status);
-    if (!failed) return allRunning(status);
-    const words = failed.trace?.trim().replaceAll(/\n\tat .*/g, "") ?? "";
-    const next = /replication slot/i.test(words)
-      ? "Where the slot is gone, so are the changes since: make resnapshot"
-      : "Fix it, then: make connector";
-    throw new Error(`connector ${namesOf(env).connector} failed:\n${words}\n${next}`);
+export async function startConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
+  await askConnect(env, "PUT", "/config", config).catch((error: Error) => {
+    // Of a reference that it cannot resolve, Connect says nothing useful.
+    const resolve = 'Can its worker resolve REPLICATION_PASSWORD_REFERENCE? ops/README.md, "Kafka and ClickHouse"';
+    throw env.REPLICATION_PASSWORD_REFERENCE ? new Error(`${error.message}. ${resolve}`) : error;
   });
+  const before = await connectorStatus(env);
+  await askConnect(env, "PUT", "/resume");
+  await askConnect(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
+  const started = performance.now();
+  await awaitState(env, "RUNNING", () => runs(env, performance.now() - started < 5000));
+  // What a task has failed of may come again a moment after it runs.
+  if (!before || !failureOf(before)) return;
+  for (let seconds = 0; seconds < 15; seconds++, await delay(1000)) await runs(env, false);
 }
 
-async function awaitStatus(
-  env: ConnectorEnv,
-  wanted: string,
-  done: (status: ConnectorStatus) => boolean,
-): Promise<void> {
-  let status: ConnectorStatus | undefined;
-  for (const deadline = performance.now() + 90_000; performance.now() < deadline; await delay(200)) {
-    status = await request<ConnectorStatus>(env, "GET", "/status");
-    if (status && done(status)) return;
-  }
-  throw new Error(
-    `connector ${namesOf(env).connector} is not ${wanted} after 90 s: ${JSON.stringify(status)}. Read its ` +
-      `worker's log, then: make connector`,
-  );
+async function awaitState(env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> {
+  const next = "Read its worker's log, then: make connector";
+  const is = `connector ${namesOf(env).connector} is not ${wanted} after 90 s`;
+  await waitUntil(done, 90, () => `${is}. ${next}`);
 }
 
 /** Stops the connector. One that does not exist is put first: Connect keeps the offsets even of one that was deleted. */
 export async function stopConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  if (!(await request(env, "GET", ""))) await request(env, "PUT", "/config", config);
-  await request(env, "PUT", "/stop");
-  await awaitStatus(env, "STOPPED", ({ connector, tasks }) => connector.state === "STOPPED" && tasks.length === 0);
+  if (!(await askConnect(env, "GET", ""))) await askConnect(env, "PUT", "/config", config);
+  await askConnect(env, "PUT", "/stop");
+  await awaitState(env, "STOPPED", async () => {
+    const status = await connectorStatus(env);
+    return status?.connector.state === "STOPPED" && status.tasks.length === 0;
+  });
 }
 
 /** Waits until the snapshot is in Kafka as a whole: the connector's offsets are then no longer a snapshot's. */
 export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Promise<void> {
   for (;;) {
-    await awaitRunning(env);
-    const answer = await request<{ offsets: { offset: Record<string, unknown> }[] }>(env, "GET", "/offsets");
+    await awaitState(env, "RUNNING", () => runs(env, false));
+    const answer = await askConnect<{ offsets: { offset: Record<string, unknown> }[] }>(env, "GET", "/offsets");
     const offset = answer?.offsets[0]?.offset;
     if (offset && !offset.snapshot && !("snapshot_completed" in offset && !offset.snapshot_completed)) return;
     progress();
@@ -172,17 +239,15 @@ export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Pr
  * @throws Error where the slot is still held after 60 s.
  */
 export async function forgetProgress(env: ConnectorEnv): Promise<void> {
-  await request(env, "DELETE", "/offsets");
+  await askConnect(env, "DELETE", "/offsets");
   const { slot } = namesOf(env);
   await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
-  for (const deadline = performance.now() + 60_000; ; await delay(200))
-    try {
-      await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
-      await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
-      return;
-    } catch (error) {
-      const held = (error as { code?: string }).code === "55006"; // object_in_use
-      if (!held || performance.now() > deadline) throw error;
-    }
+  const drop = async (): Promise<boolean> => {
+    await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
+    await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot} and not active`;
+    return (await source`select from pg_replication_slots where slot_name = ${slot}`).count === 0;
+  };
+  const next = "End the session that holds it (pg_replication_slots.active_pid), then: make resnapshot";
+  await waitUntil(drop, 60, () => `slot ${slot} is still held after 60 s. ${next}`);
 }

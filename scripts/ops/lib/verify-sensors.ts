@@ -2,11 +2,10 @@
  * Where the readings of the source and of ClickHouse differ: the source's rows are loaded into a table beside the real one, and
  * ClickHouse compares the two.
  *
- * Changes are always on their way, so what differs at first is only a candidate. Then, in this order: each candidate's _version, the
- * source once more (L is its log's position after that), a wait until all changes up to L are inserted, the comparison with these
- * rows, and each candidate's _version again. Where that has not moved, no change came since it was first read: all that its reading
- * went through up to L was inserted by then, and the reading has to be what the source had. It differs: that is a difference. A
- * reading whose _version moved was under way.
+ * Changes are always on their way, so what differs at first may be one of them. In this order: each reading's _version, the source (L is
+ * its log's position after that), and, where anything differs, a wait until all changes up to L are inserted, the comparison once more,
+ * and each _version again. A reading whose version has not moved was not changed in ClickHouse meanwhile: all that it went through up to
+ * L was inserted by then, and it has to be what the source had. One whose version moved was under way.
  */
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
@@ -16,108 +15,87 @@ import type { Env } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import { newRunId, type Run } from "../../../shared/run.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
-import {
-  checkMigrations,
-  type clickhouseVariables,
-  connectClickHouse,
-  readingColumns,
-  select,
-} from "../../../shared/sensors/clickhouse.ts";
+import { clearGap, readCanary } from "../../../shared/sensors/canary.ts";
+import * as clickhouse from "../../../shared/sensors/clickhouse.ts";
 import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
 import { topicState } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
-import { type Comparison, type Difference, type Kind, kinds, type verifyVariables } from "./verify.ts";
+import { type Comparison, type Kind, kinds } from "./verify.ts";
 
-type SensorsEnv = Env<typeof clickhouseVariables> & Env<typeof kafkaVariables> & Env<typeof verifyVariables>;
-type Columns = { name: string; type: string }[];
+const { select } = clickhouse;
+type SensorsEnv = clickhouse.ClickHouseEnv &
+  Env<typeof kafkaVariables> & { SOURCE_DATABASE_URL: string /** How many differences are named. */; LIMIT: number };
 
 /** How long what is on its way may take. */
 const ARRIVAL_SECONDS = 120;
 const DAY_MS = 86_400_000;
-/** Without a match a join gives NULL. The id that it returns is never NULL, but its type is then. */
-const settings = { join_use_nulls: 1 as const };
 
 /**
  * Compares all readings.
+ * @param fill of a rebuild, which no consumer fills while it is compared: inserts what the topic has. Its dead letters are no differences.
  * @throws Error where what the source had committed does not arrive.
  */
-export async function compareReadings(run: Run, env: SensorsEnv): Promise<Comparison> {
-  await using client = connectClickHouse(env);
-  await checkMigrations(client, env.CLICKHOUSE_DATABASE);
-  const columns = await readingColumns(client);
+export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Promise<void>): Promise<Comparison> {
+  await using client = clickhouse.connectClickHouse(env);
+  await clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE);
+  const columns = await clickhouse.readingColumns(client);
   const at = (name: string): string => `verify_${run.id}_${name}`;
-  const keep = async (name: string, query: string): Promise<number> => {
-    const create = `CREATE TABLE ${at(name)} ENGINE = MergeTree ORDER BY id AS ${query}`;
-    await client.command({ query: create, clickhouse_settings: settings });
-    const [counted] = await select<{ rows: string }>(client, `SELECT count() AS rows FROM ${at(name)}`);
-    return Number(counted?.rows);
-  };
-  const versions = (of: string): string =>
-    `SELECT id, max(_version) AS version FROM sensor_readings WHERE id IN (SELECT id FROM ${of}) GROUP BY id`;
-  await dropTables(client, `verify_${newRunId(Date.now() - DAY_MS)}`); // of a verify that was killed
+  // Without a match a join gives NULL.
+  const settings = "SETTINGS join_use_nulls = 1";
+  const create = (name: string, query: string) =>
+    client.command({ query: `CREATE TABLE ${at(name)} ENGINE = MergeTree ORDER BY id AS ${query} ${settings}` });
+  const versions = (some = "1"): string =>
+    `SELECT id, max(_version) AS version FROM sensor_readings WHERE ${some} GROUP BY id`;
+  const differing = `
+    SELECT id, multiIf(count() > 1, 'twice', NOT max(in_table), 'missing', NOT max(in_source), 'extra', 'different') AS kind,
+      arrayStringConcat(any(columns), ', ') AS columns FROM (${joined(columns, at("source"))}) GROUP BY id HAVING max(differs)`;
+  // Of one that was killed.
+  await dropTables(client, `match(name, '^verify_[0-9]{8}_') AND name < 'verify_${newRunId(Date.now() - DAY_MS)}'`);
+  const canary = await readCanary(run.etl, env.SENSORS_TOPIC);
   try {
+    await create("before", versions());
     const rows = await loadSource(run, env, client, at("source"), columns);
-    const candidates = await keep(
-      "candidates",
-      `SELECT DISTINCT id FROM (${joined(columns, at("source"))}) WHERE differs`,
-    );
-    const found = { rows, fresh: 0, newer: 0, counts: countsOf([]), shown: [] };
-    if (!candidates) return found;
+    const [first] = await select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
+    const candidates = Number(first?.n);
+    const counts = Object.fromEntries(kinds.map((kind) => [kind, 0])) as Comparison["counts"];
+    if (!candidates) {
+      await clearGap(run.etl, env.SENSORS_TOPIC, canary);
+      return { rows, fresh: 0, counts, shown: [] };
+    }
     run.log("again", { because: "what differs may be on its way", differences: candidates });
-    await keep("before", versions(at("candidates")));
-    await loadSource(run, env, client, at("again"), columns);
-    await awaitArrival(run, env, candidates);
-    const some = `id IN (SELECT id FROM ${at("candidates")})`;
-    await keep(
-      "still",
-      `SELECT id, multiIf(count() > 1, 'twice', NOT max(in_table), 'missing', NOT max(in_source), 'extra', 'different') AS kind,
-        arrayStringConcat(any(columns), ', ') AS columns
-       FROM (${joined(columns, at("again"), some)}) GROUP BY id HAVING max(differs)`,
-    );
-    const differ = await keep(
-      "differences",
-      `SELECT s.id AS id, s.kind AS kind, s.columns AS columns FROM ${at("still")} AS s
-       LEFT JOIN ${at("before")} AS b ON b.id = s.id LEFT JOIN (${versions(at("still"))}) AS a ON a.id = s.id
-       WHERE b.version <=> a.version`,
-    );
-    const counts = await select<{ kind: Kind; n: string }>(
+    await awaitArrival(run, env, candidates, fill);
+    await create("still", differing);
+    const found = await select<{ kind: Kind; n: string; shown: [id: string, columns: string][] }>(
       client,
-      `SELECT kind, count() AS n FROM ${at("differences")} GROUP BY kind`,
+      `SELECT s.kind AS kind, count() AS n, groupArraySorted(${env.LIMIT})((s.id, s.columns)) AS shown FROM ${at("still")} AS s
+       LEFT JOIN ${at("before")} AS b ON b.id = s.id LEFT JOIN (${versions(`id IN (SELECT id FROM ${at("still")})`)}) AS a ON a.id = s.id
+       WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} GROUP BY kind ${settings}`,
     );
-    const shown = await select<{ kind: Kind; id: string; columns: string }>(
-      client,
-      `SELECT kind, toString(id) AS id, columns FROM ${at("differences")} AS d ORDER BY d.id LIMIT ${env.LIMIT}`,
-    );
-    return { ...found, fresh: candidates - differ, counts: countsOf(counts), shown: shown.map(describeReading) };
+    for (const { kind, n } of found) counts[kind] = Number(n);
+    const differ = found.reduce((sum, { n }) => sum + Number(n), 0);
+    if (!differ) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
+    const shown = found.flatMap(({ kind, shown }) => shown.map(([id, columns]) => ({ kind, id: BigInt(id), columns })));
+    return {
+      rows,
+      fresh: Math.max(0, candidates - differ),
+      counts,
+      shown: shown
+        .sort((a, b) => (a.id < b.id ? -1 : 1))
+        .slice(0, env.LIMIT)
+        .map(({ kind, id, columns }) => ({ kind, name: `id=${id}`, columns: columns.split(", "), newer: false })),
+    };
   } finally {
-    await dropTables(client, at(""), true);
+    await dropTables(client, `startsWith(name, '${at("")}')`);
   }
 }
 
-const countsOf = (found: { kind: Kind; n: string }[]): Record<Kind, number> =>
-  Object.fromEntries(
-    kinds.map((kind) => [kind, Number(found.find((one) => one.kind === kind)?.n ?? 0)]),
-  ) as Comparison["counts"];
+const deadIds = "SELECT JSONExtractInt(ifNull(key, ''), 'id') FROM sensor_dead_letters";
 
-const describeReading = ({ kind, id, columns }: { kind: Kind; id: string; columns: string }): Difference => ({
-  kind,
-  name: `id=${id}`,
-  columns: kind === "different" ? columns.split(", ") : [],
-  newer: false,
-});
-
-/** Drops verify's tables up to that name, or of that prefix. A run's id begins with its time, so that the names sort by it. */
-async function dropTables(client: ClickHouseClient, name: string, isPrefix = false): Promise<void> {
-  const which = isPrefix
-    ? "startsWith(name, {name: String})"
-    : "match(name, '^verify_[0-9]{8}_') AND name < {name: String}";
+async function dropTables(client: ClickHouseClient, which: string): Promise<void> {
   const query = `SELECT name FROM system.tables WHERE database = currentDatabase() AND ${which}`;
-  for (const { name: table } of await select<{ name: string }>(client, query, { name }))
-    await client.command({ query: `DROP TABLE IF EXISTS ${table}` });
+  for (const { name } of await select<{ name: string }>(client, query))
+    await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
 }
-
-const plain = (type: string): string =>
-  type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
 
 /** Loads all readings of the source, from one snapshot. A time that DateTime64 cannot hold comes as NULL. @returns how many. */
 async function loadSource(
@@ -125,9 +103,11 @@ async function loadSource(
   env: SensorsEnv,
   client: ClickHouseClient,
   table: string,
-  columns: Columns,
+  columns: clickhouse.Column[],
 ): Promise<number> {
-  const defined = columns.map(({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${plain(type)})`}`);
+  const defined = columns.map(
+    ({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${clickhouse.plainType(type)})`}`,
+  );
   await client.command({ query: `CREATE TABLE ${table} (${defined.join(", ")}) ENGINE = MergeTree ORDER BY id` });
   const time = (name: string): string =>
     `case when "${name}" >= '1900-01-01Z' and "${name}" < '2300-01-01Z'
@@ -146,55 +126,54 @@ async function loadSource(
     clickhouse_settings: { async_insert: 0, wait_end_of_query: 1 },
   });
   for await (const _ of stream); // an answer that is not read keeps its connection
-  const [counted] = await select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
-  if (Number(counted?.n) !== rows.sent.rows)
-    throw new Error(
-      `${rows.sent.rows} readings were read from the source, and ${counted?.n} were loaded into ${table}`,
-    );
-  return rows.sent.rows;
+  const [loaded] = await select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
+  if (Number(loaded?.n) === rows.sent.rows) return rows.sent.rows;
+  throw new Error(
+    `${rows.sent.rows} readings were read from the source, and ${loaded?.n} were loaded into ${table}. Next: make verify PIPELINE=sensors`,
+  );
 }
 
 /** Both sides' readings by id, and in which columns they differ; two rows where ClickHouse has an id twice. Floats by their bits. */
-function joined(columns: Columns, source: string, some = "1"): string {
-  const value = (of: string, { name, type }: Columns[number]): string =>
-    plain(type) === "Float64"
+function joined(columns: clickhouse.Column[], source: string): string {
+  const value = (of: string, { name, type }: clickhouse.Column): string =>
+    clickhouse.plainType(type) === "Float64"
       ? `if(isNull(${of}.${name}), NULL, if(isNaN(${of}.${name}), 'NaN', hex(assumeNotNull(${of}.${name}))))`
       : `${of}.${name}`;
   const differ = columns.map((column) => `if(${value("s", column)} <=> ${value("r", column)}, '', '${column.name}')`);
-  const names = columns.map(({ name }) => name).join(", ");
+  // The id is never NULL, but its type would be.
   return `SELECT assumeNotNull(coalesce(s.id, r.id)) AS id, isNotNull(s.id) AS in_source, isNotNull(r.id) AS in_table,
     arrayFilter(x -> x != '', [${differ.join(", ")}]) AS columns, notEmpty(columns) AS differs
-  FROM (SELECT ${names} FROM ${source} WHERE ${some}) AS s
-  FULL JOIN (SELECT ${names} FROM sensor_readings FINAL WHERE ${some}) AS r ON s.id = r.id`;
+  FROM ${source} AS s FULL JOIN (SELECT ${columns.map(({ name }) => name).join(", ")} FROM sensor_readings FINAL) AS r ON s.id = r.id`;
 }
 
 /** Waits until what the source has committed by now is in the topic, and all of that is inserted. */
-async function awaitArrival({ source, signal }: Run, env: SensorsEnv, differences: number): Promise<void> {
+async function awaitArrival(
+  { source, signal }: Run,
+  env: SensorsEnv,
+  differences: number,
+  fill?: () => Promise<void>,
+): Promise<void> {
   const broker = connectKafka(env, "etl-verify");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP));
   const { slot } = namesOf(env);
+  const deadline = performance.now() + ARRIVAL_SECONDS * 1000;
+  const wait = async (done: () => Promise<boolean>, otherwise: string): Promise<void> => {
+    for (; !(await done()); await delay(1000, undefined, { signal }))
+      if (performance.now() > deadline)
+        throw new Error(
+          `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s ${otherwise}`,
+        );
+  };
   const [now] = await source<{ lsn: string }[]>`select pg_current_wal_lsn()::text as lsn`;
   const decoded = async (): Promise<boolean> => {
-    const [at] = await source<{ passed: boolean }[]>`
-      select confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn as passed from pg_replication_slots where slot_name = ${slot}`;
-    return at?.passed === true;
+    const passed = await source`
+      select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
+    return passed.count > 0;
   };
-  const before = performance.now();
-  let ends: Map<number, bigint> | undefined; // of the topic's partitions, once all of it is there
-  for (;;) {
-    let state = `Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`;
-    if (ends || (await decoded())) {
-      const partitions = await where();
-      ends ??= new Map(partitions.map(({ partition, end }) => [partition, end]));
-      const lags = partitions.map(({ partition, end, lag }) => BigInt(lag) - (end - (ends?.get(partition) ?? end)));
-      const lag = lags.reduce((sum, one) => sum + (one > 0n ? Number(one) : 0), 0);
-      if (lag === 0) return;
-      state = `${thousands(lag)} messages are not in ClickHouse. Next: is a consumer running? systemctl status etl-sensors`;
-    }
-    if (performance.now() - before > ARRIVAL_SECONDS * 1000)
-      throw new Error(
-        `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s ${state}`,
-      );
-    await delay(1000, undefined, { signal });
-  }
+  await wait(decoded, `Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`);
+  await fill?.();
+  const ends = await where();
+  const inserted = async (): Promise<boolean> =>
+    (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));
+  await wait(inserted, "its messages are not in ClickHouse. Next: is a consumer running? systemctl status etl-sensors");
 }

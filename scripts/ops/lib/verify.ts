@@ -1,6 +1,6 @@
 /**
  * Where a pipeline's table differs from its source: every row of the source is loaded into a staging table, as a run would load it,
- * and one query of BigQuery compares it with the table. Nothing but counts and the rows that are printed comes back.
+ * and BigQuery compares it with the table. Nothing but counts and the rows that are printed comes back.
  *
  * Why no lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table.
  * - Every version of a row with a cursor before W was committed when W was computed: that is what makes the bound safe. What a
@@ -9,36 +9,26 @@
  *   at least one side a cursor at or past W: it is `new`, the next run's. All others are settled on both sides.
  * - A row that was deleted after the snapshot is on both sides. One that was deleted before it is a true `extra`, unless its cursor
  *   at the table is past W; then the next verify says so.
- * - Only a sweep or a repair removes rows of the table. One that was at work may have removed what was deleted after the snapshot:
- *   where rows are missing and one was, compareTable compares again.
+ * - Only a sweep or a repair removes rows of the table. One that is at work beside it may remove what was deleted after the snapshot:
+ *   make verify compares again where rows are missing.
+ * A repair and a sweep compare again within the statement that writes, so they change only what differs at that moment.
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
-import { type Contract, checkSource, type JsonSelect, readContract } from "../../../shared/bigquery/contract.ts";
-import {
-  address,
-  ask,
-  change,
-  checkKeys,
-  createStaging,
-  type Destination,
-  loadChunk,
-  mergeStatement,
-  openDestination,
-  type Staging,
-} from "../../../shared/bigquery/load.ts";
-import { apiType, type Field, freeName } from "../../../shared/bigquery/types.ts";
+import { checkSource, readContract } from "../../../shared/bigquery/contract.ts";
+import { address, ask, change, mergeStatement, openDestination, stageChunk } from "../../../shared/bigquery/load.ts";
+import { apiType, type Contract, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
+import { onSignal } from "../../../shared/main.ts";
 import { pipelineVariables, type Run, withRetry } from "../../../shared/run.ts";
-import { readSelect } from "../../../shared/source.ts";
-import { distrust, readBound, readWatermark, type Watermark } from "../../../shared/watermark.ts";
+import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
 /** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
 export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
 export type Kind = (typeof kinds)[number];
 
 /** A key whose rows are not the same on both sides. */
-export interface Difference {
+interface Difference {
   kind: Kind;
   /** The key for people, such as id=17. */
   name: string;
@@ -55,8 +45,7 @@ export interface Comparison {
   /** At or past the watermark on either side: the next run's. */
   fresh: number;
   counts: Record<Kind, number>;
-  newer: number;
-  /** The first LIMIT of them, by key. */
+  /** Of each kind the first LIMIT, by key. */
   shown: Difference[];
 }
 
@@ -68,160 +57,115 @@ export const verifyVariables = {
   ...bigqueryVariables,
   LIMIT: optional(number(1, 100_000), 20),
 };
-type TableEnv = Env<typeof verifyVariables>;
-
-/** A pipeline's table, on both sides. */
-export interface Table {
-  to: Destination;
-  /** What sql/NAME.sql reads, and the SELECT of JSON lines around it. */
-  select: string;
-  lines: JsonSelect;
-}
-
-/** The cursor of every pipeline to BigQuery. */
-const cursor = "updated_at";
+export type VerifyEnv = Env<typeof verifyVariables>;
 
 /**
- * The pipeline's table at the source and at the destination, both compared with the contract.
- * @throws UsageError as a run does.
+ * Does `work` for each of the pipelines, past one that fails, until a signal stops it. @param work returns what is wrong, in words.
+ * @throws the error of the only one, or Error with all that failed.
  */
-export async function openTable(run: Run, env: TableEnv): Promise<Table> {
-  const contract = readContract(run.pipeline);
-  const select = readSelect(run.pipeline);
-  const [lines, to] = await Promise.all([
-    checkSource(run, contract, { table: `public.${run.pipeline}`, cursor, select }),
-    openDestination(env, contract, cursor),
-  ]);
-  return { to, select, lines };
+export async function eachPipeline(
+  command: string,
+  wanted: string[],
+  work: (pipeline: string) => Promise<string | undefined>,
+): Promise<void> {
+  let stopped = ""; // a run hears of a signal until it has ended
+  onSignal((signal) => {
+    stopped = `stopped by ${signal}`;
+  });
+  const failures: string[] = [];
+  for (const pipeline of wanted) {
+    const working = stopped
+      ? Promise.reject(new Error(`it was not begun: ${stopped}. Next: make ${command}`))
+      : work(pipeline);
+    const failure = await working.catch((error: Error) => {
+      if (wanted.length === 1) throw error;
+      return `${pipeline}: ${error.message}`;
+    });
+    if (failure) failures.push(failure);
+  }
+  if (failures.length) throw new Error(failures.join("\n"));
 }
 
-/** The watermark. @throws UsageError where there is none: nothing has been synced. */
-export async function needWatermark({ etl, pipeline }: Run): Promise<Watermark> {
+/** A table, and every row of its source beside it. */
+export interface Both {
+  compare(): Promise<Comparison>;
+  /** Deletes the rows that the source has not. @returns how many. */
+  deleteExtra(): Promise<number>;
+  /** Makes the table's rows what the source has. @returns rows written and deleted. */
+  repair(): Promise<number>;
+}
+
+/**
+ * Why the watermark cannot be trusted, in words with the next command, if it cannot.
+ * @throws UsageError where there is none: nothing has been synced.
+ */
+export async function distrusted({ pipeline, etl, source }: Run): Promise<string | undefined> {
   const stored = await readWatermark(etl, pipeline);
-  if (stored) return stored;
+  if (stored) return await distrust(source, pipeline, stored, await readBound(source));
   throw new UsageError(
     `${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`,
   );
 }
 
-/** Why the watermark cannot be trusted, in words with the next command, if it cannot. @throws UsageError where there is none. */
-export async function distrusted(run: Run): Promise<string | undefined> {
-  const stored = await needWatermark(run);
-  return distrust(run.pipeline, stored, await readBound(run.source));
-}
-
 /**
- * Loads every row of the source into the staging table, whatever its cursor, with the fields of `to.contract`.
- * @returns how many.
- * @throws UsageError where a key comes twice.
+ * Checks the source and the table as a run does, loads every row of the source, whatever its cursor, into a staging table, and drops
+ * that after `work`. What is transient is tried again.
+ * @param columns which are loaded and compared; the key and the cursor are enough to find rows that the source no longer has.
+ * @throws UsageError as a run does, and where a key comes twice.
  */
-export async function stageAll(
+export async function beside<T>(
   run: Run,
-  env: TableEnv,
-  to: Destination,
-  { select, lines }: Table,
-  staging: Staging,
-): Promise<number> {
-  const url = env.SOURCE_DATABASE_URL;
-  const rows = { url, select, lines: (some: string) => lines(some, to.contract.fields) };
-  const sent = await loadChunk(run, rows, to, staging, { from: "-infinity", to: "infinity" });
-  progress("");
-  await checkKeys(run, to, staging);
-  return sent.rows;
-}
-
-/**
- * Compares the pipeline's table on both sides. @param repairs makes the table's rows what the source has, under the pipeline's lock.
- * @returns also the rows that were written and deleted.
- */
-export async function compareTable(
-  run: Run,
-  env: TableEnv,
-  table: Table,
-  repairs = false,
-): Promise<Comparison & { repaired: number }> {
-  const { watermark } = await needWatermark(run);
-  const { to } = table;
-  const [began] = await run.etl<{ at: string }[]>`select now()::text as at`;
-  let repaired = 0;
-  const found = await withRetry(run, isTransient, async (attempt) => {
-    await using staging = await createStaging(run, to, attempt);
-    const rows = await stageAll(run, env, to, table, staging);
-    const differing = { ...to, contract: { ...to.contract, fields: differenceFields(to.contract) } };
-    await using differences = await createStaging(run, differing, `${attempt}_differences`);
-    const tables = [to.table, staging.name, differences.name].map((name) => address(to, name));
-    const { insert, after } = verifyStatements(to.contract, tables, to.version, watermark);
-    await change(run, to, `etl_${differences.name}_insert`, insert);
-    // Read only now: a run that is at work meanwhile writes nothing that is later.
-    const [clock] = await run.source<{ at: string }[]>`select clock_timestamp()::text as at`;
-    const statements = after(clock?.at ?? "");
-    const result = await readDifferences(run, env, to, statements, rows);
-    if (!repairs || !total(result)) return result;
-    const deleted = await change(run, to, `etl_${differences.name}_delete`, statements.delete);
-    const merged = await change(run, to, `etl_${differences.name}_merge`, statements.merge);
-    repaired += deleted.deleted + merged.inserted + merged.updated;
-    run.log("repaired", { written: merged.inserted + merged.updated, deleted: deleted.deleted });
-    return result;
+  env: VerifyEnv,
+  columns: "all" | "key",
+  work: (both: Both) => Promise<T>,
+): Promise<T> {
+  const contract = readContract(run.pipeline);
+  const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
+  const needed = [...contract.key, contract.source.cursor];
+  const fields = contract.fields.filter(({ name }) => columns === "all" || needed.includes(name));
+  const to = { ...table, contract: { ...contract, fields } };
+  run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
+  return await withRetry(run, isTransient, async (attempt) => {
+    const watermark = (await readWatermark(run.etl, run.pipeline))?.watermark ?? "";
+    // What a run at work beside this one may bring until this has ended is no row of the future.
+    const [clock] = await run.source<{ at: string }[]>`
+      select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
+    const all = { from: "-infinity", to: "infinity" };
+    await using staging = await stageChunk(run, env.SOURCE_DATABASE_URL, from, to, all, attempt);
+    progress("");
+    const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
+    const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
+    const job = (name: string): string => `etl_${staging.name}_${name}`;
+    return await work({
+      compare: async () => comparison(to.contract, staging.sent.rows, await ask<Found>(run, to, sql.compare)),
+      deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
+      repair: async () => {
+        const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
+        const { inserted, updated } = await change(run, to, job("merge"), sql.merge);
+        run.log("repaired", { written: inserted + updated, deleted });
+        return inserted + updated + deleted;
+      },
+    });
   });
-  run.totals.chunks += 1; // the next comparison's tables and jobs have names of their own
-  if (repairs) run.totals.rows += repaired;
-  else if (found.counts.missing && run.totals.chunks === 1 && (await othersRan(run, began?.at ?? ""))) {
-    run.log("again", { because: "another run was at work, and may have removed what is missing" });
-    return await compareTable(run, env, table);
-  }
-  return { ...found, repaired };
 }
 
-/** Whether another run by hand, or one that has not ended, was at work since then. */
-async function othersRan({ etl, pipeline, id }: Run, since: string): Promise<boolean> {
-  const others = await etl`
-    select from etl.runs where pipeline = ${pipeline} and run_id <> ${id} and (by_hand or state = 'running')
-      and coalesce(finished_at, 'infinity') >= ${since}::text::timestamptz limit 1`;
-  return others.count > 0;
-}
+/** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
+type Found = Record<string, string> & { kind: Kind | "new"; newer: boolean; total: number; staged: number };
 
-async function readDifferences(
-  run: Run,
-  { LIMIT }: TableEnv,
-  to: Destination,
-  { count, list }: { count: string; list: string },
-  loaded: number,
-): Promise<Comparison> {
-  const { key, fields } = to.contract;
-  const counted = await ask<{ kind: string; keys: number; staged: number; newer: number }>(run, to, count);
-  const of = (kind: string) => counted.find((one) => one.kind === kind);
-  const counts = Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.keys ?? 0])) as Record<Kind, number>;
-  const shown = await ask<Record<string, string> & { kind: Kind; newer: boolean }>(run, to, `${list} LIMIT ${LIMIT}`);
+function comparison({ key, fields }: Contract, rows: number, found: Found[]): Comparison {
+  const of = (kind: string) => found.find((one) => one.kind === kind);
+  const differing = found.filter((one): one is Found & { kind: Kind } => one.kind !== "new");
   return {
-    rows: loaded - (of("new")?.staged ?? 0),
-    fresh: of("new")?.keys ?? 0,
-    counts,
-    newer: counted.reduce((sum, { kind, newer }) => sum + (kind === "new" ? 0 : newer), 0),
-    shown: shown.map(({ kind, newer, columns, ...row }) => ({
+    rows: rows - (of("new")?.staged ?? 0),
+    fresh: of("new")?.total ?? 0,
+    counts: Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Record<Kind, number>,
+    shown: differing.map(({ kind, newer, columns, ...row }) => ({
       kind,
       newer,
       name: key.map((name, index) => `${name}=${row[`k${index}`]}`).join(", "),
       columns: kind === "different" ? (columns ?? "").split(",").map((index) => fields[Number(index)]?.name ?? "") : [],
     })),
   };
-}
-
-/** Columns of the table of differences: a row for each row of the table, and for each that it lacks. */
-export function differenceFields({ fields, key }: Contract): Field[] {
-  const keys = key.map((name, index) => {
-    const { type, precision, scale } = fields.find((field) => field.name === name) as Field;
-    return { name: `k${index}`, type, mode: "NULLABLE", ...(precision && { precision }), ...(scale && { scale }) };
-  });
-  const more = {
-    in_source: "BOOLEAN",
-    in_table: "BOOLEAN",
-    staged: "TIMESTAMP",
-    version: "TIMESTAMP",
-    newer: "BOOLEAN",
-    copies: "INTEGER",
-    columns: "STRING",
-  };
-  return [...keys, ...Object.entries(more).map(([name, type]) => ({ name, type, mode: "NULLABLE" }))];
 }
 
 /**
@@ -233,112 +177,64 @@ function isDistinct({ type, mode }: Field, a: string, b: string): string {
   return opaque ? `TO_JSON_STRING(${a}) IS DISTINCT FROM TO_JSON_STRING(${b})` : `${a} IS DISTINCT FROM ${b}`;
 }
 
-/** Aliases that no field's name meets, and a field or the key of a table by its alias: SQL. */
-function naming({ fields, key }: Contract) {
-  const at = (of: string, name: string): string => `${of}.\`${name}\``;
-  return {
-    s: freeName(fields, "s"),
-    t: freeName(fields, "t"),
-    d: freeName(fields, "d"),
-    compared: freeName(fields, "compared"),
-    at,
-    keys: key.map((_, index) => `k${index}`).join(", "),
-    same: (a: string, b: string): string => key.map((name) => `${at(a, name)} = ${at(b, name)}`).join(" AND "),
-    differs: (a: string, d: string): string =>
-      key.map((name, index) => `${at(a, name)} = ${d}.k${index}`).join(" AND "),
-  };
-}
-
 /**
- * The statements of a comparison and a repair, for make check too. Their text grows with the columns, their nesting does not.
- * @param tables the table, the staging table and the table of differences, as SQL names them.
- * @returns the statement that compares, and those after it, which need the source's clock as it was then.
+ * The statements of a comparison, a repair and a sweep, for make check too. Their text grows with the columns, their nesting does not.
+ * @param limits the watermark, a time of the source that no run reaches before the statements are done, and keys to show of each kind.
  */
 export function verifyStatements(
   contract: Contract,
-  [table = "", staging = "", differences = ""]: string[],
-  version: string,
-  watermark: string,
-): { insert: string; after(clock: string): Record<"count" | "list" | "delete" | "merge", string> } {
-  const { s, t, d, compared, at, keys, differs } = naming(contract);
-  const w = `TIMESTAMP '${watermark}'`;
-  const insert = `INSERT INTO ${differences} (${keys}, in_source, in_table, staged, version, columns, newer, copies)
-SELECT * FROM (
-  SELECT *, COALESCE(version > COALESCE(staged, (SELECT MAX(${at(s, version)}) FROM ${staging} AS ${s})), FALSE) AS newer,
-    COUNT(*) OVER (PARTITION BY ${keys}) AS copies
-  FROM (${comparison(contract, table, staging, version)}) AS compared
-) AS counted
-WHERE copies > 1 OR NOT in_source OR NOT in_table OR columns <> '' OR staged >= ${w} OR version >= ${w}`;
-  const after = (clock: string) => {
-    // What the table has twice, and what lies in the future, no run corrects.
-    const found = `(SELECT *, CASE WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable' WHEN copies > 1 THEN 'twice'
-    WHEN (staged >= ${w} OR version >= ${w}) AND NOT COALESCE(version > TIMESTAMP '${clock}', FALSE) THEN 'new'
-    WHEN NOT in_table THEN 'missing' WHEN NOT in_source THEN 'extra' ELSE 'different' END AS kind FROM ${differences})`;
-    const each = `SELECT kind, ${keys}, LOGICAL_OR(in_source) AS staged, LOGICAL_OR(newer) AS newer, MAX(columns) AS columns
-  FROM ${found} AS f GROUP BY kind, ${keys}`;
-    const texts = contract.key.map((name, index) => `${keyText(contract, name, `e.k${index}`)} AS k${index}`);
-    const rows = `(
-  SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s} JOIN (
-    SELECT ${keys}, MAX(version) AS version FROM ${found} AS f WHERE kind IN ('missing', 'different', 'twice') GROUP BY ${keys}
-  ) AS ${d} ON ${differs(s, d)}
-)`;
-    return {
-      count: `SELECT kind, COUNT(*) AS \`keys\`, COUNTIF(staged) AS staged, COUNTIF(newer) AS newer FROM (${each}) AS e GROUP BY kind`,
-      list: `SELECT kind, ${texts.join(", ")}, newer, columns
-FROM (${each}) AS e WHERE kind <> 'new' ORDER BY ${keys.replaceAll("k", "e.k")}`,
-      delete: `DELETE FROM ${table} AS ${t} WHERE EXISTS (
-  SELECT 1 FROM ${found} AS ${d}
-  WHERE ${differs(t, d)} AND ${d}.version IS NOT DISTINCT FROM ${at(t, version)} AND ${d}.kind IN ('extra', 'twice'))`,
-      // After the DELETE no row that was twice is matched, but one that has come since: it has another version, and stays.
-      merge: mergeStatement(contract, table, rows, version, compared),
-    };
-  };
-  return { insert, after };
-}
-
-/** A row for each pair of rows with the same key. `columns` has the indexes of fields: names would make the text twice as long. */
-function comparison(contract: Contract, table: string, staging: string, version: string): string {
-  const { s, t, at, same } = naming(contract);
-  const { fields, key } = contract;
+  { table, staging }: { table: string; staging: string },
+  { watermark, clock, shown }: { watermark: string; clock: string; shown: number },
+) {
+  const { key, fields, source } = contract;
+  const [s, t, d, compared] = ["etl__s", "etl__t", "etl__d", "etl__compared"]; // no field has such a name
+  const at = (alias: string, name: string): string => `${alias}.\`${name}\``;
+  const [staged, version, first] = [at(s, source.cursor), at(t, source.cursor), key[0] ?? ""];
+  const keys = key.map((_, index) => `k${index}`).join(", ");
+  const same = (alias: string) => key.map((name, index) => `${at(alias, name)} = ${d}.k${index}`).join(" AND ");
+  // Indexes instead of names: they would make the text twice as long.
   const distinct = fields.flatMap((field, index) =>
     key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${index}', NULL)`,
   );
-  const first = key[0] ?? "";
-  return `
+  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '')`;
+  const each = (columns: string): string => `(SELECT *, CASE
+  WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable'
+  WHEN (staged >= TIMESTAMP '${watermark}' OR version >= TIMESTAMP '${watermark}')
+    AND NOT COALESCE(version > TIMESTAMP '${clock}', FALSE) THEN 'new'
+  WHEN copies > 1 THEN 'twice' WHEN NOT in_table THEN 'missing' WHEN NOT in_source THEN 'extra'
+  WHEN columns <> '' THEN 'different' ELSE 'same' END AS kind
+FROM (
+  SELECT ${keys}, COUNT(*) AS copies, LOGICAL_OR(in_source) AS in_source, LOGICAL_OR(in_table) AS in_table,
+    MAX(staged) AS staged, MAX(version) AS version, MAX(columns) AS columns
+  FROM (
     SELECT ${key.map((name, index) => `COALESCE(${at(s, name)}, ${at(t, name)}) AS k${index}`).join(", ")},
       ${at(s, first)} IS NOT NULL AS in_source, ${at(t, first)} IS NOT NULL AS in_table,
-      ${at(s, version)} AS staged, ${at(t, version)} AS version,
-      COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '') AS columns
-    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t} ON ${same(s, t)}
-  `;
+      ${staged} AS staged, ${version} AS version, ${columns} AS columns
+    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t}
+    ON ${key.map((name) => `${at(s, name)} = ${at(t, name)}`).join(" AND ")}
+  ) AS pairs GROUP BY ${keys}
+) AS keys)`;
+  const deletes = (of: string): string => `DELETE FROM ${table} AS ${t} WHERE EXISTS (
+  SELECT 1 FROM ${each("''")} AS ${d} WHERE ${same(t)} AND ${d}.kind IN (${of}))`;
+  const rows = `(SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s}
+  JOIN ${each(columns)} AS ${d} ON ${same(s)} WHERE ${d}.kind IN ('missing', 'different'))`;
+  const order = keys.replaceAll("k", "found.k");
+  return {
+    compare: `SELECT kind, ${key.map((name, index) => `${keyText(contract, name, `k${index}`)} AS k${index}`).join(", ")}, columns,
+  COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE) AS newer,
+  COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged
+FROM ${each(columns)} AS found
+WHERE kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY kind ORDER BY ${order}) <= ${shown}
+WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
+    deleteExtra: deletes("'extra'"),
+    deleteWrong: deletes("'extra', 'twice'"),
+    // After the DELETE the keys that were twice are missing.
+    merge: mergeStatement(contract, table, rows, compared),
+  };
 }
 
 /** A key's value for people: SQL. */
 function keyText({ fields }: Contract, name: string, value: string): string {
   const bytes = apiType(fields.find((field) => field.name === name)?.type ?? "") === "BYTES";
   return bytes ? `TO_HEX(${value})` : `CAST(${value} AS STRING)`;
-}
-
-/**
- * The statements of a sweep, for make check too. A row before the watermark that is not among the staged keys was deleted at the source,
- * whatever happens meanwhile: one that is inserted again has a cursor at or past it.
- * @param tables the table, and the staging table with the keys of the source.
- */
-export function sweepStatements(
-  contract: Contract,
-  [table = "", staging = ""]: string[],
-  version: string,
-  watermark: string,
-): Record<"count" | "list" | "delete", string> {
-  const { key } = contract;
-  const { s, t, same } = naming(contract);
-  const settled = `${t}.\`${version}\` < TIMESTAMP '${watermark}'`;
-  const both = `FROM ${table} AS ${t} LEFT JOIN ${staging} AS ${s} ON ${same(s, t)}`;
-  const gone = `${settled} AND ${s}.\`${key[0]}\` IS NULL`;
-  const name = key.map((column) => keyText(contract, column, `${t}.\`${column}\``)).join(", '/', ");
-  return {
-    count: `SELECT COUNT(*) AS \`rows\`, COUNTIF(${gone}) AS gone ${both}`,
-    list: `SELECT CONCAT(${name}) AS name ${both} WHERE ${gone} ORDER BY name`,
-    delete: `DELETE FROM ${table} AS ${t} WHERE ${settled} AND NOT EXISTS (SELECT 1 FROM ${staging} AS ${s} WHERE ${same(s, t)})`,
-  };
 }

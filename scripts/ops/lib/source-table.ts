@@ -1,0 +1,75 @@
+/** A table of the source, by its catalogue, and what becomes of it: the fields of a contract, and their file. */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { type Field, unmappable } from "../../../shared/bigquery/types.ts";
+import { root, UsageError } from "../../../shared/env.ts";
+import { connect } from "../../../shared/session.ts";
+import type { Column } from "../../../shared/source.ts";
+
+export interface SourceColumn extends Column {
+  /** As SQL writes its name. */
+  ident: string;
+  comment: string | null;
+}
+
+export interface SourceTable {
+  /** As SQL writes its name, with its schema. */
+  path: string;
+  comment: string | null;
+  columns: SourceColumn[];
+  /** Columns of the index that was asked for, by default of the primary key; and why the table cannot be synced by that and the cursor. */
+  key: string[] | null;
+  faults: string[];
+  /** The role that the pipelines read it as, and the grants that it lacks. */
+  role: string;
+  grants: string[];
+}
+
+/** @throws UsageError where there is no such table. */
+export async function readTable(url: string, table: string, cursor = "", key = ""): Promise<SourceTable> {
+  const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
+  await using source = connect(url, { application: "etl:new", timeoutSeconds: 30, settings });
+  const [found] = await source.unsafe<SourceTable[]>(readFileSync(join(root, "sql/table.sql"), "utf8"));
+  if (found) return found;
+  throw new UsageError(
+    `the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`,
+  );
+}
+
+/** In the order in which they are tried: the first that holds every value of the column. */
+const types = "INTEGER NUMERIC BIGNUMERIC FLOAT BOOLEAN JSON DATE TIME DATETIME TIMESTAMP BYTES STRING".split(" ");
+
+/** The field that holds the column; or why there is none, in words. */
+export function fieldOf(column: SourceColumn): Field | string {
+  const { name, array, notnull, comment } = column;
+  if (!/^[A-Za-z_]\w*$/.test(name)) return "a field's name holds letters, digits and _ only";
+  const mode = array ? "REPEATED" : notnull ? "REQUIRED" : "NULLABLE";
+  const fields = types.map((type): Field => ({ name, type, mode, ...(comment && { description: comment }) }));
+  const fit = fields.find((field) => !unmappable(column, field));
+  return fit ?? `${column.declared} has no safe mapping`;
+}
+
+/** JSON on one line, as the contracts have it. */
+const inLine = (value: unknown): string =>
+  JSON.stringify(value, null, 1)
+    .replaceAll(/\[\n\s*|\n\s*\]/g, (bracket) => bracket.trim())
+    .replaceAll(/\n\s*/g, " ");
+
+/** A contract's file: a line for each of its parts, and for each field. */
+export function formatContract({
+  schema,
+  ...parts
+}: {
+  schema: { fields: object[] };
+  [part: string]: unknown;
+}): string {
+  const fields = schema.fields.map((field) => `      ${inLine(field)}`).join(",\n");
+  const { source, description, ...others } = parts;
+  const line = ([name, value]: [string, unknown]): string => `  "${name}": ${inLine(value)}`;
+  const lines = [
+    ...Object.entries({ source, description }).map(line),
+    `  "schema": {\n    "fields": [\n${fields}\n    ]\n  }`,
+    ...Object.entries(others).map(line),
+  ];
+  return `{\n${lines.join(",\n")}\n}\n`;
+}

@@ -1,0 +1,76 @@
+#!/usr/bin/env -S npx tsx
+/**
+ * new-column: adds a column that the source has and the contract has not, and prints what is left for a person.
+ *
+ *   make new-column PIPELINE=orders COLUMN=channel
+ *     DRY_RUN=1            prints the differences, and writes nothing
+ *
+ *   writes     its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column in
+ *              test/data/schema.sql, for make check and the local stack
+ *   safe to re-run   yes: what is there already stays as it is
+ *
+ * Touches: reads the source's catalogue; writes files of the project.
+ */
+import { readContract } from "../../shared/bigquery/contract.ts";
+import { flag, oneOf, optional, readEnv, required, text, UsageError } from "../../shared/env.ts";
+import { main } from "../../shared/main.ts";
+import { pipelines } from "../../shared/pipelines.ts";
+import { pipelineVariables } from "../../shared/run.ts";
+import { applyEdits } from "./lib/edits.ts";
+import { fieldOf, formatContract, readTable } from "./lib/source-table.ts";
+
+await main(import.meta, async () => {
+  const { SOURCE_DATABASE_URL } = pipelineVariables;
+  const env = readEnv({
+    SOURCE_DATABASE_URL,
+    PIPELINE: required(oneOf(pipelines())),
+    COLUMN: required(text),
+    DRY_RUN: optional(flag, false),
+  });
+  const { PIPELINE: pipeline, COLUMN: name } = env;
+  const { file, source } = readContract(pipeline);
+  const { path, columns } = await readTable(env.SOURCE_DATABASE_URL, source.table);
+  const column = columns.find((one) => one.name === name);
+  if (!column)
+    throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
+  const field = fieldOf({ ...column, notnull: false });
+  if (typeof field === "string")
+    throw new UsageError(
+      `column ${name} of ${path}: ${field}. Add to sql/${pipeline}.sql: ${column.ident}::text as ${name}, and to ${file} a STRING`,
+    );
+  const { ident, type, declared } = column;
+  const added = `alter table ${path} add column if not exists ${ident} ${type === "enum" ? "text" : declared};`;
+  applyEdits(
+    [
+      {
+        file,
+        has: `"name": "${name}"`,
+        change: (json) => {
+          const contract = JSON.parse(json);
+          contract.schema.fields.push(field);
+          return formatContract(contract);
+        },
+      },
+      { file: `sql/${pipeline}.sql`, has: `  ${ident},\n`, change: (sql) => addToSelect(sql, ident) },
+      { file: "test/data/schema.sql", has: added, change: (sql) => `${sql}\n${added}\n` },
+    ],
+    env.DRY_RUN,
+  );
+  process.stdout.write(
+    `Then: make migrate ${pipeline}\nRows that do not change keep NULL until: make ${pipeline} FROM=2000-01-01 TO=2100-01-01\n`,
+  );
+});
+
+/** Puts the column before the last one of the outer SELECT. @throws UsageError where its FROM does not begin a line. */
+function addToSelect(sql: string, ident: string): string {
+  const lines = sql.split("\n");
+  const from = lines.findIndex((line) => /^from\b/i.test(line));
+  if (from < 1) throw new UsageError(`no line of the SELECT begins with from: add the column by hand:  ${ident},`);
+  const last = lines[from - 1] ?? "";
+  if (/^select\b/i.test(last))
+    return sql.replace(
+      last,
+      last.replace(/^select\b/i, (word) => `${word} ${ident},`),
+    );
+  return lines.toSpliced(from - 1, 0, `  ${ident},`).join("\n");
+}

@@ -1,0 +1,99 @@
+/**
+ * The canary, which tells that the flow from the source has stopped or has lost something: public.etl_write_heartbeat() of
+ * sql/replication.sql writes a row at the source every ten seconds, called by Debezium and by each consumer, so that neither has to live
+ * for the other to be watched. Its changes come through the topic of the readings (schemas/debezium routes them there). Each carries the
+ * row's previous state, which has to be the last that came. Where it is not, changes between the two never came.
+ */
+import type { Sql } from "postgres";
+import { postgresUrl, required, UsageError } from "../env.ts";
+import { connect } from "../session.ts";
+
+export const canaryVariables = { REPLICATION_DATABASE_URL: required(postgresUrl) };
+const WRITE_MS = 10_000;
+
+/** Writes the canary until it is disposed of. Where that fails, nothing comes, which is what is watched. */
+export function startCanary(env: { REPLICATION_DATABASE_URL: string }): AsyncDisposable {
+  const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:canary", timeoutSeconds: 5 });
+  const timer = setInterval(() => source`select public.etl_write_heartbeat()`.catch(() => {}), WRITE_MS);
+  return {
+    [Symbol.asyncDispose]: async () => {
+      clearInterval(timer);
+      await source.end({ timeout: 1 });
+    },
+  };
+}
+
+interface Message {
+  value: Buffer | null;
+}
+// In JSON a quote inside of text is escaped: no row's text can hold these bytes.
+const [ofCanary, ofSnapshot] = ['"table":"etl_heartbeat"', '"op":"r"'].map((text) => Buffer.from(text));
+export const isCanary = (message: Message): boolean =>
+  (message.value?.includes(ofCanary as Buffer) ?? false) && sourceOf(message).table === "etl_heartbeat";
+const isRead = ({ value }: Message): boolean => value?.includes(ofSnapshot as Buffer) ?? false;
+
+/**
+ * Compares the snapshot that messages belong to with the epoch's, which is its first; each message of one has the same WAL position. Before
+ * there is one, a canary leaves its position, negative: the snapshot that it came behind lies before it.
+ * @throws UsageError for another one: rows that were deleted between the two would stay.
+ */
+export async function checkSnapshot(etl: Sql, topic: string, messages: Message[]): Promise<void> {
+  for (const message of [messages.find(isRead), messages.findLast(isRead)]) {
+    const { lsn, snapshot } = message ? sourceOf(message) : {};
+    if (!lsn || snapshot === "incremental") continue;
+    await etl`
+      update etl.topics set snapshot_lsn = ${lsn}
+      where topic = ${topic} and (snapshot_lsn is null or -snapshot_lsn >= ${lsn})`;
+    const [other] =
+      await etl`select epoch, snapshot_lsn from etl.topics where topic = ${topic} and snapshot_lsn <> ${lsn}`;
+    if (other)
+      throw new UsageError(
+        `a second snapshot (WAL position ${lsn}, the first: ${Math.abs(Number(other.snapshot_lsn))}) has begun in epoch ` +
+          `${other.epoch} of ${topic}: Debezium started again, and rows deleted meanwhile would stay. Stop all consumers, then run: make resnapshot`,
+      );
+  }
+}
+
+function sourceOf({ value }: Message): { table?: string; lsn?: number; snapshot?: string } {
+  try {
+    return JSON.parse(String(value)).source ?? {};
+  } catch {
+    return {}; // a dead letter
+  }
+}
+
+/** Records canaries in the order in which they came. One that comes again changes nothing. */
+export async function recordCanaries(etl: Sql, topic: string, canaries: Message[]): Promise<void> {
+  for (const { value } of canaries) {
+    const { before, after, source } = JSON.parse(String(value));
+    if (!after) continue; // somebody deleted the row
+    const [at, previous] = [etl`${after.at}::text::timestamptz`, etl`${before?.at ?? null}::text::timestamptz`];
+    await etl`
+      update etl.topics set canary_at = ${at}, canary_seen = least(${at}, now()),
+        snapshot_lsn = coalesce(snapshot_lsn, -(${source.lsn ?? null}::text::bigint)),
+        canary_gap = coalesce(canary_gap, case
+          when canary_at <> coalesce(${previous}, '-infinity') then 'changes between ' || canary_at || ' and ' || ${at} || ' never came'
+          when ${before?.publication ?? null}::text <> ${after.publication ?? null}::text
+            then 'the publication was made again before ' || ${at} || ', and changes may be missing' end)
+      where topic = ${topic} and (canary_at is null or canary_at < ${at})`;
+  }
+}
+
+export interface CanaryState {
+  /** Since the source wrote the last canary that came; since the epoch began, where none did. */
+  age_seconds: number;
+  /** What never came, in words; null where all did. */
+  gap: string | null;
+}
+/** Undefined without an epoch. */
+export async function readCanary(etl: Sql, topic: string): Promise<CanaryState | undefined> {
+  const [state] = await etl<CanaryState[]>`
+    select extract(epoch from now() - coalesce(canary_seen, started_at))::float8 as age_seconds, canary_gap as gap
+    from etl.topics where topic = ${topic}`;
+  return state;
+}
+
+/** Forgets a gap that make verify has shown to be none: all that the source had then is in ClickHouse. One that came since stays. */
+export async function clearGap(etl: Sql, topic: string, seen: CanaryState | undefined): Promise<void> {
+  if (seen?.gap) await etl`update etl.topics set canary_gap = null where topic = ${topic} and canary_gap = ${seen.gap}`;
+}

@@ -1,0 +1,111 @@
+-- What make report shows, as one JSON document in words: etl.status, which is what make status JSON=1 printed, and what schema etl knows of
+-- the past. A table is an array of rows; a chart is an array of cells, each with its column, row, kind, share (0 to 1) and title. Times
+-- are in UTC. etl.long_hold is from how many seconds on a held watermark is an alert. In psql:
+--   set etl.status = '[{"pipeline": "orders", "state": "ok", "reasons": []}]'; set etl.long_hold = '1800'; \i sql/report.sql
+with status as (
+  select * from jsonb_to_recordset(current_setting('etl.status')::jsonb) as s (pipeline text, state text, reasons jsonb, watermark text,
+    last_success text, last_success_age_seconds float8, interval_seconds float8, lock text, rows float8, sensors jsonb)
+), last_runs as (
+  -- It says running, and nobody holds its lock: it was killed.
+  select r.*, row_number() over (partition by pipeline order by started_at desc) as age,
+    case when r.state = 'running' and lock is distinct from run_id then 'abandoned' else r.state end as became
+  from etl.runs r left join status using (pipeline)
+), runs as (
+  select pipeline, run_id, rows, bytes_billed, hold_seconds, error, started_at, became, 60 - age as column,
+    to_char(started_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI') as at, split_part(error, E'\n', 1) as why,
+    became || case when by_hand then ', by hand' else '' end as state,
+    coalesce(round(extract(epoch from finished_at - started_at)::numeric, 1) || ' s', 'no end') as took,
+    -- Logarithmic: the first run must not hide the others.
+    ln(1 + rows) / ln(1 + greatest(1, max(rows) over (partition by pipeline))) as share
+  from last_runs where age <= 60
+), kinds (state, kind) as (
+  values ('succeeded', 'done'), ('rewound', 'done'), ('failed', 'failed'), ('abandoned', 'gone'), ('running', 'gone'), ('missing', 'gone')
+), charts as (
+  select pipeline, format('The last %s runs of %s: %s', count(*), pipeline, (
+      select string_agg(format('%s %s', count, became), ', ')
+      from (select became, count(*) from runs r where r.pipeline = runs.pipeline group by 1 order by 1) counts)) as label,
+    json_agg(json_build_object('column', "column", 'row', 0, 'kind', kind, 'share', share,
+      'title', format('%s %s, %s rows, %s %s', at, runs.state, to_char(rows, 'FM999,999,999,999'), took, why)) order by at) as cells,
+    json_agg(json_build_array(at, runs.state, rows, took, to_char(nullif(bytes_billed, 0) / 1e6, 'FM999,999,990 "MB"'),
+      etl.duration(nullif(hold_seconds, 0)), error) order by started_at desc) as runs
+  from runs join kinds on kinds.state = became group by 1
+), chunks as (
+  select (chunk_from at time zone 'UTC')::date as day, rows, state, split_part(error, E'\n', 1) as why from etl.chunks
+  where pipeline = 'events'
+), days as (
+  -- Each day from the first to the last. One that nobody archived is missing.
+  select at::date as day, extract(year from at) as year, coalesce(rows, 0) as rows, coalesce(chunks.state, 'missing') as state, kind, why,
+    rows / greatest(1, max(rows) over ())::float8 as share
+  from (select min(day) as first, max(day) as last from chunks) span, generate_series(first, last, '1 day') at
+  left join chunks on day = at join kinds on kinds.state = coalesce(chunks.state, 'missing')
+), years as (
+  -- A square a day, a column a week, and the months' names above.
+  select year, json_agg(json_build_object('column', (extract(doy from at)::int + extract(isodow from date_trunc('year', at))::int - 2) / 7,
+    'row', "row", 'kind', cell.kind, 'share', coalesce(share, 0), 'title', title)) as cells
+  from days, lateral (
+    values (day::timestamp, extract(isodow from day)::int, kind,
+        format('%s %s, %s rows %s', day, state, to_char(rows, 'FM999,999,999,999'), why)),
+      (case when extract(day from day) = 1 then day::timestamp end, 0, 'label', to_char(day, 'Mon'))) cell (at, "row", kind, title)
+  where at is not null group by 1 having not bool_and(days.kind = 'gone')
+), stretches as (
+  select state, case when count(*) > 5 then format('%s days, %s to %s', count(*), min(day), max(day))
+                     else string_agg(day::text, ', ' order by day) end as days
+  from (select day, case kind when 'gone' then 'missing' else kind end as state from days) d group by 1
+), models as (
+  select distinct on (model) model, rows, checks, split_part(error, E'\n', 1) as why, (
+      select json_build_object('rows', json_agg(rows order by finished_at),
+        'published', to_char(max(finished_at) at time zone 'UTC', 'YYYY-MM-DD HH24:MI'))
+      from (select * from etl.models p where p.model = m.model and error is null order by finished_at desc limit 26) p) as past
+  from etl.models m order by model, finished_at desc
+), proofs as (
+  select distinct on (pipeline) *, extract(epoch from now() - verified_at)::float8 as age,
+    case pipeline when 'events' then 'make verify-events' else 'make verify PIPELINE=' || pipeline end as again
+  from etl.verifications order by pipeline, verified_at desc
+), now_wrong (part, number, of, what) as (
+  select 1, number, pipeline, reason from status, jsonb_array_elements_text(reasons) with ordinality r (reason, number) where state <> 'ok'
+  union all select 2, 0, 'model ' || model, 'was not published: ' || why from models where why is not null
+  union all select 3, 0, 'archive of ' || day, format('%s. Next: make backfill-events FROM=%s TO=%s', why, day, day + 1)
+  from days where state = 'failed'
+  union all select 4, 0, pipeline, format('differs from its source: %s. Next: %s', found, again) from proofs where differences > 0
+  union all select 4, 0, pipeline, format('was last verified %s ago. Next: %s', etl.duration(age), again) from proofs where age > 604800
+), week_wrong (part, of, what) as (
+  select part, pipeline, format('%s of %s runs %s, last at %s: %s', count(*) filter (where holds), count(*), what,
+    max(at) filter (where holds), (array_agg(detail order by at desc) filter (where holds))[1])
+  from runs, lateral (values
+    (1, 'failed', became = 'failed', why),
+    (2, 'were killed', became = 'abandoned', run_id || ' never recorded its end'),
+    (3, 'found the watermark held', hold_seconds > current_setting('etl.long_hold')::float8,
+      'an open transaction of ' || etl.duration(hold_seconds))) event (part, what, holds, detail)
+  where started_at > now() - interval '7 days' group by part, pipeline, what having bool_or(holds)
+), billed as (
+  select week::date as week, sum(bytes)::float8 as bytes
+  from generate_series(date_trunc('week', now() at time zone 'UTC') - interval '11 weeks', now() at time zone 'UTC', '1 week') week
+  left join (
+    select started_at as at, bytes_billed as bytes from etl.runs union all select verified_at, bytes_billed from etl.verifications
+  ) jobs on date_trunc('week', at at time zone 'UTC') = week group by 1
+)
+select json_build_object(
+  'at', to_char(now() at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
+  'now', (select json_agg(json_build_array(of, what) order by part, of, number) from now_wrong),
+  'week', (select json_agg(json_build_array(of, what) order by part, of) from week_wrong),
+  'pipelines', (select json_agg(json_build_object('name', pipeline, 'state', state, 'reasons', reasons,
+      'facts', concat_ws(' · ',
+        case when last_success is null then 'never succeeded'
+          else format('last success %s, %s ago', last_success, etl.duration(last_success_age_seconds)) end,
+        to_char(rows, 'FM999,999,999,990') || ' rows in it', 'watermark ' || watermark, 'expected every ' || etl.duration(interval_seconds),
+        case when sensors is not null then format('lag %s, dead letters %s', coalesce(sensors ->> 'lag', 'unknown'),
+          coalesce(sensors ->> 'dead_letters', 'unknown')) end),
+      'label', label, 'cells', cells, 'runs', runs) order by pipeline)
+    from status left join charts using (pipeline)),
+  'archive', (select format('%s to %s, %s rows. Failed: %s. Missing: %s.', min(day), max(day), to_char(sum(rows), 'FM999,999,999,990'),
+      coalesce((select days from stretches where state = 'failed'), 'none'),
+      coalesce((select days from stretches where state = 'missing'), 'none')) from days having count(*) > 0),
+  'years', (select json_agg(json_build_object('label', year, 'cells', cells) order by year) from years),
+  'models', (select json_agg(json_build_array(model, coalesce((past -> 'rows' ->> -1)::bigint, rows),
+      case when why is null then checks || ' passed' else 'failed' end, coalesce(past ->> 'published', 'never'), past -> 'rows', why)
+      order by model) from models),
+  'proofs', (select json_agg(json_build_array(pipeline, format('%s, %s ago', to_char(verified_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
+      etl.duration(age)), rows, differences, found) order by pipeline) from proofs),
+  'billed', (select json_agg(json_build_array('week of ' || week, to_char(coalesce(bytes, 0) / 1e6, 'FM999,999,990 "MB"'),
+      coalesce(bytes, 0) / (select greatest(1, max(bytes)) from billed)) order by week desc) from billed)
+) as report;

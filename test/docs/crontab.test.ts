@@ -1,0 +1,248 @@
+// What production runs by itself: each line of ops/crontab, and the unit of the consumer.
+import assert from "node:assert/strict";
+import { execFileSync, spawn } from "node:child_process";
+import { appendFileSync, globSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { text } from "node:stream/consumers";
+import { after, before, test } from "node:test";
+import { readIntervals } from "../../shared/alerts.ts";
+import { type Scratch, scratchCopy } from "../lib/scratch.ts";
+import { createSensors, type Sensors } from "../lib/sensors.ts";
+import { until } from "../lib/shop.ts";
+import { debianPackage, debianPath } from "../stack/debian.ts";
+import { root } from "../stack/env.ts";
+import { ensureInstalled } from "../stack/install.ts";
+
+const logrotate = debianPackage("logrotate", "libpopt0");
+
+interface Job {
+  /** minute, hour, day of month, month, day of week */
+  fields: string[];
+  /** What the shell gets. */
+  command: string;
+  target: string;
+}
+
+/** crontab(5): NAME=value, or five fields and a command in which % ends the line unless \ is before it. */
+function parse(crontab: string): { variables: Record<string, string>; jobs: Job[] } {
+  assert.ok(crontab.endsWith("\n"), "cron refuses a file whose last line has no end");
+  const variables: Record<string, string> = {};
+  const jobs: Job[] = [];
+  for (const line of crontab.split("\n").filter((one) => one.trim() && !one.startsWith("#"))) {
+    const [, name, value] = /^(\w+)\s*=\s*(.*)$/.exec(line) ?? [];
+    if (name) {
+      assert.equal(jobs.length, 0, `${name} holds only for the lines after it`);
+      variables[name] = (value ?? "").replace(/^"(.*)"$/, "$1");
+      continue;
+    }
+    const [, schedule = "", entry = ""] = /^((?:\S+\s+){5})(.*)$/.exec(line) ?? assert.fail(line);
+    const fields = schedule.trim().split(/\s+/);
+    for (const [at, [least, most]] of [
+      [0, 59],
+      [0, 23],
+      [1, 31],
+      [1, 12],
+      [0, 7],
+    ].entries()) {
+      const field = fields[at] ?? "";
+      assert.ok(field === "*" || (/^\d+$/.test(field) && +field >= (least ?? 0) && +field <= (most ?? 0)), line);
+    }
+    assert.doesNotMatch(entry, /(?<!\\)%/, "cron reads % as the end of the line");
+    const [, target = ""] = /\bmake (\S+)/.exec(entry) ?? assert.fail(line);
+    jobs.push({ fields, command: entry.replaceAll("\\%", "%"), target });
+  }
+  return { variables, jobs };
+}
+
+const { variables, jobs } = parse(readFileSync(join(root, "ops/crontab"), "utf8"));
+const seconds = (duration: string): number =>
+  Number.parseInt(duration, 10) * ({ m: 60, h: 3600 }[duration.at(-1) ?? ""] ?? Number.NaN);
+
+test("ops/crontab: each pipeline with an expected interval, verify nightly, sweep and report weekly, each at a minute that no other has", () => {
+  const often = ({ fields: [, hour, , , weekday] }: Job): number =>
+    hour === "*" ? 3600 : weekday === "*" ? 86_400 : 604_800;
+  assert.deepEqual(Object.fromEntries(jobs.map((job) => [job.target, often(job)])), {
+    ...Object.fromEntries(readIntervals()),
+    verify: 86_400,
+    "verify-events": 86_400,
+    sweep: 604_800,
+    report: 604_800,
+  });
+  assert.equal(new Set(jobs.map(({ fields }) => fields[0])).size, jobs.length);
+  assert.deepEqual(new Set(jobs.map(({ fields }) => fields[2] + (fields[3] ?? ""))), new Set(["**"]));
+});
+
+test("ops/crontab: each line waits at random, has a timeout past the run's own deadline and within its interval, and a log; none has a lock", () => {
+  assert.ok(Number(variables.JITTER) > 0);
+  assert.equal(variables.SHELL, "/bin/bash"); // for $RANDOM
+  assert.notEqual(variables.MAILTO ?? "", "");
+  for (const { command, target } of jobs) {
+    assert.doesNotMatch(command, /flock/);
+    const [, limit = ""] =
+      /^sleep \$\(\(RANDOM % \(JITTER \+ 1\)\)\); cd \/srv\/etl && timeout -k 60 (\d+[mh]) make [\w-]+ >>\/var\/log\/etl\/[\w-]+\.log 2>&1$/.exec(
+        command,
+      ) ?? assert.fail(command);
+    assert.ok(command.includes(`/${target}.log`), command);
+    assert.ok(seconds(limit) > 1800, `${target}: RUN_TIMEOUT_SECONDS comes first`);
+    if (target === "orders") assert.ok(seconds(limit) + Number(variables.JITTER) < 3600, target);
+  }
+});
+
+let scratch: Scratch;
+let sensors: Sensors;
+before(async () => {
+  scratch = scratchCopy();
+  // The twelve need a real shop's orders (test/views/models.test.ts); what is run here is the line.
+  mkdirSync(join(scratch.folder, "views/checks"), { recursive: true });
+  writeFileSync(
+    join(scratch.folder, "views/order_count.sql"),
+    "CREATE OR REPLACE TABLE order_count\nAS\nSELECT count(*) AS orders FROM orders;\n",
+  );
+  sensors = await createSensors({ connector: false, pushgateway: true, folder: scratch.folder });
+  const { shop } = sensors;
+  await shop.insertRows(1, 300);
+  await shop.insertRows(1, 100, "users");
+  await shop.insertEvents(new Date(Date.now() - 86_400_000).toISOString().slice(0, 10), 20);
+  // As in production: cron gives next to no environment, and .env is in the folder.
+  const example = readFileSync(join(root, ".env.example"), "utf8");
+  const names = new Set([...example.matchAll(/^([A-Z0-9_]+)=/gm)].map(([, name]) => name));
+  const lines = Object.entries(shop.env).filter(([name]) => names.has(name));
+  writeFileSync(join(scratch.folder, ".env"), lines.map(([name, value]) => `${name}="${value}"\n`).join(""));
+  mkdirSync(join(scratch.folder, "log"));
+});
+after(async () => {
+  await sensors?.[Symbol.asyncDispose]();
+  scratch?.[Symbol.dispose]();
+});
+
+/** As cron runs it: variables of the file, HOME, PATH and nothing else. */
+async function cron(
+  command: string,
+  changes: Record<string, string> = {},
+): Promise<{ code: number | null; mail: string }> {
+  const env = { HOME: scratch.folder, LOGNAME: "etl", PATH: "/usr/bin:/bin", ...variables, JITTER: "0", ...changes };
+  const child = spawn(variables.SHELL ?? "", ["-c", command], {
+    cwd: scratch.folder,
+    env,
+    stdio: ["ignore", "pipe", "pipe"],
+  });
+  const ended = new Promise<number | null>((resolve) => child.once("close", resolve));
+  const mail = (await Promise.all([text(child.stdout), text(child.stderr)])).join("");
+  return { code: await ended, mail };
+}
+
+/**
+ * In the scratch copy. Its node_modules is a link to this checkout's, or further: make must never install there (npm ci empties the
+ * folder first), however the lock file's time compares.
+ */
+const local = (command: string): string =>
+  command
+    .replace(/\bmake /, "make -o node_modules/.package-lock.json ")
+    .replaceAll("/srv/etl", scratch.folder)
+    .replaceAll("/var/log/etl", join(scratch.folder, "log"));
+const logOf = (target: string): string => readFileSync(join(scratch.folder, "log", `${target}.log`), "utf8");
+
+for (const { command, target } of jobs) {
+  test(`ops/crontab: the line of ${target} does its work with cron's environment, mails nothing, and may run again at once`, async () => {
+    const { shop } = sensors;
+    const first = await cron(local(command));
+    assert.deepEqual(first, { code: 0, mail: "" }, first.code ? logOf(target) : "");
+    const done: Record<string, RegExp> = {
+      verify: /pipeline=orders run=\w+ step=compared rows=300 /,
+      sweep: /pipeline=users run=\w+ step=swept deleted=0 /,
+    };
+    assert.match(logOf(target), done[target] ?? /step=done/);
+    if (readIntervals().has(target))
+      assert.ok((await shop.metrics(target)).etl_last_success_timestamp_seconds, logOf(target));
+    const both = await Promise.all([cron(local(command)), cron(local(command))]);
+    assert.deepEqual(
+      both,
+      [
+        { code: 0, mail: "" },
+        { code: 0, mail: "" },
+      ],
+      logOf(target),
+    );
+    if (target === "orders") assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+  });
+}
+
+test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, and the next run resumes", async () => {
+  const { shop } = sensors;
+  const { command = "" } = jobs.find(({ target }) => target === "orders") ?? {};
+  await shop.updateRows(1, 10, "late");
+  // The source's table is locked for a change: the run waits.
+  await shop.connect("locker").begin(async (locker) => {
+    await locker`lock table orders in access exclusive mode`;
+    const { code } = await cron(local(command).replace(/-k 60 45m/, "-k 60 15s"));
+    assert.equal(code, 124, logOf("orders"));
+  });
+  // make, and with it timeout, ends before the run has.
+  await until("the run has recorded its end", async () => {
+    const [run] =
+      await shop.admin`select state from etl.runs where pipeline = 'orders' order by started_at desc limit 1`;
+    return run?.state === "failed";
+  });
+  assert.match(logOf("orders"), /stopped by SIGTERM/);
+  assert.equal((await cron(local(command))).code, 0, logOf("orders"));
+  assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+});
+
+test("ops/crontab: where there is no log to write, cron gets something to mail, and the exit code", async () => {
+  const { command = "" } = jobs[0] ?? {};
+  const { code, mail } = await cron(local(command).replace("/log/", "/missing/"));
+  assert.notEqual(code, 0);
+  assert.match(mail, /No such file or directory/);
+});
+
+test("ops/etl-sensors.service has only what systemd knows, and its command works in its folder", async () => {
+  const unit = readFileSync(join(root, "ops/etl-sensors.service"), "utf8").replaceAll("/srv/etl", scratch.folder);
+  // systemd ignores, with a warning in its journal, what it does not know: systemd.unit(5), systemd.service(5), systemd.exec(5).
+  const known: Record<string, string[]> = {
+    Unit: ["Description", "Documentation", "After", "Wants", "StartLimitIntervalSec", "StartLimitBurst"],
+    Service: [
+      ...["Type", "User", "WorkingDirectory", "Environment", "EnvironmentFile", "ExecStart", "Restart", "RestartSec"],
+      ...["KillSignal", "KillMode", "TimeoutStopSec", "SuccessExitStatus", "RestartPreventExitStatus", "MemoryMax"],
+    ],
+    Install: ["WantedBy"],
+  };
+  const settings: Record<string, string> = {};
+  let section = "";
+  for (const line of unit.split("\n").filter((one) => one.trim() && !/^[#;]/.test(one))) {
+    const [, begun] = /^\[(\w+)\]$/.exec(line) ?? [];
+    section = begun ?? section;
+    if (begun) continue;
+    const [, name = "", value = ""] = /^(\w+)=(.*)$/.exec(line) ?? assert.fail(line);
+    assert.ok(known[section]?.includes(name), `[${section}] ${line}`);
+    assert.ok(!(name in settings), `twice: ${line}`);
+    settings[name] = value;
+  }
+  const { code, mail } = await cron(`cd ${settings.WorkingDirectory} && exec ${settings.ExecStart}`, {
+    ...Object.fromEntries([settings.Environment?.split("=") as [string, string]]),
+    UNTIL: "caught-up",
+  });
+  assert.equal(code, 0, mail);
+  assert.match(mail, /step=done rows=0 /);
+});
+
+test("ops/logrotate.conf, by logrotate itself: every log of the crontab is moved, kept, compressed a week later, and goes on", async () => {
+  await ensureInstalled(logrotate);
+  using scratch = scratchCopy();
+  const logs = join(scratch.folder, "logs");
+  mkdirSync(logs);
+  const [config, state] = [join(scratch.folder, "logrotate.conf"), join(scratch.folder, "state")];
+  const owner = ["-un", "-gn"].map((which) => execFileSync("id", [which], { encoding: "utf8" }).trim()).join(" ");
+  const settings = readFileSync(join(root, "ops/logrotate.conf"), "utf8").replaceAll("/var/log/etl", logs);
+  writeFileSync(config, settings.replaceAll("etl etl", owner), { mode: 0o644 });
+  const names = jobs.map(({ command }) => /\/var\/log\/etl\/(\S+)/.exec(command)?.[1] ?? assert.fail(command));
+  for (const week of ["first", "second", "third"]) {
+    for (const name of names) appendFileSync(join(logs, name), `${week}\n`);
+    const program = debianPath("logrotate", "usr/sbin/logrotate");
+    const libraries = globSync(debianPath("logrotate", "usr/lib/*")).join(":");
+    const env = { ...process.env, LD_LIBRARY_PATH: libraries };
+    execFileSync(program, ["--force", "--state", state, config], { env });
+  }
+  const expected = names.flatMap((name) => [name, `${name}.1`, `${name}.2.gz`, `${name}.3.gz`]);
+  assert.deepEqual(readdirSync(logs).sort(), [...new Set(expected)].sort());
+  assert.equal(readFileSync(join(logs, `${names[0]}.1`), "utf8"), "third\n");
+});

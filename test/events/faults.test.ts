@@ -1,0 +1,676 @@
+// The archive of events where S3, its disk or the source fails, for a moment or for good: a day is whole or not there, the other days are
+// archived, and the same command again mends it. Needs the local stack (make up).
+import assert from "node:assert/strict";
+import { type ChildProcess, spawn } from "node:child_process";
+import { randomBytes } from "node:crypto";
+import { once } from "node:events";
+import { mkdtempSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, suite, test } from "node:test";
+import { addDays, type Manifest } from "../../shared/events/archive.ts";
+import { type Bucket, createBucket, removeObjects } from "../../shared/events/s3.ts";
+import {
+  assertNoSessions,
+  copyBlocked,
+  ending,
+  type HttpProxy,
+  hold,
+  lastRun,
+  loseAnswer,
+  pass,
+  reach,
+  reset,
+  sessions,
+  trickle,
+  withhold,
+} from "../lib/faults.ts";
+import { createCutLink, createLossyLink } from "../lib/link.ts";
+import { assertArchivedClean, breakBody, createS3Proxy, objectKeys, ofDay, refuse, s3Steps } from "../lib/s3.ts";
+import { connectBucket, createShop, freePort, type Process, type Result, type Shop, until } from "../lib/shop.ts";
+import type { Env } from "../stack/env.ts";
+import { stackPath } from "../stack/stack.ts";
+
+const script = "scripts/ops/backfill-events.ts";
+const verifier = "scripts/ops/verify-events.ts";
+const slowDown = refuse(503, "SlowDown");
+
+/** A day of the archive is what the source has, each row once, in order, and nothing lies beside what its manifest names. */
+const assertRight = async (shop: Shop, day: string, bucket = shop.bucket): Promise<Manifest> =>
+  (await assertArchivedClean({ ...shop, bucket }, day)).manifest;
+
+/** A day is not archived; what there is of it are parts, which verify lists: they are deleted as CLEAN=1 does after a day. */
+async function assertOnlyStrays(shop: Shop, day: string): Promise<void> {
+  const strays = (await objectKeys(shop, day)).map((key) => shop.bucket.prefix + key);
+  const { code, stderr } = await shop.run(verifier, { FROM: day, TO: addDays(day) });
+  assert.equal(code, 1);
+  assert.match(
+    stderr,
+    new RegExp(`^  ${day}: is not archived; .* Next: make backfill-events FROM=${day} TO=${addDays(day)}$`, "m"),
+  );
+  const listed = [...stderr.matchAll(/ step=stray what="a part that no manifest names" key="(\S+)" age=/g)];
+  assert.deepEqual(
+    listed.map((match) => match[1]),
+    strays,
+  );
+  await removeObjects(shop.bucket, strays);
+}
+
+interface Case {
+  shop: Shop;
+  proxy: HttpProxy;
+  /** Of seven rows: in parts of three, three parts. The days after it have none yet. */
+  day: string;
+  /** Starts a backfill of so many days from `day` on, by way of the proxy. */
+  start(variables?: Env, days?: number): Process;
+  /** The same, to its end. */
+  run(variables?: Env, days?: number): Promise<Result>;
+  /** The same command again with nothing in its way mends it. */
+  heal(variables?: Env, days?: number): Promise<Result>;
+}
+
+/** Tests that share a shop, one after the other; each has the days that it asks for to itself. At the end verify passes over all of them. */
+function archiveSuite(
+  name: string,
+  tests: (test: (name: string, body: (one: Case) => Promise<void>) => void) => void,
+): void {
+  suite(name, { concurrency: 1 }, () => {
+    let shop: Shop;
+    let next = "2017-01-01";
+    before(async () => {
+      shop = await createShop({ pushgateway: name === "the source" });
+    });
+    after(() => shop?.[Symbol.asyncDispose]());
+    tests((name, body) =>
+      test(name, async () => {
+        const day = next;
+        next = addDays(day);
+        await shop.insertEvents(day, 7);
+        await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+        const window = (days: number): Env => {
+          const TO = addDays(day, days);
+          if (TO > next) next = TO;
+          return { FROM: day, TO, CHUNK_ROWS: "3" };
+        };
+        const start: Case["start"] = (variables = {}, days = 1) =>
+          shop.start(script, { ...window(days), S3_ENDPOINT: proxy.url, ...variables });
+        const heal: Case["heal"] = async (variables = {}, days = 1) => {
+          const result = await shop.run(script, { ...window(days), ...variables });
+          assert.equal(result.code, 0, result.stderr);
+          for (let index = 0; index < days; index++) await assertRight(shop, addDays(day, index));
+          return result;
+        };
+        await body({ shop, proxy, day, start, run: (...given) => ending(start(...given)), heal });
+        await assertNoSessions(shop);
+      }),
+    );
+    test("after all of it verify passes", async () => {
+      const [FROM, TO] = ["2017-01-01", next];
+      // Those that a test has archived elsewhere.
+      await shop.succeed(script, { FROM, TO, CONCURRENCY: "8" });
+      const { code, stderr } = await shop.run(verifier, { FROM, TO });
+      assert.equal(code, 0, stderr);
+    });
+  });
+}
+
+/** Adds rows to a day that gzip cannot make smaller: each so many of 100 KB. */
+async function insertWide(shop: Shop, day: string, count: number): Promise<void> {
+  for (let index = 0; index < count; index++) {
+    const payload = JSON.stringify({ noise: randomBytes(75_000).toString("base64") });
+    await shop.admin`insert into public.events (user_id, type, payload, created_at) values (1, 'wide', ${payload}::text::jsonb, ${`${day} 12:00Z`}::text::timestamptz)`;
+  }
+}
+/** Of 9 MB. */
+const large = 90;
+const onePart = { CHUNK_ROWS: "1000" };
+
+/** One day failed, of so many; it is listed, with its error, and what mends it. Nothing of it is in the bucket. */
+async function assertDayFailed({ shop, day }: Case, result: Result, error: string, days = 1): Promise<void> {
+  assert.equal(result.code, 1, result.stderr);
+  const text = `^error: 1 of ${days} days failed(; the others are archived)?:\n  ${day}: ${error}\nNext: make backfill-events FROM=${day} TO=${addDays(day)} \\(days that are done are skipped\\)$`;
+  assert.match(result.stderr, new RegExp(text, "m"));
+  assert.match(result.stderr, new RegExp(` step=days archived=${days - 1} skipped=0 failed=1$`, "m"));
+  assert.deepEqual(await objectKeys(shop, day), []);
+  const { state, error: recorded } = await lastRun(shop);
+  assert.equal(state, "failed");
+  assert.match(recorded ?? "", new RegExp(error));
+  const [chunk] =
+    await shop.admin`select state, error from etl.chunks where chunk_from = ${`${day}Z`}::text::timestamptz`;
+  assert.equal(chunk?.state, "failed");
+  assert.match(chunk?.error, new RegExp(error));
+}
+
+const partOf = ({ shop, day }: Case, number = 1): string =>
+  `s3://archive/${shop.bucket.prefix}events/dt=${day}/part-000${number}-\\w+\\.ndjson\\.gz`;
+
+suite("archive", { concurrency: true }, () => {
+  archiveSuite("S3 fails for a moment: the day is done, and nothing is left beside it", (test) => {
+    for (const { when, step, fault, times = 1, wide = false } of [
+      { when: "503 to a part", step: s3Steps.putPart, fault: slowDown },
+      { when: "500 to the last part five times", step: /part-0003-/, fault: refuse(500, "InternalError"), times: 5 },
+      {
+        when: "409 to a part: another PUT of it is under way",
+        step: s3Steps.putPart,
+        fault: refuse(409, "ConditionalRequestConflict"),
+      },
+      { when: "409 to the manifest", step: s3Steps.putManifest, fault: refuse(409, "ConditionalRequestConflict") },
+      { when: "503 to the look for a manifest", step: s3Steps.getManifest, fault: slowDown, times: 3 },
+      { when: "the connection reset before a part", step: s3Steps.putPart, fault: reset(), times: 3 },
+      { when: "the connection reset before the manifest", step: s3Steps.putManifest, fault: reset(), times: 3 },
+      { when: "the connection lost once after a part that was put", step: s3Steps.putPart, fault: loseAnswer },
+      { when: "the connection lost, and again", step: s3Steps.putPart, fault: loseAnswer, times: 3 },
+      {
+        when: "the connection reset in the middle of a large part",
+        step: s3Steps.putPart,
+        fault: reset(100_000),
+        times: 3,
+        wide: true,
+      },
+    ]) {
+      test(when, async ({ shop, proxy, day, run }) => {
+        if (wide) await insertWide(shop, day, large);
+        proxy.fault(step, fault, times);
+        const result = await run(wide ? onePart : {});
+        assert.equal(result.code, 0, result.stderr);
+        const { parts, run_id } = await assertRight(shop, day);
+        assert.match(result.stderr, /step=days archived=1 skipped=0 failed=0$/m);
+        assert.deepEqual(
+          parts.map(({ key }) => key.slice(key.indexOf("part-"))),
+          parts.map((_, index) => `part-000${index + 1}-${run_id}.ndjson.gz`),
+        );
+      });
+    }
+  });
+
+  archiveSuite("S3 fails for good: that day is named, and the others are archived", (test) => {
+    test("500 to a day's parts: seven requests", async (one) => {
+      const { shop, proxy, day, run, heal } = one;
+      await shop.insertEvents(addDays(day, 2), 4);
+      const part = ofDay(day, s3Steps.putPart);
+      proxy.fault(part, refuse(500, "InternalError"));
+      const result = await run({}, 3);
+      await assertDayFailed(one, result, `${partOf(one)}: InternalError 500 answered 500 by the test`, 3);
+      assert.equal(proxy.requests.filter((line) => part.test(line)).length, 7);
+      await assertRight(shop, addDays(day));
+      await assertRight(shop, addDays(day, 2));
+      const { stderr } = await heal({}, 3);
+      assert.match(stderr, /step=days archived=1 skipped=2 failed=0/);
+    });
+
+    test("403 to a day that is archived again: it stays as it was, and the command to run archives it again", async ({
+      shop,
+      proxy,
+      day,
+      run,
+      heal,
+    }) => {
+      await heal();
+      const stays = await assertRight(shop, day);
+      proxy.fault(ofDay(day, s3Steps.putPart), refuse(403, "AccessDenied"));
+      const { code, stderr } = await run({ FORCE: "1" });
+      assert.equal(code, 1);
+      assert.deepEqual(await assertRight(shop, day), stays);
+      assert.match(stderr, new RegExp(`^Next: make backfill-events FROM=${day} TO=${addDays(day)} FORCE=1( |$)`, "m"));
+    });
+
+    test("403 to a part: not tried again", async (one) => {
+      one.proxy.fault(ofDay(one.day, s3Steps.putPart), refuse(403, "AccessDenied"));
+      const result = await one.run({}, 2);
+      await assertDayFailed(one, result, `${partOf(one)}: AccessDenied 403 answered 403 by the test`, 2);
+      assert.equal(one.proxy.requests.filter((line) => s3Steps.putPart.test(line)).length, 1);
+      await one.heal({}, 2);
+    });
+
+    test("403 to a day's last part: the parts before it are gone again", async (one) => {
+      one.proxy.fault(/part-0003-/, refuse(403, "AccessDenied"));
+      await assertDayFailed(one, await one.run(), `${partOf(one, 3)}: AccessDenied 403 answered 403 by the test`);
+      await one.heal();
+    });
+
+    test("403 to the manifest: the day is not there; its parts, which a manifest may yet name, are what verify lists", async ({
+      shop,
+      proxy,
+      day,
+      run,
+      heal,
+    }) => {
+      proxy.fault(s3Steps.putManifest, refuse(403, "AccessDenied"));
+      const { code, stderr } = await run();
+      assert.equal(code, 1);
+      const manifest = `s3://archive/${shop.bucket.prefix}events/dt=${day}/manifest\\.json`;
+      assert.match(stderr, new RegExp(`^  ${day}: ${manifest}: AccessDenied 403 answered 403 by the test$`, "m"));
+      await assertOnlyStrays(shop, day);
+      await heal();
+    });
+
+    test("every answer to the manifest lost: the day is named, and is done", async ({
+      shop,
+      proxy,
+      day,
+      run,
+      heal,
+    }) => {
+      proxy.fault(s3Steps.putManifest, loseAnswer);
+      const { code, stderr } = await run();
+      assert.equal(code, 1);
+      assert.match(stderr, new RegExp(`^  ${day}: s3://archive/\\S+/dt=${day}/manifest\\.json: `, "m"));
+      await assertRight(shop, day);
+      assert.match((await heal()).stderr, /step=days archived=0 skipped=1 failed=0/);
+    });
+
+    test("it refuses connections from the start", async ({ shop, day, heal, run }) => {
+      const S3_ENDPOINT = `http://127.0.0.1:${await freePort()}`;
+      const { code, stderr } = await run({ S3_ENDPOINT });
+      assert.equal(code, 1);
+      assert.match(stderr, /^error: s3:\/\/archive\/: .*ECONNREFUSED/m);
+      assert.deepEqual(await objectKeys(shop, day), []);
+      const verify = await shop.run(verifier, { FROM: day, TO: addDays(day), S3_ENDPOINT });
+      assert.equal(verify.code, 1);
+      assert.match(verify.stderr, /^error: s3:\/\/archive\/: .*ECONNREFUSED/m);
+      await heal();
+    });
+
+    test("it goes away in mid-run", async (one) => {
+      const { proxy, start, heal } = one;
+      const second = hold();
+      proxy.fault(s3Steps.putPart, pass, 1);
+      proxy.fault(s3Steps.putPart, second);
+      const run = start();
+      await reach(run, second.reached);
+      await proxy[Symbol.asyncDispose]();
+      const result = await ending(run);
+      assert.equal(result.code, 1);
+      assert.match(result.stderr, new RegExp(`^  ${one.day}: s3://archive/\\S+: .*ECONNREFUSED`, "m"));
+      // The first part cannot be deleted, since nothing can: that is said, and the next command that can lists it.
+      assert.match(
+        result.stderr,
+        new RegExp(
+          `step=warning warning="parts of ${one.day} were left that no manifest names; make verify-events removes them with CLEAN=1"`,
+        ),
+      );
+      await assertOnlyStrays(one.shop, one.day);
+      await heal();
+    });
+
+    test("its disk is full", async (one) => {
+      const { shop, day, run } = one;
+      await insertWide(shop, day, 20);
+      await insertWide(shop, addDays(day, 2), large);
+      await using full = await startS3(shop.env, 1000);
+      await createBucket(full.bucket);
+      const variables = { S3_ENDPOINT: full.url, CHUNK_ROWS: "1000", CONCURRENCY: "3" };
+      const result = await run(variables, 3);
+      assert.equal(result.code, 1);
+      for (const failed of [day, addDays(day, 2)]) {
+        assert.match(
+          result.stderr,
+          new RegExp(`^  ${failed}: s3://archive/\\S+/dt=${failed}/part-0001-\\w+\\.ndjson\\.gz: `, "m"),
+        );
+        assert.deepEqual(await objectKeys(full, failed), []);
+      }
+      await assertRight(shop, addDays(day), full.bucket);
+      await full.restart();
+      const healed = await run(variables, 3);
+      assert.equal(healed.code, 0, healed.stderr);
+      for (const days of [0, 1, 2]) await assertRight(shop, addDays(day, days), full.bucket);
+    });
+
+    for (const { when, variables, error } of [
+      {
+        when: "a wrong secret key",
+        variables: { AWS_SECRET_ACCESS_KEY: "not-this-one" },
+        error: "SignatureDoesNotMatch",
+      },
+      {
+        when: "a wrong key id",
+        variables: { AWS_ACCESS_KEY_ID: "nobody" },
+        error: "(InvalidAccessKeyId|XAdminUserNotFound)",
+      },
+      { when: "a wrong region", variables: { AWS_REGION: "eu-central-1" }, error: "AuthorizationHeaderMalformed" },
+    ]) {
+      test(`${when} is named before a row moves: exit 2`, async ({ shop, proxy, day, run }) => {
+        for (const command of [
+          () => run(variables),
+          () => shop.run(verifier, { FROM: day, TO: addDays(day), ...variables }),
+        ]) {
+          const { code, stderr } = await command();
+          assert.equal(code, 2, stderr);
+          assert.match(
+            stderr,
+            new RegExp(
+              `^error: bucket archive \\(S3_BUCKET\\) may not be used: ${error} .+\\. Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy$`,
+              "m",
+            ),
+          );
+          assert.doesNotMatch(stderr, /not-this-one|local-only/);
+        }
+        assert.ok(!proxy.requests.some((line) => line.startsWith("PUT")));
+        assert.equal((await lastRun(shop)).state, "failed");
+      });
+    }
+
+    test("a bucket that is missing: exit 2, and make migrate", async ({ shop, day, run }) => {
+      const S3_BUCKET = "there-is-no-such-bucket";
+      for (const command of [
+        () => run({ S3_BUCKET }),
+        () => shop.run(verifier, { FROM: day, TO: addDays(day), S3_BUCKET }),
+      ]) {
+        const { code, stderr } = await command();
+        assert.equal(code, 2);
+        assert.match(
+          stderr,
+          /^error: bucket there-is-no-such-bucket \(S3_BUCKET\) does not exist\. Run: make migrate$/m,
+        );
+      }
+    });
+  });
+
+  archiveSuite("S3 that is silent, and the pace", (test) => {
+    const deadline = { RUN_TIMEOUT_SECONDS: "4" };
+    const text =
+      /^error: the run's deadline of 4 s \(RUN_TIMEOUT_SECONDS\) has passed\. No chunk is half applied; days that are done stay so\. To resume: the same command again$/m;
+
+    for (const { when, step, fault = hold, wide = false } of [
+      { when: "the look at the bucket", step: s3Steps.list },
+      { when: "the look for a manifest, at a byte every half second", step: s3Steps.getManifest, fault: () => trickle },
+      { when: "a part", step: s3Steps.putPart },
+      { when: "a part that was put", step: s3Steps.putPart, fault: withhold },
+      { when: "a large part", step: s3Steps.putPart, wide: true },
+    ]) {
+      test(`${when}: the run meets its deadline, and leaves nothing`, async ({ shop, proxy, day, run, heal }) => {
+        if (wide) await insertWide(shop, day, large);
+        proxy.fault(step, fault());
+        const { code, stderr } = await run({ ...deadline, ...(wide && onePart) });
+        assert.equal(code, 1);
+        assert.match(stderr, text);
+        assert.deepEqual(await objectKeys(shop, day), []);
+        assert.equal((await lastRun(shop)).state, "failed");
+        await assertNoSessions(shop);
+        await heal(wide ? onePart : {});
+      });
+    }
+
+    test("the manifest, which was put: the run meets its deadline, and the day is done", async ({
+      shop,
+      proxy,
+      day,
+      run,
+      heal,
+    }) => {
+      proxy.fault(s3Steps.putManifest, withhold());
+      const { code, stderr } = await run(deadline);
+      assert.equal(code, 1);
+      assert.match(stderr, text);
+      await assertRight(shop, day);
+      assert.match((await heal()).stderr, /step=days archived=0 skipped=1 failed=0/);
+    });
+
+    test("everything from the first part on, the deleting too: the run ends all the same", async ({
+      proxy,
+      start,
+      heal,
+    }) => {
+      const part = hold();
+      proxy.fault(s3Steps.putPart, part, 1);
+      const run = start(deadline);
+      await reach(run, part.reached);
+      proxy.fault(s3Steps.anything, hold());
+      const { code, stderr } = await ending(run);
+      assert.equal(code, 1);
+      assert.match(stderr, text);
+      await heal();
+    });
+
+    test("the deadline is a day's: a backfill of days that are each shorter, and together longer, succeeds", async ({
+      shop,
+      day,
+      run,
+    }) => {
+      for (const index of [0, 1, 2]) await shop.insertEvents(addDays(day, index), index ? 200 : 193);
+      const result = await run({ ...deadline, MAX_ROWS_PER_SECOND: "100", CHUNK_ROWS: "100" }, 3);
+      assert.equal(result.code, 0, result.stderr);
+      for (const index of [0, 1, 2]) await assertRight(shop, addDays(day, index));
+    });
+
+    for (const { when, days, variables } of [
+      { when: "in many parts", days: 1, variables: { CHUNK_ROWS: "40" } },
+      { when: "of days at once, all together", days: 3, variables: { CHUNK_ROWS: "1000", CONCURRENCY: "3" } },
+    ]) {
+      test(`MAX_ROWS_PER_SECOND limits the rows ${when}: their deadline comes first`, async ({
+        shop,
+        day,
+        run,
+        heal,
+      }) => {
+        for (let index = 0; index < days; index++)
+          await shop.insertEvents(addDays(day, index), 600 / days - (index ? 0 : 7));
+        const { code, stderr } = await run({ ...deadline, ...variables, MAX_ROWS_PER_SECOND: "60" }, days);
+        assert.equal(code, 1);
+        assert.match(stderr, text);
+        await heal({ ...deadline, ...variables }, days);
+      });
+    }
+  });
+
+  archiveSuite("S3 that breaks off in the middle of an answer", (test) => {
+    for (const command of ["verify-events", "restore-events"])
+      test(`make ${command}: a moment is waited out; else the day is named, with the next command, and the next day is read`, async (one) => {
+        const { shop, proxy, day } = one;
+        await shop.insertEvents(addDays(day), 7);
+        await one.heal({}, 2);
+        const read = (): Promise<Result> =>
+          shop.run(`scripts/ops/${command}.ts`, { FROM: day, TO: addDays(day, 2), S3_ENDPOINT: proxy.url });
+        proxy.fault(ofDay(day, s3Steps.getManifest), breakBody("reset"), 3);
+        proxy.fault(ofDay(day, s3Steps.getPart), breakBody("stall"), 1);
+        proxy.fault(ofDay(day, s3Steps.getPart), breakBody("reset"), 2);
+        const momentary = await read();
+        assert.equal(momentary.code, 0, momentary.stderr);
+        assert.match(momentary.stderr, / days=2 rows=14 bytes=\d+ failed=0 /);
+
+        proxy.fault(ofDay(day, s3Steps.getPart), breakBody("reset"));
+        const { code, stderr } = await read();
+        assert.equal(code, 1);
+        assert.match(stderr, / days=2 rows=7 bytes=\d+ failed=1 /);
+        const next = `Next: make ${command} FROM=${day} TO=${addDays(day)}`;
+        assert.match(
+          stderr,
+          new RegExp(`^  ${day}: ${partOf(one)}: its body was cut off, four times \\(.+\\)\\. ${next}$`, "m"),
+        );
+      });
+  });
+
+  archiveSuite("the source", (test) => {
+    test("its backend terminated in mid-COPY: the day fails, and leaves nothing", async (one) => {
+      const { shop, day, start, heal } = one;
+      await insertWide(shop, day, 250);
+      const run = start({ ...onePart, MAX_ROWS_PER_SECOND: "20" }, 2); // so that the COPY waits
+      await shop.admin`select pg_terminate_backend(${await copyBlocked(shop)})`;
+      const error = `reading the source failed after \\d+ rows: (terminating connection due to administrator command|write CONNECTION_CLOSED).*`;
+      await assertDayFailed(one, await ending(run), error, 2);
+      await heal(onePart, 2);
+    });
+
+    for (const how of ["reset", "fin", "stall"] as const) {
+      test(`its connection ends in mid-COPY by a ${how} at a row's end: the day fails, and leaves nothing`, async (one) => {
+        const { shop, day, run, heal } = one;
+        await insertWide(shop, day, 30);
+        await using source = await createCutLink(shop.env.SOURCE_DATABASE_URL, how, 1_000_000);
+        const timeout = how === "stall" ? { RUN_TIMEOUT_SECONDS: "4" } : {};
+        const result = await run({ SOURCE_DATABASE_URL: source.url, ...onePart, ...timeout }, 1);
+        if (how === "stall") {
+          assert.equal(result.code, 1);
+          assert.match(result.stderr, /error: the run's deadline of 4 s/);
+          assert.deepEqual(await objectKeys(shop, day), []);
+        } else {
+          const error = `reading the source failed after \\d+ rows: .*(ECONNRESET|CONNECTION_CLOSED).*`;
+          await assertDayFailed(one, result, error);
+        }
+        await heal(onePart);
+      });
+    }
+
+    test("a COPY that is short by a row is caught by the count: the day fails, and leaves nothing", async (one) => {
+      await using source = await createLossyLink(one.shop.env.SOURCE_DATABASE_URL, 1);
+      const error = "the counts differ: \\d rows were read, and the source has 7; no manifest was written";
+      await assertDayFailed(one, await one.run({ SOURCE_DATABASE_URL: source.url }), error);
+      await one.heal();
+    });
+
+    for (const { when, change, found } of [
+      {
+        when: "a row written with an old created_at",
+        change:
+          "insert into public.events (user_id, type, payload, created_at) values (1, 'late', '{}', $1::text::timestamptz)",
+        found: 8,
+      },
+      { when: "a row deleted", change: "delete from public.events where created_at = $1::text::timestamptz", found: 6 },
+    ]) {
+      test(`${when} between the parts and the count: the day fails, and is right the next time`, async (one) => {
+        const last = hold();
+        one.proxy.fault(/part-0003-/, last, 1);
+        const run = one.start();
+        await reach(run, last.reached);
+        await one.shop.admin.unsafe(change, [`${one.day}T00:00:00Z`]);
+        last.release();
+        const error = `the counts differ: 7 rows were read, and the source has ${found}; no manifest was written`;
+        await assertDayFailed(one, await ending(run), error);
+        await one.heal();
+      });
+    }
+
+    test("a part that is cut at 32 MB: its COPY has ended before it is put, and the next part starts after its last row", async ({
+      shop,
+      proxy,
+      day,
+      start,
+    }) => {
+      await insertWide(shop, day, 450);
+      const put = hold();
+      proxy.fault(s3Steps.putPart, put, 1);
+      const run = start(onePart);
+      await reach(run, put.reached);
+      await until("no transaction", async () => (await sessions(shop)).every(({ state }) => state === "idle"));
+      put.release();
+      const { code, stderr } = await ending(run);
+      assert.equal(code, 0, stderr);
+      const [first = 0, second = 0, ...others] = (await assertRight(shop, day)).parts.map(({ bytes }) => bytes);
+      assert.ok(first > 31 * 2 ** 20 && first <= 32 * 2 ** 20 && second > 0, `${[first, second]}`);
+      assert.deepEqual(others, []);
+    });
+
+    test("metrics: a backfill pushes nothing; a daily run its rows, its success and its watermark; one that fails its failure", async ({
+      shop,
+      proxy,
+      heal,
+    }) => {
+      const pushed = async (): Promise<Record<string, number>> =>
+        Object.fromEntries(Object.entries(await shop.metrics("events")).filter(([name]) => name.startsWith("etl_")));
+      await heal();
+      assert.deepEqual(await pushed(), {});
+      const [today] =
+        await shop.admin`select (now() at time zone 'UTC')::date::text as day, extract(epoch from now())::float8 as now`;
+      const yesterday = addDays(today?.day, -1);
+      await shop.insertEvents(yesterday, 5);
+      const S3_ENDPOINT = proxy.url;
+      proxy.fault(ofDay(yesterday, s3Steps.putPart), refuse(403, "AccessDenied"), 1);
+      const failed = await shop.run("scripts/events.ts", { S3_ENDPOINT });
+      assert.equal(failed.code, 1);
+      assert.match(
+        failed.stderr,
+        new RegExp(
+          `step=first-run archives=${yesterday} older_days=\\d+ next="make backfill-events FROM=2017-01-01 TO=2017-`,
+        ),
+      );
+      assert.deepEqual(Object.keys(await pushed()).sort(), [
+        "etl_future_rows",
+        "etl_last_failure_timestamp_seconds",
+        "etl_last_run_timestamp_seconds",
+        "etl_unknown_source_columns",
+        "etl_watermark_hold_seconds",
+      ]);
+      assert.equal(await shop.watermark("events"), undefined);
+      await shop.succeed("scripts/events.ts");
+      const metrics = await pushed();
+      assert.equal(metrics.etl_rows, 5);
+      assert.ok((metrics.etl_bytes ?? 0) > 50);
+      assert.equal(metrics.etl_watermark_timestamp_seconds, Date.parse(today?.day) / 1000);
+      for (const name of ["etl_last_success_timestamp_seconds", "etl_last_run_timestamp_seconds"])
+        assert.ok((metrics[name] ?? 0) >= today?.now, name);
+      assert.ok((metrics.etl_last_success_timestamp_seconds ?? 0) > (metrics.etl_last_failure_timestamp_seconds ?? 0));
+      await heal({ FORCE: "1" });
+      assert.deepEqual(await pushed(), metrics);
+      assert.equal(await shop.watermark("events"), `${today?.day}T00:00:00+00`);
+    });
+
+    test("metrics: make verify-events of the last eight days pushes how many differ, or its success; one of FROM and TO nothing", async ({
+      shop,
+    }) => {
+      const yesterday = addDays(new Date().toISOString().slice(0, 10), -1);
+      await shop.succeed("scripts/events.ts");
+      const pushed = async (): Promise<(number | undefined)[]> => {
+        const metrics = await shop.metrics("events");
+        return [metrics.etl_verify_differences, metrics.etl_verify_last_success_timestamp_seconds];
+      };
+      const window = { FROM: addDays(yesterday, -1), TO: addDays(yesterday) };
+      assert.equal((await shop.run(verifier, window)).code, 1);
+      assert.deepEqual(await pushed(), [undefined, undefined]);
+      assert.equal((await shop.run(verifier)).code, 1);
+      assert.deepEqual(await pushed(), [7, undefined]); // older days are archived, these are not
+      await shop.succeed(script, { ...window, FROM: addDays(yesterday, -7) });
+      const { stderr } = await shop.succeed(verifier);
+      assert.match(stderr, / days=8 rows=5 /);
+      const [differences, success = 0] = await pushed();
+      assert.equal(differences, 0);
+      assert.ok(success > Date.parse(yesterday) / 1000);
+    });
+  });
+});
+
+interface OwnS3 extends AsyncDisposable {
+  url: string;
+  bucket: Bucket;
+  /** Starts it again over the same folder, with no limit. */
+  restart(): Promise<void>;
+}
+
+/** An S3 server of the test's own, which cannot write a file of more than so many KB: what it sees of a full disk. */
+async function startS3(env: Env, limit: number): Promise<OwnS3> {
+  const folder = mkdtempSync(join(tmpdir(), "etl-s3-"));
+  const port = await freePort();
+  const url = `http://127.0.0.1:${port}`;
+  let child: ChildProcess;
+  const start = async (ulimit: string): Promise<void> => {
+    const server = `exec ${stackPath("bin", "versitygw")} --port=127.0.0.1:${port} --region=${env.AWS_REGION} --health=/health --quiet posix ${folder}`;
+    child = spawn("bash", ["-c", `trap '' XFSZ; ulimit -f ${ulimit}; ${server}`], {
+      env: { ROOT_ACCESS_KEY_ID: env.AWS_ACCESS_KEY_ID, ROOT_SECRET_ACCESS_KEY: env.AWS_SECRET_ACCESS_KEY },
+      stdio: "ignore",
+    });
+    await until("the S3 server answers", () =>
+      fetch(`${url}/health`).then(
+        ({ ok }) => ok,
+        () => false,
+      ),
+    );
+  };
+  const stop = async (): Promise<void> => {
+    const gone = once(child, "close");
+    child.kill("SIGKILL");
+    await gone;
+  };
+  await start(String(limit));
+  const bucket = connectBucket({ ...env, S3_ENDPOINT: url });
+  return {
+    url,
+    bucket,
+    restart: async () => {
+      await stop();
+      await start("unlimited");
+    },
+    [Symbol.asyncDispose]: async () => {
+      bucket.client.destroy();
+      await stop();
+      rmSync(folder, { recursive: true, force: true });
+    },
+  };
+}

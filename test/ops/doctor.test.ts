@@ -1,0 +1,694 @@
+// make doctor: each check is broken for real, and says so in its line; the others go on. Needs the local stack (make up).
+import assert from "node:assert/strict";
+import { after, before, suite, test } from "node:test";
+import postgres from "postgres";
+import { listObjects } from "../../shared/events/s3.ts";
+import { createCluster } from "../lib/cluster.ts";
+import { answer, createProxy, type HttpProxy } from "../lib/faults.ts";
+import { startPgbouncer } from "../lib/pgbouncer.ts";
+import { createS3Proxy, refuse, s3Steps } from "../lib/s3.ts";
+import { scratchCopy } from "../lib/scratch.ts";
+import { createSensors, type Sensors } from "../lib/sensors.ts";
+import type { Shop } from "../lib/shop.ts";
+import type { Env } from "../stack/env.ts";
+
+const doctor = "scripts/ops/doctor.ts";
+const scratch = scratchCopy(["views"]);
+let sensors: Sensors;
+let shop: Shop;
+before(async () => {
+  sensors = await createSensors({ folder: scratch.folder });
+  shop = sensors.shop;
+});
+after(async () => {
+  await sensors?.[Symbol.asyncDispose]();
+  scratch[Symbol.dispose]();
+});
+
+/** Runs it; of its lines, each `ok` or `FAIL`, those that fail. */
+async function run(PIPELINE: string | undefined, variables: Env = {}): Promise<{ failed: string[]; lines: string[] }> {
+  const { code, stdout, stderr } = await shop.run(doctor, { PIPELINE, ENV_FILE: undefined, ...variables });
+  const lines = stdout.trimEnd().split("\n");
+  for (const line of lines.slice(0, -1)) assert.match(line, /^(ok {4}|FAIL {2}|- {5})\S/);
+  const failed = lines.filter((line) => line.startsWith("FAIL"));
+  const end = failed.length
+    ? `${failed.length} checks failed. Fix the lines marked FAIL, then run: make doctor`
+    : "all is well";
+  assert.equal(lines.at(-1), end, stderr);
+  assert.equal(code, failed.length ? 1 : 0);
+  assert.doesNotMatch(stdout, /^\s+at |undefined|\[object/m);
+  return { failed, lines };
+}
+
+/** These lines fail, in this order, and no other. */
+async function assertFails(pipeline: string | undefined, variables: Env, ...expected: RegExp[]): Promise<void> {
+  const { failed } = await run(pipeline, variables);
+  assert.equal(failed.length, expected.length, failed.join("\n"));
+  for (const [index, line] of failed.entries()) assert.match(line, expected[index] as RegExp);
+}
+
+const at = (variable: string, change: Partial<URL>): Env => ({
+  [variable]: Object.assign(new URL(shop.env[variable] ?? ""), change).href,
+});
+
+test("a set-up that is well: every line is ok, exit 0, and nothing of it is left", async () => {
+  const { failed, lines } = await run(undefined);
+  assert.deepEqual(failed, []);
+  const sections = new Set(lines.slice(0, -1).map((line) => /^ok {4}(\w+): /.exec(line)?.[1]));
+  const all = ["etl", "source", "bigquery", "views", "s3", "sensors", "kafka", "clickhouse", "pushgateway"];
+  assert.deepEqual([...sections], all);
+  assert.deepEqual(await shop.stagingTables(), []);
+  const groups = await (await fetch(`${shop.env.PUSHGATEWAY_URL}/metrics`)).text();
+  assert.ok(!groups.includes('pipeline="doctor"'));
+  assert.deepEqual(await Array.fromAsync(listObjects(shop.bucket, shop.bucket.prefix)), []);
+});
+
+test("PIPELINE= checks what that one needs, and no more", async () => {
+  const sectionsOf = async (pipeline: string): Promise<string[]> => {
+    const { lines } = await run(pipeline);
+    return [...new Set(lines.slice(0, -1).map((line) => line.slice(6).replace(/:.*/, "")))];
+  };
+  const [orders, views, events, readings] = await Promise.all(["orders", "views", "events", "sensors"].map(sectionsOf));
+  assert.deepEqual(orders, ["etl", "source", "bigquery", "pushgateway"]);
+  assert.deepEqual(views, ["etl", "views", "pushgateway"]);
+  assert.deepEqual(events, ["etl", "source", "s3", "pushgateway"]);
+  assert.deepEqual(readings, ["etl", "source", "sensors", "kafka", "clickhouse", "pushgateway"]);
+  const { lines } = await run("users");
+  assert.ok(lines.some((line) => line.includes("users:")) && !lines.some((line) => line.includes("orders")));
+});
+
+test("a pipeline that does not exist is misuse", async () => {
+  for (const PIPELINE of ["order", "toString", "__proto__"]) {
+    const { code, stderr } = await shop.run(doctor, { PIPELINE });
+    assert.match(stderr, /PIPELINE must be one of orders, users, views, events, sensors\./);
+    assert.equal(code, 2);
+  }
+});
+
+const ofSensors = /^(KAFKA|CLICKHOUSE|SENSORS|CONNECT|REPLICATION)_/;
+const without = (pattern: RegExp): Env =>
+  Object.fromEntries(
+    Object.keys(shop.env)
+      .filter((name) => pattern.test(name))
+      .map((name) => [name, undefined]),
+  );
+
+test("a shop without sensors, or without an archive, is not told to have them; half of one is", async () => {
+  const { failed, lines } = await run(undefined, without(ofSensors));
+  assert.deepEqual(failed, []);
+  assert.ok(!lines.some((line) => /^\S+ +(kafka|clickhouse|sensors): \w+ok/.test(line)));
+  assert.match(lines.join("\n"), /^- {5}sensors: not checked, since none of KAFKA_BROKERS, .* is set$/m);
+  await assertFails(undefined, { ...without(ofSensors), S3_BUCKET: undefined });
+  await assertFails(
+    undefined,
+    { ...without(ofSensors), CLICKHOUSE_URL: shop.env.CLICKHOUSE_URL, S3_BUCKET: undefined },
+    /sensors: variables: .*CONNECT_URL is missing.*REPLICATION_DATABASE_URL is missing.*SENSORS_TOPIC is missing/,
+    /kafka: variables: .*KAFKA_BROKERS is missing\. .* Example: KAFKA_BROKERS=/,
+    /clickhouse: variables: .*CLICKHOUSE_DATABASE is missing/,
+  );
+});
+
+test("variables that are missing or malformed are lines too, and the others go on", async () => {
+  await assertFails(
+    "orders",
+    { SOURCE_DATABASE_URL: "mysql://u:HUSH@db/shop", BIGQUERY_LOCATION: undefined },
+    /^FAIL {2}source: variables: .*SOURCE_DATABASE_URL must start with postgres:\/\//,
+    /^FAIL {2}bigquery: variables: .*BIGQUERY_LOCATION is missing/,
+  );
+});
+
+test("what does not answer is named by its variable, and the others are checked all the same", async () => {
+  const nowhere = "http://127.0.0.1:1";
+  await assertFails(
+    undefined,
+    {
+      ...at("ETL_DATABASE_URL", { password: "wrong" }),
+      ...at("SOURCE_DATABASE_URL", { port: "1" }),
+      BIGQUERY_ENDPOINT: nowhere,
+      S3_ENDPOINT: nowhere,
+      ...at("REPLICATION_DATABASE_URL", { pathname: "/nowhere" }),
+      CONNECT_URL: nowhere,
+      KAFKA_BROKERS: "127.0.0.1:1",
+      CLICKHOUSE_URL: nowhere,
+      PUSHGATEWAY_URL: nowhere,
+    },
+    /etl: connection: cannot connect to ETL_DATABASE_URL .*Check the password in it/,
+    /source: connection: cannot connect to SOURCE_DATABASE_URL \(host 127\.0\.0\.1, port 1, .*Is the server running/,
+    /bigquery: orders: .*ECONNREFUSED.*Check BIGQUERY_ENDPOINT/,
+    /bigquery: users: .*ECONNREFUSED.*Check BIGQUERY_ENDPOINT/,
+    /views: models may be published .*ECONNREFUSED/,
+    /s3: bucket: .*ECONNREFUSED/,
+    /sensors: connection: cannot connect to REPLICATION_DATABASE_URL .*Check the database's name/,
+    /sensors: Debezium's version: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: /,
+    /sensors: connector etl-.*: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: /,
+    /kafka: topic .*: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers/,
+    /clickhouse: the files of .*: ClickHouse at 127\.0\.0\.1:1 \(CLICKHOUSE_URL\): .*ECONNREFUSED/,
+    /pushgateway: takes a push: 127\.0\.0\.1:1 \(PUSHGATEWAY_URL\) does not answer: /,
+  );
+});
+
+/** What is broken, how, how it is mended, of which pipeline, and the line that says so. */
+type Break = [what: string, pipeline: string, broken: string, mended: string, says: RegExp];
+const database = "current_database()"; // stands for the shop's name in a statement
+const inDatabase = (statement: string): string =>
+  `do $$ begin execute format('${statement.replaceAll("'", "''").replace(database, "%I")}', current_database()); end $$`;
+const trigger = (when: string): string =>
+  `create or replace trigger set_updated_at before ${when} on orders for each row execute function set_updated_at()`;
+const whole = trigger("insert or update");
+const breaks: Record<string, Break[]> = {
+  "the metadata": [
+    [
+      "a table of a newer version is missing",
+      "views",
+      "update etl.migrations set file = 'kept' where file = '003_topics.sql'",
+      "update etl.migrations set file = '003_topics.sql' where file = 'kept'",
+      /etl: tables are those of sql\/etl: not applied: 003_topics\.sql\. Run: make migrate$/,
+    ],
+    [
+      "its role may not write a table",
+      "views",
+      "revoke insert on etl.runs from etl_metadata",
+      "grant insert on etl.runs to etl_metadata",
+      /etl: role may write them: etl_metadata may not write etl\.runs\. Run as an administrator: grant .* on etl\.runs to etl_metadata;$/,
+    ],
+  ],
+  "the reading role can write": [
+    [
+      "a table",
+      "events",
+      "grant delete on users to etl_reader",
+      "revoke delete on users from etl_reader",
+      /etl_reader has delete on users\. Revoke that/,
+    ],
+    [
+      "a column",
+      "events",
+      "grant update (status) on orders to etl_reader",
+      "revoke update (status) on orders from etl_reader",
+      /etl_reader has update on orders\./,
+    ],
+    [
+      "a sequence",
+      "events",
+      "grant usage on sequence events_id_seq to etl_reader",
+      "revoke usage on sequence events_id_seq from etl_reader",
+      /has usage of sequence events_id_seq\./,
+    ],
+    [
+      "a schema",
+      "events",
+      "grant create on schema public to etl_reader",
+      "revoke create on schema public from etl_reader",
+      /has create in schema public\./,
+    ],
+    [
+      "the database",
+      "events",
+      inDatabase(`grant create on database ${database} to etl_reader`),
+      inDatabase(`revoke create on database ${database} from etl_reader`),
+      /has create in database test_/,
+    ],
+    [
+      "once it says so",
+      "events",
+      inDatabase(`alter role etl_reader in database ${database} set default_transaction_read_only = off`),
+      inDatabase(`alter role etl_reader in database ${database} reset default_transaction_read_only`),
+      /not read-only to begin with\. Run as an administrator: alter role etl_reader set default_transaction_read_only = on;$/,
+    ],
+  ],
+  "track_activities is off": [
+    [
+      "for a role",
+      "events",
+      inDatabase(`alter role etl_metadata in database ${database} set track_activities = off`),
+      inDatabase(`alter role etl_metadata in database ${database} reset track_activities`),
+      /source: track_activities is on: .*alter role etl_metadata in database test_\w+ reset track_activities;$/,
+    ],
+    [
+      "for the database",
+      "events",
+      inDatabase(`alter database ${database} set track_activities = off`),
+      inDatabase(`alter database ${database} reset track_activities`),
+      /source: track_activities is on: .*alter database test_\w+ reset track_activities;$/,
+    ],
+  ],
+  "a source table": [
+    [
+      "may not be read",
+      "orders",
+      "revoke select on orders from etl_reader",
+      "grant select on orders to etl_reader",
+      /source: orders: table .* role etl_reader may not read id, .*\. Run as a superuser: grant select \(id, .*\) on public\.orders to etl_reader;/,
+    ],
+    [
+      "has another type of column",
+      "orders",
+      "alter table orders alter user_id type text",
+      "alter table orders alter user_id type bigint using user_id::bigint",
+      /source: orders: table .* column public\.orders\.user_id: expected INTEGER .* found text/,
+    ],
+    [
+      "has a cursor that may be NULL",
+      "users",
+      "alter table users alter updated_at drop not null",
+      "alter table users alter updated_at set not null",
+      /source: users: table .* alter table public\.users alter updated_at set not null;/,
+    ],
+    [
+      "is no archive's",
+      "events",
+      "alter table events alter user_id type text",
+      "alter table events alter user_id type bigint using user_id::bigint",
+      /source: events: table .* column public\.events\.user_id: expected bigint .* found text/,
+    ],
+    [
+      "has no index on its cursor",
+      "orders",
+      "drop index orders_updated_at",
+      "create index orders_updated_at on orders (updated_at)",
+      /source: orders: index on updated_at: no index .* Run: create index concurrently on public\.orders \(updated_at\);$/,
+    ],
+    [
+      "has an index of some rows only",
+      "orders",
+      "drop index orders_updated_at; create index orders_updated_at on orders (updated_at) where id > 0",
+      "drop index orders_updated_at; create index orders_updated_at on orders (updated_at)",
+      /source: orders: index on updated_at: no index/,
+    ],
+    [
+      "has one of which it is not the first column",
+      "events",
+      "drop index events_created_at; create index events_created_at on events (id, created_at)",
+      "drop index events_created_at; create index events_created_at on events (created_at, id)",
+      /source: events: index on created_at: no index/,
+    ],
+    [
+      "has one that was not finished",
+      "users",
+      "update pg_index set indisvalid = false where indexrelid = 'users_updated_at'::regclass",
+      "update pg_index set indisvalid = true where indexrelid = 'users_updated_at'::regclass",
+      /source: users: index on updated_at: users_updated_at is not valid\. Run: drop index users_updated_at; create index/,
+    ],
+    [
+      "has no trigger",
+      "orders",
+      "drop trigger set_updated_at on orders",
+      whole,
+      /source: orders: the database sets updated_at: public\.orders has no trigger that sets updated_at/,
+    ],
+    [
+      "has one that is disabled",
+      "orders",
+      "alter table orders disable trigger set_updated_at",
+      "alter table orders enable trigger set_updated_at",
+      /its trigger set_updated_at is disabled\. Run as its owner: alter table public\.orders enable trigger set_updated_at;$/,
+    ],
+    [
+      "has one for inserts only",
+      "orders",
+      trigger("insert"),
+      whole,
+      /public\.orders has no trigger that sets updated_at/,
+    ],
+    [
+      "has one for updates of one column only",
+      "orders",
+      trigger("insert or update of status"),
+      whole,
+      /public\.orders has no trigger that sets updated_at/,
+    ],
+    [
+      "has one whose function sets another column",
+      "orders",
+      `${whole.replace("set_updated_at()", "suppress_redundant_updates_trigger()")}`,
+      whole,
+      /public\.orders has no trigger that sets updated_at/,
+    ],
+    [
+      "of events has no default",
+      "events",
+      "alter table events alter created_at drop default",
+      "alter table events alter created_at set default now()",
+      /source: events: the database sets created_at: .* alter created_at set default now\(\);$/,
+    ],
+  ],
+  "what would lose rows": [
+    [
+      "a cursor of whole seconds",
+      "orders",
+      "alter table orders alter updated_at type timestamptz(0)",
+      "alter table orders alter updated_at type timestamptz",
+      /updated_at: expected microseconds, .* Run: alter table public\.orders alter updated_at type timestamptz;/,
+    ],
+    [
+      "a cursor without a time zone",
+      "orders",
+      "alter table orders alter updated_at type timestamp using updated_at at time zone 'UTC'",
+      "alter table orders alter updated_at type timestamptz using updated_at at time zone 'UTC'",
+      /found timestamp without time zone\. Run: alter table public\.orders alter updated_at type timestamptz using updated_at at time zone 'UTC';/,
+    ],
+    [
+      "a key that may be NULL, and that no index makes unique",
+      "users",
+      "alter table users drop constraint users_pkey; alter table users alter id drop not null",
+      "alter table users add primary key (id)",
+      /users\.id: expected NOT NULL, .* Run: alter table public\.users alter id set not null;.*found none\. Run: create unique index on public\.users \(id\);/,
+    ],
+    [
+      "a view",
+      "orders",
+      "alter table orders rename to aside; create view orders as select * from aside; grant select on orders to etl_reader",
+      "drop view orders; alter table aside rename to orders",
+      /source table public\.orders: it is a view, .* Name the table behind it/,
+    ],
+    [
+      "rows that another server writes, as a foreign table",
+      "orders",
+      `create extension if not exists postgres_fdw; create server far foreign data wrapper postgres_fdw;
+       create foreign table far () inherits (orders) server far`,
+      "drop server far cascade",
+      /public\.orders: far is a foreign table: .* Point SOURCE_DATABASE_URL at that server/,
+    ],
+    [
+      "rows that another server writes, by a subscription",
+      "orders",
+      "create subscription filler connection 'dbname=none' publication p with (connect = false, slot_name = none); " +
+        "insert into pg_subscription_rel select oid, 'orders'::regclass, 'r' from pg_subscription where subname = 'filler'",
+      "drop subscription filler",
+      /public\.orders: subscription filler writes its rows: .* Point SOURCE_DATABASE_URL at the publisher/,
+    ],
+    [
+      "a row of the future",
+      "users",
+      "insert into users (id, created_at) values (-1, now()); alter table users disable trigger user; " +
+        "update users set updated_at = '2099-01-01' where id = -1; alter table users enable trigger user",
+      "delete from users where id = -1",
+      /1 rows of public\.users lie in the future, .* Run: update public\.users set updated_at = now\(\) where updated_at > now\(\);/,
+    ],
+    [
+      "a column of the SELECT that may not be read",
+      "users",
+      "revoke select on users from etl_reader; grant select (id, created_at, updated_at, age_band) on users to etl_reader",
+      "grant select on users to etl_reader",
+      /role etl_reader may not read \w+.*\. Run as a superuser: grant select \(\w+.*\) on public\.users to etl_reader;/,
+    ],
+  ],
+  "the sensors' source": [
+    [
+      "keeps no old rows",
+      "sensors",
+      "alter table sensor_readings replica identity default",
+      "alter table sensor_readings replica identity full",
+      /clickhouse: the source has its columns: .* replica identity full;/,
+    ],
+    [
+      "publishes no readings",
+      "sensors",
+      "alter publication etl_sensors drop table sensor_readings",
+      "alter publication etl_sensors add table sensor_readings",
+      /sensors: wal_level, role and publication: .*publication etl_sensors does not exist, or lacks public\.sensor_readings; Run sql\/replication\.sql/,
+    ],
+    [
+      "refuses the heartbeat",
+      "sensors",
+      "revoke update on etl_heartbeat from etl_replicator",
+      "grant update on etl_heartbeat to etl_replicator",
+      /sensors: wal_level, role and publication: .*role etl_replicator may not update table public\.etl_heartbeat; Run sql\/replication\.sql/,
+    ],
+  ],
+};
+// BigQuery's answers take seconds, and none of this is about it.
+let bigquery: HttpProxy;
+before(async () => {
+  bigquery = await createProxy();
+  bigquery.fault(/./, answer(404));
+});
+after(() => bigquery?.[Symbol.asyncDispose]());
+for (const [where, list] of Object.entries(breaks)) {
+  suite(where, () => {
+    const fails = async (pipeline: string): Promise<string[]> => {
+      const { failed } = await run(pipeline, { BIGQUERY_ENDPOINT: bigquery.url });
+      return failed.filter((line) => !/^FAIL {2}(bigquery|views):/.test(line));
+    };
+    for (const [what, pipeline, broken, mended, says] of list) {
+      test(what, async () => {
+        await shop.admin.unsafe(broken);
+        const failed = await fails(pipeline).finally(() => shop.admin.unsafe(mended));
+        assert.match(failed.join("\n"), new RegExp(says, "m"));
+        // Some of it two checks meet: what keeps transactions from being seen, and what Debezium needs.
+        assert.ok(failed.length <= 2, failed.join("\n"));
+      });
+    }
+    test("mended, all is well", async () => {
+      for (const pipeline of new Set(list.map(([, of]) => of))) assert.deepEqual(await fails(pipeline), []);
+    });
+  });
+}
+
+test("a role without pg_read_all_stats, one with powers, one in another role", async () => {
+  const role = `${shop.dataset}_other`;
+  await shop.admin.unsafe(`create role ${role} login password 'local-only' createdb`);
+  await shop.admin.unsafe(
+    `alter role ${role} set default_transaction_read_only = on; grant select on orders to ${role}`,
+  );
+  const other = at("SOURCE_DATABASE_URL", { username: role, password: "local-only" });
+  try {
+    await assertFails(
+      "orders",
+      other,
+      /source: open transactions can be seen: .*Run as an administrator: grant pg_monitor to test_/,
+      /source: role can write nothing: \w+ has attribute createdb\./,
+    );
+    await shop.admin.unsafe(`alter role ${role} nocreatedb; grant pg_read_all_stats, pg_write_all_data to ${role}`);
+    await assertFails("orders", other, /has member of pg_write_all_data, insert on .* and \d+ more\./);
+  } finally {
+    await shop.admin.unsafe(`drop owned by ${role}`);
+    await shop.admin.unsafe(`drop role ${role}`);
+  }
+});
+
+test("a session whose transactions cannot be seen", async () => {
+  const hidden = shop.connect("hidden");
+  await hidden`set track_activities = off`;
+  await assertFails(
+    "orders",
+    {},
+    /source: open transactions can be seen: .*application "hidden".*reset track_activities/,
+  );
+  await hidden.end();
+});
+
+// What a transaction pooler has to be told to ignore before it takes the sessions at all.
+const ignored = [
+  "extra_float_digits, row_security, statement_timeout, lock_timeout, idle_in_transaction_session_timeout, IntervalStyle",
+  "bytea_output, tcp_keepalives_idle, tcp_keepalives_interval, tcp_keepalives_count, client_connection_check_interval",
+  "search_path, quote_all_identifiers, transform_null_equals, exit_on_error, default_transaction_isolation, tcp_user_timeout",
+  "default_transaction_deferrable, default_transaction_read_only, idle_session_timeout",
+].join(", ");
+test("metadata through PgBouncer: refused by transaction and by statement, and where it does not take the settings; fine by session", async () => {
+  const through = async (settings: Record<string, string>, ...says: RegExp[]): Promise<void> => {
+    await using pooler = await startPgbouncer(shop.env.ETL_DATABASE_URL ?? "", settings);
+    await assertFails("views", { ETL_DATABASE_URL: pooler.url }, ...says);
+  };
+  const met = /etl: one session is one connection to Postgres: ETL_DATABASE_URL goes through a transaction pooler/;
+  await through({ pool_mode: "transaction", ignore_startup_parameters: ignored }, met);
+  const roundRobin = { server_round_robin: "1", min_pool_size: "2", default_pool_size: "2" };
+  await through({ pool_mode: "transaction", ignore_startup_parameters: ignored, ...roundRobin }, met);
+  await through({ pool_mode: "statement", ignore_startup_parameters: ignored }, met);
+  await through(
+    { pool_mode: "transaction" },
+    /etl: connection: .*unsupported startup parameter: .*Is that a pooler, such as PgBouncer\? Point it at Postgres itself/,
+  );
+  await through({ pool_mode: "session", ignore_startup_parameters: ignored });
+});
+
+test("BigQuery: a table that is not there or another, a dataset that is not there, and permissions that a dry run has not", async () => {
+  const api = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets`;
+  const nowhere = { BIGQUERY_DATASET: `${shop.dataset}_none`, BIGQUERY_VIEWS_DATASET: `${shop.dataset}_none` };
+  await assertFails(
+    "orders",
+    nowhere,
+    /bigquery: orders: table is as .* does not exist\. Run: make migrate\. If it had rows/,
+  );
+  await assertFails(
+    "views",
+    nowhere,
+    /views: models .*_none \(BIGQUERY_VIEWS_DATASET\) does not exist\. Run: make migrate$/,
+  );
+  await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+  proxy.fault(/^POST .+\/jobs$/, answer(403, { reason: "accessDenied" }));
+  const grant =
+    "answered 403 by the test\\. Grant the service account roles/bigquery\\.jobUser on the project and roles/bigquery\\.dataEditor";
+  await assertFails(
+    "users",
+    { BIGQUERY_ENDPOINT: proxy.url },
+    new RegExp(`bigquery: users: staging tables may be created and merged \\(dry run\\): ${grant}`),
+  );
+  await assertFails(
+    "views",
+    { BIGQUERY_ENDPOINT: proxy.url },
+    new RegExp(`views: models may be published \\(dry run\\): ${grant}`),
+  );
+  await using unpaid = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+  unpaid.fault(/^POST .+\/jobs$/, answer(403, { reason: "billingNotEnabled" }));
+  await assertFails(
+    "users",
+    { BIGQUERY_ENDPOINT: unpaid.url },
+    /\(dry run\): answered 403 by the test\. Link a billing account to BIGQUERY_PROJECT/,
+  );
+  {
+    using _ = scratch.edit("sql/users.sql", (sql) => sql.replace("from public.users", "from other.users"));
+    await shop.admin.unsafe(
+      "create schema other; create table other.users as select * from users; grant usage on schema other to etl_reader; grant select on other.users to etl_reader",
+    );
+    await assertFails(
+      "users",
+      {},
+      /updated_at: expected a column of this table, since rows are found by it, found something else in sql\/users\.sql/,
+    );
+    await shop.admin.unsafe("drop schema other cascade");
+  }
+  await fetch(`${api}/${shop.dataset}/tables/users`, { method: "DELETE" });
+  await assertFails(
+    "users",
+    {},
+    /bigquery: users: table is as .*users does not exist\. Run: make migrate\. If it had rows/,
+  );
+  await shop.succeed("scripts/ops/migrate.ts");
+  await assertFails("users", {});
+});
+
+test("S3: another bucket, a wrong key, an object that may not be put or not be deleted", async () => {
+  await assertFails(
+    "events",
+    { S3_BUCKET: "nowhere-at-all" },
+    /s3: bucket: bucket nowhere-at-all \(S3_BUCKET\) does not exist\. Run: make migrate$/,
+  );
+  await assertFails(
+    "events",
+    { AWS_SECRET_ACCESS_KEY: "wrong" },
+    /s3: bucket: .* may not be used: SignatureDoesNotMatch .*Check AWS_ACCESS_KEY_ID/,
+  );
+  await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+  proxy.fault(s3Steps.deleteObjects, refuse(403, "AccessDenied"));
+  await assertFails(
+    "events",
+    { S3_ENDPOINT: proxy.url },
+    /s3: an object may be put and deleted: s3:\/\/archive\/test_\w+\/events\/doctor\/.*: AccessDenied 403/,
+  );
+  proxy.fault(/^PUT /, refuse(403, "AccessDenied"));
+  await assertFails(
+    "events",
+    { S3_ENDPOINT: proxy.url },
+    /s3: an object may be put and deleted: s3:\/\/archive\/.*: AccessDenied 403/,
+  );
+});
+
+test("ClickHouse: a wrong password, a file that was not applied, a view that is gone, an insert that is refused", async () => {
+  await assertFails(
+    "sensors",
+    { CLICKHOUSE_PASSWORD: "wrong" },
+    /clickhouse: the files of .*: .*Authentication failed.* Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD/,
+  );
+  await assertFails(
+    "sensors",
+    { CLICKHOUSE_DATABASE: "nowhere" },
+    /clickhouse: the files of schemas\/clickhouse .*001_sensor_readings\.sql and \d more files were not applied to .* nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
+  );
+  await shop.clickhouse.command({ query: "DROP VIEW sensor_dead_letters_view" });
+  await assertFails(
+    "sensors",
+    {},
+    /clickhouse: the files of schemas\/clickhouse .* has lost sensor_dead_letters_view, .* Run there: DROP TABLE etl_migrations, then: make migrate/,
+  );
+  await shop.clickhouse.command({ query: "DROP TABLE etl_migrations" });
+  await shop.succeed("scripts/ops/migrate.ts");
+  await using proxy = await createProxy(shop.env.CLICKHOUSE_URL);
+  proxy.fault(/^POST/, async ({ request, response, send, reply }) => {
+    if (!request.url?.includes("INSERT")) return reply(await send());
+    request.resume();
+    const message =
+      "Code: 497. DB::Exception: etl: Not enough privileges. To execute this query, it's necessary to have the grant INSERT. (ACCESS_DENIED)";
+    response.writeHead(403, { "x-clickhouse-exception-code": "497" }).end(message);
+  });
+  await assertFails(
+    "sensors",
+    { CLICKHOUSE_URL: proxy.url },
+    /clickhouse: rows may be inserted: .*Not enough privileges/,
+  );
+});
+
+test("a topic that is not there; a connector that is gone; a slot that is another database's", async () => {
+  const topic = `${shop.dataset}_other.public.sensor_readings`;
+  const slot = `etl_${shop.dataset}_other`;
+  await shop.admin.unsafe(`create database ${shop.dataset}_elsewhere`);
+  const { STACK_ADMIN_DATABASE_URL: url = "" } = at("STACK_ADMIN_DATABASE_URL", {
+    pathname: `/${shop.dataset}_elsewhere`,
+  });
+  const other = postgres(url, { max: 1, fetch_types: false });
+  try {
+    await other`select pg_create_logical_replication_slot(${slot}, 'pgoutput')`;
+    await assertFails(
+      "sensors",
+      { SENSORS_TOPIC: topic },
+      /sensors: slot etl_\w+_other: it is of database test_\w+_elsewhere\. Choose another prefix in SENSORS_TOPIC/,
+      /sensors: connector etl-\w+-sensor_readings: it does not exist, or does not run\. Run: make connector/,
+      /kafka: topic .*: Kafka has no topic .*\. Run: make connector$/,
+    );
+    await other`select pg_drop_replication_slot(${slot})`;
+  } finally {
+    await other.end();
+    await shop.admin.unsafe(`drop database ${shop.dataset}_elsewhere`);
+  }
+});
+
+test("wal_level; a slot that is lost; no slot that is free", async () => {
+  const settings = {
+    max_slot_wal_keep_size: "1MB",
+    max_replication_slots: "1",
+    min_wal_size: "32MB",
+    max_wal_size: "32MB",
+  };
+  await using cluster = await createCluster(settings);
+  const { host } = new URL(cluster.variables.SOURCE_DATABASE_URL);
+  const there = { ...cluster.variables, ...at("REPLICATION_DATABASE_URL", { host, pathname: "/shop" }) };
+  await cluster.admin.unsafe("alter role etl_replicator password 'local-only'");
+  const slot = `etl_${shop.dataset}`;
+  const { lines } = await run("sensors", there);
+  assert.match(
+    lines.join("\n"),
+    new RegExp(`^ok {4}sensors: slot ${slot}: it does not exist yet: make connector creates it$`, "m"),
+  );
+  await cluster.admin`select pg_create_logical_replication_slot('somebodys', 'pgoutput')`;
+  await assertFails(
+    "sensors",
+    there,
+    /sensors: slot \w+: it does not exist, and the server has no free replication slot\. Raise max_replication_slots/,
+  );
+  await cluster.admin`select pg_drop_replication_slot('somebodys')`;
+  await cluster.admin`select pg_create_logical_replication_slot(${slot}, 'pgoutput')`;
+  const { lines: made } = await run("sensors", there);
+  assert.match(
+    made.join("\n"),
+    /^ok {4}sensors: slot \w+: its WAL is reserved; a failover to a standby loses it: see slot\.failover/m,
+  );
+  for (let n = 0; n < 4; n++)
+    await cluster.admin`select pg_logical_emit_message(false, 'x', repeat('x', 100)), pg_switch_wal()`;
+  await cluster.admin`checkpoint`;
+  await assertFails(
+    "sensors",
+    there,
+    /sensors: slot \w+: it is lost, and with it the changes since\. Run: make resnapshot$/,
+  );
+  await using replica = await createCluster({ wal_level: "replica" });
+  const without = {
+    ...replica.variables,
+    ...at("REPLICATION_DATABASE_URL", { host: new URL(replica.variables.SOURCE_DATABASE_URL).host, pathname: "/shop" }),
+  };
+  await replica.admin.unsafe("alter role etl_replicator password 'local-only'");
+  await assertFails(
+    "sensors",
+    without,
+    /sensors: wal_level, role and publication: .*wal_level is replica: alter system set wal_level = logical; and restart the server/,
+  );
+});

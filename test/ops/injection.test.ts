@@ -1,0 +1,277 @@
+// Names and values cannot inject: hostile ones in the environment, in the data, in types, columns and files are refused with exit
+// code 2, or are only what they are. A canary at the source, and one at the destination, live through all of it. Needs make up.
+import assert from "node:assert/strict";
+import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { after, afterEach, before, test } from "node:test";
+import { bigqueryVariables } from "../../shared/bigquery/client.ts";
+import { name, readEnv, required } from "../../shared/env.ts";
+import { bucketVariables } from "../../shared/events/s3.ts";
+import { pipelineVariables } from "../../shared/run.ts";
+import { kafkaVariables } from "../../shared/sensors/broker.ts";
+import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
+import { viewsVariables } from "../../shared/views/build.ts";
+import { scratchCopy } from "../lib/scratch.ts";
+import { createSensors, type Sensors } from "../lib/sensors.ts";
+import type { Result, Shop } from "../lib/shop.ts";
+import type { Env } from "../stack/env.ts";
+
+const scratch = scratchCopy(["views"]);
+const pwned = join(scratch.folder, "pwned");
+/** Each would do harm in another place: SQL of either quote, BigQuery's backticks, a shell, a format, a path, a line of a log. */
+const hostile = [
+  `x'; drop table public.canary; --`,
+  `x"; drop table public.canary; --`,
+  "x`; DROP TABLE canary; --",
+  `x\\'; drop table public.canary; --`,
+  `x'); drop table public.canary; select ('`,
+  `$(touch ${pwned})`,
+  `\`touch ${pwned}\``,
+  `; touch ${pwned};`,
+  "%s%n %1$s",
+  "../../../../etc/passwd",
+  "x\ny=1\nerror: forged",
+  "x\t\u001b[2Jx",
+  "orders ",
+  "ördérs‮",
+  "ord\u0435rs", // a Cyrillic е
+  "{orders,users}",
+  "orders/*",
+  "x;y",
+];
+
+let sensors: Sensors;
+let shop: Shop;
+before(async () => {
+  sensors = await createSensors({ folder: scratch.folder });
+  shop = sensors.shop;
+  await shop.admin.unsafe("create table public.canary as select generate_series(1, 3) as id");
+  await shop.query("CREATE TABLE canary AS SELECT 1 AS id");
+  await shop.clickhouse.command({ query: "CREATE TABLE canary ENGINE = Memory AS SELECT 1 AS id" });
+  await shop.insertRows(1, 3);
+  await shop.succeed(shop.script);
+});
+after(async () => {
+  await sensors?.[Symbol.asyncDispose]();
+  scratch[Symbol.dispose]();
+});
+
+afterEach(async () => {
+  assert.equal((await shop.admin`select from public.canary`).count, 3);
+  assert.equal((await shop.query("SELECT id FROM canary")).length, 1);
+  const answer = await shop.clickhouse.query({ query: "SELECT id FROM canary", format: "JSONEachRow" });
+  assert.equal((await answer.json()).length, 1);
+  assert.ok(!existsSync(pwned), "a shell ran");
+});
+
+const variables = {
+  ...pipelineVariables,
+  ...bigqueryVariables,
+  ...bucketVariables,
+  ...viewsVariables,
+  ...clickhouseVariables,
+  ...kafkaVariables,
+  PIPELINE: required(name),
+};
+
+/** Nothing that was given stands at the beginning of a line, as if it were one of ours, and no terminal is told anything. */
+const control = String.fromCharCode(27);
+const assertNotForged = ({ stdout, stderr }: Result): void =>
+  assert.ok(!/^(y=1|error: forged)/m.test(stderr + stdout) && !(stderr + stdout).includes(control), stderr + stdout);
+
+const names: Record<string, (keyof typeof variables)[]> = {
+  "scripts/orders.ts": ["BIGQUERY_PROJECT", "BIGQUERY_DATASET", "BIGQUERY_LOCATION", "FROM", "TO"],
+  "scripts/events.ts": ["S3_BUCKET", "AWS_REGION"],
+  "scripts/views.ts": ["ONLY", "BIGQUERY_VIEWS_DATASET", "BIGQUERY_DATASET"],
+  "scripts/sensors.ts": ["CLICKHOUSE_DATABASE", "CLICKHOUSE_USER", "SENSORS_TOPIC", "SENSORS_GROUP", "KAFKA_BROKERS"],
+  "scripts/ops/connector.ts": ["SENSORS_TOPIC", "KAFKA_BROKERS"],
+  "scripts/ops/resnapshot.ts": ["CLICKHOUSE_DATABASE", "SENSORS_TOPIC"],
+  "scripts/ops/backfill-events.ts": ["FROM", "TO"],
+  "scripts/ops/verify-events.ts": ["FROM", "TO"],
+  "scripts/ops/restore-events.ts": ["FROM", "TO"],
+  "scripts/ops/migrate.ts": ["BIGQUERY_DATASET", "BIGQUERY_VIEWS_DATASET", "CLICKHOUSE_DATABASE", "S3_BUCKET"],
+  "scripts/ops/rewind.ts": ["PIPELINE", "TO"],
+  "scripts/ops/doctor.ts": ["PIPELINE"],
+  "scripts/ops/verify.ts": ["PIPELINE"],
+  "scripts/ops/sweep.ts": ["PIPELINE"],
+};
+
+test("each hostile name is refused where it is read, as a value of each variable that names something", () => {
+  for (const variable of new Set(Object.values(names).flat()))
+    for (const value of hostile) {
+      const before = process.env[variable];
+      process.env[variable] = value;
+      try {
+        assert.throws(
+          () => readEnv({ [variable]: variables[variable] }),
+          new RegExp(`^UsageError: .*\n  ${variable} `),
+          `${variable}=${value}`,
+        );
+      } finally {
+        if (before === undefined) delete process.env[variable];
+        else process.env[variable] = before;
+      }
+    }
+});
+
+for (const [index, [script, variables]] of Object.entries(names).entries()) {
+  test(`${script}: hostile names in ${variables.join(", ")} are refused with exit code 2`, async () => {
+    // Each goes through readEnv (above), before anything else: three of them, others for each script, and the one with lines of its own.
+    for (const value of hostile.filter((one, at) => at % 6 === index % 6 || one.includes("forged"))) {
+      // Alone those that a name of this kind can hold; the others at once, since each is refused by its own line.
+      const given = Object.fromEntries(variables.map((name) => [name, value]));
+      const result = await shop.run(script, { PIPELINE: "orders", FROM: undefined, TO: undefined, ...given });
+      assert.equal(result.code, 2, `${JSON.stringify(value)}: ${result.stderr}`);
+      for (const name of variables) assert.ok(result.stderr.includes(name), `${name}, ${value}: ${result.stderr}`);
+      assertNotForged(result);
+    }
+  });
+}
+
+test("each of them alone is refused too", async () => {
+  const alone = ["PIPELINE", "TO"].map((name) => ["scripts/ops/rewind.ts", name] as const);
+  for (const [script, name] of [
+    ...alone,
+    ["scripts/views.ts", "ONLY"],
+    ["scripts/orders.ts", "BIGQUERY_DATASET"],
+    ["scripts/sensors.ts", "SENSORS_TOPIC"],
+  ] as const)
+    for (const value of hostile.slice(0, 3)) {
+      const result = await shop.run(script, {
+        PIPELINE: "orders",
+        TO: script.endsWith("rewind.ts") ? "2017-01-01" : undefined,
+        [name]: value,
+      });
+      assert.equal(result.code, 2, result.stderr);
+    }
+});
+
+test("a bucket's prefix is only a prefix, whatever is in it", async () => {
+  await shop.insertEvents("2017-01-01", 3);
+  const days: Env = { FROM: "2017-01-01", TO: "2017-01-02" };
+  for (const value of [
+    `x'; drop table public.canary; --`,
+    'x`"\\y',
+    `$(touch ${pwned})`,
+    "%s %2e%2e é‮",
+    "a b+c&d=e?f#g",
+  ]) {
+    const prefix: Env = { ...days, S3_PREFIX: `${shop.env.S3_PREFIX}${value}` };
+    await shop.succeed("scripts/ops/backfill-events.ts", prefix);
+    const { stderr } = await shop.succeed("scripts/ops/verify-events.ts", prefix);
+    assert.match(stderr, /days=1|verified|done/);
+  }
+});
+
+test("an unknown login of Kafka, a role and a database with hostile names are only names", async () => {
+  for (const value of hostile.slice(0, 5)) {
+    const at = (change: Partial<URL>): Env => ({
+      SOURCE_DATABASE_URL: Object.assign(new URL(shop.env.SOURCE_DATABASE_URL ?? ""), change).href,
+    });
+    for (const change of [{ username: encodeURIComponent(value) }, { pathname: `/${encodeURIComponent(value)}` }]) {
+      const result = await shop.run(shop.script, at(change));
+      assert.equal(result.code, 1, result.stderr);
+      assert.match(result.stderr, /cannot connect to SOURCE_DATABASE_URL/);
+    }
+  }
+});
+
+test("values of rows are values: every hostile text arrives as it is", async () => {
+  for (const [index, value] of hostile.entries())
+    await shop.admin`insert into orders (id, status) values (${100 + index}, ${value})`;
+  await shop.succeed(shop.script);
+  assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+  for (const value of hostile)
+    await shop.admin`insert into events (type, payload, created_at) values (${value}, ${shop.admin.json({ [value]: value })}, '2017-02-01')`;
+  await shop.succeed("scripts/ops/backfill-events.ts", { FROM: "2017-02-01", TO: "2017-02-02" });
+  await shop.succeed("scripts/ops/restore-events.ts", { FROM: "2017-02-01", TO: "2017-02-02" });
+  const { count } = await shop.admin`
+    select from etl.events_restored r join events e using (id) where (r.type, r.payload) is not distinct from (e.type, e.payload) and e.created_at = '2017-02-01'`;
+  assert.equal(count, hostile.length);
+});
+
+test("readings whose texts are hostile arrive as they are, and hostile messages become dead letters as they are", async () => {
+  for (const value of hostile)
+    await shop.admin`insert into sensor_readings (sensor_id, metric, value) values (${value}, ${value}, 1)`;
+  await sensors.produce(hostile.map((value) => ({ key: value, value })));
+  const consumer = await sensors.consumer();
+  await sensors.equal();
+  consumer.child.kill("SIGTERM");
+  assertNotForged(await consumer.ended);
+  assert.deepEqual((await sensors.deadLetters()).map(({ value }) => value).sort(), [...hostile].sort());
+  const letters = await shop.succeed("scripts/ops/dead-letters.ts");
+  assertNotForged(letters);
+  await shop.succeed("scripts/ops/replay-dead-letters.ts");
+});
+
+test("columns, types and a table's applications with hostile names are only names", async () => {
+  const quoted = async (name: string): Promise<string> =>
+    (await shop.admin<{ quoted: string }[]>`select quote_ident(${name}) as quoted`)[0]?.quoted ?? "";
+  for (const value of hostile.slice(0, 4).concat(hostile.slice(10, 12))) {
+    const name = await quoted(value.slice(0, 60));
+    await shop.admin.unsafe(`alter table orders add ${name} text`);
+    await shop.admin.unsafe(`create type ${name} as enum ('a')`);
+    await shop.admin.unsafe(`alter table orders alter status type ${name} using 'a'`);
+    await shop.admin.unsafe(`update orders set item_count = 1 where id = 1`);
+    const holder = shop.connect(value.slice(0, 60));
+    await holder.begin(async (transaction) => {
+      await transaction`select 1`;
+      const result = await shop.succeed(shop.script);
+      assert.match(result.stderr, /has columns that are not in/);
+      assert.match(result.stderr, /step=done rows=[1-9]/); // read with that type
+      assertNotForged(result);
+      assertNotForged(await shop.run("scripts/ops/status.ts"));
+      assertNotForged(await shop.run("scripts/ops/doctor.ts", { PIPELINE: "events" }));
+    });
+    await holder.end();
+    await shop.admin.unsafe(`alter table orders alter status type text`);
+    await shop.admin.unsafe(`drop type ${name}; alter table orders drop ${name}`);
+  }
+  await shop.admin.unsafe("update orders set item_count = 2");
+  await shop.succeed(shop.script);
+  assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+});
+
+test("a contract whose field, key or file has a hostile name is refused with exit code 2", async () => {
+  for (const value of hostile.slice(0, 6)) {
+    for (const place of ["field", "key"]) {
+      using _ = scratch.edit("schemas/bigquery/orders.json", (text) => {
+        const contract = JSON.parse(text);
+        if (place === "field") contract.schema.fields[3].name = value;
+        else contract.tableConstraints.primaryKey.columns = [value];
+        return JSON.stringify(contract);
+      });
+      for (const script of ["scripts/orders.ts", "scripts/ops/migrate.ts"]) {
+        const result = await shop.run(script);
+        assert.equal(result.code, 2, `${value}: ${result.stderr}`);
+        assert.match(result.stderr, /schemas\/bigquery\/orders\.json must be a BigQuery Table resource/);
+        assertNotForged(result);
+      }
+    }
+  }
+});
+
+test("files with hostile names are refused, or are nobody's", async () => {
+  const files: [file: (name: string) => string, script: string][] = [
+    [(name) => `schemas/bigquery/${name}.json`, "scripts/ops/migrate.ts"],
+    [(name) => `schemas/clickhouse/${name}.sql`, "scripts/ops/migrate.ts"],
+    [(name) => `views/${name}.sql`, "scripts/views.ts"],
+    [(name) => `views/checks/${name}.sql`, "scripts/views.ts"],
+  ];
+  for (const value of hostile.filter((name) => !name.includes("/")).slice(2, 6)) {
+    for (const [file, script] of files) {
+      const path = join(scratch.folder, file(value));
+      mkdirSync(dirname(path), { recursive: true });
+      writeFileSync(path, `SELECT 1;`);
+      try {
+        const result = await shop.run(script, { ALLOW_STALE: "1" });
+        // What does not begin as a name does is taken for an editor's.
+        const ignored = result.code === 0 && !result.stderr.includes(value);
+        assert.ok(result.code === 2 || ignored, `${file(value)}: ${result.stderr}`);
+        assertNotForged(result);
+      } finally {
+        rmSync(path);
+      }
+    }
+  }
+});

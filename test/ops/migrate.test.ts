@@ -1,0 +1,243 @@
+import assert from "node:assert/strict";
+import { globSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { afterEach, test } from "node:test";
+import { DeleteBucketCommand } from "@aws-sdk/client-s3";
+import { scratchCopy } from "../lib/scratch.ts";
+import { createShop } from "../lib/shop.ts";
+import { root } from "../stack/env.ts";
+
+const migrate = "scripts/ops/migrate.ts";
+const orders = "scripts/orders.ts";
+
+using scratch = scratchCopy();
+await using shop = await createShop({ folder: scratch.folder, clickhouse: true });
+const table = `${shop.dataset}.orders`;
+const contract = join(scratch.folder, "schemas/bigquery/orders.json");
+const committed = readFileSync(contract, "utf8");
+afterEach(() => writeFileSync(contract, committed));
+
+/** Everything that migrate creates, as it is there now. */
+async function created(): Promise<unknown> {
+  const tables = await shop.admin`
+    select relname from pg_class where relnamespace = to_regnamespace('etl') and relkind = 'r' order by 1`;
+  const migrations = tables.length ? await shop.admin`select file, sha256 from etl.migrations order by 1` : [];
+  const columns = await shop.query(
+    "SELECT table_name, column_name, data_type, is_nullable FROM INFORMATION_SCHEMA.COLUMNS ORDER BY 1, 2",
+  );
+  return { tables: [...tables], migrations: [...migrations], columns };
+}
+
+/** As before the first migrate. */
+async function unmigrate(): Promise<void> {
+  await shop.admin.unsafe("drop schema etl cascade; create schema etl authorization etl_metadata");
+  await shop.query("DROP TABLE IF EXISTS orders");
+}
+
+/** What the lines of a migrate say it does or would do. */
+const steps = (stderr: string): string[] =>
+  [...stderr.matchAll(/step=(\S+ what=(?:"[^"]*"|\S+)|done)/g)].map(([, step]) => (step as string).replaceAll('"', ""));
+
+const files = globSync("sql/etl/*.sql", { cwd: root }).sort();
+
+await test("migrate creates what is missing, a second time nothing, and with DRY_RUN=1 only says so", async () => {
+  const before = await created();
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+  assert.deepEqual(await created(), before);
+  await unmigrate();
+  const empty = await created();
+  const todo = [...files, `create table ${table}`];
+  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [...todo.map((what) => `would-apply what=${what}`), "done"]);
+  assert.deepEqual(await created(), empty);
+  const applied = await shop.succeed(migrate);
+  assert.deepEqual(steps(applied.stderr), [...todo.map((what) => `apply what=${what}`), "done"]);
+  assert.deepEqual(await created(), before);
+});
+
+await test("a shop without an archive and without sensors leaves their variables out, and migrate says what it leaves out", async () => {
+  await unmigrate();
+  const without = { S3_BUCKET: "", CLICKHOUSE_URL: "" };
+  const { stderr } = await shop.succeed(migrate, without);
+  assert.match(stderr, /step=left-out what="the bucket of events" because="S3_BUCKET is not set"/);
+  assert.match(stderr, /step=left-out what="ClickHouse's tables of sensors" because="CLICKHOUSE_URL is not set"/);
+  await shop.succeed(orders, without);
+  // The other parts' variables are all asked for where one of them is set.
+  const { code, stderr: refusal } = await shop.run(migrate, { AWS_REGION: "", CLICKHOUSE_DATABASE: "" });
+  assert.match(refusal, /AWS_REGION is missing.*CLICKHOUSE_DATABASE is missing/s);
+  assert.equal(code, 2);
+});
+
+await test("two migrates at once are safe: both succeed, and each thing is done once", async () => {
+  const before = await created();
+  await unmigrate();
+  const both = await Promise.all([shop.succeed(migrate), shop.succeed(migrate)]);
+  const done = both.flatMap(({ stderr }) => steps(stderr)).sort();
+  const once = [`create table ${table}`, ...files].map((what) => `apply what=${what}`);
+  assert.deepEqual(done, [...once, "done", "done"]);
+  assert.deepEqual(await created(), before);
+});
+
+await test("a bucket that is missing is created, one that may not be used is named", async () => {
+  const Bucket = `${shop.dataset.replaceAll("_", "-")}-archive`;
+  const dry = await shop.succeed(migrate, { S3_BUCKET: Bucket, DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [`would-apply what=create bucket ${Bucket}`, "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), [
+    `apply what=create bucket ${Bucket}`,
+    "done",
+  ]);
+  assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), ["done"]);
+  await shop.bucket.client.send(new DeleteBucketCommand({ Bucket }));
+  const { code, stderr } = await shop.run(migrate, { AWS_SECRET_ACCESS_KEY: "wrong" });
+  assert.equal(code, 2);
+  assert.match(
+    stderr,
+    /error: bucket archive \(S3_BUCKET\) may not be used: SignatureDoesNotMatch .* Check AWS_ACCESS_KEY_ID/,
+  );
+});
+
+await test("migrate without schema etl says which file an administrator has to run", async () => {
+  await shop.admin.unsafe("alter schema etl rename to aside");
+  const { code, stderr } = await shop.run(migrate);
+  await shop.admin.unsafe("alter schema aside rename to etl");
+  assert.match(
+    stderr,
+    /schema etl does not exist\. Run sql\/roles\.sql in that database as an administrator, then: make migrate/,
+  );
+  assert.equal(code, 1);
+});
+
+await test("an applied file of sql/etl that was edited is an error that says what to do, and a new one is applied", async () => {
+  const file = join(scratch.folder, "sql/etl/001_metadata.sql");
+  const text = readFileSync(file, "utf8");
+  writeFileSync(file, `${text}-- edited\n`);
+  const { code, stderr } = await shop.run(migrate);
+  writeFileSync(file, text);
+  assert.equal(code, 2);
+  assert.match(
+    stderr,
+    /sql\/etl\/001_metadata\.sql was applied at \S+ \S+ and has been edited since\. Run: git checkout sql\/etl\/001_metadata\.sql, and put the change into a new file/,
+  );
+  writeFileSync(join(scratch.folder, "sql/etl/002_more.sql"), "alter table etl.runs add column more int;");
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["apply what=sql/etl/002_more.sql", "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+});
+
+const clickhouseFiles = globSync("schemas/clickhouse/*.sql", { cwd: root }).sort();
+/** The engine's own words for all that it has, but the record's times. */
+async function clickhouseObjects(): Promise<string[]> {
+  const query = `SELECT name, create_table_query AS sql FROM system.tables WHERE database = currentDatabase() ORDER BY name`;
+  const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
+  return (await answer.json<{ name: string; sql: string }>()).map(({ name, sql }) => `${name}: ${sql}`);
+}
+
+await test("a database of ClickHouse that an older version made is taken over: what exists stays with its rows, views get their SELECT, and every file is recorded", async () => {
+  const { clickhouse } = shop;
+  const run = async (query: string): Promise<void> => void (await clickhouse.command({ query }));
+  const before = await clickhouseObjects();
+  await run("INSERT INTO sensor_readings (id, recorded_at, _version) VALUES (1, 0, 1)");
+  await run("DROP TABLE etl_migrations SYNC");
+  // What older versions had: no TTL, other SELECTs, and not yet every view.
+  await run("ALTER TABLE sensor_dead_letters REMOVE TTL");
+  await run("ALTER TABLE sensor_readings_view MODIFY QUERY SELECT after.id AS id FROM sensor_changes");
+  await run("DROP VIEW sensor_dead_letters_view SYNC");
+  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [...clickhouseFiles.map((what) => `would-apply what=${what}`), "done"]);
+  const applied = await shop.succeed(migrate);
+  assert.deepEqual(steps(applied.stderr), [...clickhouseFiles.map((what) => `apply what=${what}`), "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+  assert.deepEqual(await clickhouseObjects(), before);
+  const rows = await clickhouse.query({
+    query: "SELECT toInt32(id) AS id FROM sensor_readings",
+    format: "JSONEachRow",
+  });
+  assert.deepEqual(await rows.json(), [{ id: 1 }]);
+
+  // A column that no view fills, as the recipe of older versions made it, is not passed over: its rows would be NULL from now on.
+  await run("DROP TABLE etl_migrations SYNC");
+  await run("ALTER TABLE sensor_readings ADD COLUMN quality Nullable(Int64)");
+  const { code, stderr } = await shop.run(migrate);
+  assert.match(stderr, /sensor_readings has a column that no view fills\. README, "When the schema changes"/);
+  assert.equal(code, 1);
+  await run(
+    "ALTER TABLE sensor_readings MODIFY COLUMN quality DEFAULT JSONExtract(_unknown['quality'], 'Nullable(Int64)')",
+  );
+  await shop.succeed(migrate);
+  await run("ALTER TABLE sensor_readings DROP COLUMN quality");
+});
+
+await test("a file of schemas/clickhouse that is killed between its statements is applied again, as a whole", async () => {
+  const file = "schemas/clickhouse/008_two.sql";
+  const broken =
+    "ALTER TABLE sensor_readings ADD COLUMN IF NOT EXISTS one UInt8 DEFAULT 1;\nSELECT throwIf(1, 'killed here');\n";
+  writeFileSync(join(scratch.folder, file), broken);
+  const { code, stderr } = await shop.run(migrate);
+  assert.equal(code, 1, stderr);
+  assert.match(stderr, /killed here/);
+  writeFileSync(join(scratch.folder, file), broken.replace("throwIf(1, ", "throwIf(0, "));
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), [`apply what=${file}`, "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+});
+
+await test("a file whose name has no number is refused", async () => {
+  const file = join(scratch.folder, "schemas/clickhouse/more.sql");
+  writeFileSync(file, "SELECT 1;");
+  const { code, stderr } = await shop.run(migrate);
+  rmSync(file);
+  assert.match(stderr, /error: "schemas\/clickhouse\/more\.sql" must be named NNN_NAME\.sql/);
+  assert.equal(code, 2);
+});
+
+await test("a new nullable column, a relaxed mode and a description are printed, then applied; rows and runs stay right", async () => {
+  await shop.insertRows(1, 3);
+  await shop.succeed(orders);
+  scratch.editFields("orders", (fields) =>
+    fields
+      .map((field) => (field.name === "created_at" ? { ...field, mode: "NULLABLE", description: "Changed." } : field))
+      .concat({ name: "note", type: "STRING" }),
+  );
+  const additions = [
+    `relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`,
+    `add column ${table}.note STRING NULLABLE`,
+  ];
+  const before = await created();
+  const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
+  assert.deepEqual(steps(dry.stderr), [...additions.map((what) => `would-apply what=${what}`), "done"]);
+  assert.deepEqual(await created(), before);
+  const applied = await shop.succeed(migrate);
+  assert.deepEqual(steps(applied.stderr), [...additions.map((what) => `apply what=${what}`), "done"]);
+  assert.deepEqual(steps((await shop.succeed(migrate)).stderr), ["done"]);
+  assert.deepEqual(
+    await shop.query("SELECT id, note FROM orders ORDER BY id"),
+    [1, 2, 3].map((id) => ({ id: String(id), note: null })),
+  );
+
+  // Everything else that the table now has, and the contract has not.
+  writeFileSync(contract, committed);
+  await assertRefused([
+    /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE\. .* create the table again/,
+    /column \S+\.note: expected no such column .*, found STRING NULLABLE\. SQL: ALTER TABLE \S+\.orders DROP COLUMN note;/,
+  ]);
+});
+
+await test("what could lose data or needs a decision is refused, all of it at once, with the SQL a person would run", async () => {
+  scratch.edit("schemas/bigquery/orders.json", (text) => text.replace('"MONTH"', '"DAY"'));
+  scratch.editFields("orders", (fields) =>
+    fields
+      .map((field) => (field.name === "item_count" ? { ...field, type: "NUMERIC" } : field))
+      .concat({ name: "must", type: "STRING", mode: "REQUIRED" }),
+  );
+  await assertRefused([
+    /column \S+\.item_count: expected NUMERIC NULLABLE .*, found INTEGER NULLABLE\. SQL: ALTER TABLE \S+\.orders ALTER COLUMN item_count SET DATA TYPE NUMERIC;/,
+    /column \S+\.must: expected STRING REQUIRED .*, found no such column\. Rows that exist .* add it as NULLABLE/,
+    /table \S+\.orders: expected timePartitioning {"type":"DAY","field":"created_at"} .* create a new one/,
+  ]);
+});
+
+async function assertRefused(texts: RegExp[]): Promise<void> {
+  const before = await created();
+  const { code, stderr } = await shop.run(migrate);
+  assert.equal(code, 2, stderr);
+  for (const text of texts) assert.match(stderr, text);
+  assert.deepEqual(await created(), before);
+}

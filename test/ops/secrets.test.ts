@@ -1,0 +1,253 @@
+// No secret in anything that a command leaves: what it prints, schema etl, metrics, process titles, objects, jobs, files. Every
+// command of scripts/ is run, well and with faults in which a client's error tends to quote what it was given. Needs make up.
+import assert from "node:assert/strict";
+import { globSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import { HeadObjectCommand } from "@aws-sdk/client-s3";
+import { listObjects } from "../../shared/events/s3.ts";
+import { createSensors, type Sensors } from "../lib/sensors.ts";
+import type { Result, Shop } from "../lib/shop.ts";
+import { type Env, root } from "../stack/env.ts";
+
+/** Part of every secret that is given below. The real ones of the local stack are "local-only". */
+const mark = "HUSH";
+const real = "local-only";
+/** Quotes, a backslash, a slash and a space: what is written differently in JSON, in a URL and in a log line. */
+const odd = `${mark}"a\\b'c/d e`;
+
+const temporary = mkdtempSync(join(tmpdir(), "etl-secrets-"));
+let sensors: Sensors;
+let shop: Shop;
+before(async () => {
+  sensors = await createSensors({ pushgateway: true });
+  shop = sensors.shop;
+  await shop.insertRows(1, 20);
+  await shop.insertRows(1, 20, "users");
+  await shop.insertEvents("2017-01-01", 10);
+  await shop.admin.unsafe(`
+    insert into sensor_readings (sensor_id, metric, value) values ('a', 'b', 1);
+    alter table orders add channel text;
+    create table shops (id bigint primary key, updated_at timestamptz not null default now());
+    create index on shops (updated_at)`);
+});
+after(async () => {
+  await sensors?.[Symbol.asyncDispose]();
+  rmSync(temporary, { recursive: true, force: true });
+});
+
+const days = { FROM: "2017-01-01", TO: "2017-01-02" };
+/** What each command is run with, in this order; a new one has to be named here. */
+const commands: Record<string, Env[]> = {
+  "scripts/ops/migrate.ts": [{}],
+  "scripts/ops/doctor.ts": [{}],
+  "scripts/orders.ts": [{}, days],
+  "scripts/users.ts": [{}],
+  "scripts/events.ts": [{}],
+  "scripts/ops/backfill-events.ts": [days],
+  "scripts/ops/verify-events.ts": [days],
+  "scripts/ops/restore-events.ts": [days],
+  "scripts/views.ts": [{ ONLY: "weekly_revenue", ALLOW_STALE: "1", ALLOW_SHRINK: "1" }],
+  "scripts/ops/connector.ts": [{}],
+  "scripts/sensors.ts": [{ UNTIL: "caught-up" }],
+  "scripts/ops/dead-letters.ts": [{}],
+  "scripts/ops/replay-dead-letters.ts": [{}],
+  "scripts/ops/swap-readings.ts": [{}],
+  "scripts/ops/resnapshot.ts": [{}],
+  "scripts/ops/status.ts": [{}, { JSON: "1" }],
+  "scripts/ops/report.ts": [{ OUT: join(temporary, "report.html") }],
+  "scripts/ops/new-column.ts": [{ PIPELINE: "orders", COLUMN: "channel", DRY_RUN: "1" }],
+  "scripts/ops/new-pipeline.ts": [{ TABLE: "public.shops", EVERY: "1d", DRY_RUN: "1" }],
+  "scripts/ops/verify.ts": [{ PIPELINE: "orders" }],
+  "scripts/ops/sweep.ts": [{ PIPELINE: "orders" }],
+  "scripts/ops/rewind.ts": [{ PIPELINE: "orders", TO: "2017-06-01" }],
+};
+
+test("every command is among those that are tried", () => {
+  const all = globSync("scripts/{,ops/}*.ts", { cwd: root }).sort();
+  assert.deepEqual(Object.keys(commands).sort(), all);
+});
+
+/** Runs it, and meanwhile reads the command lines and titles of its process and what that starts. */
+async function watch(script: string, variables: Env): Promise<{ result: Result; titles: string }> {
+  const run = shop.start(script, { ...variables, TMPDIR: temporary });
+  const { pid } = run.child;
+  let titles = "";
+  const look = (): void => {
+    try {
+      const children = readFileSync(`/proc/${pid}/task/${pid}/children`, "utf8").split(" ").filter(Boolean);
+      for (const one of [pid, ...children])
+        for (const file of ["cmdline", "comm"]) titles += `${readFileSync(`/proc/${one}/${file}`, "utf8")}\n`;
+    } catch {
+      // gone
+    }
+  };
+  const timer = setInterval(look, 50);
+  const result = await run.ended.finally(() => clearInterval(timer));
+  return { result, titles };
+}
+
+/** Everything that is left of all runs so far, by where. */
+async function leftBehind(): Promise<Record<string, string>> {
+  const left: Record<string, string> = {};
+  const tables = await shop.admin<{ name: string }[]>`
+    select oid::regclass::text as name from pg_class where relnamespace = 'etl'::regnamespace and relkind in ('r', 'v')`;
+  for (const { name } of tables)
+    left[name] = JSON.stringify([...(await shop.admin.unsafe(`select to_jsonb(t)::text as row from ${name} t`))]);
+  left.sessions = JSON.stringify([
+    ...(await shop.admin`select application_name, query from pg_stat_activity where datname = current_database()`),
+  ]);
+  left.Pushgateway = await (await fetch(`${shop.env.PUSHGATEWAY_URL}/metrics`)).text();
+  const jobs = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/jobs?projection=full&maxResults=500`;
+  left.BigQuery = await (await fetch(jobs)).text();
+  for await (const { key } of listObjects(shop.bucket, shop.bucket.prefix)) {
+    const { Metadata } = await shop.bucket.client.send(new HeadObjectCommand({ Bucket: shop.bucket.name, Key: key }));
+    left[key] = JSON.stringify(Metadata);
+  }
+  for (const file of readdirSync(temporary, { recursive: true, withFileTypes: true }))
+    if (file.isFile()) left[file.name] = readFileSync(join(file.parentPath, file.name), "latin1");
+  return left;
+}
+
+function assertNone(secret: string, texts: Record<string, string>): void {
+  for (const [where, text] of Object.entries(texts)) {
+    const at = text.indexOf(secret);
+    assert.equal(at, -1, `${where}: …${text.slice(Math.max(0, at - 300), at + 100)}…`);
+  }
+}
+
+/** How many runs were seen by their titles: one that ends at once may be missed. */
+let seen = 0;
+async function assertSilent(secret: string, script: string, variables: Env): Promise<Result> {
+  const { result, titles } = await watch(script, variables);
+  assertNone(secret, { [`${script} stdout`]: result.stdout, [`${script} stderr`]: result.stderr, titles });
+  seen += titles.includes(script) ? 1 : 0;
+  return result;
+}
+
+test("where all is well", async () => {
+  for (const [script, runs] of Object.entries(commands)) {
+    for (const variables of runs) {
+      const { code, stderr } = await assertSilent(real, script, { ...variables, KAFKA_PASSWORD: odd });
+      // make status also tells what is red, and there is no rebuild to swap in.
+      const tells = script === "scripts/ops/status.ts" || stderr.includes("there is no rebuild of");
+      assert.ok(code === 0 || tells, `${script}: ${stderr}`);
+      assertNone(mark, { stderr });
+    }
+  }
+  const consumer = await sensors.consumer();
+  const metrics = await (await fetch(`${await consumer.url}/metrics`)).text();
+  assert.match(metrics, /etl_sensors_rows_total/);
+  assertNone(real, { metrics });
+  consumer.child.kill("SIGTERM");
+  assertNone(real, { consumer: (await consumer.ended).stderr });
+  assert.ok(seen > 15, `only ${seen} titles were seen`);
+  const left = await leftBehind();
+  assert.ok(Object.keys(left).some((name) => name.endsWith("manifest.json")) && left.Pushgateway?.includes("etl_rows"));
+  assertNone(real, left);
+});
+
+const encoded = encodeURIComponent(odd);
+const at = (variable: string, change: Partial<URL>): Env => ({
+  [variable]: Object.assign(new URL(shop.env[variable] ?? ""), change).href,
+});
+/** A server that is not there; with a password that is, as typed, so partly encoded, where the URL may hold one. */
+const nowhere = (name: string): string =>
+  /^(CONNECT|PUSHGATEWAY)_/.test(name) ? `http://user:${mark}%22a'b@127.0.0.1:1` : "http://127.0.0.1:1";
+const secrets: Env = {
+  AWS_SECRET_ACCESS_KEY: odd,
+  AWS_SESSION_TOKEN: odd,
+  CLICKHOUSE_PASSWORD: odd,
+  KAFKA_SASL_MECHANISM: "plain",
+  KAFKA_USERNAME: "etl",
+  KAFKA_PASSWORD: odd,
+};
+const services = ["BIGQUERY_ENDPOINT", "S3_ENDPOINT", "CLICKHOUSE_URL", "CONNECT_URL", "PUSHGATEWAY_URL"];
+const databases = ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "REPLICATION_DATABASE_URL"];
+const faults: Record<string, () => Env> = {
+  "passwords are wrong": () =>
+    Object.assign({ ...secrets }, ...databases.map((name) => at(name, { password: encoded }))),
+  "databases answer and services are away": () => ({
+    ...secrets,
+    ...Object.fromEntries(services.map((name) => [name, nowhere(name)])),
+    KAFKA_BROKERS: "127.0.0.1:1",
+  }),
+  "nothing answers, and lines are JSON": () =>
+    Object.assign(
+      { ...secrets, LOG_FORMAT: "json", KAFKA_BROKERS: "127.0.0.1:1" },
+      Object.fromEntries(services.map((name) => [name, nowhere(name)])),
+      ...databases.map((name) => at(name, { password: encoded, port: "1" })),
+    ),
+  "variables are malformed": () => ({
+    ...secrets,
+    ...Object.fromEntries([...databases, ...services].map((name) => [name, `nonsense://u:${mark}@db:port/x`])),
+    ...Object.fromEntries(
+      ["BIGQUERY_PROJECT", "FROM", "TO", "PIPELINE", "CHUNK_ROWS"].map((name) => [name, `${mark} 1`]),
+    ),
+  }),
+};
+for (const [what, variables] of Object.entries(faults)) {
+  test(`where ${what}`, async () => {
+    // Side by side: most of the time they wait for what does not answer.
+    const queue = Object.entries(commands).flatMap(([script, runs]) =>
+      runs.slice(0, 1).map((run) => ({ script, run })),
+    );
+    let failed = 0;
+    const work = async (): Promise<void> => {
+      for (let one = queue.shift(); one; one = queue.shift()) {
+        const { code } = await assertSilent(mark, one.script, {
+          RUN_TIMEOUT_SECONDS: "25",
+          ...one.run,
+          ...variables(),
+          UNTIL: undefined,
+        });
+        if (code !== 0) failed += 1;
+      }
+    };
+    // The consumer waits for a server that is away, until it is told to end.
+    const consumer = shop.start("scripts/sensors.ts", variables());
+    queue.splice(
+      queue.findIndex(({ script }) => script === "scripts/sensors.ts"),
+      1,
+    );
+    await Promise.all([work(), work(), work(), work()]);
+    consumer.child.kill("SIGTERM");
+    const { stdout, stderr } = await consumer.ended;
+    assertNone(mark, { stdout, stderr });
+    assert.ok(failed >= 6, `only ${failed} failed`);
+    assertNone(mark, await leftBehind());
+  });
+}
+
+test("where Google's credentials are broken", async () => {
+  const file = join(tmpdir(), `etl-credentials-${process.pid}.json`);
+  const empty = join(tmpdir(), `etl-empty-${process.pid}.env`);
+  writeFileSync(empty, "");
+  const key = {
+    type: "service_account",
+    client_email: "etl@example.com",
+    private_key: `-----BEGIN PRIVATE KEY-----\n${mark}\n-----END PRIVATE KEY-----\n`,
+    private_key_id: mark,
+    token_uri: "http://127.0.0.1:1",
+  };
+  try {
+    for (const text of [JSON.stringify(key), `${mark} is not JSON`, `{"private_key": "${mark}" oops`, ""]) {
+      writeFileSync(file, text);
+      for (const script of ["scripts/orders.ts", "scripts/ops/doctor.ts"]) {
+        const variables = {
+          BIGQUERY_ENDPOINT: undefined,
+          ENV_FILE: empty, // it would have the endpoint
+          GOOGLE_APPLICATION_CREDENTIALS: file,
+          PIPELINE: "orders",
+        };
+        const { code, stdout, stderr } = await assertSilent(mark, script, variables);
+        assert.equal(code, 1, stdout + stderr);
+      }
+    }
+    assertNone(mark, await leftBehind());
+  } finally {
+    rmSync(file);
+    rmSync(empty);
+  }
+});

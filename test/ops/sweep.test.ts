@@ -1,0 +1,185 @@
+// sweep: removes what was deleted at the source, and nothing else. Needs the local stack (make up).
+import assert from "node:assert/strict";
+import { after, before, test } from "node:test";
+import { pipelines } from "../../shared/pipelines.ts";
+import { createProxy, type Gate, type HttpProxy, hold, reach, steps } from "../lib/faults.ts";
+import { scratchCopy } from "../lib/scratch.ts";
+import { createShop, type Process, type Result, type Shop, until } from "../lib/shop.ts";
+
+const sweep = "scripts/ops/sweep.ts";
+type Variables = Record<string, string>;
+
+let shop: Shop;
+before(async () => {
+  shop = await createShop();
+  await shop.insertRows(1, 1000);
+  await sync();
+});
+after(() => shop?.[Symbol.asyncDispose]());
+
+const sync = () => shop.succeed("scripts/orders.ts");
+const orders = { PIPELINE: "orders" };
+const swept = (variables: Variables = {}): Promise<Result> => shop.succeed(sweep, { ...orders, ...variables });
+const there = async (): Promise<string[]> => (await shop.destinationRows()).map(({ id }) => id ?? "");
+const remove = (...ids: number[]) => shop.admin`delete from orders where id = any(${`{${ids}}`}::text::bigint[])`;
+const insert = (id: number) => shop.insertRows(id, id);
+/** As it starts, with a proxy before BigQuery in which `gate` is at the first request of `step`. */
+const startHeld = async (step: RegExp, gate: Gate): Promise<[Process, HttpProxy]> => {
+  const proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+  proxy.fault(step, gate, 1);
+  const run = shop.start(sweep, { ...orders, BIGQUERY_ENDPOINT: proxy.url });
+  await reach(run, gate.reached);
+  return [run, proxy];
+};
+const assertEqual = async () => assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+
+test("rows that were deleted at the source are removed; DRY_RUN=1 says which, and removes nothing", async () => {
+  assert.match((await swept()).stderr, /step=found rows=1000 gone=0$/m);
+  await remove(3, 4);
+  await sync();
+  const dry = await swept({ DRY_RUN: "1" });
+  assert.match(dry.stderr, /step=would-delete rows=1000 gone=2 keys="id=3,id=4"$/m);
+  assert.equal((await there()).length, 1000);
+  assert.match((await swept()).stderr, /step=swept deleted=2 kept=0$/m);
+  await assertEqual();
+  const [run] = await shop.admin`select state, rows::int from etl.runs order by started_at desc limit 1`;
+  assert.deepEqual({ ...run }, { state: "succeeded", rows: 2 });
+});
+
+test("more than SWEEP_MAX_SHARE of the rows are refused without CONFIRM=1", async () => {
+  const [{ total } = { total: 0 }] = await shop.admin`select count(*)::int as total from orders`;
+  await shop.admin`delete from orders where id > 900`;
+  const { code, stderr } = await shop.run(sweep, orders);
+  const gone = total - (await shop.sourceRows()).length;
+  assert.match(
+    stderr,
+    new RegExp(
+      `nothing was deleted: ${gone} of ${total} rows of orders are not at the source, more than SWEEP_MAX_SHARE=0\\.05 of them\\..+make sweep PIPELINE=orders CONFIRM=1`,
+    ),
+  );
+  assert.equal(code, 2);
+  assert.equal((await there()).length, total);
+  assert.match((await swept({ CONFIRM: "1" })).stderr, new RegExp(`step=swept deleted=${gone} kept=0`));
+  await assertEqual();
+});
+
+test("a row whose deletion is not committed stays, and one that is inserted and not committed yet arrives", async () => {
+  const writer = shop.connect("writer");
+  await writer`begin`;
+  await writer`delete from orders where id = 10`;
+  await remove(11);
+  await writer`insert into orders (id, created_at) values (11, '2017-01-01'), (2001, '2017-01-01')`;
+  assert.match((await swept()).stderr, /step=swept deleted=1 kept=0/);
+  assert.ok((await there()).includes("10"));
+  await sync(); // the transaction holds its window
+  await writer`commit`;
+  await sync();
+  await swept();
+  await assertEqual();
+});
+
+test("a row that is inserted again while it reads is there after the next run", async () => {
+  await remove(20, 21);
+  const gate = hold();
+  const [run, proxy] = await startHeld(/^POST .+\/(queries|jobs)$/, gate); // the keys of the source are read
+  await using _proxy = proxy;
+  await insert(20);
+  await insert(21);
+  await shop.admin`update orders set status = 'again' where id = 21`;
+  gate.release();
+  assert.equal((await run.ended).code, 0);
+  await sync();
+  await assertEqual();
+});
+
+test("an empty source is refused, and swept with CONFIRM=1", async () => {
+  await using empty = await createShop();
+  await empty.insertRows(1, 10);
+  await empty.succeed("scripts/orders.ts");
+  await empty.admin`truncate orders`;
+  const { code, stderr } = await empty.run(sweep, orders);
+  assert.match(stderr, /nothing was deleted: 10 of 10 rows of orders are not at the source/);
+  assert.equal(code, 2);
+  await empty.succeed(sweep, { ...orders, CONFIRM: "1" });
+  assert.deepEqual(await empty.destinationRows(), []);
+});
+
+test("of a source in SQL_ASCII with umlauts in a text key nothing is removed that exists", async () => {
+  using scratch = scratchCopy();
+  scratch.editFields("orders", (fields) => [...fields, { name: "code", type: "STRING", mode: "REQUIRED" }]);
+  scratch.edit("schemas/bigquery/orders.json", (text) =>
+    text.replace('"columns":["id"]', '"columns":["code"]').replace(/"columns": \[\s*"id"\s*\]/, '"columns": ["code"]'),
+  );
+  scratch.edit("sql/orders.sql", (text) => text.replace("updated_at\nfrom", "updated_at, code\nfrom"));
+  await using ascii = await createShop({ folder: scratch.folder, encoding: "SQL_ASCII" });
+  await ascii.admin`alter table orders add code text unique`;
+  await ascii.admin`
+    insert into orders (id, user_id, code, created_at)
+    select i, 1, case i % 3 when 0 then 'Größe ' when 1 then '日本' else 'plain' end || i, '2017-01-01' from generate_series(1, 102) i`;
+  await ascii.admin`alter table orders alter code set not null`;
+  await ascii.succeed("scripts/orders.ts");
+  await ascii.admin`delete from orders where id in (3, 5)`;
+  assert.match((await ascii.succeed(sweep, orders)).stderr, /step=swept deleted=2 kept=0/);
+  assert.equal((await ascii.query("SELECT id FROM orders")).length, 100);
+  assert.equal((await ascii.run("scripts/ops/verify.ts", orders)).code, 0);
+});
+
+test("a row that another run brings back between the last look and the deletion stays, the lock lost", async () => {
+  await remove(30, 31);
+  const gate = hold();
+  const [run, proxy] = await startHeld(steps.merge, gate); // its only job that writes
+  await using _proxy = proxy;
+  await insert(30);
+  await shop.admin`select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'etl:orders%' and pid in (select pid from pg_locks where locktype = 'advisory')`;
+  await sync();
+  gate.release();
+  const { stderr } = await run.ended;
+  assert.doesNotMatch(stderr, /deleted=2/);
+  assert.ok((await there()).includes("30"));
+  await assertEqual();
+});
+
+test("killed before the deletion, the same command goes on; a held lock says who", async () => {
+  await remove(40);
+  const [run, proxy] = await startHeld(steps.merge, hold());
+  await using _proxy = proxy;
+  run.child.kill("SIGKILL");
+  await run.ended;
+  const lock = shop.connect("etl:orders run=somebody");
+  await until("its lock is gone", async () => {
+    const [{ taken } = { taken: false }] =
+      await lock`select pg_try_advisory_lock(hashtextextended('etl:orders', 0)) as taken`;
+    return taken;
+  });
+  const waiting = shop.start(sweep, orders);
+  await waiting.line(/step=waiting because="another run holds the lock" holder="etl:orders run=somebody"/);
+  assert.ok((await there()).includes("40"));
+  await lock.end();
+  assert.equal((await waiting.ended).code, 0);
+  await assertEqual();
+});
+
+test("nothing is removed for a source that is another server, a pipeline that never ran, or one without deletions", async () => {
+  const refused: [Variables, RegExp][] = [
+    ...["sensors", "events", "nonsense"].map((PIPELINE): [Variables, RegExp] => [
+      { PIPELINE },
+      new RegExp(
+        `PIPELINE must be one of ${pipelines().join(", ")} \\(deleted readings come by the log; events are deleted only`,
+      ),
+    ]),
+    [{ PIPELINE: "users" }, /users has no watermark: it has never run/],
+    [{ ...orders, SWEEP_MAX_SHARE: "2" }, /SWEEP_MAX_SHARE must be a number from 0 to 1/],
+  ];
+  for (const [variables, says] of refused) {
+    const { code, stderr } = await shop.run(sweep, variables);
+    assert.match(stderr, says);
+    assert.equal(code, 2);
+  }
+  await remove(50);
+  await shop.admin`update etl.watermarks set server = server || '0' where pipeline = 'orders'`;
+  const { code, stderr } = await shop.run(sweep, orders);
+  await shop.admin`update etl.watermarks set server = rtrim(server, '0') where pipeline = 'orders'`;
+  assert.match(stderr, /nothing was deleted: source database .+ is another one than the watermark \S+ was taken from/);
+  assert.equal(code, 2);
+  assert.ok((await there()).includes("50"));
+});

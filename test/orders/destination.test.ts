@@ -1,0 +1,144 @@
+// The destination is not the table that it was, or has something set that loses rows: doctor says so before a run does, a run stops
+// before a row moves, and the command that both name repairs it. Needs the local stack (make up).
+import assert from "node:assert/strict";
+import { after, before, test } from "node:test";
+import { createShop, type Shop, stepsOfPipeline } from "../lib/shop.ts";
+
+stepsOfPipeline((pipeline) => {
+  let shop: Shop;
+  before(async () => {
+    shop = await createShop({ pipeline });
+    await shop.insertRows(1, 5);
+    await shop.succeed(shop.script);
+  });
+  after(() => shop?.[Symbol.asyncDispose]());
+
+  const at = (): string =>
+    `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets/${shop.dataset}`;
+  const request = async (method: string, path: string, body?: object): Promise<unknown> => {
+    const headers = { "content-type": "application/json" };
+    const answer = await fetch(at() + path, { method, headers, ...(body && { body: JSON.stringify(body) }) });
+    assert.ok(answer.ok, `${method} ${path}: ${await answer.clone().text()}`);
+    return await answer.json();
+  };
+  const table = `/tables/${pipeline}`;
+  const assertSynced = async (): Promise<void> => {
+    await shop.succeed(shop.script);
+    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+  };
+
+  const rewind = new RegExp(`make rewind PIPELINE=${pipeline} TO=0001-01-01`);
+  const cases: Record<string, { change(): Promise<unknown>; says: RegExp; repair?: () => Promise<unknown> }> = {
+    "a table that expires": {
+      change: () => request("PATCH", table, { expirationTime: String(Date.now() + 86_400_000) }),
+      says: /expires at \S+, with all its rows.*SET OPTIONS \(expiration_timestamp = NULL\)/,
+      // The local server fails at an option that is NULL; the API takes it.
+      repair: () => request("PATCH", table, { expirationTime: null }),
+    },
+    "a table whose partitions expire": {
+      change: () =>
+        request("PATCH", table, { timePartitioning: { type: "MONTH", field: "created_at", expirationMs: "86400000" } }),
+      says: /each partition expires, with its rows.*SET OPTIONS \(partition_expiration_days = NULL\)/,
+      repair: () =>
+        request("PATCH", table, { timePartitioning: { type: "MONTH", field: "created_at", expirationMs: null } }),
+    },
+    "a table that requires a partition filter": {
+      change: () => request("PATCH", table, { requirePartitionFilter: true }),
+      says: /requires a partition filter, and an upsert has none/,
+    },
+    "a row access policy": {
+      change: () =>
+        shop.query(
+          `CREATE ROW ACCESS POLICY some ON ${shop.dataset}.${pipeline} GRANT TO ("user:a@b.c") FILTER USING (id < 3)`,
+        ),
+      says: /a row access policy hides rows from an upsert/,
+    },
+    "a table that was dropped, and made again": {
+      change: async () => {
+        await shop.query(`DROP TABLE ${pipeline}`);
+        const { code, stderr } = await shop.run(shop.script);
+        assert.equal(code, 2);
+        assert.match(stderr, /does not exist. Run: make migrate\./);
+        assert.match(stderr, rewind);
+        await shop.succeed("scripts/ops/migrate.ts");
+      },
+      says: /it is another one than the watermark \S+ was written to/,
+    },
+    "a table that was emptied": {
+      change: () => shop.query(`TRUNCATE TABLE ${pipeline}`),
+      says: /it is empty, and the source has rows before the watermark/,
+    },
+    "a view in the table's place": {
+      change: () => shop.query(`DROP TABLE ${pipeline}; CREATE VIEW ${pipeline} AS SELECT 1 AS id`),
+      says: /expected a table, found a VIEW\. Drop or rename it, then: make migrate/,
+      repair: async () => {
+        await shop.query(`DROP VIEW ${pipeline}`);
+        await shop.succeed("scripts/ops/migrate.ts");
+        await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "0001-01-01" });
+      },
+    },
+  };
+
+  for (const [what, { change, says, repair }] of Object.entries(cases)) {
+    test(`${what}: doctor, status and the run name it and its repair, and nothing moves`, async () => {
+      await change();
+      await shop.updateRows(1, 1, what);
+      const watermark = await shop.watermark();
+      const { code, stderr } = await shop.run(shop.script);
+      assert.match(stderr, says);
+      assert.doesNotMatch(stderr, /step=chunk/);
+      assert.notEqual(code, 0);
+      assert.equal(await shop.watermark(), watermark);
+      const doctor = await shop.run("scripts/ops/doctor.ts", { PIPELINE: pipeline });
+      assert.match(doctor.stdout, new RegExp(`^FAIL .*${says.source}`, "m"));
+      const status = await shop.run("scripts/ops/status.ts");
+      assert.match(status.stdout.replaceAll(/\s+/g, " "), says);
+      const [, sql] = /Run in BigQuery: (.*)/.exec(stderr) ?? [];
+      if (repair) await repair();
+      else if (sql) await shop.query(sql);
+      else {
+        assert.match(stderr, rewind);
+        await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "0001-01-01" });
+      }
+      await assertSynced();
+    });
+  }
+
+  test("a dataset that gives its tables an expiry: migrate creates the table without", async () => {
+    await request("PATCH", "", { defaultTableExpirationMs: "86400000", defaultPartitionExpirationMs: "86400000" });
+    await shop.query(`DROP TABLE ${pipeline}`);
+    await shop.succeed("scripts/ops/migrate.ts");
+    const made = (await request("GET", table)) as {
+      expirationTime?: string;
+      timePartitioning?: { expirationMs?: string };
+    };
+    assert.deepEqual([made.expirationTime, made.timePartitioning?.expirationMs], [undefined, undefined]);
+    await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "0001-01-01" });
+    await assertSynced();
+    await request("PATCH", table, { expirationTime: String(Date.now() + 86_400_000) });
+    const { code, stderr } = await shop.run("scripts/ops/migrate.ts");
+    assert.match(stderr, /expires at \S+, with all its rows\. Run in BigQuery: ALTER TABLE/);
+    assert.equal(code, 2);
+    await request("PATCH", table, { expirationTime: null });
+  });
+
+  test("what migrate adds leaves what is not the contract's: policy tags, collation, default values, labels", async () => {
+    const { schema } = (await request("GET", table)) as { schema: { fields: Record<string, unknown>[] } };
+    const own = {
+      policyTags: { names: ["projects/p/locations/us/taxonomies/1/policyTags/2"] },
+      collation: "und:ci",
+      defaultValueExpression: "'none'",
+    };
+    const fields = schema.fields.map((field) =>
+      field.name === shop.text ? { ...field, ...own, description: "Another." } : field,
+    );
+    await request("PATCH", table, { schema: { fields }, labels: { team: "shop" } });
+    const { stderr } = await shop.succeed("scripts/ops/migrate.ts");
+    assert.match(stderr, new RegExp(`describe \\S+\\.${shop.text}`));
+    const after = (await request("GET", table)) as { labels: unknown; schema: { fields: Record<string, unknown>[] } };
+    const { description, ...field } = after.schema.fields.find(({ name }) => name === shop.text) ?? {};
+    assert.notEqual(description, "Another.");
+    assert.deepEqual({ ...own, ...field }, field);
+    assert.deepEqual(after.labels, { team: "shop" });
+  });
+});

@@ -1,0 +1,341 @@
+// Bad input: every fault is named with its remedy, no secret is echoed, nothing moves. Needs the local stack (make up).
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { existsSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { text } from "node:stream/consumers";
+import { after, afterEach, before, test } from "node:test";
+import postgres from "postgres";
+import { timestamp } from "../../shared/env.ts";
+import { scratchCopy } from "../lib/scratch.ts";
+import { createShop, type Process, pipelines, type Result, type Shop, stepsOfPipeline } from "../lib/shop.ts";
+import { type Env, localEnv } from "../stack/env.ts";
+
+// A copy, because it has no .env: what is not in the environment is missing.
+const scratch = scratchCopy();
+after(() => scratch[Symbol.dispose]());
+
+const rewind = "scripts/ops/rewind.ts";
+const unset = (names: string[]): Env => Object.fromEntries(names.map((name) => [name, undefined]));
+const required = [
+  "SOURCE_DATABASE_URL",
+  "ETL_DATABASE_URL",
+  "BIGQUERY_PROJECT",
+  "BIGQUERY_DATASET",
+  "BIGQUERY_LOCATION",
+  "PUSHGATEWAY_URL",
+];
+const secret = "HUSH";
+
+const malformed: Record<string, [value: string, says: string]> = {
+  SOURCE_DATABASE_URL: ["mysql://reader@db/shop", "must start with postgres://"],
+  ETL_DATABASE_URL: [
+    "postgres://etl:p#ss@db:5432/shop",
+    "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
+  ],
+  BIGQUERY_PROJECT: ["my shop", "must be a project's id"],
+  BIGQUERY_DATASET: ["raw`; DROP TABLE x; --", "may hold letters, digits, _ and - only"],
+  BIGQUERY_LOCATION: ["U S", "may hold letters, digits, _ and - only"],
+  BIGQUERY_ENDPOINT: ["127.0.0.1:19050", "is not a URL"],
+  PUSHGATEWAY_URL: ["ftp://gateway", "must start with http://"],
+  WATERMARK_LAG_SECONDS: ["-1", "must be a number from 0 to "],
+  CHUNK_ROWS: ["0", "must be a whole number from 1 to "],
+  RUN_TIMEOUT_SECONDS: ["1e3", "must be a number from 1 to "],
+  FROM: ["yesterday", "must be a time of the years 0001 to 9999"],
+  TO: ["2017-02-30", "must be a time of the years 0001 to 9999, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z"],
+};
+
+const window: [variables: Env, says: string][] = [
+  [
+    { FROM: "2017-02-01", TO: "2017-01-01" },
+    "FROM 2017-02-01T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: a re-run needs both",
+  ],
+  [{ FROM: "2017-01-01T00:00:00.000002Z", TO: "2017-01-01T01:00:00.000001+01" }, "is after TO"],
+  [
+    { FROM: "2017-01-01" },
+    "FROM was given without the other: a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01",
+  ],
+  [{ TO: "2017-01-01" }, "TO was given without the other: a re-run needs both"],
+];
+
+/** Runs a command in a copy, as a person would. */
+async function command(name: string, args: string[], variables: Env, cwd = scratch.folder): Promise<Result> {
+  const env = { ...localEnv(), ...unset(["MAKEFLAGS", "MAKELEVEL", "MFLAGS"]), ...variables } as NodeJS.ProcessEnv;
+  const child = spawn(name, args, { cwd, env, stdio: ["ignore", "pipe", "pipe"] });
+  const closed = new Promise<number | null>((resolve) => child.on("close", resolve));
+  const [stdout, stderr, code] = await Promise.all([text(child.stdout), text(child.stderr), closed]);
+  return { code, stdout, stderr, signal: null };
+}
+
+stepsOfPipeline((pipeline) => {
+  const script = `scripts/${pipeline}.ts`;
+  let shop: Shop;
+  let watermark: string | undefined;
+  /** BigQuery's client tries for a quarter of a minute; no other run here comes as far as the lock that this one has. */
+  let unreachable: Process;
+  before(async () => {
+    shop = await createShop({ pipeline, folder: scratch.folder });
+    await shop.insertRows(1, 2);
+    await shop.succeed(script);
+    await shop.insertRows(3, 4);
+    watermark = await shop.watermark();
+    unreachable = shop.start(script, { BIGQUERY_ENDPOINT: "http://127.0.0.1:1" });
+  });
+  after(() => shop?.[Symbol.asyncDispose]());
+
+  afterEach(async () => {
+    assert.equal(await shop.watermark(), watermark);
+    assert.equal((await shop.admin`select from etl.runs where rows > 0`).count, 1);
+    assert.equal((await shop.admin.unsafe(`select from ${shop.table}`)).count, 4);
+  });
+
+  const assertFailed = (result: Result, code: number, says: (string | RegExp)[]): void => {
+    for (const part of says) {
+      if (typeof part === "string") assert.ok(result.stderr.includes(part), `no "${part}" in:\n${result.stderr}`);
+      else assert.match(result.stderr, part);
+    }
+    assert.equal(result.code, code, result.stderr);
+    assert.doesNotMatch(result.stderr, /^\s+at /m, "a stack trace is for programmers");
+  };
+  /** The script exits with `code`, having said all of `says`. */
+  const assertFails = async (code: number, variables: Env, says: (string | RegExp)[], of = script): Promise<Result> => {
+    const result = await shop.run(of, variables);
+    assertFailed(result, code, says);
+    return result;
+  };
+
+  test("missing variables are all listed at once, each with what it is for and an example", async () => {
+    for (const empty of [undefined, ""]) {
+      const missing = Object.fromEntries(required.map((name) => [name, empty]));
+      await assertFails(2, { ...missing, ENV_FILE: undefined }, [
+        ...required.map((name) => new RegExp(`^ {2}${name} is missing\\. .{10,}\\. Example: ${name}=.+$`, "m")),
+        `Set them in ${join(scratch.folder, ".env")} or in the environment (.env.example has them all).`,
+      ]);
+    }
+  });
+
+  test("malformed variables are all listed at once, each with what it is for and an example", async () => {
+    const values = Object.fromEntries(Object.entries(malformed).map(([name, [value]]) => [name, value]));
+    const says = Object.entries(malformed).map(([name, [, says]]) => `  ${name} ${says}`);
+    const { stderr } = await assertFails(2, values, says);
+    assert.equal(stderr.match(/ Example: [A-Z_]+=\S/g)?.length, Object.keys(malformed).length);
+  });
+
+  for (const [variables, says] of window) {
+    test(`${Object.entries(variables).map((pair) => pair.join("="))} is refused`, async () => {
+      await assertFails(2, variables, [says]);
+    });
+  }
+
+  test("SQL in FROM, TO and PIPELINE is refused", async () => {
+    const sql = `2017-01-01'; drop table public.${pipeline}; --`;
+    await assertFails(2, { FROM: sql, TO: sql }, ["FROM must be a time", "TO must be a time"]);
+    const name = `${pipeline}'; drop table etl.watermarks; --`;
+    await assertFails(2, { PIPELINE: name, TO: sql }, ["PIPELINE must be one of", "TO must be a time"], rewind);
+  });
+
+  test("an unknown argument is refused, naming it but not what follows its =", async () => {
+    const bare = await command(process.execPath, [script, "--all"], shop.env);
+    assert.match(
+      bare.stderr,
+      /unknown argument --all: arguments are given as variables, FROM=… TO=…; --help explains\./,
+    );
+    assert.equal(bare.code, 2);
+    const given = `SOURCE_DATABASE_URL=postgres://u:${secret}@db/shop`;
+    const pair = await command(process.execPath, [script, given], shop.env);
+    assert.match(pair.stderr, /unknown argument SOURCE_DATABASE_URL/);
+    assert.ok(!pair.stderr.includes(secret), pair.stderr);
+    assert.equal(pair.code, 2);
+  });
+
+  test("an ENV_FILE that is not there is named", async () => {
+    await assertFails(2, { ENV_FILE: "/no/such/.env" }, [
+      "ENV_FILE: there is no file /no/such/.env. Copy .env.example there, or unset ENV_FILE.",
+    ]);
+  });
+
+  const at = (change: Partial<URL>, variable = "SOURCE_DATABASE_URL"): string =>
+    Object.assign(new URL(shop.env[variable] ?? ""), change).href;
+  const refusals: [change: Partial<URL>, ...says: string[]][] = [
+    [{ password: "wrong" }, "Check the password in it; a special character must be percent-encoded."],
+    [{ port: "1" }, "port 1,", "Is the server running, at this host and port? For the local stack: make up"],
+    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Check the database\'s name in it.'],
+    [{ hostname: "no-such-host.invalid" }, "Check the host's name in it."],
+  ];
+  test("a source that refuses or is not there is named by its variable, with what to check", async () => {
+    for (const name of ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL"]) {
+      for (const [change, ...says] of refusals)
+        await assertFails(1, { [name]: at(change, name) }, [`cannot connect to ${name} (host `, ...says]);
+    }
+  });
+
+  const leaks: Record<string, () => Env> = {
+    "in a malformed URL, in one of another scheme, or where a name, a number or a date belongs": () => ({
+      SOURCE_DATABASE_URL: `postgres://u:${secret}@db:port/shop`,
+      ETL_DATABASE_URL: `mysql://u:${secret}@db/shop`,
+      BIGQUERY_PROJECT: `postgres://u:${secret}@db/shop`,
+      CHUNK_ROWS: secret,
+      FROM: secret,
+      TO: `2017-01-01 ${secret}`,
+    }),
+    "in a refused login": () => ({ SOURCE_DATABASE_URL: at({ password: secret }) }),
+    "that is percent-encoded, in a refused login": () => ({
+      SOURCE_DATABASE_URL: at({ password: `${secret}%2F%40%22%5C` }),
+    }),
+    "with a percent sign of its own": () => ({
+      SOURCE_DATABASE_URL: at({ password: secret }).replace(secret, `${secret}%ZZ`),
+    }),
+    "in another user's name": () => ({ SOURCE_DATABASE_URL: at({ username: `${secret}%3Aodd`, password: secret }) }),
+    "of a port that nobody listens on": () => ({
+      ETL_DATABASE_URL: at({ password: secret, port: "1" }, "ETL_DATABASE_URL"),
+    }),
+  };
+  for (const [where, variables] of Object.entries(leaks)) {
+    test(`a password ${where} is never echoed`, async () => {
+      const { stdout, stderr } = await shop.run(script, variables());
+      assert.match(stderr, /error: \S/);
+      const runs = await shop.admin`select error from etl.runs`;
+      const said = stdout + stderr + JSON.stringify(runs);
+      assert.ok(!said.replaceAll(`role ${secret}`, "").replaceAll(`user "${secret}`, "").includes(secret), said);
+    });
+  }
+
+  test("BigQuery that is not there is named by its variable, with what to check", async () => {
+    assertFailed(await unreachable.ended, 1, ["ECONNREFUSED", "Check BIGQUERY_ENDPOINT"]);
+  });
+
+  test("nothing of all this has moved a row", async () => {
+    assert.deepEqual(await shop.query(`SELECT id FROM ${pipeline} ORDER BY id`), [{ id: "1" }, { id: "2" }]);
+    assert.deepEqual(await shop.stagingTables(), []);
+  });
+});
+
+const impossible = [
+  ...[
+    "2017-02-29",
+    "2017-13-01",
+    "2017-00-10",
+    "2017-04-31",
+    "2017-01-01T24:00:00Z",
+    "2017-01-01T23:60:00Z",
+    "2017-01-01T23:59:60Z",
+  ],
+  ...[
+    "01/02/2017",
+    "2017-1-1",
+    "20170101",
+    "now",
+    "infinity",
+    "2017-01-01T00:00:00.1234567Z",
+    "2017-01-01 Europe/Berlin",
+    "0000-01-01",
+  ],
+  ...[
+    "2017-01-01T00:00+99:00",
+    "2017-01-01T00:00+05:99",
+    "9999-12-31T23:59-01:00",
+    "2017-01-01'; drop table orders; --",
+    "٢٠١٧-٠١-٠١",
+  ],
+];
+test("a point in time that is none is refused", () => {
+  for (const value of impossible) assert.throws(() => timestamp(value), /must be a time/, value);
+});
+
+test("a point in time is the one that Postgres reads, to the microsecond", async () => {
+  const dates = [
+    "0001-01-01",
+    "0050-06-15",
+    "0099-12-31",
+    "1582-10-10",
+    "1969-12-31",
+    "2016-02-29",
+    "2017-01-31",
+    "9999-12-30",
+  ];
+  const times = [
+    "",
+    " 00:00",
+    "T23:59:59",
+    "T12:34:56.1Z",
+    " 23:59:59.999999",
+    "T00:00:00.000001-09:30",
+    "T01:02+0545",
+    "T23:59:59.5-12",
+    "T00:30:00+14:00",
+  ];
+  const given = dates.flatMap((date) => times.map((time) => date + time)).filter((value) => !/^0001.*\+/.test(value));
+  const connection = { TimeZone: "UTC" };
+  const utc = postgres(localEnv().SOURCE_DATABASE_URL ?? "", { max: 1, fetch_types: false, connection });
+  for (const value of given) {
+    const read = timestamp(value);
+    assert.match(read, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00$/, value);
+    const [row] =
+      await utc`select ${value}::text::timestamptz::text as expected, ${read}::text::timestamptz::text as read`;
+    assert.equal(row?.read, row?.expected, value);
+  }
+  await utc.end();
+});
+
+const scripts = [
+  ...pipelines.map((name) => `scripts/${name}.ts`),
+  rewind,
+  "scripts/ops/migrate.ts",
+  "scripts/ops/status.ts",
+];
+for (const script of scripts) {
+  test(`${script} --help prints its header and needs no environment`, async () => {
+    const { code, stdout } = await command(process.execPath, [script, "--help"], unset([...required, "ENV_FILE"]));
+    const name = script.replace(/.*\/|\.ts/g, "");
+    assert.match(stdout, new RegExp(`^${name}: .*\\n[^]*\\n *make ${name}`));
+    assert.doesNotMatch(stdout, /^ ?\*|\/\*\*/m);
+    assert.equal(code, 0);
+  });
+}
+
+/** Without looking for a newer lock file: `npm ci` in a copy would empty the node_modules that it is linked to. */
+const make = (args: string[], variables: Env = {}, cwd?: string): Promise<Result> =>
+  command("make", ["--old-file=node_modules/.package-lock.json", ...args], variables, cwd);
+
+test("make alone prints every target with a line of help", async () => {
+  const { code, stdout } = await make([]);
+  for (const target of ["up", "down", "stack-status", "data", "migrate", ...pipelines, "rewind", "status"]) {
+    assert.match(stdout, new RegExp(`^ *make ${target} +\\S.{10,}$`, "m"));
+  }
+  assert.equal(code, 0);
+});
+
+// `$(…)` and `$x` in a value on make's own command line are make's to expand, before any recipe: `$(shell …)` there runs,
+// as the caller's. In the environment they are text, and what make hands on is text to the recipes.
+test("a value with shell metacharacters runs nothing, through make's command line or the environment", async () => {
+  using copy = scratchCopy();
+  const pwned = join(copy.folder, "pwned");
+  // Scripts that say what reached them, and start faster.
+  for (const script of scripts)
+    writeFileSync(
+      join(copy.folder, script),
+      "process.stdout.write([process.env.FROM, process.env.PIPELINE, ''].join('|'))",
+    );
+  const shells = [
+    `'; touch ${pwned}; '`,
+    `2017-01-01'; touch ${pwned}; '`,
+    `"; touch ${pwned}; "`,
+    `\`touch ${pwned}\``,
+    `2017-01-01\n touch ${pwned}`,
+    `| touch ${pwned} &`,
+  ];
+  const assertText = async (run: Promise<Result>, expected: string): Promise<void> => {
+    const { code, stdout } = await run;
+    assert.deepEqual([code, stdout], [0, expected]);
+    assert.equal(existsSync(pwned), false, expected);
+  };
+  for (const target of [...pipelines, "rewind"]) {
+    for (const value of shells) {
+      await assertText(make([target, `FROM=${value}`, "PIPELINE=p"], {}, copy.folder), `${value}|p|`);
+    }
+    for (const value of [...shells, `$(shell touch ${pwned})`, `$(touch ${pwned})`, `$$(touch ${pwned})`]) {
+      await assertText(make([target], { FROM: value, PIPELINE: value }, copy.folder), `${value}|${value}|`);
+    }
+    await assertText(make([target, `FROM=$$(touch ${pwned})`, "PIPELINE=p"], {}, copy.folder), `$(touch ${pwned})|p|`);
+  }
+});

@@ -1,0 +1,327 @@
+import assert from "node:assert/strict";
+import { setTimeout as delay } from "node:timers/promises";
+import {
+  assertEqualRows,
+  assertExpiring,
+  assertHeals,
+  assertNoSessions,
+  changed,
+  copyBlocked,
+  createProxy,
+  ending,
+  hold,
+  lastRun,
+  narrow,
+  pass,
+  pause,
+  reach,
+  sessions,
+  sharedShop,
+  steps,
+  widen,
+  withhold,
+} from "../lib/faults.ts";
+import { type Process, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
+
+async function kill(shop: Shop, run: Process): Promise<void> {
+  run.child.kill("SIGKILL");
+  assert.equal((await ending(run)).signal, "SIGKILL");
+  await assertNoSessions(shop);
+}
+
+const killed = "a run killed";
+
+stepsOfPipeline((pipeline) => {
+  const test = sharedShop({ pipeline, pushgateway: true });
+
+  for (const { when, step, gate, inFlight = false } of [
+    { when: "while it extracts, with rows in flight", step: steps.upload, gate: pause(1000), inFlight: true },
+    { when: "while it uploads", step: steps.upload, gate: hold() },
+    { when: "after the load and before it knows of it", step: steps.upload, gate: withhold() },
+    { when: "after the load and before the MERGE", step: steps.merge, gate: hold() },
+  ]) {
+    test(`${killed} ${when} has merged nothing and moved nothing, leaves no session and no lock, and the next run heals it`, async (change) => {
+      const { shop } = change;
+      if (inFlight) await widen(change);
+      const watermark = await shop.watermark();
+      const run = await change.startHeld(step, gate);
+      if (inFlight) await copyBlocked(shop);
+      await kill(shop, run);
+      assert.equal(await shop.watermark(), watermark);
+      assert.deepEqual(await shop.destinationRows(), change.before);
+      await assertExpiring(shop, 1);
+      if (inFlight) await narrow(change);
+      await assertHeals(shop, changed);
+    });
+  }
+
+  test(`${killed} after the MERGE and before the watermark moved is healed by a run that upserts the same rows again`, async ({
+    shop,
+    startHeld,
+  }) => {
+    const before = await shop.watermark();
+    await kill(shop, await startHeld(steps.mergeState, withhold()));
+    await assertEqualRows(shop);
+    assert.equal(await shop.watermark(), before);
+    const { stderr } = await assertHeals(shop, changed);
+    assert.match(stderr, new RegExp(`inserted=0 updated=${changed} `));
+  });
+
+  test(`${killed} after the watermark moved and before it was recorded leaves nothing to do to the next run`, async ({
+    shop,
+    startHeld,
+  }) => {
+    const before = await shop.watermark();
+    const gate = withhold();
+    const run = await startHeld(steps.mergeState, gate);
+    const { run_id } = await lastRun(shop);
+    await shop.connect("locker").begin(async (locker) => {
+      await locker`lock table etl.runs in share mode`;
+      gate.release();
+      await until("the watermark moved", async () => (await shop.watermark()) !== before);
+      await until("the record waits", async () => (await sessions(shop)).some(({ wait }) => wait === "relation"));
+      run.child.kill("SIGKILL");
+      await ending(run);
+    });
+    await assertNoSessions(shop);
+    await assertHeals(shop, 0);
+    const states = await shop.admin`
+      select run_id = ${run_id} as killed, state from etl.runs order by started_at desc limit 2`;
+    assert.deepEqual(
+      [...states],
+      [
+        { killed: false, state: "succeeded" },
+        { killed: true, state: "running" },
+      ],
+    );
+  });
+
+  test(`${killed} after the watermark moved and before it was reported is reported by the next run, which moves 0 rows`, async ({
+    shop,
+    start,
+  }) => {
+    await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
+    const push = hold();
+    gateway.fault(steps.push, push);
+    const before = [await shop.watermark(), await shop.metrics()] as const;
+    const run = start({ PUSHGATEWAY_URL: gateway.url });
+    await reach(run, push.reached);
+    await kill(shop, run);
+    await assertEqualRows(shop);
+    assert.ok(((await shop.watermark()) ?? "") > (before[0] ?? ""));
+    assert.deepEqual(await shop.metrics(), before[1]);
+    await assertHeals(shop, 0);
+    const metrics = await shop.metrics();
+    for (const name of ["etl_last_success_timestamp_seconds", "etl_watermark_timestamp_seconds"])
+      assert.ok((metrics[name] ?? 0) > (before[1][name] ?? 0), name);
+  });
+
+  test("the MERGE of a killed run that reaches BigQuery late, after newer runs, puts no old version back", async ({
+    shop,
+    first,
+    startHeld,
+  }) => {
+    const merge = hold();
+    await kill(shop, await startHeld(steps.merge, merge));
+    await shop.updateRows(first, first + 39, "newer");
+    await assertHeals(shop, changed);
+    // The ten updated rows that were not changed again are equal in both; seen to be written, they say that the MERGE has run.
+    const ten = `id BETWEEN ${first + 40} AND ${first + 49}`;
+    await shop.query(`DELETE FROM ${pipeline} WHERE ${ten}`);
+    merge.release();
+    await until("the late MERGE has run", async () => {
+      const [row] = await shop.query(`SELECT count(*) AS n FROM ${pipeline} WHERE ${ten}`);
+      return row?.n === "10";
+    });
+    await assertEqualRows(shop);
+  });
+
+  test("a run killed in its third chunk is resumed there: what the first two moved stays moved", async ({
+    shop,
+    proxy,
+    startHeld,
+  }) => {
+    proxy.fault(steps.merge, pass, 2);
+    await kill(shop, await startHeld(steps.merge, hold(), { CHUNK_ROWS: "30" }));
+    await assertHeals(shop, changed - 60);
+  });
+
+  test("a second run at the same time names the holder and since when, exits 0, pushes nothing and records nothing", async ({
+    shop,
+    startHeld,
+  }) => {
+    await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
+    const merge = hold();
+    const first = await startHeld(steps.merge, merge);
+    const recorded = await shop.admin`select * from etl.runs order by started_at`;
+    const second = await shop.succeed(shop.script, { PUSHGATEWAY_URL: gateway.url });
+    assert.match(
+      second.stderr,
+      new RegExp(
+        `^\\S+ pipeline=${pipeline} run=\\w+ step=skipped because="another run holds the lock" holder=${recorded.at(-1)?.run_id} host=\\S+ pid=${first.child.pid} postgres_pid=\\d+ since=\\d{4}-\\S+$`,
+      ),
+    );
+    assert.deepEqual(gateway.requests, []);
+    assert.deepEqual(await shop.admin`select * from etl.runs order by started_at`, recorded);
+    merge.release();
+    const { code, stderr } = await ending(first);
+    assert.equal(code, 0);
+    assert.match(stderr, new RegExp(`step=done rows=${changed} `));
+    await assertEqualRows(shop);
+  });
+
+  for (const atFirst of [false, true]) {
+    const when = atFirst ? " at the first load, when there is no watermark yet" : "";
+    test(`two runs at once with the lock lost${when} end equal: the loser's compare-and-set fails, exit 1`, async ({
+      shop,
+      last,
+      startHeld,
+    }) => {
+      if (atFirst) {
+        await shop.admin`delete from etl.watermarks`;
+        await shop.query(`DELETE FROM ${pipeline} WHERE true`);
+      }
+      const merge = hold();
+      const loser = await startHeld(steps.merge, merge);
+      const ended = await shop.admin`
+        select pg_terminate_backend(pid, 5000) from pg_locks
+        where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())`;
+      assert.equal(ended.length, 1);
+      const winner = await shop.succeed(shop.script);
+      assert.match(winner.stderr, new RegExp(`step=done rows=${atFirst ? last : changed} `));
+      const watermark = await shop.watermark();
+      merge.release();
+      const { code, stderr } = await ending(loser);
+      assert.equal(code, 1);
+      assert.match(
+        stderr,
+        new RegExp(
+          `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found \\S+\\): nothing is lost, the rows of this run are upserted\\. Next: make status`,
+        ),
+      );
+      assert.equal(await shop.watermark(), watermark);
+      await assertEqualRows(shop);
+      await assertHeals(shop, 0);
+    });
+  }
+
+  test("a run twice: the second moves 0 rows", async ({ shop }) => {
+    await assertHeals(shop, changed);
+    await assertHeals(shop, 0);
+  });
+
+  test("a run by hand waits for the lock, upserts its window, and leaves the watermark and the metrics alone", async ({
+    shop,
+    last,
+    startHeld,
+  }) => {
+    await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
+    const merge = hold();
+    const first = await startHeld(steps.merge, merge);
+    const window = { FROM: "2017-01-01", TO: "2999-01-01" };
+    const byHand = shop.start(shop.script, { ...window, PUSHGATEWAY_URL: gateway.url });
+    await byHand.line(
+      /step=waiting because="another run holds the lock" holder=\w+ host=\S+ pid=\d+ postgres_pid=\d+ since=/,
+    );
+    const early = await shop.run(shop.script, { ...window, RUN_TIMEOUT_SECONDS: "2" });
+    assert.equal(early.code, 1);
+    assert.match(early.stderr, /error: the run's deadline of 2 s \(RUN_TIMEOUT_SECONDS\) has passed/);
+    await shop.query(`DELETE FROM ${pipeline} WHERE id BETWEEN 10 AND 30`); // what a person re-runs a window for
+    merge.release();
+    assert.equal((await ending(first)).code, 0);
+    const watermark = await shop.watermark();
+    const { code, stderr } = await ending(byHand);
+    assert.equal(code, 0, stderr);
+    assert.match(stderr, new RegExp(`inserted=21 updated=${last - 21} `));
+    assert.match(stderr, new RegExp(`step=done rows=${last} .*(?<!watermark=\\S*)$`));
+    await assertEqualRows(shop);
+    assert.equal(await shop.watermark(), watermark);
+    assert.deepEqual(gateway.requests, []);
+  });
+
+  for (const signal of ["SIGTERM", "SIGINT"] as const) {
+    test(`${signal} in mid-run ends it with exit 1, a text, its job cancelled and its state recorded; the next run heals it`, async ({
+      shop,
+      proxy,
+      startHeld,
+    }) => {
+      const run = await startHeld(steps.merge, hold());
+      run.child.kill(signal);
+      const { code, stderr } = await ending(run);
+      assert.equal(code, 1);
+      const text = `stopped by ${signal}. No chunk is half applied; the next run resumes at the watermark. Next: make status`;
+      assert.ok(stderr.endsWith(`error: ${text}`), stderr);
+      assert.equal(proxy.requests.filter((line) => steps.cancel.test(line)).length, 1);
+      const { state, error } = await lastRun(shop);
+      assert.deepEqual([state, error], ["failed", text]);
+      await assertNoSessions(shop);
+      await assertHeals(shop, changed);
+    });
+  }
+
+  test("one signal that two send, as timeout and make do, is one: the run records its end", async ({
+    shop,
+    startHeld,
+  }) => {
+    const run = await startHeld(steps.merge, hold());
+    for (const signal of ["SIGTERM", "SIGINT"] as const) run.child.kill(signal); // two of one kind might arrive as one
+    const { code, stderr } = await ending(run);
+    assert.equal(code, 1);
+    assert.match(stderr, /error: stopped by SIG(TERM|INT)\. No chunk is half applied/);
+    assert.equal((await lastRun(shop)).state, "failed");
+    await assertHeals(shop, changed);
+  });
+
+  test("a second Ctrl-C does not wait for anything", async ({ shop, proxy, startHeld }) => {
+    const cancel = hold();
+    proxy.fault(steps.cancel, cancel);
+    const run = await startHeld(steps.merge, hold());
+    run.child.kill("SIGINT");
+    await reach(run, cancel.reached);
+    await delay(1100); // within a second it would be the same one
+    run.child.kill("SIGINT");
+    assert.equal((await ending(run)).code, 1);
+    await assertNoSessions(shop);
+    await assertHeals(shop, changed);
+  });
+
+  test("make rewind during a run is refused and names the run; the run is not disturbed", async ({
+    shop,
+    startHeld,
+  }) => {
+    const merge = hold();
+    const run = await startHeld(steps.merge, merge);
+    const rewind = await shop.run("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "2017-06-01" });
+    assert.equal(rewind.code, 1);
+    const { run_id } = await lastRun(shop);
+    assert.match(
+      rewind.stderr,
+      new RegExp(
+        `error: a run of ${pipeline} is going \\(${run_id}, [^)]+\\). Once it has ended: make rewind PIPELINE=${pipeline} TO=2017-06-01`,
+      ),
+    );
+    merge.release();
+    assert.equal((await ending(run)).code, 0);
+    await assertEqualRows(shop);
+  });
+
+  test("a watermark set back by SQL during a run stays set back: the run loses its compare-and-set, and the next reads all again", async ({
+    shop,
+    last,
+    startHeld,
+  }) => {
+    const merge = hold();
+    const run = await startHeld(steps.merge, merge);
+    await shop.admin`update etl.watermarks set watermark = '2017-06-01'`;
+    merge.release();
+    const { code, stderr } = await ending(run);
+    assert.equal(code, 1);
+    assert.match(
+      stderr,
+      new RegExp(
+        `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\.000000\\+00\\)`,
+      ),
+    );
+    await assertHeals(shop, last);
+  });
+});

@@ -1,0 +1,243 @@
+import assert from "node:assert/strict";
+import {
+  answer,
+  assertEqualRows,
+  assertHeals,
+  changed,
+  createProxy,
+  ending,
+  hold,
+  lastRun,
+  sharedShop,
+  steps,
+  trickle,
+} from "../lib/faults.ts";
+import { freePort, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
+
+const always = [
+  "etl_future_rows",
+  "etl_last_run_timestamp_seconds",
+  "etl_unknown_source_columns",
+  "etl_watermark_hold_seconds",
+];
+const ofSuccess = [
+  "etl_bytes",
+  "etl_bytes_billed",
+  "etl_duration_seconds",
+  "etl_last_success_timestamp_seconds",
+  "etl_rows",
+  "etl_watermark_timestamp_seconds",
+];
+
+/** The pipeline's metrics, without those that the Pushgateway itself adds to a group. */
+async function pushed(shop: Shop): Promise<Record<string, number>> {
+  return Object.fromEntries(Object.entries(await shop.metrics()).filter(([name]) => name.startsWith("etl_")));
+}
+
+const warning = (error: string, what = "the metrics were not pushed"): RegExp =>
+  new RegExp(`step=warning warning="${what}; the run itself is not affected" error=.*${error}`);
+
+/** Deletes the pipeline's group, as if it had never been pushed. */
+async function forget(shop: Shop): Promise<void> {
+  const url = `${shop.env.PUSHGATEWAY_URL}/metrics/job/etl/pipeline/${shop.pipeline}`;
+  assert.ok((await fetch(url, { method: "DELETE" })).ok);
+  await until("the group is gone", async () => Object.keys(await shop.metrics()).length === 0);
+}
+
+/** The run succeeded, with a warning; its rows, its record and its watermark are those of any other. */
+async function assertUnaffected(shop: Shop, variables: Record<string, string>, ...warnings: RegExp[]): Promise<void> {
+  const before = await shop.watermark();
+  const { code, stderr } = await ending(shop.start(shop.script, variables));
+  assert.equal(code, 0, stderr);
+  for (const expected of warnings) assert.match(stderr, expected);
+  assert.match(stderr, new RegExp(`step=done rows=${changed} `));
+  await assertEqualRows(shop);
+  const { state, rows } = await lastRun(shop);
+  assert.deepEqual([state, rows], ["succeeded", changed]);
+  assert.ok(((await shop.watermark()) ?? "") > (before ?? ""));
+}
+
+/** A run that fails because its source has lost a column; the column is there again afterwards. */
+async function failRun(shop: Shop, variables: Record<string, string> = {}): Promise<string> {
+  const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
+  await shop.admin`alter table ${table} rename ${column} to other`;
+  const { code, stderr } = await shop.run(shop.script, variables);
+  await shop.admin`alter table ${table} rename other to ${column}`;
+  assert.equal(code, 2, stderr);
+  return stderr;
+}
+
+stepsOfPipeline((pipeline) => {
+  const test = sharedShop({ pipeline, pushgateway: true });
+
+  test("a Pushgateway that is down costs a warning, never the run", async ({ shop }) => {
+    await assertUnaffected(shop, { PUSHGATEWAY_URL: `http://127.0.0.1:${await freePort()}` }, warning("ECONNREFUSED"));
+  });
+
+  for (const { how, fault } of [
+    { how: "hangs", fault: hold() },
+    { how: "answers too slowly to end", fault: trickle },
+  ]) {
+    test(`a Pushgateway that ${how} costs a warning, never the run`, async ({ shop }) => {
+      await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
+      gateway.fault(steps.push, fault);
+      await assertUnaffected(shop, { PUSHGATEWAY_URL: gateway.url }, warning("timeout"));
+    });
+  }
+
+  test("a Pushgateway that answers 503 costs a warning, never the run", async ({ shop }) => {
+    await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
+    gateway.fault(steps.push, answer(503));
+    await assertUnaffected(shop, { PUSHGATEWAY_URL: gateway.url }, warning("503"));
+  });
+
+  test("a Pushgateway that rejects the metrics costs a warning with its reason, never the run", async ({ shop }) => {
+    await forget(shop);
+    // Another job has pushed a metric of the same name and another type: the real Pushgateway refuses ours.
+    const other = `${shop.env.PUSHGATEWAY_URL}/metrics/job/other`;
+    assert.ok((await fetch(other, { method: "POST", body: "# TYPE etl_rows counter\netl_rows 1\n" })).ok);
+    await assertUnaffected(shop, {}, warning("400"));
+    assert.deepEqual(await pushed(shop), {});
+    assert.ok((await fetch(other, { method: "DELETE" })).ok);
+  });
+
+  test("HEARTBEAT_URL is told of start, then success or failure, of this pipeline; of a run by hand nothing", async ({
+    shop,
+  }) => {
+    await using service = await createProxy(shop.env.PUSHGATEWAY_URL, { signed: true });
+    service.fault(steps.anything, async ({ response }) => void response.end("OK"));
+    const variables = { HEARTBEAT_URL: `${service.url}/key/{pipeline}?rid=1` };
+    await assertUnaffected(shop, variables);
+    await failRun(shop, variables);
+    await shop.succeed(shop.script, { ...variables, FROM: "2017-01-01", TO: "2017-01-02" });
+    const events = ["/start", "", "/start", "/fail"];
+    assert.deepEqual(
+      service.requests,
+      events.map((event) => `GET /key/${pipeline}${event}?rid=1`),
+    );
+  });
+
+  for (const { how, fault, error } of [
+    { how: "is away", error: "ECONNREFUSED" },
+    { how: "hangs", fault: hold(), error: "timeout" },
+    { how: "refuses", fault: answer(503), error: "503" },
+  ])
+    test(`a HEARTBEAT_URL that ${how} costs a warning, never the run`, async ({ shop }) => {
+      await using service = await createProxy(shop.env.PUSHGATEWAY_URL);
+      if (fault) service.fault(steps.anything, fault);
+      const url = fault ? service.url : `http://127.0.0.1:${await freePort()}`;
+      const warnings = ["start", "success"].map((event) => warning(error, `HEARTBEAT_URL was not told of ${event}`));
+      await assertUnaffected(shop, { HEARTBEAT_URL: url }, ...warnings);
+    });
+
+  test("a Pushgateway that is down does not hide why a run failed", async ({ shop }) => {
+    const stderr = await failRun(shop, { PUSHGATEWAY_URL: `http://127.0.0.1:${await freePort()}` });
+    assert.match(stderr, warning("ECONNREFUSED"));
+    assert.match(stderr, /error: the source differs from the contract, nothing was moved:/);
+    await assertHeals(shop, changed);
+  });
+
+  test("after success the metrics of the design are there, with the run's values", async ({ shop }) => {
+    await forget(shop);
+    const before = Date.now() / 1000;
+    const { stderr } = await assertHeals(shop, changed);
+    const metrics = await pushed(shop);
+    assert.deepEqual(Object.keys(metrics).sort(), [...ofSuccess, ...always].sort());
+    const [, bytes, seconds] =
+      /step=done rows=\d+ bytes=(\d+) chunks=1 bytes_billed=\d+ seconds=(\S+)/.exec(stderr) ?? [];
+    assert.equal(metrics.etl_rows, changed);
+    assert.equal(metrics.etl_bytes, Number(bytes));
+    // Two queries: the check of the keys reads the staging table, the MERGE both tables; BigQuery bills at least 10 MiB of each.
+    const billed = 3 * 10 * 2 ** 20;
+    assert.equal(metrics.etl_bytes_billed, billed);
+    assert.match(stderr, new RegExp(`step=done .* bytes_billed=${billed} `));
+    const [run] = await shop.admin`select bytes_billed::int from etl.runs order by started_at desc limit 1`;
+    assert.equal(run?.bytes_billed, billed);
+    assert.ok(Math.abs((metrics.etl_duration_seconds ?? 0) - Number(seconds)) < 1);
+    assert.equal(metrics.etl_unknown_source_columns, 0);
+    assert.equal(metrics.etl_watermark_hold_seconds, 0);
+    for (const name of ["etl_last_success_timestamp_seconds", "etl_last_run_timestamp_seconds"])
+      assert.ok((metrics[name] ?? 0) >= before && (metrics[name] ?? 0) <= Date.now() / 1000, name);
+    const [row] = await shop.admin`select extract(epoch from watermark)::float8 as seconds from etl.watermarks`;
+    assert.ok(Math.abs((metrics.etl_watermark_timestamp_seconds ?? 0) - row?.seconds) < 0.001);
+  });
+
+  test("the group is job and pipeline, and nothing that changes per run: two runs and a failure are one group", async ({
+    shop,
+  }) => {
+    await forget(shop);
+    await assertHeals(shop, changed);
+    await assertHeals(shop, 0);
+    await failRun(shop);
+    const response = await fetch(`${shop.env.PUSHGATEWAY_URL}/api/v1/metrics`);
+    const { data } = (await response.json()) as { data: { labels: Record<string, string> }[] };
+    assert.deepEqual(
+      data.map(({ labels }) => labels),
+      [{ job: "etl", pipeline }],
+    );
+    const text = await (await fetch(`${shop.env.PUSHGATEWAY_URL}/metrics`)).text();
+    const labels = new Set([...text.matchAll(/^etl_\w+\{(.*)\}/gm)].map((match) => match[1]));
+    assert.deepEqual([...labels], [`instance="",job="etl",pipeline="${pipeline}"`]);
+  });
+
+  test("after a failure the last success is as it was, and the failure is there", async ({ shop }) => {
+    await forget(shop);
+    await assertHeals(shop, changed);
+    const before = await pushed(shop);
+    await failRun(shop);
+    const after = await pushed(shop);
+    assert.deepEqual(Object.keys(after).sort(), [...ofSuccess, ...always, "etl_last_failure_timestamp_seconds"].sort());
+    for (const name of [...ofSuccess, "etl_watermark_hold_seconds"]) assert.equal(after[name], before[name], name);
+    assert.ok((after.etl_last_failure_timestamp_seconds ?? 0) > (before.etl_last_success_timestamp_seconds ?? 0));
+    assert.equal(after.etl_last_run_timestamp_seconds, after.etl_last_failure_timestamp_seconds);
+  });
+
+  test("a pipeline that has only ever failed has no last success, not one at 0", async ({ shop }) => {
+    await forget(shop);
+    await failRun(shop);
+    const names = Object.keys(await pushed(shop));
+    assert.ok(names.includes("etl_last_failure_timestamp_seconds"));
+    assert.deepEqual(
+      names.filter((name) => ofSuccess.includes(name)),
+      [],
+    );
+    await assertHeals(shop, changed);
+  });
+
+  test("a run that moved nothing is a success: its rows are 0, and its time is new", async ({ shop }) => {
+    await assertHeals(shop, changed);
+    const before = await pushed(shop);
+    await assertHeals(shop, 0);
+    const after = await pushed(shop);
+    assert.equal(after.etl_rows, 0);
+    for (const name of ["etl_last_success_timestamp_seconds", "etl_watermark_timestamp_seconds"])
+      assert.ok((after[name] ?? 0) > (before[name] ?? 0), name);
+  });
+
+  test("a held watermark is a metric for as long as it is held", async ({ shop }) => {
+    const slow = shop.connect("slow writer");
+    await slow.begin(async (late) => {
+      await late`select now()`;
+      await until("the transaction is a second old", async () => {
+        const [row] = await late`select clock_timestamp() > now() + interval '1 second' as old`;
+        return row?.old;
+      });
+      await shop.succeed(shop.script);
+      const { etl_watermark_hold_seconds: hold = 0 } = await pushed(shop);
+      assert.ok(hold >= 1 && hold < 60, `${hold} s`);
+    });
+    await assertHeals(shop, 0);
+    assert.equal((await pushed(shop)).etl_watermark_hold_seconds, 0);
+  });
+
+  test("a new source column is a warning and a metric, until it is gone", async ({ shop }) => {
+    await shop.admin`alter table ${shop.admin(shop.table)} add column coupon text`;
+    const { stderr } = await shop.succeed(shop.script);
+    const columns = `public\\.${pipeline} has columns that are not in \\S+, and are not synced`;
+    assert.match(stderr, new RegExp(`step=warning warning="${columns}" columns=coupon`));
+    assert.equal((await pushed(shop)).etl_unknown_source_columns, 1);
+    await shop.admin`alter table ${shop.admin(shop.table)} drop column coupon`;
+    await assertHeals(shop, 0);
+    assert.equal((await pushed(shop)).etl_unknown_source_columns, 0);
+  });
+});

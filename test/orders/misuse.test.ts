@@ -1,0 +1,223 @@
+// What a second pair of eyes broke once: each of these lost, doubled or hung something, or said nothing useful.
+import assert from "node:assert/strict";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { after, before, test } from "node:test";
+import { scratchCopy } from "../lib/scratch.ts";
+import { createShop, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
+
+const scratch = scratchCopy(["test"]);
+after(() => scratch[Symbol.dispose]());
+
+stepsOfPipeline((pipeline) => {
+  const script = `scripts/${pipeline}.ts`;
+  let shop: Shop;
+  before(async () => {
+    shop = await createShop({ pipeline, folder: scratch.folder, pushgateway: true });
+    await shop.insertRows(1, 3);
+    await shop.succeed(script);
+  });
+  after(() => shop?.[Symbol.asyncDispose]());
+
+  const assertSynced = async (): Promise<void> => {
+    await shop.succeed(script);
+    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+  };
+  const assertRefuses = async (code: number, text: RegExp, variables = {}): Promise<void> => {
+    const state = async (): Promise<unknown[]> => [await shop.watermark(), await shop.destinationRows()];
+    const before = await state();
+    const result = await shop.run(script, variables);
+    assert.equal(result.code, code, result.stderr);
+    assert.match(result.stderr, text);
+    assert.doesNotMatch(result.stderr, /^ {4}at /m, "a stack trace where a sentence should be");
+    assert.deepEqual(await state(), before);
+  };
+
+  test("a re-run by hand reads no further than the bound, so that a late commit with an older now() still arrives", async () => {
+    const update = `update ${pipeline} set updated_at = now(), ${shop.text}`;
+    await shop.admin.unsafe(`alter table ${pipeline} disable trigger user`);
+    try {
+      const late = shop.connect("late");
+      await late.begin(async (transaction) => {
+        await transaction`select now()`;
+        await shop.admin.unsafe(`${update} = 'first' where id = 1`);
+        const { stderr } = await shop.succeed(script, { FROM: "2026-01-01", TO: "9999-01-01" });
+        assert.match(stderr, /step=held by="pid \d+, application \\"late\\"/);
+        await transaction.unsafe(`${update} = 'last' where id = 1`);
+      });
+      await assertSynced();
+    } finally {
+      await shop.admin.unsafe(`alter table ${pipeline} enable trigger user`);
+    }
+  });
+
+  test("a SELECT that returns a key twice merges nothing, and names the key", async () => {
+    await shop.updateRows(1, 3, "changed");
+    {
+      using _ = scratch.edit(`sql/${pipeline}.sql`, (text) =>
+        text.replace(
+          `from public.${pipeline}`,
+          `from public.${pipeline} join (values (1), (2)) twice (n) on id = 2 or n = 1`,
+        ),
+      );
+      await assertRefuses(
+        2,
+        new RegExp(`sql/${pipeline}\\.sql returned the key {"id":2} more than once; nothing of this chunk was merged`),
+      );
+    }
+    assert.deepEqual(await shop.stagingTables(), []);
+    await assertSynced();
+  });
+
+  test("a transaction in which track_activities was switched on is not taken for none", async () => {
+    const sql = shop.connect("hidden");
+    await sql`set track_activities = off`;
+    const [session] = await sql`select pg_backend_pid() as pid`;
+    await sql.begin(async (transaction) => {
+      await transaction`set local track_activities = on`;
+      await transaction`update ${sql(shop.table)} set ${sql(shop.text)} = 'hidden' where id = 1`;
+      await assertRefuses(
+        1,
+        /no bound is safe: pid \d+, application "hidden", role postgres hides when its transaction began/,
+      );
+    });
+    await sql.end();
+    await until("the session is gone", async () => {
+      const { count } = await shop.admin`select from pg_stat_activity where pid = ${session?.pid}`;
+      return count === 0;
+    });
+    await assertSynced();
+  });
+
+  test("settings of a role that would end its sessions or change their answers", async () => {
+    const settings = {
+      ...{ transaction_timeout: "100ms", idle_session_timeout: "100ms", idle_in_transaction_session_timeout: "100ms" },
+      ...{ statement_timeout: "1ms", lock_timeout: "1ms", default_transaction_read_only: "on", exit_on_error: "on" },
+      ...{ default_transaction_isolation: "serializable", default_transaction_deferrable: "on", row_security: "on" },
+      ...{ quote_all_identifiers: "on", standard_conforming_strings: "off", transform_null_equals: "on" },
+    };
+    for (const role of ["etl_reader", "etl_metadata"])
+      for (const [name, value] of Object.entries(settings))
+        await shop.admin.unsafe(`alter role ${role} in database ${shop.dataset} set ${name} = '${value}'`);
+    await shop.updateRows(1, 3, "wide".repeat(2_000_000)); // a chunk, and its COPY, that take longer than 100 ms
+    await assertSynced();
+    for (const role of ["etl_reader", "etl_metadata"])
+      await shop.admin.unsafe(`alter role ${role} in database ${shop.dataset} reset all`);
+    await shop.updateRows(1, 3, "narrow");
+  });
+
+  test("a session that the server ends in the middle of a statement: the server's words are the error", async () => {
+    const holder = shop.connect("holder");
+    await holder`select pg_advisory_lock(hashtextextended(${`etl:${pipeline}`}, 0))`;
+    const run = shop.start(script, { FROM: "2026-01-01", TO: "2026-01-02" });
+    await until("it waits for the lock, and its session is ended", async () => {
+      const [row] = await shop.admin`
+        select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and usename = 'etl_metadata' and wait_event = 'advisory'`;
+      return row;
+    });
+    const { code, stderr } = await run.ended;
+    assert.match(stderr, /^error: terminating connection due to administrator command/m);
+    assert.equal(code, 1);
+    await holder.end();
+  });
+
+  test("a server that does not tell its history: one warning says what is not noticed, and the run succeeds", async () => {
+    const functions = "function pg_control_system(), pg_walfile_name(pg_lsn), pg_current_wal_flush_lsn()";
+    await shop.admin.unsafe(`revoke execute on ${functions} from public`);
+    await shop.updateRows(1, 3, "without history");
+    const { stderr } = await shop.succeed(script);
+    const warnings = stderr.split("\n").filter((line) => line.includes("step=warning"));
+    assert.equal(warnings.length, 1, stderr);
+    assert.match(
+      warnings[0] ?? "",
+      /a restore or a failover is not noticed: permission denied for function pg_control_sys/,
+    );
+    await shop.admin.unsafe(`grant execute on ${functions} to public`);
+    await assertSynced();
+  });
+
+  test("a row of the future: the run warns with its key and the statement that corrects it, and a metric has the count", async () => {
+    await shop.admin.unsafe(`alter table ${pipeline} disable trigger user`);
+    await shop.admin.unsafe(`update ${pipeline} set updated_at = '2099-01-01' where id = 2`);
+    const { stderr } = await shop.succeed(script);
+    assert.match(
+      stderr,
+      new RegExp(`step=warning warning="1 rows of public.${pipeline} lie in the future.*" rows=1 first="id=2"`),
+    );
+    const [, correct = ""] = /Run: (update .*?;)/.exec(stderr) ?? [];
+    const { stdout } = await shop.run("scripts/ops/status.ts");
+    assert.match(stdout.replaceAll(/\s+/g, " "), /1 rows of its source lie in the future/);
+    const doctor = await shop.run("scripts/ops/doctor.ts", { PIPELINE: pipeline });
+    assert.match(doctor.stdout, /^FAIL .*1 rows of public\.\w+ lie in the future, .* Run: update public/m);
+    assert.equal((await shop.metrics()).etl_future_rows, 1);
+    await shop.admin.unsafe(correct);
+    await assertSynced();
+    assert.equal((await shop.metrics()).etl_future_rows, 0);
+    await shop.admin.unsafe(`alter table ${pipeline} enable trigger user`);
+  });
+
+  test("files that an editor leaves, a comment after the last semicolon, two hosts, a broken contract: no harm, or a sentence", async () => {
+    const contract = `schemas/bigquery/${pipeline}.json`;
+    for (const name of [`.${pipeline}.json.swp`, `${pipeline}.json~`, "README.md"])
+      writeFileSync(join(scratch.folder, "schemas/bigquery", name), "");
+    const { stdout } = await shop.succeed("scripts/ops/status.ts", { JSON: "1" });
+    const names = JSON.parse(stdout).map((status: { pipeline: string }) => status.pipeline);
+    assert.ok(names.includes(pipeline) && !names.some((name: string) => /json|README/.test(name)), stdout);
+    await shop.insertRows(4, 5);
+    {
+      using _ = scratch.edit(`sql/${pipeline}.sql`, (text) => `${text}-- the end;\n`);
+      await assertSynced();
+    }
+    const { SOURCE_DATABASE_URL: url = "" } = shop.env;
+    await assertRefuses(2, /SOURCE_DATABASE_URL must name one host/, {
+      SOURCE_DATABASE_URL: url.replace("127.0.0.1", "127.0.0.9,127.0.0.1"),
+    });
+    for (const [broken, says] of [
+      [
+        (text: string) => text.replace("tableConstraints", "constraints"),
+        "with schema\\.fields and tableConstraints\\.primaryKey",
+      ],
+      [() => "{", ".* JSON"],
+      [
+        (text: string) =>
+          text.replace('{ "name": "created_at"', '{ "name": "Updated_At", "type": "DATE" }, { "name": "created_at"'),
+        ".*: field \\w+ exists twice: BigQuery's names do not tell A from a",
+      ],
+    ] as const) {
+      using _ = scratch.edit(contract, broken);
+      await assertRefuses(2, new RegExp(`${contract} must be a BigQuery Table resource ${says}`));
+    }
+  });
+
+  if (pipeline !== "orders") return; // with SOAK=1 both would write the same files
+  test("a table outside public, its cursor of another name, grants on the SELECT's columns only: all that reads it, does", async () => {
+    await shop.admin.unsafe(`create schema crm; create table crm.stores (
+      id bigint primary key, name text, secret text, modified_at timestamptz not null default clock_timestamp())`);
+    const made = { TABLE: "crm.stores", CURSOR: "modified_at", EVERY: "1d" };
+    const { stdout } = await shop.succeed("scripts/ops/new-pipeline.ts", made);
+    const statements = stdout.replace(
+      "grant select on crm.stores",
+      "grant select (id, name, modified_at) on crm.stores",
+    );
+    for (const statement of statements.split("\n").filter((line) => /^(grant|create) /.test(line)))
+      await shop.admin.unsafe(statement);
+    scratch.edit("sql/stores.sql", (text) => text.replace("  secret,\n", ""));
+    scratch.editFields("stores", (fields) => fields.filter(({ name }) => name !== "secret"));
+    await shop.succeed("scripts/ops/migrate.ts");
+    await shop.admin`insert into crm.stores (id, name) select i, 'store ' || i from generate_series(1, 3) i`;
+    await shop.succeed("scripts/stores.ts");
+    await shop.admin`delete from crm.stores where id = 3`;
+    await shop.succeed("scripts/ops/sweep.ts", { PIPELINE: "stores", CONFIRM: "1" });
+    await shop.succeed("scripts/ops/verify.ts", { PIPELINE: "stores" });
+    assert.deepEqual(await shop.query("SELECT name FROM stores ORDER BY id"), [
+      { name: "store 1" },
+      { name: "store 2" },
+    ]);
+    const doctor = await shop.succeed("scripts/ops/doctor.ts", { PIPELINE: "stores" });
+    assert.match(doctor.stdout, /^ok .*stores: index on modified_at/m);
+    await shop.admin`revoke select (name) on crm.stores from etl_reader`;
+    const { stderr } = await shop.run("scripts/stores.ts");
+    assert.match(stderr, /Run as a superuser: grant select \(name\) on crm\.stores to etl_reader;/);
+  });
+});

@@ -1,0 +1,266 @@
+/**
+ * sensors when anything of it is killed, anywhere: every change is in ClickHouse once, and the latest wins.
+ *   SEED=…  a campaign's seed, as it was printed    SOAK=1  fifty kills
+ */
+import assert from "node:assert/strict";
+import { Readable } from "node:stream";
+import { buffer } from "node:stream/consumers";
+import { pipeline } from "node:stream/promises";
+import { suite, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
+import { topicState } from "../../shared/sensors/epoch.ts";
+import {
+  createProxy,
+  ending,
+  type Fault,
+  type Gate,
+  type HttpProxy,
+  hold,
+  pass,
+  reach,
+  withhold,
+} from "../lib/faults.ts";
+import { random, seed } from "../lib/random.ts";
+import { assertExact, assertSame, createSensors, type Sensors, startWriters } from "../lib/sensors.ts";
+import { createServers, type SensorsServer } from "../lib/servers.ts";
+import { type Process, until } from "../lib/shop.ts";
+
+const soak = process.env.SOAK === "1";
+
+async function kill(run: Process): Promise<void> {
+  run.child.kill("SIGKILL");
+  const { code, signal, stderr } = await ending(run);
+  assert.equal(signal, "SIGKILL", `it had ended by itself, exit ${code}:\n${stderr}`);
+}
+
+/** A consumer that is told to stop does so by itself. */
+async function stop(run: Process): Promise<string> {
+  run.child.kill("SIGTERM");
+  const { code, stderr } = await ending(run, 30);
+  assert.equal(code, 0, stderr);
+  return stderr;
+}
+
+/** ClickHouse behind a proxy. `next` is what happens to the next inserts of messages, so many of them; all else passes. */
+async function createInsertProxy(sensors: Sensors): Promise<HttpProxy & { next(fault: Fault, times?: number): void }> {
+  const proxy = await createProxy(sensors.shop.env.CLICKHOUSE_URL);
+  let [next, left] = [pass, 0];
+  proxy.fault(/^POST/, async (exchange) => {
+    const { searchParams } = new URL(exchange.request.url ?? "", proxy.url);
+    const inserts = searchParams.get("query")?.startsWith("INSERT INTO sensor_landing");
+    await (inserts && left-- > 0 ? next : pass)(exchange);
+  });
+  return Object.assign(proxy, {
+    next: (fault: Fault, times = 1) => {
+      [next, left] = [fault, times];
+    },
+  });
+}
+
+/** Held until it is released, whoever has sent it may be gone by then; `done` once ClickHouse has answered. */
+function lateInsert(): Gate & { done: Promise<void> } {
+  const [reached, released, done] = [0, 1, 2].map(() => Promise.withResolvers<void>()) as [Step, Step, Step];
+  const fault: Fault = async ({ request, send, reply }) => {
+    const body = await buffer(request);
+    reached.resolve();
+    await released.promise;
+    const answer = await send(body);
+    done.resolve();
+    await reply(answer);
+  };
+  return Object.assign(fault, { reached: reached.promise, release: released.resolve, done: done.promise });
+}
+type Step = PromiseWithResolvers<void>;
+
+suite("sensors killed", { concurrency: true }, () => {
+  test("at random points, as are Kafka, Connect and ClickHouse, while applications write: exact, and the consumers that live wait it out", async (t) => {
+    const below = random(seed);
+    await using servers = await createServers();
+    await using sensors = await createSensors({ servers: servers.env });
+    const consumers: Process[] = [await sensors.consumer(), await sensors.consumer()];
+    const writers = startWriters(sensors, seed);
+
+    const kinds = ["consumer", "clickhouse", "kafka", "connect"] as const;
+    const victims = Array.from({ length: soak ? 50 : 4 }, (_, n) => kinds[n % 4] ?? "consumer");
+    for (let n = victims.length - 1; n > 0; n--) {
+      const other = below(n + 1);
+      [victims[n], victims[other]] = [victims[other] ?? "consumer", victims[n] ?? "consumer"];
+    }
+    for (const victim of victims) {
+      await delay(below(2000));
+      const [down, which] = [below(1000), below(2)];
+      const at = writers.committed();
+      if (victim === "consumer") {
+        await kill(consumers[which] as Process);
+        consumers[which] = sensors.shop.start("scripts/sensors.ts"); // the group waits for the session of the killed one
+      } else {
+        await servers.kill(victim satisfies SensorsServer);
+        await delay(down);
+        await servers.start(victim);
+      }
+      t.diagnostic(`${victim} killed after ${at} transactions`);
+    }
+    await writers.stop();
+    await assertExact(sensors, 90);
+    t.diagnostic(`${writers.committed()} transactions`);
+    for (const consumer of consumers) await stop(consumer);
+  });
+
+  test("rows of a COPY, and of one INSERT, all arrive, whatever restarts the connector among them", async (t) => {
+    const below = random(seed);
+    await using sensors = await createSensors();
+    const { shop } = sensors;
+    const consumer = await sensors.consumer();
+    const name = `etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
+    const restart = new URL(`/connectors/${name}/restart?includeTasks=true`, shop.env.CONNECT_URL);
+    let [restarts, over] = [0, false];
+    const restarting = (async () => {
+      for (; !over; await delay(300 + below(2000))) {
+        await fetch(restart, { method: "POST" });
+        restarts += 1;
+      }
+    })();
+    let id = 1;
+    for (const end = performance.now() + (soak ? 300_000 : 30_000); performance.now() < end; id += 200) {
+      const lines = Array.from({ length: 100 }, (_, n) => `${id + n}\ts\tcopied\t1\t2024-01-01Z\n`).join("");
+      const copy = "copy sensor_readings (id, sensor_id, metric, value, recorded_at) from stdin";
+      await shop.admin.begin(async (sql) => {
+        await pipeline(Readable.from([lines]), await sql.unsafe(copy).writable());
+        await sql`
+          insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+          select n, 's', 'inserted', 1, '2024-01-01Z' from generate_series(${id + 100}::int, ${id + 199}::int) n`;
+      });
+      await delay(below(20));
+    }
+    over = true;
+    await restarting;
+    t.diagnostic(`${restarts} restarts among ${id - 1} rows`);
+    await sensors.connector();
+    await assertExact(sensors, 120);
+    await stop(consumer);
+  });
+
+  suite("at one point", { concurrency: 3 }, () => {
+    const rows = 300;
+    /** Rows of a source that are in ClickHouse; no consumer runs. */
+    const begin = async (): Promise<Sensors> => {
+      const sensors = await createSensors();
+      await sensors.shop.admin`
+        insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+        select i, 'S' || i % 3, 'm', 0, '2024-01-01Z' from generate_series(1, ${rows}::int) i`;
+      const consumer = await sensors.consumer();
+      await assertExact(sensors);
+      await stop(consumer);
+      return sensors;
+    };
+    /** Gives these rows a value, and moves their sorting keys. */
+    const update = ({ shop }: Sensors, value: number) =>
+      shop.admin`update sensor_readings set value = ${value}, sensor_id = 'S' || (id + ${value}::int) % 3 where metric = 'm'`;
+    const state = ({ admin, topic, shop }: Sensors) => topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
+    const offsets = async (sensors: Sensors): Promise<bigint[]> =>
+      (await state(sensors)).map(({ committed }) => committed);
+    /** Messages that the group has not committed. */
+    const lag = async (sensors: Sensors): Promise<number> =>
+      (await state(sensors)).reduce((sum, partition) => sum + partition.lag, 0);
+    const written = (sensors: Sensors) => until("the update is in the topic", async () => (await lag(sensors)) >= rows);
+    /** How many rows with this value ClickHouse has. */
+    const arrived = async (sensors: Sensors, value: number): Promise<number> =>
+      (await sensors.readings()).filter((row) => row.value === String(value)).length;
+
+    for (const { when, gate, inserted } of [
+      { when: "before its insert has reached ClickHouse", gate: hold(), inserted: false },
+      { when: "between its insert and its commit", gate: withhold(), inserted: true },
+    ])
+      test(`${when}: nothing is committed, the next consumer inserts the same batch again, exact`, async () => {
+        await using sensors = await begin();
+        await update(sensors, 1);
+        await written(sensors);
+        const before = await offsets(sensors);
+        await using proxy = await createInsertProxy(sensors);
+        proxy.next(gate, 3); // there may be one of each partition
+        const consumer = sensors.shop.start("scripts/sensors.ts", { CLICKHOUSE_URL: proxy.url });
+        await reach(consumer, gate.reached);
+        await kill(consumer);
+        assert.deepEqual(await offsets(sensors), before, "committed"); // the lag grows by canaries
+        assert.equal((await arrived(sensors, 1)) > 0, inserted, "inserted");
+        const next = await sensors.consumer();
+        await assertExact(sensors);
+        assert.match(await stop(next), new RegExp(` step=done rows=${rows + 1} `)); // and what shows that all is there
+        gate.release();
+      });
+
+    test("its insert that reaches ClickHouse late, after newer changes, puts no old row back", async () => {
+      await using sensors = await begin();
+      await update(sensors, 1);
+      await written(sensors);
+      const late = lateInsert();
+      await using proxy = await createInsertProxy(sensors);
+      proxy.next(late);
+      const consumer = sensors.shop.start("scripts/sensors.ts", { CLICKHOUSE_URL: proxy.url });
+      await reach(consumer, late.reached);
+      await kill(consumer);
+      await update(sensors, 2);
+      await sensors.shop.admin`delete from sensor_readings where id % 10 = 0`;
+      const next = await sensors.consumer();
+      await assertExact(sensors);
+      late.release();
+      await late.done;
+      assertSame(await sensors.readings(), await sensors.source());
+      await stop(next);
+    });
+
+    for (const leaves of ["first", "second"] as const)
+      test(`not, but joined by a second consumer in the middle of a batch, after which the ${leaves} is stopped in the middle of one: exact`, async (t) => {
+        await using sensors = await begin();
+        const writers = startWriters(sensors, seed);
+        await using proxy = await createInsertProxy(sensors);
+        const [joining, leaving] = [lateInsert(), lateInsert()];
+        proxy.next(joining);
+        const slow = sensors.shop.start("scripts/sensors.ts", { CLICKHOUSE_URL: proxy.url });
+        await reach(slow, joining.reached);
+        const other = await sensors.consumer();
+        joining.release();
+        const two = await slow.line(/step=assigned .* partitions=(?!0,1,2)/);
+        t.diagnostic(two);
+        const [stopped, stays] = leaves === "first" ? [slow, other] : [other, slow];
+        proxy.next(leaving);
+        await reach(slow, leaving.reached);
+        const ended = stop(stopped);
+        await stopped.line(/step=stopping/);
+        leaving.release();
+        await ended;
+        const before = writers.committed();
+        await until("the applications have gone on", () => writers.committed() > before + 50);
+        await writers.stop();
+        await assertExact(sensors);
+        assert.match(await stop(stays), /step=assigned .* partitions=0,1,2$/m);
+      });
+
+    test("not, but frozen in the middle of a batch until another has taken its partitions and gone on: once it wakes, exact", async () => {
+      await using sensors = await begin();
+      await update(sensors, 1);
+      await written(sensors);
+      await using proxy = await createInsertProxy(sensors);
+      const late = lateInsert();
+      proxy.next(late);
+      const frozen = sensors.shop.start("scripts/sensors.ts", { CLICKHOUSE_URL: proxy.url });
+      await reach(frozen, late.reached);
+      frozen.child.kill("SIGSTOP");
+      const other = await sensors.consumer();
+      await update(sensors, 2);
+      await assertExact(sensors);
+      const committed = await offsets(sensors);
+      frozen.child.kill("SIGCONT");
+      late.release();
+      await late.done;
+      await other.line(/step=assigned .* partitions=(?!0,1,2)/); // it is a member again
+      (await offsets(sensors)).forEach(
+        (offset, at) => void assert.ok(offset >= (committed[at] ?? 0n), "the offsets went back"),
+      );
+      assertSame(await sensors.readings(), await sensors.source());
+      await update(sensors, 3);
+      await assertExact(sensors);
+      await Promise.all([stop(frozen), stop(other)]);
+    });
+  });
+});

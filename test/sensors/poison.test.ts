@@ -1,0 +1,666 @@
+// Messages that are no valid change: each is dead-lettered with what it was and why, and nothing stops for it; a mass of them does.
+import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import { suite, test } from "node:test";
+import fc from "fast-check";
+import type { Message } from "kafkajs";
+import { statementsOf } from "../../scripts/ops/lib/migrations.ts";
+import { insertRowBinary, landingRows } from "../../shared/sensors/clickhouse.ts";
+import { createPoisonLimit } from "../../shared/sensors/consumer.ts";
+import { createProxy, ending } from "../lib/faults.ts";
+import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
+import { until } from "../lib/shop.ts";
+import { root } from "../stack/env.ts";
+
+const soak = process.env.SOAK === "1";
+const deadLettersScript = "scripts/ops/dead-letters.ts";
+const replayScript = "scripts/ops/replay-dead-letters.ts";
+
+// biome-ignore lint/suspicious/noExplicitAny: any JSON
+type Json = any;
+const row = (id: number, value: Json = 1.5): Json => ({
+  id,
+  sensor_id: `S${id % 3}`,
+  metric: "temp",
+  value,
+  recorded_at: "2024-01-01T00:00:00.000001Z",
+});
+const envelope = (op: string, before: Json, after: Json): Json => ({
+  before,
+  after,
+  source: { ts_ms: Date.now() },
+  op,
+});
+const keyOf = (id: number): string => JSON.stringify({ id });
+const message = (id: number, op: string, before: Json, after: Json): Message => ({
+  key: keyOf(id),
+  value: JSON.stringify(envelope(op, before, after)),
+});
+const created = (id: number, value?: Json): Message => message(id, "c", null, row(id, value));
+
+const bytes = (of: Message["value"] | Message["key"]): Buffer => (Buffer.isBuffer(of) ? of : Buffer.from(of ?? ""));
+const digest = (of: Message["value"]): string => createHash("sha256").update(bytes(of)).digest("hex").toUpperCase();
+
+interface DeadLetter {
+  partition: number;
+  offset: string;
+  reason: string;
+  key: string | null;
+  length: string;
+  digest: string;
+}
+
+/** Dead letters with their values' digests: bytes that are no text would not come through JSON. */
+async function readDeadLetters({ shop }: Sensors): Promise<DeadLetter[]> {
+  const answer = await shop.clickhouse.query({
+    query: `SELECT partition, toString(offset) AS offset, reason, key, toString(length(value)) AS length, hex(SHA256(value)) AS digest
+      FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset`,
+    format: "JSONEachRow",
+  });
+  return await answer.json();
+}
+
+/** What the group has committed of each partition. */
+async function committed({ admin, shop, topic }: Sensors): Promise<string[]> {
+  const [of] = await admin.fetchOffsets({ groupId: shop.env.SENSORS_GROUP ?? "", topics: [topic] });
+  return (of?.partitions ?? []).sort((a, b) => a.partition - b.partition).map(({ offset }) => offset);
+}
+
+const caughtUp = async (consumer: Consumer): Promise<boolean> => {
+  const lags = Object.entries(await consumer.metrics()).filter(([name]) => name.startsWith("etl_sensors_lag{"));
+  return lags.length > 0 && lags.every(([, lag]) => lag === 0);
+};
+
+async function stop(consumer: Consumer): Promise<void> {
+  consumer.child.kill("SIGTERM");
+  const { code, stderr } = await ending(consumer);
+  assert.equal(code, 0, stderr);
+}
+
+const after = (change: Json): string => JSON.stringify(envelope("c", null, { ...row(1), ...change }));
+const without = (column: string): string => {
+  const { [column]: _, ...rest } = row(1);
+  return JSON.stringify(envelope("c", null, rest));
+};
+const noChange = "no change: op is none of c, r, u, d";
+const onlyKey = "before has only its key: is REPLICA IDENTITY FULL on the source table and each of its partitions?";
+const text = (length: number): string => "x".repeat(length);
+
+/** What comes as the value (under the key of id 1, unless a key is given), and the reason for which it is dead-lettered. */
+const poison: Record<string, { value: string | Buffer; reason: string; key?: string | null }> = {
+  "not JSON": { value: "hello", reason: "not JSON" },
+  "an empty value": { value: "", reason: "not JSON" },
+  "half an envelope": { value: after({}).slice(0, 60), reason: "not JSON" },
+  "an envelope and a half": { value: after({}) + after({}).slice(0, 9), reason: "not JSON" },
+  "JSON null": { value: "null", reason: noChange },
+  "a number": { value: "1", reason: noChange },
+  "an array of envelopes": { value: `[${after({})}]`, reason: noChange },
+  "another shape": { value: '{"a": 1}', reason: noChange },
+  "a row without an envelope": { value: JSON.stringify(row(1)), reason: noChange },
+  "an op that is no text": { value: after({}).replace('"op":"c"', '"op":{"c":1}'), reason: noChange },
+  "an op that nobody knows": { value: JSON.stringify(envelope("m", null, row(1))), reason: noChange },
+  "an insert without a row": { value: JSON.stringify(envelope("c", row(1), null)), reason: "after is no object" },
+  "a row that is an array": { value: JSON.stringify(envelope("c", null, [row(1)])), reason: "after is no object" },
+  "a delete without the old row": { value: JSON.stringify(envelope("d", null, null)), reason: "before is no object" },
+  "a delete whose old row is only a key": {
+    value: JSON.stringify(envelope("d", { ...row(1), sensor_id: null, metric: null, value: null, note: null }, null)),
+    reason: onlyKey,
+  },
+  "a change of the sorting key whose old row is only a key": {
+    value: JSON.stringify(envelope("u", { ...row(900), sensor_id: null, metric: null, value: null }, row(900))),
+    key: keyOf(900),
+    reason: onlyKey,
+  },
+  "an update without the old row": {
+    value: JSON.stringify(envelope("u", null, row(1))),
+    reason: "before is no object",
+  },
+  "an id that is text": { value: after({ id: "1" }), reason: "after.id is no 64-bit integer" },
+  "an id that is a fraction": { value: after({ id: 1.5 }), reason: "after.id is no 64-bit integer" },
+  "an id that is null": { value: after({ id: null }), reason: "after.id is no 64-bit integer" },
+  "an id beyond 64 bits": {
+    value: after({}).replace('"id":1', '"id":9223372036854775808'),
+    reason: "after.id is no 64-bit integer",
+  },
+  "no id": { value: without("id"), reason: "after.id is no 64-bit integer" },
+  "a sensor_id that is a number": {
+    value: after({ sensor_id: 5 }),
+    reason: "after.sensor_id is neither text nor null",
+  },
+  "no metric": { value: without("metric"), reason: "after.metric is neither text nor null" },
+  "a value that is text": { value: after({ value: "12" }), reason: "after.value is neither a number nor null" },
+  "no value": { value: without("value"), reason: "after.value is neither a number nor null" },
+  "a time that is a word": {
+    value: after({ recorded_at: "now" }),
+    reason: "after.recorded_at is no time that DateTime64 holds",
+  },
+  "a time that is a number": {
+    value: after({ recorded_at: 10 }),
+    reason: "after.recorded_at is no text",
+  },
+  "30 February": {
+    value: after({ recorded_at: "2024-02-30T00:00:00Z" }),
+    reason: "after.recorded_at is no time that DateTime64 holds",
+  },
+  "25 o'clock": {
+    value: after({ recorded_at: "2024-01-01T25:00:00Z" }),
+    reason: "after.recorded_at is no time that DateTime64 holds",
+  },
+  "a time that is null": {
+    value: after({ recorded_at: null }),
+    reason: "after.recorded_at is no text",
+  },
+  "a large value that Debezium does not know": {
+    value: after({ sensor_id: "__debezium_unavailable_value" }),
+    reason: "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
+  },
+  "no key": { value: after({}), key: null, reason: "no key" },
+  "an empty key": { value: after({}), key: "", reason: "the key is not the row's id" },
+  "another row's key": { value: after({}), key: keyOf(2), reason: "the key is not the row's id" },
+  "a key that is no JSON": { value: after({}), key: "1", reason: "the key is not the row's id" },
+  "an update that changes the id": {
+    value: JSON.stringify(envelope("u", row(2), row(1))),
+    reason: "an update that changes the id",
+  },
+  "a TRUNCATE": {
+    value: JSON.stringify(envelope("t", null, null)),
+    key: null,
+    reason: "TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)",
+  },
+  "a null byte": { value: after({ metric: "a b" }).replace("a b", "a\0b"), reason: "not JSON" },
+  "a null byte after the envelope": { value: `${after({})}\0`, reason: "not JSON" },
+  "5 MB of no JSON": { value: text(5_000_000), reason: "not JSON" },
+  "5 MB of JSON": { value: JSON.stringify({ text: text(5_000_000) }), reason: noChange },
+  "a key of 1 MB": { value: after({}), key: text(1_000_000), reason: "the key is not the row's id" },
+  "bytes that are no UTF-8": {
+    value: Buffer.from(after({ metric: "\u{fffd}" }).replace("\u{fffd}", "\xff\xfe"), "latin1"),
+    reason: "not JSON",
+  },
+  "100,000 brackets": { value: "[".repeat(100_000) + "]".repeat(100_000), reason: "not JSON" },
+};
+
+suite("poison", { concurrency: true }, () => {
+  test("each kind of poison is dead-lettered with its reason, place, key and bytes; what is around it arrives", async () => {
+    await using sensors = await createSensors({ connector: false });
+    const consumer = await sensors.consumer();
+    const kinds = Object.entries(poison);
+    // Fewer than the hundred messages of which a share may be too much.
+    assert.ok(kinds.length * 2 < 100);
+    const sent = kinds.map(([name, { value, key = keyOf(1), reason }], index) => ({
+      name,
+      partition: index % 3,
+      offset: String(Math.floor(index / 3) * 2),
+      reason,
+      key,
+      length: String(bytes(value).length),
+      digest: digest(value),
+    }));
+    for (const [index, [, { value, key = keyOf(1) }]] of kinds.entries())
+      await sensors.produce([
+        { key, value, partition: index % 3 },
+        { ...created(1000 + index), partition: index % 3 },
+      ]);
+    await until("all are there", () => caughtUp(consumer));
+    const found = await readDeadLetters(sensors);
+    const named = found.map((letter) => ({
+      name: sent.find(({ partition, offset }) => letter.partition === partition && letter.offset === offset)?.name,
+      ...letter,
+    }));
+    assert.deepEqual(
+      named,
+      sent.toSorted((a, b) => a.partition - b.partition || Number(a.offset) - Number(b.offset)),
+    );
+    const readings = await sensors.readings();
+    assert.deepEqual(
+      readings.map(({ id }) => id),
+      ["900", ...kinds.map((_, index) => String(1000 + index))], // of 900 the old row alone is unknown
+    );
+    const metrics = await consumer.metrics();
+    assert.equal(metrics.etl_sensors_dead_letters_total, kinds.length);
+    assert.equal(metrics.etl_sensors_rows_total, kinds.length);
+    await stop(consumer);
+  });
+
+  test("a mass of poison ends the consumer, without a commit: the share of the last 1,000 messages that is allowed is not exceeded", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    const { shop } = sensors;
+    const bad = (count: number): Message[] =>
+      Array.from({ length: count }, (_, index) => ({ key: keyOf(index), value: `bad ${index}` }));
+    const good = (first: number, count: number): Message[] =>
+      Array.from({ length: count }, (_, index) => created(first + index));
+    const consumer = await sensors.consumer();
+    // A tenth of them, which is what SENSORS_POISON_SHARE allows unless told otherwise.
+    await sensors.produce([...good(1, 900), ...bad(100)]);
+    await until("they are committed", async () => (await committed(sensors))[0] === "1000");
+    await sensors.produce([...good(1001, 880), ...bad(120)]);
+    const { code, stderr } = await ending(consumer);
+    assert.equal(code, 1, stderr);
+    const says =
+      /error: 101 of the last 1,000 messages are not valid changes \(limit: SENSORS_POISON_SHARE=0\.1\)\. The last batch was not committed; the next start reads it again\. Next: make dead-letters \(says why\)$/m;
+    assert.match(stderr, says);
+    assert.deepEqual(await committed(sensors), ["1000"]);
+    const letters = (await sensors.deadLetters()).map(({ offset }) => Number(offset));
+    assert.equal(letters.length, 220);
+
+    // Nothing has changed, so it stops again; each dead letter is there once.
+    const again = await shop.run("scripts/sensors.ts", { UNTIL: "caught-up" });
+    assert.equal(again.code, 1, again.stderr);
+    assert.match(again.stderr, /error: 98 of the last 978 messages are not valid changes/);
+    assert.deepEqual(await committed(sensors), ["1000"]);
+    assert.equal((await sensors.deadLetters()).length, 220);
+
+    // Told to, it does.
+    await sensors.catchUp({ SENSORS_POISON_SHARE: "0.12" });
+    assert.deepEqual(await committed(sensors), ["2000"]);
+    assert.deepEqual(
+      (await sensors.deadLetters()).map(({ offset }) => Number(offset)),
+      letters,
+    );
+    assert.equal((await sensors.readings()).length, 1780);
+  });
+
+  test("bad messages of a quiet hour do not end the consumer, though they are all that came", async () => {
+    await using sensors = await createSensors({ connector: false });
+    const consumer = await sensors.consumer();
+    const bad = (id: number): Message => ({ key: keyOf(id), value: "bad", partition: id % 3 });
+    await sensors.produce([bad(1)]);
+    await until("it is committed", async () => (await committed(sensors)).includes("1"));
+    await sensors.produce(Array.from({ length: 98 }, (_, index) => bad(index)));
+    await until("all are there", () => caughtUp(consumer));
+    assert.equal((await consumer.metrics()).etl_sensors_dead_letters_total, 99);
+    assert.equal((await fetch(`${await consumer.url}/healthz`)).status, 200);
+    // The hundredth.
+    await sensors.produce([bad(3)]);
+    const { code, stderr } = await ending(consumer);
+    assert.equal(code, 1, stderr);
+    assert.match(stderr, /error: 100 of the last 100 messages are not valid changes/);
+  });
+
+  test("the share is that of the last 1,000 messages, whatever the batches", () => {
+    fc.assert(
+      fc.property(
+        fc.array(fc.record({ messages: fc.integer({ min: 1, max: 300 }), bad: fc.nat(100) }), { maxLength: 60 }),
+        fc.constantFrom(0, 0.1, 0.5, 1),
+        (batches, share) => {
+          const limit = createPoisonLimit(share);
+          const seen: boolean[] = []; // whether each message was bad
+          for (const { messages, bad } of batches) {
+            const count = Math.min(bad, messages);
+            const dead = Array.from({ length: count }, (_, index) => Math.floor((index * messages) / count));
+            let stops = false;
+            for (let index = 0; index < messages && !stops; index++) {
+              seen.push(dead.includes(index));
+              const last = seen.slice(-1000);
+              stops = last.length >= 100 && last.filter(Boolean).length > share * last.length;
+            }
+            let stopped = false;
+            try {
+              limit(messages, dead);
+            } catch {
+              stopped = true;
+            }
+            assert.equal(stopped, stops);
+            if (stopped) return;
+          }
+        },
+      ),
+    );
+  });
+
+  test("dead letters are listed with where, when, why and how they begin, for people and for programs", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    const { shop, topic } = sensors;
+    const none = await shop.succeed(deadLettersScript);
+    assert.equal(none.stdout, `no dead letters of ${topic}\n`);
+    await sensors.produce([
+      created(1),
+      { key: keyOf(2), value: `tab\there\n${text(100)}` },
+      { key: null, value: after({}) },
+      { key: keyOf(4), value: Buffer.from([0, 0xff, 0xfe, 0x41]) },
+      { key: keyOf(5), value: "not JSON" },
+    ]);
+    await sensors.catchUp();
+    const { stdout } = await shop.succeed(deadLettersScript);
+    const at = String.raw`\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}`;
+    for (const line of [
+      /^EPOCH +PARTITION +OFFSET +PARKED_AT +REASON +KEY +BYTES +BEGINS$/m,
+      new RegExp(String.raw`^1 +0 +1 +${at} +not JSON +\{"id":2\} +109 +tab\?here\?x{51}$`, "m"),
+      new RegExp(
+        String.raw`^1 +0 +2 +${at} +no key +NULL +${after({}).length} +\{"before":null,"after":\{"id":1,.*$`,
+        "m",
+      ),
+      new RegExp(String.raw`^1 +0 +3 +${at} +not JSON +\{"id":4\} +4 +\?�+A$`, "m"),
+      new RegExp(`^not JSON +1 +3 +${at} +${at}$`, "m"),
+      new RegExp(`^no key +1 +1 +${at} +${at}$`, "m"),
+      /^Next: fix the source, or the views by a new file in schemas\/clickhouse \(make migrate\), then: make replay-dead-letters$/m,
+    ])
+      assert.match(stdout, line);
+    const two = JSON.parse((await shop.succeed(deadLettersScript, { JSON: "1", LIMIT: "2" })).stdout);
+    assert.deepEqual(
+      two.letters.map(({ parked_at: _, ...letter }: Record<string, unknown>) => letter),
+      [
+        {
+          epoch: 1,
+          partition: 0,
+          offset: 1,
+          reason: "not JSON",
+          key: keyOf(2),
+          bytes: 109,
+          begins: `tab?here?${text(51)}`,
+        },
+        {
+          epoch: 1,
+          partition: 0,
+          offset: 2,
+          reason: "no key",
+          key: "NULL",
+          bytes: after({}).length,
+          begins: after({}).slice(0, 60),
+        },
+      ],
+    );
+    assert.deepEqual(
+      two.reasons.map(({ reason, messages }: Record<string, unknown>) => ({ reason, messages })),
+      [
+        { reason: "not JSON", messages: 3 },
+        { reason: "no key", messages: 1 },
+      ],
+    );
+  });
+
+  test("a replay re-ingests what is a change by now, none of which wins over newer data, and reports the rest; one that comes meanwhile stays", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    const { shop, topic } = sensors;
+    const consumer = await sensors.consumer();
+    await refuseThirteen(sensors);
+    await sensors.produce([
+      created(1, 13),
+      created(2, 13),
+      created(3, 13),
+      created(4, 13),
+      message(4, "u", row(4, 13), { ...row(4, 13), sensor_id: "moved" }),
+      { key: keyOf(9), value: "not JSON" },
+      // Newer than those above.
+      message(2, "u", row(2, 12), row(2, 14)),
+      message(3, "d", row(3, 14), null),
+    ]);
+    await until("all are there", () => caughtUp(consumer));
+    assert.deepEqual(
+      (await sensors.deadLetters()).map(({ offset, reason }) => ({ offset, reason })),
+      ["0", "1", "2", "3", "4", "5"].map((offset) => ({ offset, reason: offset === "5" ? "not JSON" : "no 13 here" })),
+    );
+    const values = async (): Promise<Json> =>
+      (await sensors.readings()).map(({ id, sensor_id, value }) => `${id} ${sensor_id} ${value}`);
+    assert.deepEqual(await values(), ["2 S2 14"]);
+
+    // As long as they are no changes, all of them stay, with their reasons.
+    const early = await shop.succeed(replayScript);
+    assert.match(early.stderr, /step=replayed epoch=1 dead_letters=6 now_changes=0 left=6 next="make dead-letters"$/m);
+    assert.equal((await sensors.deadLetters()).length, 6);
+
+    // The views as schemas/clickhouse has them: without the record every file is applied again, and loses nothing.
+    await shop.clickhouse.command({ query: "DROP TABLE etl_migrations SYNC" });
+    const { stderr } = await shop.succeed("scripts/ops/migrate.ts");
+    assert.match(stderr, /step=apply what=schemas\/clickhouse\/005_sensor_changes_view\.sql$/m);
+    assert.equal((await sensors.deadLetters()).length, 6);
+    // The consumer writes another one just before the replay deletes those that are changes now.
+    await using proxy = await createProxy(shop.env.CLICKHOUSE_URL);
+    proxy.fault(/./, async ({ request, send, reply }) => {
+      const body = await Array.fromAsync(request).then((parts) => Buffer.concat(parts));
+      if (/^\s*DELETE/.test(body.toString())) {
+        await sensors.produce([{ key: keyOf(10), value: "not JSON, and new" }]);
+        await until("it is a dead letter", () => caughtUp(consumer));
+      }
+      await reply(await send(body));
+    });
+    const replay = await shop.succeed(replayScript, { CLICKHOUSE_URL: proxy.url });
+    assert.match(replay.stderr, /step=replayed epoch=1 dead_letters=6 now_changes=5 left=2 next="make dead-letters"$/m);
+    assert.deepEqual(
+      (await sensors.deadLetters()).map(({ offset, value }) => ({ offset, value })),
+      [
+        { offset: "5", value: "not JSON" },
+        { offset: "8", value: "not JSON, and new" },
+      ],
+    );
+    // 2 is not set back, 3 not brought back, 4 not there under both of its keys.
+    assert.deepEqual(await values(), ["1 S1 13", "2 S2 14", "4 moved 13"]);
+
+    const second = await shop.succeed(replayScript);
+    assert.match(second.stderr, /step=replayed epoch=1 dead_letters=2 now_changes=0 left=2 next="make dead-letters"$/m);
+    assert.deepEqual(await values(), ["1 S1 13", "2 S2 14", "4 moved 13"]);
+    await stop(consumer);
+    assert.equal((await shop.admin`select from etl.topics where topic = ${topic} and epoch = 1`).count, 1);
+  });
+
+  test("a dead letter of an older epoch is listed, and not replayed", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    const { shop, topic } = sensors;
+    await sensors.produce([{ key: keyOf(1), value: "old" }]);
+    await sensors.catchUp();
+    await shop.admin`update etl.topics set epoch = 2 where topic = ${topic}`;
+    await sensors.produce([{ key: keyOf(2), value: "new" }]);
+    await sensors.catchUp();
+    // What the view now takes for a change, in both.
+    await replaceReason(sensors, "value IN ('old', 'new'), '',");
+    const { stderr } = await shop.succeed(replayScript);
+    assert.match(stderr, /step=replayed epoch=2 dead_letters=1 now_changes=1 left=0$/m);
+    const { stdout } = await shop.succeed(deadLettersScript);
+    assert.match(stdout, /^1 +0 +0 .* old$/m);
+    assert.doesNotMatch(stdout, / new$/m);
+  });
+
+  test("fuzzed envelopes never make an insert fail: each becomes its row or a dead letter", async () => {
+    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    const { clickhouse } = sensors.shop;
+    let next = 1;
+    await fc.assert(
+      fc.asyncProperty(fc.array(mutation, { minLength: 1, maxLength: 300 }), async (mutations) => {
+        const first = next;
+        next += mutations.length;
+        const messages = mutations.map((one, index) => render(one, first + index));
+        const place = { topic: sensors.topic, epoch: 1, partition: 0 };
+        const rows = landingRows(
+          place,
+          messages.map(({ key, value }, index) => ({
+            offset: String(first + index),
+            key: key as Buffer | null,
+            value: value as Buffer | null,
+          })),
+        );
+        if (rows.length) await insertRowBinary(clickhouse, "sensor_landing", rows, new AbortController().signal);
+        await assertAccounted(sensors, messages, first, first);
+      }),
+      { numRuns: soak ? 500 : 15 },
+    );
+    // And by way of Kafka, all of them poison or not.
+    const offset = 0;
+    const messages = fc.sample(mutation, soak ? 50_000 : 3000).map((one, index) => render(one, 1_000_000 + index));
+    await sensors.shop.clickhouse.command({ query: "TRUNCATE TABLE sensor_readings" });
+    await sensors.shop.clickhouse.command({ query: "TRUNCATE TABLE sensor_dead_letters" });
+    await sensors.produce(messages);
+    await sensors.catchUp({ SENSORS_POISON_SHARE: "1" });
+    await assertAccounted(sensors, messages, offset, 1_000_000);
+  });
+});
+
+/** Puts another first case into the view that decides what is no valid change. */
+async function replaceReason({ shop }: Sensors, first: string): Promise<void> {
+  const file = readFileSync(join(root, "schemas/clickhouse/005_sensor_changes_view.sql"), "utf8");
+  const view = statementsOf(file).at(-1) ?? "";
+  const query = view.replace("NOT isValidJSON(value), 'not JSON',", first);
+  assert.notEqual(query, view);
+  await shop.clickhouse.command({ query });
+}
+
+/** What a stricter view would be: one for which a row whose value is 13 is no valid change. */
+const refuseThirteen = (sensors: Sensors): Promise<void> =>
+  replaceReason(
+    sensors,
+    "NOT isValidJSON(value), 'not JSON', JSONExtractInt(value, 'after', 'value') = 13, 'no 13 here',",
+  );
+
+type Mutation = {
+  op: string;
+  /** Of the envelope's fields, by path: removed, or replaced. */
+  fields: { path: string[]; to: Json }[];
+  key: "own" | Json;
+  tombstone: boolean;
+  whole: Json;
+  /** Of the text: cut at a share of it, or a byte set there. */
+  cut: { at: number; byte: number | undefined } | undefined;
+};
+
+const remove = Symbol("remove");
+const anything = fc.oneof(
+  fc.constant(remove),
+  fc.jsonValue({ maxDepth: 3 }),
+  fc.constantFrom(
+    null,
+    0,
+    -0,
+    1,
+    -1,
+    1.5,
+    1e308,
+    2 ** 63,
+    2 ** 64,
+    "",
+    "c",
+    "null",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e5",
+  ),
+  fc.constantFrom(
+    "2024-02-29T23:59:59.999999Z",
+    "2023-02-29T00:00:00Z",
+    "0001-01-01T00:00:00Z",
+    "2024-01-01",
+    "infinity",
+  ),
+  fc.constantFrom(
+    "\u0000",
+    "a\u0000b",
+    "\ud800",
+    "é😀",
+    "'",
+    "\\",
+    "\\u0000",
+    "__debezium_unavailable_value",
+    {},
+    [],
+    [[]],
+  ),
+  fc.string({ unit: "binary" }),
+  fc.double(),
+  fc.bigInt({ min: -(2n ** 65n), max: 2n ** 65n }).map(Number),
+);
+const path = fc.oneof(
+  fc.constantFrom("before", "after", "op", "source", "source.ts_ms").map((name) => name.split(".")),
+  fc
+    .tuple(
+      fc.constantFrom("before", "after"),
+      fc.constantFrom("id", "sensor_id", "metric", "value", "recorded_at", "new"),
+    )
+    .map((names) => [...names] as string[]),
+  fc.tuple(fc.constantFrom("before", "after"), fc.string()).map((names) => [...names] as string[]),
+);
+const often = { arbitrary: fc.constant(undefined), weight: 6 };
+const mutation: fc.Arbitrary<Mutation> = fc.record({
+  op: fc.constantFrom("c", "r", "u", "d"),
+  fields: fc.array(fc.record({ path, to: anything }), { maxLength: 2 }),
+  key: fc.oneof({ arbitrary: fc.constant("own"), weight: 6 }, anything),
+  tombstone: fc.oneof({ arbitrary: fc.constant(false), weight: 20 }, fc.constant(true)),
+  whole: fc.oneof(often, fc.jsonValue(), fc.uint8Array().map(Buffer.from)),
+  cut: fc.oneof(
+    often,
+    fc.record({
+      at: fc.double({ min: 0, max: 1, noNaN: true }),
+      byte: fc.option(fc.integer({ min: 0, max: 255 }), { nil: undefined }),
+    }),
+  ),
+});
+
+function render({ op, fields, key, tombstone, whole, cut }: Mutation, id: number): Message {
+  const was = { ...row(id, 1), ...(id % 2 ? { sensor_id: "moved" } : {}) };
+  const value = envelope(op, "ud".includes(op) ? was : null, op === "d" ? null : row(id, 2));
+  for (const { path, to } of fields) {
+    const parent = path.slice(0, -1).reduce((at, name) => at?.[name], value);
+    const name = path.at(-1) ?? "";
+    if (typeof parent !== "object" || parent === null) continue;
+    // A field of this name, and not the object's prototype.
+    if (to === remove) delete parent[name];
+    else Object.defineProperty(parent, name, { value: to, enumerable: true, configurable: true, writable: true });
+  }
+  let text = Buffer.isBuffer(whole) ? whole : Buffer.from(JSON.stringify(whole === undefined ? value : whole));
+  if (cut) {
+    const at = Math.floor(cut.at * text.length);
+    if (cut.byte === undefined || at === text.length) text = text.subarray(0, at);
+    else text[at] = cut.byte;
+  }
+  const named = key === "own" ? keyOf(id) : key === remove ? null : JSON.stringify({ id: key });
+  return { key: named === null ? null : Buffer.from(named), value: tombstone ? null : text };
+}
+
+/**
+ * Of messages at the offsets from `first` on, whose own ids are those from `ids` on: each that is no tombstone is a dead letter,
+ * or the row that its JSON says, and not both.
+ */
+async function assertAccounted({ shop }: Sensors, messages: Message[], first: number, ids: number): Promise<void> {
+  const between = `BETWEEN ${first} AND ${first + messages.length - 1}`;
+  const read = async <T>(query: string): Promise<T[]> =>
+    await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
+  const letters = new Set(
+    (await read<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(
+      ({ at }) => Number(at),
+    ),
+  );
+  const rows = Map.groupBy(
+    await read<Record<"at" | "id" | "sensor_id" | "metric" | "value" | "recorded_at" | "_deleted", Json>>(`
+      SELECT toString(bitAnd(_version, 0xffffffffffff)) AS at, toString(id) AS id, sensor_id, metric, toString(value) AS value,
+        toString(recorded_at) AS recorded_at, _deleted
+      FROM sensor_readings WHERE bitAnd(_version, 0xffffffffffff) ${between}`),
+    ({ at }) => Number(at),
+  );
+  for (const [index, { key, value }] of messages.entries()) {
+    const offset = first + index;
+    const what = `${key} ${value?.toString().slice(0, 500)}`;
+    // A row that moves to a time that cannot be held is dead-lettered, and gone.
+    if (letters.has(offset) && rows.has(offset)) {
+      const { op, after } = JSON.parse(String(value));
+      assert.deepEqual(
+        [op, typeof after.recorded_at, rows.get(offset)?.map((row) => row._deleted)],
+        ["u", "string", [1]],
+        what,
+      );
+      continue;
+    }
+    assert.equal(Number(letters.has(offset)) + Number(rows.has(offset)), value === null ? 0 : 1, what);
+    if (!rows.has(offset)) continue;
+    const { op, before, after } = JSON.parse(String(value));
+    const is = rows.get(offset)?.find(({ _deleted }) => _deleted === Number(op === "d"));
+    const said = op === "d" ? before : after;
+    const number = (of: Json): string | null =>
+      of === null ? null : String(Number(String(of).replace(/inf$/, "Infinity")));
+    assert.deepEqual(
+      { ...is, value: number(is?.value) },
+      {
+        at: String(offset),
+        id: String(ids + index),
+        sensor_id: said.sensor_id,
+        metric: said.metric,
+        value: number(said.value),
+        recorded_at: said.recorded_at
+          .slice(0, -1)
+          .replace("T", " ")
+          .padEnd(19, " ")
+          .replace(/^(.{19})\.?(\d*)$/, (_: string, at: string, digits: string) => `${at}.${digits.padEnd(6, "0")}`),
+        _deleted: Number(op === "d"),
+      },
+      what,
+    );
+  }
+}
