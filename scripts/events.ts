@@ -27,8 +27,7 @@ import { advance, takeWindow, type Window } from "../shared/watermark.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(archiveVariables);
-  if (env.FROM)
-    throw new UsageError("make events archives the days since the watermark. Next: make backfill-events FROM=… TO=…");
+  if (env.FROM) throw new UsageError("make events archives the days since the watermark. Next: make backfill-events FROM=… TO=…");
   await runPipeline("events", env, async (run) => {
     // 1. Lock: one run at a time, a backfill too.
     if (!(await takeLock(run))) return;
@@ -42,9 +41,7 @@ await main(import.meta, async () => {
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest. The watermark
     // follows, up to the first day that failed.
-    await archiveDays(archive, days, new Map(), (end) =>
-      advance(run, { from: run.watermark ?? window.from, to: end }, window.origin),
-    );
+    await archiveDays(archive, days, new Map(), (end) => advance(run, { from: run.watermark ?? window.from, to: end }, window.origin));
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });
 });

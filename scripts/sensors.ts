@@ -26,7 +26,7 @@ import * as consumer from "../shared/sensors/consumer.ts";
 import { type PartitionState, takeEpoch, topicState, writeOffset } from "../shared/sensors/epoch.ts";
 import { connectKafka, consume, withAdmin } from "../shared/sensors/kafka.ts";
 import { createReport } from "../shared/sensors/report.ts";
-import { checkSession, connect } from "../shared/session.ts";
+import { checkSession, openSession } from "../shared/session.ts";
 
 /** Kafka Connect and the source may be away: what is in Kafka is consumed all the same. */
 function unlessAway(error: Error): void {
@@ -43,7 +43,7 @@ await main(import.meta, async () => {
   });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
   const { stop, abandon } = consumer.stopSignals();
-  const etl = connect(env.ETL_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
+  const etl = openSession(env.ETL_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
   const client = clickhouse.connectClickHouse(env);
   const broker = connectKafka(env, "etl-sensors");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, groupId));

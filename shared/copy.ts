@@ -1,6 +1,6 @@
 /** Postgres: COPY as a stream of JSON lines. */
 import { handled } from "./main.ts";
-import { connect, openSession, type SessionOptions, type Window } from "./session.ts";
+import { openSession, prepareSession, type SessionOptions, type Window } from "./session.ts";
 
 /** The source failed, not the destination: the run ends, and the next one resumes at the watermark. */
 export class SourceError extends Error {
@@ -23,12 +23,12 @@ const LARGE = 2 ** 20;
  * and never just end, when the server dies, is cancelled or resets the connection.
  */
 export function copyJsonLines(url: string, select: string, options: SessionOptions, { from, to }: Window): RowStream {
-  const session = connect(url, { ...options, settings: { ...options.settings, "etl.from": from, "etl.to": to } });
+  const session = openSession(url, { ...options, settings: { ...options.settings, "etl.from": from, "etl.to": to } });
   const sent = { rows: 0, bytes: 0 };
   const copy = `/* ${options.application} */ copy (${select}) to stdout (format csv, quote e'\\x01', delimiter e'\\x02')`;
   async function* lines(): AsyncGenerator<Buffer> {
     try {
-      await openSession(session);
+      await prepareSession(session);
       const stream = await session.unsafe(copy).readable();
       handled(stream.errored); // it came with the first rows, before anybody could listen
       let rest: Buffer[] = []; // what is read holds many lines, and may end inside one

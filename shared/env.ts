@@ -157,23 +157,16 @@ export function parsePostgresUrl(value: string) {
   if (!/^postgres(ql)?:\/\//.test(value)) throw new Error("must start with postgres://");
   const [match, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
   if (!match || /%(?![\da-f]{2})/i.test(value))
-    throw new Error(
-      "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
-    );
+    throw new Error("is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)");
   const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent);
   if (password) for (const secretForm of [typed, password]) secret(secretForm);
-  const {
-    host = inUrl.replaceAll(/[[\]]/g, ""),
-    sslmode = "disable",
-    ...others
-  } = Object.fromEntries(new URLSearchParams(query));
+  const { host = inUrl.replaceAll(/[[\]]/g, ""), sslmode = "disable", ...others } = Object.fromEntries(new URLSearchParams(query));
   if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");
   if (!name) throw new Error("must name the database: …/NAME");
   // Ignoring either would silently weaken TLS.
   if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(sslmode))
     throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-  if ("sslrootcert" in others)
-    throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
+  if ("sslrootcert" in others) throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
   const [unknown] = Object.keys(others);
   if (unknown) throw new Error(`has the parameter ${unknown}, which does nothing here. Leave it out`);
   return { user, password, host, port: Number(port), database, sslmode };

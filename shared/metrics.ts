@@ -11,12 +11,7 @@ export type Metrics = Record<string, number>;
  * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
-export async function pushMetrics(
-  url: string,
-  pipeline: string,
-  values: Metrics,
-  within: Record<string, string> = {},
-): Promise<void> {
+export async function pushMetrics(url: string, pipeline: string, values: Metrics, within: Record<string, string> = {}): Promise<void> {
   const { Gauge, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
   const registry = new Registry();
   for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);

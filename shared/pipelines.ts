@@ -10,8 +10,7 @@ export function pipelines(): string[] {
   const files = readdirSync(join(root, "schemas/bigquery")).filter((file) => /^\w.*\.json$/.test(file));
   const names = files.sort().map((file) => file.replace(/\.json$/, ""));
   const odd = names.find((name) => !/^[\w-]+$/.test(name));
-  if (odd !== undefined)
-    throw new UsageError(`schemas/bigquery: ${JSON.stringify(odd)} may hold letters, digits, _ and - only`);
+  if (odd !== undefined) throw new UsageError(`schemas/bigquery: ${JSON.stringify(odd)} may hold letters, digits, _ and - only`);
   return names;
 }
 

@@ -8,8 +8,7 @@ import { rowName } from "./source.ts";
 export function isRefusal(error: unknown): boolean {
   const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
   // Postgres's data exceptions and program limits; not those that name the row already.
-  if (error instanceof SourceError)
-    return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
+  if (error instanceof SourceError) return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
   return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
 

@@ -7,7 +7,7 @@ import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, requ
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
 import { createHeartbeat, type Metrics, pushMetrics } from "./metrics.ts";
-import { checkSession, connect, type SessionOptions, type Window } from "./session.ts";
+import { checkSession, openSession, type SessionOptions, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
@@ -29,8 +29,7 @@ export const pipelineVariables = {
 };
 
 /** Without SOURCE_DATABASE_URL the run has no source. FROM, ONLY and DRY_RUN make it one by hand. */
-type RunEnv = Env<typeof runVariables> &
-  Partial<Env<typeof pipelineVariables>> & { ONLY?: string | undefined; DRY_RUN?: boolean };
+type RunEnv = Env<typeof runVariables> & Partial<Env<typeof pipelineVariables>> & { ONLY?: string | undefined; DRY_RUN?: boolean };
 
 export interface Run {
   /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
@@ -79,9 +78,7 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     await body(run);
     if (run.state === "locked") await record(run, "succeeded", env.RETENTION_DAYS);
   };
-  const stopped = new Promise<never>((_, reject) =>
-    stop.signal.addEventListener("abort", () => reject(stop.signal.reason)),
-  );
+  const stopped = new Promise<never>((_, reject) => stop.signal.addEventListener("abort", () => reject(stop.signal.reason)));
   let failure: Error | undefined;
   try {
     await Promise.race([work(), stopped]);
@@ -126,8 +123,8 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     pipeline,
     byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
     session,
-    etl: connect(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }),
-    source: connect(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
+    etl: openSession(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }),
+    source: openSession(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
     signal: stop.signal,
     restartDeadline: () => void timer.refresh(),
     next: "the next run resumes at the watermark. Next: make status",

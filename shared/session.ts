@@ -25,7 +25,7 @@ export type Session = Sql & AsyncDisposable & { connection(): Socket | undefined
  * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`. It is
  * never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
-export function connect(url: string, options: SessionOptions): Session {
+export function openSession(url: string, options: SessionOptions): Session {
   const { host, port, ...to } = url ? parsePostgresUrl(url) : { host: "", port: 0 };
   const connectSeconds = Math.min(10, options.timeoutSeconds);
   let socket: Socket | undefined;
@@ -83,10 +83,7 @@ const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
  * Opens a session's connection. sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks
  * the certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-async function openSocket(
-  { host, port, sslmode }: ReturnType<typeof parsePostgresUrl>,
-  seconds: number,
-): Promise<Socket> {
+async function openSocket({ host, port, sslmode }: ReturnType<typeof parsePostgresUrl>, seconds: number): Promise<Socket> {
   const signal = AbortSignal.timeout(seconds * 1000);
   let socket = connectSocket(host.startsWith("/") ? { path: `${host}/.s.PGSQL.${port}` } : { host, port });
   try {
@@ -112,7 +109,7 @@ async function openSocket(
 }
 
 /** Opens it. What only some versions have cannot be set at its start: a server refuses a name that it does not know. */
-export const openSession = (session: Sql): Promise<unknown> =>
+export const prepareSession = (session: Sql): Promise<unknown> =>
   session`select set_config(name, '0', false) from pg_settings where name = 'transaction_timeout'`.execute();
 
 /**
@@ -128,7 +125,7 @@ export async function checkSession(variable: string, session: Sql): Promise<void
     ENOTFOUND: "Check the host's name in it.",
     ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
   };
-  await openSession(session).catch(({ code = "", message }: Error & { code?: string }) => {
+  await prepareSession(session).catch(({ code = "", message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
     const otherwise = "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";

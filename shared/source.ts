@@ -21,8 +21,7 @@ export interface Source {
 /** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
 export function readSelect(pipeline: string): string {
   const file = join(root, `sql/${pipeline}.sql`);
-  if (!existsSync(file))
-    throw new UsageError(`sql/${pipeline}.sql does not exist: it holds the SELECT that reads the source`);
+  if (!existsSync(file)) throw new UsageError(`sql/${pipeline}.sql does not exist: it holds the SELECT that reads the source`);
   return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 }
 

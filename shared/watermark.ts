@@ -125,13 +125,10 @@ export async function distrust(
       `began ${bound.bound}). Next: once it has ended, ${rewind}${bound.bound}; and raise WATERMARK_LAG_SECONDS`
     );
   if (!target) return undefined;
-  const replaced =
-    other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
+  const replaced = other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
   const emptied = target.rows === 0 && (await hasRows(source, target.contract.source, stored.watermark));
   const missing = replaced || (emptied && `it is empty, and the source has rows before ${at}`);
-  return missing
-    ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again`
-    : undefined;
+  return missing ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again` : undefined;
 }
 
 /** Whether a pipeline reads any row before this point. */
@@ -160,15 +157,13 @@ export async function takeWindow(
   if (FROM && TO) {
     // Past the bound an open transaction may yet commit an older updated_at over a newer row: had the re-run taken that, the upsert
     // would refuse the older one for ever.
-    if (prepared)
-      throw new Error(`no bound is safe while a transaction is prepared (${holder}). Finish it, then run this again.`);
+    if (prepared) throw new Error(`no bound is safe while a transaction is prepared (${holder}). Finish it, then run this again.`);
     [from, to] = [FROM, TO < bound.bound ? TO : bound.bound];
   }
   // A prepared transaction's start is not known (prepared is the time of PREPARE), so nothing can be taken past the watermark.
   // A bound behind the watermark without a holder is a lag that was raised since: the clock will catch up.
   if (prepared || to < from) to = from;
-  if (holder && (prepared || to === bound.bound))
-    run.log("held", { by: holder, hold_seconds: Math.round(hold_seconds) });
+  if (holder && (prepared || to === bound.bound)) run.log("held", { by: holder, hold_seconds: Math.round(hold_seconds) });
   run.log("window", { from, to });
   run.window = { from, to };
   run.metrics.etl_watermark_hold_seconds = hold_seconds;
@@ -179,12 +174,7 @@ export async function takeWindow(
  * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where that equals
  * `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
  */
-export async function nextChunk(
-  run: Run,
-  { select, cursor }: Source,
-  { from, to }: Window,
-  chunkRows: number,
-): Promise<Chunk | undefined> {
+export async function nextChunk(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): Promise<Chunk | undefined> {
   if (from === to) return undefined;
   const column = quote(cursor);
   const query = `

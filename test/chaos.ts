@@ -28,14 +28,7 @@ import { main } from "../shared/main.ts";
 import { table } from "../shared/table.ts";
 import { about, applyBreak, breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
-import {
-  createStack,
-  type LinkName,
-  type PrivateStack,
-  type ServerName,
-  servers,
-  withFullDisk,
-} from "./chaos/stack.ts";
+import { createStack, type LinkName, type PrivateStack, type ServerName, servers, withFullDisk } from "./chaos/stack.ts";
 import { startWriters } from "./chaos/writers.ts";
 import type { Process, Result, Shop } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
@@ -144,10 +137,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
     count.runs += 1;
     count.retries += [...stderr.matchAll(/ step=(retry|waiting) /g)].length;
     count[signal ? "killed" : code ? "failed" : / step=skipped /.test(stderr) ? "skipped" : "succeeded"] += 1;
-    appendFileSync(
-      log,
-      `${seconds()} s  ${job} ${JSON.stringify(variables)}: ${signal ?? `exit ${code}`}\n${stderr}\n\n`,
-    );
+    appendFileSync(log, `${seconds()} s  ${job} ${JSON.stringify(variables)}: ${signal ?? `exit ${code}`}\n${stderr}\n\n`);
     // 2 would be: a person has to change something; and faults of others are no programming errors.
     if (code === 2 || (/TypeError|ReferenceError/.test(stderr) && !postgresJs.test(stderr)))
       wrong.push(`${job} exited ${code}:\n${stderr}`);
@@ -155,16 +145,12 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   };
   await Promise.all([sensors.connector(), start("orders"), start("users")]); // by their links
   const over = new AbortController();
-  const wait = (time: number): Promise<unknown> =>
-    delay(time * 1000, undefined, { signal: over.signal }).catch(() => {});
+  const wait = (time: number): Promise<unknown> => delay(time * 1000, undefined, { signal: over.signal }).catch(() => {});
   /** As cron does: again while the run before has not ended, but not ever more of them. */
   const cron = async (job: Job, pause: number, work: () => Promise<unknown> = () => start(job)): Promise<void> => {
-    for (; !over.signal.aborted; await wait(pause))
-      if ((running.get(job)?.size ?? 0) < 2) await Promise.race([work(), wait(2)]);
+    for (; !over.signal.aborted; await wait(pause)) if ((running.get(job)?.size ?? 0) < 2) await Promise.race([work(), wait(2)]);
   };
-  const archived = createDays(shop, async (variables) =>
-    over.signal.aborted ? null : (await start("events", variables)).code,
-  );
+  const archived = createDays(shop, async (variables) => (over.signal.aborted ? null : (await start("events", variables)).code));
   const loops = [cron("orders", 0.5), cron("users", 2), cron("events", 1, archived.next), cron("views", 10)];
   let drained = false;
   const consumers = [1, 2].map(async () => {
@@ -233,12 +219,9 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   const rows: Record<string, number> = {};
   for (const [, pipeline = "", compared] of verified.stderr.matchAll(/pipeline=(\w+) .*step=compared rows=(\d+)/g))
     rows[pipeline] = Number(compared);
-  const [there] =
-    await admin`select (select count(*)::int from orders) as orders, (select count(*)::int from users) as users`;
+  const [there] = await admin`select (select count(*)::int from orders) as orders, (select count(*)::int from users) as users`;
   assert.deepEqual({ orders: rows.orders, users: rows.users }, { ...there }, "rows were left out of the comparison");
-  rows.events = Number(
-    / step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", archived.all())).stderr)?.[1],
-  );
+  rows.events = Number(/ step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", archived.all())).stderr)?.[1]);
   assert.deepEqual(await sensors.deadLetters(), []);
   rows.models = await compareModels(shop, globSync(join(stack.scratch.folder, "views/*.sql")), once);
   assert.deepEqual(wrong, [], "runs that ended as no fault should end them");
@@ -287,8 +270,7 @@ function createDays({ connect, run }: Shop, archive: (variables: Env) => Promise
         due += 1;
       }
       const block = days(due, due - 1);
-      const daily =
-        due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
+      const daily = due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
       if ((await archive(daily ? parts : { ...block, ...backfill })) !== 0) return;
       done = due;
       if (due % 3 === 0) await archive({ ...days(due, due - 2), ...backfill, FORCE: "1" });
@@ -361,8 +343,7 @@ function createFaults(
           if (kind === "disk full") await startServer(server, withFullDisk);
           await wait(seconds);
           // Those that wait for it go too, with what they hold.
-          if (both && kind === "kill server")
-            for (const { child } of running.get(usedBy[server]) ?? []) child.kill("SIGKILL");
+          if (both && kind === "kill server") for (const { child } of running.get(usedBy[server]) ?? []) child.kill("SIGKILL");
           await kill(server);
           await startServer(server);
         });
@@ -405,9 +386,7 @@ async function compareModels(
   for (const file of files) {
     const model = basename(file, ".sql");
     const [published, again] = await Promise.all(
-      ["warehouse", "fresh"].map((of) =>
-        query(`SELECT TO_JSON_STRING(t) AS row FROM ${dataset}_${of}.${model} AS t ORDER BY row`),
-      ),
+      ["warehouse", "fresh"].map((of) => query(`SELECT TO_JSON_STRING(t) AS row FROM ${dataset}_${of}.${model} AS t ORDER BY row`)),
     );
     assert.deepEqual(published, again, `${model}: what is published is not what a fresh build makes`);
     rows += published?.length ?? 0;

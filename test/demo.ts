@@ -241,8 +241,7 @@ await main(import.meta, async () => {
     env: { ...env, JSON: "1" },
   }).catch((error: { stdout: string }) => error); // exit code 1: something is red, such as a demo of yesterday
   for (const { pipeline, watermark } of JSON.parse(stdout)) {
-    if (loaded && watermark && pipeline !== "events")
-      await command("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "2017-01-01" });
+    if (loaded && watermark && pipeline !== "events") await command("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "2017-01-01" });
   }
   await sync("everything so far");
 
@@ -253,16 +252,11 @@ await main(import.meta, async () => {
     seed: Date.now() % 1_000_000,
   });
   const { orders, newOrders, users } = changed;
-  say(
-    `\ndemo: the shop goes on: ${orders.length} orders changed, ${newOrders.length} new, ${users.length} users changed`,
-  );
-  say(
-    `demo: waiting ${env.WATERMARK_LAG_SECONDS} s: rows younger than WATERMARK_LAG_SECONDS are left for the next run`,
-  );
+  say(`\ndemo: the shop goes on: ${orders.length} orders changed, ${newOrders.length} new, ${users.length} users changed`);
+  say(`demo: waiting ${env.WATERMARK_LAG_SECONDS} s: rows younger than WATERMARK_LAG_SECONDS are left for the next run`);
   const sql = postgres(admin, { max: 1 });
   for (let old = false; !old; ) {
-    const [row] =
-      await sql`select max(updated_at) < now() - make_interval(secs => ${env.WATERMARK_LAG_SECONDS ?? "0"}) as old from orders`;
+    const [row] = await sql`select max(updated_at) < now() - make_interval(secs => ${env.WATERMARK_LAG_SECONDS ?? "0"}) as old from orders`;
     old = row?.old;
     await new Promise((resolve) => setTimeout(resolve, 200));
   }
@@ -281,7 +275,5 @@ await main(import.meta, async () => {
   await command("scripts/ops/status.ts");
   await command("scripts/ops/report.ts");
   say(`\nThe same and more, on one page: ${join(root, "report.html")}`);
-  say(
-    "\nThe stack keeps running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.",
-  );
+  say("\nThe stack keeps running: try make orders, make status, make rewind PIPELINE=orders TO=2017-12-01; make down stops it.");
 });

@@ -26,8 +26,7 @@ await main(import.meta, async () => {
   await kafkaConnect.checkReplication(env);
   await kafkaConnect.checkSlot(env);
   const step = await kafkaConnect.createReadingsTopic(env, config);
-  if (step)
-    log({ step, topic: env.SENSORS_TOPIC, max_message_bytes: config["topic.creation.default.max.message.bytes"] });
+  if (step) log({ step, topic: env.SENSORS_TOPIC, max_message_bytes: config["topic.creation.default.max.message.bytes"] });
   await kafkaConnect.startConnector(env, config);
   const { connector, slot } = namesOf(env);
   log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING", debezium });

@@ -19,13 +19,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
-import {
-  type ApiError,
-  type BigQueryEnv,
-  bigqueryVariables,
-  connectBigQuery,
-  remedy,
-} from "../../shared/bigquery/client.ts";
+import { type ApiError, type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact, root, UsageError } from "../../shared/env.ts";
@@ -43,7 +37,7 @@ import { checkDebezium, isRunning, namesOf } from "../../shared/sensors/connecto
 import { checkReadings } from "../../shared/sensors/consumer.ts";
 import { topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
-import { checkSession, connect } from "../../shared/session.ts";
+import { checkSession, openSession } from "../../shared/session.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark, type Target } from "../../shared/watermark.ts";
 import { checkMessageBytes, checkReplication, connectorVariables, showsPassword } from "./lib/kafka-connect.ts";
@@ -117,8 +111,8 @@ async function outcome(work: () => unknown): Promise<{ ok: boolean; said: string
 }
 
 /** Opens a session of the variable, and says how it is encrypted: in clear text, passwords and rows can be read on the way. */
-async function openSession(check: Check, variable: string, url: string, settings = {}): Promise<Sql | undefined> {
-  const sql = connect(url, { ...session, settings });
+async function openChecked(check: Check, variable: string, url: string, settings = {}): Promise<Sql | undefined> {
+  const sql = openSession(url, { ...session, settings });
   const connection = async (): Promise<string> => {
     await checkSession(variable, sql);
     const [row] = await sql<{ role: string; tls: boolean }[]>`
@@ -135,14 +129,13 @@ async function checkCatalogue(check: Check, sql: Sql, part: "source" | "metadata
   await sql`select set_config('etl.part', ${part}, false)`;
   const questions = readFileSync(join(root, "sql/doctor.sql"), "utf8");
   const answers = await sql.unsafe<{ check: string; ok: boolean; remedy: string }[]>(questions);
-  for (const { check: name, ok, remedy } of answers)
-    await check(name, () => (ok ? remedy : Promise.reject(new Error(remedy))));
+  for (const { check: name, ok, remedy } of answers) await check(name, () => (ok ? remedy : Promise.reject(new Error(remedy))));
 }
 
 async function checkMetadata(check: Check): Promise<void> {
   const { ETL_DATABASE_URL: url } = readEnv({ ETL_DATABASE_URL });
-  const etl = await openSession(check, "ETL_DATABASE_URL", url);
-  const direct = () => etl && checkNoPooler(etl, connect(url, session));
+  const etl = await openChecked(check, "ETL_DATABASE_URL", url);
+  const direct = () => etl && checkNoPooler(etl, openSession(url, session));
   if (!etl || !(await check("one session is one connection to Postgres", direct))) return;
   await check("tables are those of sql/etl", async () => {
     const missing = pendingMigrations("sql/etl", await appliedInPostgres(etl)).map(({ file }) => file);
@@ -176,9 +169,9 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
   }));
   const named = sources.map(({ pipeline, table, cursor }) => [pipeline, table, cursor].join(":")).join(" ");
   const settings = { "etl.lag_seconds": "0", "etl.tables": named };
-  const source = await openSession(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, settings);
+  const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, settings);
   if (!source) return;
-  const etl = connect(env.ETL_DATABASE_URL, session);
+  const etl = openSession(env.ETL_DATABASE_URL, session);
   const bound = async () => (await readBound(source)).holder ?? "none holds a watermark";
   await check("open transactions can be seen", bound);
   for (const { pipeline } of sources) {
@@ -254,7 +247,7 @@ async function checkCapture(check: Check): Promise<void> {
   const env = readEnv({ ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC });
   const { connector, slot } = namesOf(env);
   const settings = { "etl.slot": slot };
-  const replication = await openSession(check, "REPLICATION_DATABASE_URL", env.REPLICATION_DATABASE_URL, settings);
+  const replication = await openChecked(check, "REPLICATION_DATABASE_URL", env.REPLICATION_DATABASE_URL, settings);
   if (replication) {
     await check("wal_level, role and publication", () => checkReplication(env));
     await checkCatalogue(check, replication, "replication");
@@ -262,9 +255,7 @@ async function checkCapture(check: Check): Promise<void> {
   await check("Debezium's version", () => checkDebezium(env));
   await check(`connector ${connector}`, async () => {
     if (!(await isRunning(env))) throw new Error("it does not exist, or does not run. Run: make connector (says why)");
-    return (await showsPassword(env))
-      ? "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE"
-      : "";
+    return (await showsPassword(env)) ? "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE" : "";
   });
 }
 
@@ -279,8 +270,7 @@ async function checkKafka(check: Check): Promise<void> {
       return partitions;
     });
     const partitions = await state.catch((error: Error) => {
-      if (/authorized|group coordinator/.test(error.message))
-        error.message += ". KAFKA_USERNAME needs READ on topic and group";
+      if (/authorized|group coordinator/.test(error.message)) error.message += ". KAFKA_USERNAME needs READ on topic and group";
       throw error;
     });
     return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
@@ -295,9 +285,7 @@ async function checkClickHouse(check: Check): Promise<void> {
     clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => {
       if (error instanceof UsageError) throw error;
       const where = `ClickHouse at ${new URL(env.CLICKHOUSE_URL).host} (CLICKHOUSE_URL)`;
-      throw new Error(
-        `${where}: ${error.message.trim()} Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD; is it running?`,
-      );
+      throw new Error(`${where}: ${error.message.trim()} Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD; is it running?`);
     });
   if (!(await check("the files of schemas/clickhouse are applied", migrations))) return;
   await check("rows may be inserted", () =>

@@ -28,7 +28,7 @@ import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import type { ClickHouseEnv } from "../../shared/sensors/clickhouse.ts";
-import { checkSession, connect } from "../../shared/session.ts";
+import { checkSession, openSession } from "../../shared/session.ts";
 import { migrateClickHouse, migratePostgres, type Step } from "./lib/migrations.ts";
 
 const variables = {
@@ -48,11 +48,10 @@ await main(import.meta, async () => {
     log({ step: env.DRY_RUN ? "would-apply" : "apply", what });
     if (!env.DRY_RUN) await work();
   };
-  const leaveOut = (what: string, variable: string): void =>
-    log({ step: "left-out", what, because: `${variable} is not set` });
+  const leaveOut = (what: string, variable: string): void => log({ step: "left-out", what, because: `${variable} is not set` });
 
   // 1. One migrate at a time: a second one waits, and then finds nothing to do.
-  await using etl = connect(env.ETL_DATABASE_URL, { application: "etl:migrate", timeoutSeconds: 300 });
+  await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:migrate", timeoutSeconds: 300 });
   await checkSession("ETL_DATABASE_URL", etl);
   await etl`select set_config('lock_timeout', '0', false)`;
   await etl`select pg_advisory_lock(hashtextextended('etl:migrate', 0))`;
@@ -60,9 +59,7 @@ await main(import.meta, async () => {
   // 2. The etl tables.
   const [schema] = await etl`select to_regnamespace('etl') as etl`;
   if (!schema?.etl)
-    throw new Error(
-      "schema etl does not exist. Run sql/roles.sql in that database as an administrator, then: make migrate",
-    );
+    throw new Error("schema etl does not exist. Run sql/roles.sql in that database as an administrator, then: make migrate");
   await migratePostgres(etl, apply);
 
   // 3. The datasets, and the tables of the raw one.
@@ -149,21 +146,16 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
   const there = (actual.schema?.fields ?? []) as Contract["fields"];
   for (const field of new Set([...contract.fields, ...there].map((field) => field.name))) {
     const [wanted, found] = [contract.fields, there].map((fields) => fields.find((one) => one.name === field));
-    const [expected, is] = [wanted, found].map((one) => (one ? describeField(one) : "no such column")) as [
-      string,
-      string,
-    ];
+    const [expected, is] = [wanted, found].map((one) => (one ? describeField(one) : "no such column")) as [string, string];
     const column = `${name}.${field}`;
     const type = expected.replace(/ \w+$/, "").replace(/^FLOAT$/, "FLOAT64");
-    const refuse = (remedy: string): void =>
-      void refused.push(`column ${column}: expected ${expected} (${file}), found ${is}. ${remedy}`);
+    const refuse = (remedy: string): void => void refused.push(`column ${column}: expected ${expected} (${file}), found ${is}. ${remedy}`);
     if (!wanted) refuse(`SQL: ALTER TABLE ${name} DROP COLUMN ${field};`);
     else if (!found && wanted.mode === "REQUIRED") refuse("Rows that exist have no value for it: add it as NULLABLE");
     else if (!found) additions.push(`add column ${column} ${expected}`);
     else if (is === expected) {
       if ((wanted.description ?? "") !== (found.description ?? "")) additions.push(`describe ${column}`);
-    } else if (is.replace("REQUIRED", "NULLABLE") === expected)
-      additions.push(`relax ${column} from ${is} to ${expected}`);
+    } else if (is.replace("REQUIRED", "NULLABLE") === expected) additions.push(`relax ${column} from ${is} to ${expected}`);
     else if (is.replace("NULLABLE", "REQUIRED") === expected)
       refuse("BigQuery cannot make a column REQUIRED again: create the table again");
     else refuse(`SQL: ALTER TABLE ${name} ALTER COLUMN ${field} SET DATA TYPE ${type};`);

@@ -31,8 +31,7 @@ await main(import.meta, async () => {
   const { file, source } = readContract(pipeline);
   const { path, columns } = await readTable(env.SOURCE_DATABASE_URL, source.table);
   const column = columns.find((one) => one.name === name);
-  if (!column)
-    throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
+  if (!column) throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
   const field = fieldOf({ ...column, notnull: false });
   if (typeof field === "string")
     throw new UsageError(

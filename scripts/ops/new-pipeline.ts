@@ -22,7 +22,7 @@ import type { Field } from "../../shared/bigquery/types.ts";
 import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
-import { connect } from "../../shared/session.ts";
+import { openSession } from "../../shared/session.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 import { fieldOf, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
 
@@ -70,9 +70,7 @@ await main(import.meta, async () => {
   // 4. Print what is left: the SQL, then the commands.
   const sql = [...table.grants, ...(await readRemedies(env.SOURCE_DATABASE_URL, plan))];
   if (sql.length) process.stdout.write(`Run in the source database, as a superuser:\n${sql.join("\n")}\n`);
-  process.stdout.write(
-    `Then: make migrate ${name} status\nIn production: crontab ops/crontab; reload ops/alerts.yml in Prometheus\n`,
-  );
+  process.stdout.write(`Then: make migrate ${name} status\nIn production: crontab ops/crontab; reload ops/alerts.yml in Prometheus\n`);
 });
 
 /** @throws UsageError with everything that stands against the pipeline. */
@@ -156,12 +154,7 @@ function edits({ name, table, cursor, key, schedule }: Plan): Edit[] {
   const seconds = (rule: string): string => renamed(rule).replace(/\d+(?=\)$)/m, String(schedule.seconds));
   return [
     edit("Makefile", `\n${name}: setup`, /^\.PHONY: users\n(.+\n)+\n/m, renamed),
-    edit(
-      "ops/alerts.yml",
-      `{ pipeline: ${name} }`,
-      /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m,
-      seconds,
-    ),
+    edit("ops/alerts.yml", `{ pipeline: ${name} }`, /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m, seconds),
     { file: "ops/crontab", has: ` make ${name} `, change: (crontab) => scheduleRun(crontab, name, schedule) },
     edit("test/ops/alerts.test.yml", `pipeline="${name}"`, succeeded, succeeds),
     edit("test/ops/alerts.weekly.test.yml", `pipeline="${name}"`, succeeded, succeeds),
@@ -173,23 +166,18 @@ function edits({ name, table, cursor, key, schedule }: Plan): Edit[] {
 /** The line of users, at the minute that is farthest from all others. */
 function scheduleRun(crontab: string, name: string, { cron, limit }: Plan["schedule"]): string {
   const taken = Array.from(crontab.matchAll(/^(\d+) /gm), ([, minute]) => Number(minute));
-  const distance = (minute: number): number =>
-    Math.min(...taken.map((at) => Math.min((minute - at + 60) % 60, (at - minute + 60) % 60)));
+  const distance = (minute: number): number => Math.min(...taken.map((at) => Math.min((minute - at + 60) % 60, (at - minute + 60) % 60)));
   const minute = Array.from({ length: 60 }, (_, at) => at).sort((a, b) => distance(b) - distance(a))[0];
   const scheduled = (line: string): string =>
     line.replace(/^(\S+ +){4}\S+/, cron.replace("M", String(minute))).replace(/-k 60 \w+/, `-k 60 ${limit}`);
-  return after("ops/crontab", /^.* make users .*\n/m, (line) => scheduled(line).replaceAll(/\busers\b/g, name))(
-    crontab,
-  );
+  return after("ops/crontab", /^.* make users .*\n/m, (line) => scheduled(line).replaceAll(/\busers\b/g, name))(crontab);
 }
 
 /** The SQL of make doctor for what the table lacks besides grants: an index, a trigger. */
 async function readRemedies(url: string, { name, table, cursor }: Plan): Promise<string[]> {
   const settings = { "etl.part": "source", "etl.tables": [name, table.path, cursor].join(":") };
-  await using source = connect(url, { application: "etl:new", timeoutSeconds: 30, settings });
-  const checks = await source.unsafe<{ check: string; ok: boolean; remedy: string }[]>(
-    readFileSync(join(root, "sql/doctor.sql"), "utf8"),
-  );
+  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
+  const checks = await source.unsafe<{ check: string; ok: boolean; remedy: string }[]>(readFileSync(join(root, "sql/doctor.sql"), "utf8"));
   const failed = checks.filter(({ check, ok }) => check.startsWith(`${name}: `) && !ok);
   return failed.map(({ remedy }) => remedy.replace(/^.*? Run[^:]*: /, ""));
 }

@@ -12,7 +12,7 @@ import { main } from "../../shared/main.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
 import { readEpoch } from "../../shared/sensors/epoch.ts";
-import { connect } from "../../shared/session.ts";
+import { openSession } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
   const { SENSORS_TOPIC } = kafkaVariables;
@@ -20,7 +20,7 @@ await main(import.meta, async () => {
   await using client = connectClickHouse(env);
 
   // 1. This epoch's only: what was dead before is in the snapshot that the epoch began with, or was deleted since.
-  await using etl = connect(env.ETL_DATABASE_URL, { application: "etl:replay-dead-letters", timeoutSeconds: 30 });
+  await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:replay-dead-letters", timeoutSeconds: 30 });
   const epoch = (await readEpoch(etl, env.SENSORS_TOPIC))?.number ?? 0;
   const letters = "sensor_dead_letters FINAL WHERE topic = {topic: String} AND epoch = {epoch: UInt16}";
   const parameters = { topic: env.SENSORS_TOPIC, epoch, marked: 0 };
@@ -50,9 +50,7 @@ await main(import.meta, async () => {
   // 4. The others of them are changes now.
   const changes = await count(marked);
   const gone = `SELECT epoch, partition, offset FROM ${letters} AND ${marked}`;
-  await change(
-    `DELETE FROM sensor_dead_letters WHERE topic = {topic: String} AND (epoch, partition, offset) IN (${gone})`,
-  );
+  await change(`DELETE FROM sensor_dead_letters WHERE topic = {topic: String} AND (epoch, partition, offset) IN (${gone})`);
   const left = Number((await count()).n);
   const counts = { epoch, dead_letters: Number(before.n), now_changes: Number(changes.n), left };
   log({ step: "replayed", ...counts, ...(left && { next: "make dead-letters" }) });

@@ -18,7 +18,7 @@ import { readThreshold } from "../../shared/alerts.ts";
 import { optional, postgresUrl, readEnv, required, root, text } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { checkSession, connect } from "../../shared/session.ts";
+import { checkSession, openSession } from "../../shared/session.ts";
 import { type Cell, chart, html, Markup, table } from "./lib/html.ts";
 
 type Row = (string | number | number[] | null)[];
@@ -46,7 +46,7 @@ await main(import.meta, async () => {
     "etl.status": String(status.stdout),
     "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")),
   };
-  await using etl = connect(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
+  await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
   await checkSession("ETL_DATABASE_URL", etl);
   const [row] = await etl.unsafe<{ report: Report }[]>(readFileSync(join(root, "sql/report.sql"), "utf8"));
 

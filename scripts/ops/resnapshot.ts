@@ -51,9 +51,7 @@ await main(import.meta, async () => {
   // 4. The snapshot.
   await connector.startConnector(env, config);
   const started = performance.now();
-  await connector.awaitSnapshot(env, () =>
-    progress(`the snapshot goes to Kafka: ${Math.round((performance.now() - started) / 1000)} s`),
-  );
+  await connector.awaitSnapshot(env, () => progress(`the snapshot goes to Kafka: ${Math.round((performance.now() - started) / 1000)} s`));
   progress("");
   const messages = (await where()).reduce((sum, { lag }) => sum + lag, 0);
   const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}; then make swap-readings`;

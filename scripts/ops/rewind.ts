@@ -32,17 +32,13 @@ await main(import.meta, async () => {
     const [lock] = await etl<{ taken: boolean }[]>`select pg_try_advisory_lock(${lockKey(etl, pipeline)}) as taken`;
     if (!lock?.taken) {
       const holder = Object.values(await describeHolder(etl, pipeline)).join(", ");
-      throw new Error(
-        `a run of ${pipeline} is going (${holder}). Once it has ended: make rewind PIPELINE=${pipeline} TO=${to}`,
-      );
+      throw new Error(`a run of ${pipeline} is going (${holder}). Once it has ended: make rewind PIPELINE=${pipeline} TO=${to}`);
     }
 
     // 2. Where is it, and what will be read again?
     const stored = await readWatermark(etl, pipeline);
     if (!stored)
-      throw new UsageError(
-        `${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`,
-      );
+      throw new UsageError(`${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`);
     const { watermark } = stored;
     if (to > watermark)
       throw new UsageError(

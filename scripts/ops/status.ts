@@ -35,7 +35,7 @@ import { clickhouseVariables, connectClickHouse, select } from "../../shared/sen
 import { connectVariables, isRunning, namesOf } from "../../shared/sensors/connector.ts";
 import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
-import { checkSession, connect } from "../../shared/session.ts";
+import { checkSession, openSession } from "../../shared/session.ts";
 import { findUnreachable } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark } from "../../shared/watermark.ts";
@@ -77,7 +77,7 @@ await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS } = pipelineVariables;
   const env = readEnv({ SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS, JSON: optional(flag, false) });
   const open = (url: string, settings: Record<string, string> = {}) =>
-    connect(url, { application: "etl:status", timeoutSeconds: 4, settings });
+    openSession(url, { application: "etl:status", timeoutSeconds: 4, settings });
   const etl = open(env.ETL_DATABASE_URL);
   const source = open(env.SOURCE_DATABASE_URL, { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) });
   await checkSession("ETL_DATABASE_URL", etl);

@@ -28,8 +28,7 @@ await main(import.meta, async () => {
   const proven = `${rebuild}_swap`;
   if (epoch?.database !== rebuild && epoch?.database !== proven)
     throw new UsageError(`there is no rebuild of ${topic} to swap in. Run: make resnapshot`);
-  const move = (to: string) =>
-    etl`update etl.topics set database = ${to} where topic = ${topic} and epoch = ${epoch.number}`;
+  const move = (to: string) => etl`update etl.topics set database = ${to} where topic = ${topic} and epoch = ${epoch.number}`;
 
   // 1. The rebuild is complete, and proven. From then on a consumer is refused: after the first exchange the old table stands in its place.
   if (epoch.database === rebuild) {

@@ -80,8 +80,7 @@ async function lastDays(etl: Sql): Promise<string[]> {
     select watermark::date::text as to, greatest(watermark - interval '8 days',
       (select min(chunk_from) from etl.chunks where pipeline = 'events' and state = 'succeeded'))::date::text as from
     from etl.watermarks where pipeline = 'events'`;
-  if (!last)
-    throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
+  if (!last) throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
   return daysBetween(last.from, last.to);
 }
 
@@ -118,8 +117,7 @@ async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
       for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
       archived.sha256 = hash.digest("hex");
       const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
-      if (rows !== manifest.rows)
-        throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+      if (rows !== manifest.rows) throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
     });
   } catch (error) {
     if ((error as Error).name !== "Damaged") throw error;
@@ -137,8 +135,7 @@ async function compareDay(
   hashSource: () => Promise<string>,
 ): Promise<Manifest> {
   const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
-  if (!manifest)
-    throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
+  if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
   const both = `${source.rows} rows at the source, ${manifest.rows} in the archive`;
   const ids = ({ min_id, max_id }: typeof source): string => `ids ${min_id} to ${max_id}`;
   const fault = async (): Promise<string | undefined> => {
@@ -148,8 +145,7 @@ async function compareDay(
         `bucket's versions or a copy, then: make verify-events FROM=${day} TO=${addDays(day)}`
       );
     if (damage) return `${damage}. Next: ${again} FORCE=1`;
-    if (source.rows > manifest.rows)
-      return `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
+    if (source.rows > manifest.rows) return `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
     if (!source.rows && manifest.rows)
       log("note", { day, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` });
     else if (source.rows < manifest.rows)

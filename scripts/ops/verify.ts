@@ -31,16 +31,7 @@ import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
 import { recordVerified } from "./lib/verified.ts";
-import {
-  beside,
-  type Comparison,
-  distrusted,
-  eachPipeline,
-  kinds,
-  total,
-  type VerifyEnv,
-  verifyVariables,
-} from "./lib/verify.ts";
+import { beside, type Comparison, distrusted, eachPipeline, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
 type Verified = Comparison & { repaired?: number };
@@ -138,7 +129,6 @@ function describe(pipeline: string, found: Comparison, limit: number): string {
     );
   let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;
   if (all === counts.extra) next += `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}`;
-  if (pipeline === "sensors")
-    next = "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
+  if (pipeline === "sensors") next = "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
   return `${pipeline}: ${thousands(all)} rows differ:\n${lines.join("\n")}\nNext: ${next}`;
 }

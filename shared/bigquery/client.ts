@@ -8,10 +8,7 @@ import type { Run } from "../run.ts";
 
 export const bigqueryVariables = {
   BIGQUERY_PROJECT: required(
-    like(
-      /^[\w-]+$/,
-      "must be a project's id: letters, digits and -. Projects of a domain (example.com:shop) are not supported",
-    ),
+    like(/^[\w-]+$/, "must be a project's id: letters, digits and -. Projects of a domain (example.com:shop) are not supported"),
   ),
   BIGQUERY_DATASET: required(name),
   BIGQUERY_LOCATION: required(name),
@@ -50,8 +47,7 @@ export function ignoreAlreadyThere(error: { code?: number }): void {
 export type ApiError = Error & { code?: number | string; errors?: { reason?: string }[] };
 
 /** Whether Google lists one of these reasons for the error. */
-const isBecause = ({ errors }: ApiError, reasons: RegExp): boolean =>
-  errors?.some(({ reason = "" }) => reasons.test(reason)) ?? false;
+const isBecause = ({ errors }: ApiError, reasons: RegExp): boolean => errors?.some(({ reason = "" }) => reasons.test(reason)) ?? false;
 
 const busy = /^(job)?(backendError|internalError|(user)?rateLimitExceeded)$|^tableUnavailable$/i;
 const broken =
@@ -61,11 +57,7 @@ const broken =
 export function isTransient(error: unknown): boolean {
   if (error instanceof SourceError) return false;
   const { code, message } = error as ApiError;
-  return (
-    [408, 429, 500, 502, 503, 504].includes(Number(code)) ||
-    isBecause(error as ApiError, busy) ||
-    broken.test(`${code} ${message}`)
-  );
+  return [408, 429, 500, 502, 503, 504].includes(Number(code)) || isBecause(error as ApiError, busy) || broken.test(`${code} ${message}`);
 }
 
 /** What to do about an error that trying again does not help. */

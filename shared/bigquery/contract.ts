@@ -17,16 +17,14 @@ export function readContract(pipeline: string): Contract {
     const fields: Field[] = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
     const key: string[] = resource.tableConstraints.primaryKey.columns;
     const odd = [...fields.map(({ name }) => name), ...key].find((name) => !/^(?!etl__)[a-z_]\w*$/i.test(name));
-    if (odd !== undefined)
-      throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only, and not begin with etl__`);
+    if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only, and not begin with etl__`);
     const lower = fields.map(({ name }) => name.toLowerCase());
     const twice = fields.find((_, at) => lower.indexOf(lower[at] ?? "") < at);
     if (twice) throw new Error(`field ${twice.name} exists twice: BigQuery's names do not tell A from a`);
     const required = (name: string) => fields.some((field) => field.name === name && /^required$/i.test(field.mode));
     // A MERGE finds no row by a NULL: each run would insert it again.
     const nullable = key.find((name) => !required(name));
-    if (nullable !== undefined)
-      throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
+    if (nullable !== undefined) throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
     if (!/^\w+\.\w+$/.test(source?.table)) throw new Error("source.table must be SCHEMA.TABLE, such as public.orders");
     if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
     return { pipeline, file, source: { ...source, key, select: readSelect(pipeline) }, fields, key, resource };
@@ -56,12 +54,7 @@ export function checkSource(run: SchemaCheck, { fields, file, source }: Contract
  * Compares the destination table with the contract. @param name of it, with its dataset. @param hidden where a policy hides rows.
  * @throws UsageError naming column, expected and found, all of them at once.
  */
-export function checkDestination(
-  { fields, file }: Contract,
-  name: string,
-  actual: TableMetadata,
-  hidden: boolean,
-): void {
+export function checkDestination({ fields, file }: Contract, name: string, actual: TableMetadata, hidden: boolean): void {
   const described = (list: TableField[] = []) => new Map(list.map((field) => [field.name, describeField(field)]));
   const [expected, found] = [described(fields), described(actual.schema?.fields)];
   const faults = [...new Set([...expected.keys(), ...found.keys()])].flatMap((column) => {
@@ -69,18 +62,12 @@ export function checkDestination(
     return wanted === is ? [] : [`column ${name}.${column}: expected ${wanted} (${file}), found ${is}`];
   });
   faults.push(...optionFaults(name, actual, hidden));
-  if (faults.length)
-    throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
+  if (faults.length) throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
 }
 
 /** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. */
-export function optionFaults(
-  name: string,
-  { type = "TABLE", expirationTime, ...table }: TableMetadata,
-  hidden = false,
-): string[] {
-  const reset = (option: string, value: string): string =>
-    `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option} = ${value})`;
+export function optionFaults(name: string, { type = "TABLE", expirationTime, ...table }: TableMetadata, hidden = false): string[] {
+  const reset = (option: string, value: string): string => `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option} = ${value})`;
   const at = new Date(Number(expirationTime ?? 0)).toISOString();
   return [
     type !== "TABLE" && `table ${name}: expected a table, found a ${type}. Drop or rename it, then: make migrate`,

@@ -8,16 +8,7 @@ import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
 import type { Window } from "../session.ts";
 import type { Column } from "../source.ts";
-import {
-  type ApiError,
-  addBilled,
-  type BigQueryEnv,
-  connectBigQuery,
-  ignoreAlreadyThere,
-  labels,
-  remedy,
-  runJob,
-} from "./client.ts";
+import { type ApiError, addBilled, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
 import { checkDestination, optionFaults } from "./contract.ts";
 import { type Contract, jsonLines } from "./types.ts";
 
@@ -37,16 +28,13 @@ export async function openDestination(env: BigQueryEnv, contract: Contract) {
   const [metadata] = await table.getMetadata().catch((error: ApiError) => {
     const where = `destination table ${env.BIGQUERY_PROJECT}.${dataset}.${pipeline}`;
     const rewind = `make rewind PIPELINE=${pipeline} TO=0001-01-01`;
-    if (error.code === 404)
-      throw new UsageError(`${where} does not exist. Run: make migrate. If it had rows before, then run: ${rewind}`);
+    if (error.code === 404) throw new UsageError(`${where} does not exist. Run: make migrate. If it had rows before, then run: ${rewind}`);
     const next = env.BIGQUERY_ENDPOINT ? "Check BIGQUERY_ENDPOINT; for the local stack: make up" : remedy(error);
     throw new Error(`cannot read the ${where}: ${error.message}. ${next}`);
   });
   // roles/bigquery.dataEditor may not list them (403); then the MERGE's own statistics tell.
   const listed = table.request({ uri: "/rowAccessPolicies" });
-  const [{ rowAccessPolicies = [] }] = await listed.catch((error: ApiError) =>
-    error.code === 403 ? [{}] : Promise.reject(error),
-  );
+  const [{ rowAccessPolicies = [] }] = await listed.catch((error: ApiError) => (error.code === 403 ? [{}] : Promise.reject(error)));
   checkDestination(contract, `${dataset}.${pipeline}`, metadata, rowAccessPolicies.length > 0);
   const created = new Date(Number(metadata.creationTime)).toISOString();
   // `identity`: which table a watermark was written to.
@@ -167,8 +155,7 @@ async function checkKeys(run: Run, to: Destination, staging: string): Promise<vo
 }
 
 /** A table of the destination's dataset, as SQL names it. */
-export const address = ({ bigquery, dataset }: Destination, table: string): string =>
-  `\`${bigquery.projectId}.${dataset}.${table}\``;
+export const address = ({ bigquery, dataset }: Destination, table: string): string => `\`${bigquery.projectId}.${dataset}.${table}\``;
 
 /**
  * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
@@ -176,19 +163,12 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
  * @param staging a table, or a subquery in parentheses.
  * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
  */
-export function mergeStatement(
-  { fields, key, source }: Contract,
-  target: string,
-  staging: string,
-  compared?: string,
-): string {
+export function mergeStatement({ fields, key, source }: Contract, target: string, staging: string, compared?: string): string {
   const [t, s] = ["etl__t", "etl__s"]; // no field has such a name
   const columns = fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !key.includes(column.slice(1, -1)));
   const version = `\`${source.cursor}\``; // says which of two versions of a row is newer
-  const replaced = compared
-    ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\``
-    : `${s}.${version} >= ${t}.${version}`;
+  const replaced = compared ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\`` : `${s}.${version} >= ${t}.${version}`;
   return [
     `MERGE ${target} AS ${t} USING ${staging} AS ${s}`,
     `ON ${key.map((name) => `${t}.\`${name}\` = ${s}.\`${name}\``).join(" AND ")}`,
@@ -199,12 +179,7 @@ export function mergeStatement(
 
 /** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
 export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Promise<Changed> =>
-  change(
-    run,
-    to,
-    `etl_${name}_merge`,
-    mergeStatement(to.contract, address(to, to.contract.pipeline), address(to, name)),
-  );
+  change(run, to, `etl_${name}_merge`, mergeStatement(to.contract, address(to, to.contract.pipeline), address(to, name)));
 
 type Changed = Record<"inserted" | "updated" | "deleted", number>;
 

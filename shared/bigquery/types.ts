@@ -95,9 +95,7 @@ export function unmappable({ type, declared, array, notnull, of }: Column, field
 /** The condition under which a row is refused because of the column, if there is one. */
 function refusedWhere({ type, array, declared }: Column, field: Field, refuse = ""): string | undefined {
   const [name, [whole, decimals]] = [quote(field.name), numericSize(field)];
-  const numeric = declared.includes("(")
-    ? "? = 'NaN'"
-    : refuse.replace("{whole}", `${whole}`).replace("{decimals}", `${decimals}`);
+  const numeric = declared.includes("(") ? "? = 'NaN'" : refuse.replace("{whole}", `${whole}`).replace("{decimals}", `${decimals}`);
   const missing = (array || field.mode === "REQUIRED") && "? is null"; // no NULL among an array's elements either
   const nothing = array && apiType(field.type) === "JSON" && "?::jsonb = 'null'";
   const any = [missing, refuse && type === "numeric" ? numeric : refuse, nothing].filter(Boolean).join(" or ");

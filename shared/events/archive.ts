@@ -280,9 +280,7 @@ async function countDay(
   const rows = parts.reduce((sum, part) => sum + part.rows, 0);
   const were = before?.manifest.rows ?? 0;
   if (rows !== source.rows)
-    throw new Error(
-      `the counts differ: ${rows} rows were read, and the source has ${source.rows}; no manifest was written`,
-    );
+    throw new Error(`the counts differ: ${rows} rows were read, and the source has ${source.rows}; no manifest was written`);
   if (rows < were && !env.ALLOW_SHRINK)
     throw new Error(
       `${day} has ${rows} rows at the source and ${were} in the archive, which may be the only copy of the others: it stays as it is. ` +
@@ -404,9 +402,7 @@ export async function archiveDays(
   run.log("days", { archived: run.totals.chunks, skipped, failed: failed.size });
   if (!failed.size) return;
   const [first, ...others] = [...failed.keys()].sort();
-  const again = env.FORCE
-    ? ` FORCE=1${env.ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}`
-    : " (days that are done are skipped)";
+  const again = env.FORCE ? ` FORCE=1${env.ALLOW_SHRINK ? " ALLOW_SHRINK=1" : ""}` : " (days that are done are skipped)";
   const next = `\nNext: make backfill-events FROM=${first} TO=${addDays(others.at(-1) ?? first ?? "")}${again}`;
   throw daysFailed(failed, total, failed.size < total ? "; the others are archived" : "", next);
 }

@@ -15,10 +15,7 @@ import {
 } from "@aws-sdk/client-s3";
 import { type Env, like, name, optional, required, secret, serverUrl, text, UsageError } from "../env.ts";
 
-const bucketName = like(
-  /^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/,
-  "may hold 3 to 63 lower-case letters, digits, . and - only",
-);
+const bucketName = like(/^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/, "may hold 3 to 63 lower-case letters, digits, . and - only");
 /** Without slashes before it, and with one behind it unless it is empty. */
 const prefix = (value: string): string => value.replace(/^\/+|\/*$/g, "").replace(/.$/u, "$&/");
 
@@ -49,9 +46,7 @@ interface S3Error extends Error {
 /** Milliseconds for a request and its answer. A body of so many bytes adds to it what a link of 100 KB/s needs. */
 const deadline = (bytes: number): number => 20_000 + Math.round(bytes / 100);
 
-export function connectS3(
-  env: Pick<Env<typeof bucketVariables>, "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION">,
-): Bucket {
+export function connectS3(env: Pick<Env<typeof bucketVariables>, "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION">): Bucket {
   const client = new S3Client({
     region: env.AWS_REGION,
     ...(env.S3_ENDPOINT && { endpoint: env.S3_ENDPOINT, forcePathStyle: true }),
@@ -90,8 +85,7 @@ export async function bucketExists(bucket: Bucket): Promise<boolean> {
 
 /** @throws UsageError where the bucket does not exist or may not be used, with what to do. */
 export async function checkBucket(bucket: Bucket): Promise<void> {
-  if (!(await bucketExists(bucket)))
-    throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) does not exist. Run: make migrate`);
+  if (!(await bucketExists(bucket))) throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) does not exist. Run: make migrate`);
 }
 
 /** In the client's region. */

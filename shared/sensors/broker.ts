@@ -33,9 +33,7 @@ export function brokerConfig(env: KafkaEnv) {
 
 /** Whether the error is about the server's certificate (https://nodejs.org/api/tls.html#x509-certificate-error-codes). */
 export const isCertificate = ({ code, cause }: { code?: string; cause?: unknown }): boolean =>
-  /^(CERT_|ERR_TLS_CERT|UNABLE_TO_|SELF_SIGNED|DEPTH_ZERO|HOSTNAME_MISMATCH|INVALID_(CA|PURPOSE)|PATH_LENGTH)/.test(
-    code ?? "",
-  ) ||
+  /^(CERT_|ERR_TLS_CERT|UNABLE_TO_|SELF_SIGNED|DEPTH_ZERO|HOSTNAME_MISMATCH|INVALID_(CA|PURPOSE)|PATH_LENGTH)/.test(code ?? "") ||
   (cause instanceof Error && isCertificate(cause));
 
 /** An error that a variable causes names it; any other stays as it is. */
@@ -47,7 +45,5 @@ export function namedFault(error: Error): Error {
         `name the file of your own authority in NODE_EXTRA_CA_CERTS.`,
     );
   if (!name.includes("SASL")) return error;
-  return new Error(
-    `KAFKA_BROKERS refused the login: ${message}. Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD`,
-  );
+  return new Error(`KAFKA_BROKERS refused the login: ${message}. Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD`);
 }

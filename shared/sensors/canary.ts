@@ -6,14 +6,14 @@
  */
 import type { Sql } from "postgres";
 import { postgresUrl, required, UsageError } from "../env.ts";
-import { connect } from "../session.ts";
+import { openSession } from "../session.ts";
 
 export const canaryVariables = { REPLICATION_DATABASE_URL: required(postgresUrl) };
 const WRITE_MS = 10_000;
 
 /** Writes the canary until it is disposed of. Where that fails, nothing comes, which is what is watched. */
 export function startCanary(env: { REPLICATION_DATABASE_URL: string }): AsyncDisposable {
-  const source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:canary", timeoutSeconds: 5 });
+  const source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:canary", timeoutSeconds: 5 });
   const timer = setInterval(() => source`select public.etl_write_heartbeat()`.catch(() => {}), WRITE_MS);
   return {
     [Symbol.asyncDispose]: async () => {
@@ -44,8 +44,7 @@ export async function checkSnapshot(etl: Sql, topic: string, messages: Message[]
     await etl`
       update etl.topics set snapshot_lsn = ${lsn}
       where topic = ${topic} and (snapshot_lsn is null or -snapshot_lsn >= ${lsn})`;
-    const [other] =
-      await etl`select epoch, snapshot_lsn from etl.topics where topic = ${topic} and snapshot_lsn <> ${lsn}`;
+    const [other] = await etl`select epoch, snapshot_lsn from etl.topics where topic = ${topic} and snapshot_lsn <> ${lsn}`;
     if (other)
       throw new UsageError(
         `a second snapshot (WAL position ${lsn}, the first: ${Math.abs(Number(other.snapshot_lsn))}) has begun in epoch ` +

@@ -31,11 +31,7 @@ export function connectClickHouse(env: ClickHouseEnv, database: string = env.CLI
 }
 
 /** The rows of a SELECT. */
-export async function select<T>(
-  client: ClickHouseClient,
-  query: string,
-  parameters: Record<string, unknown> = {},
-): Promise<T[]> {
+export async function select<T>(client: ClickHouseClient, query: string, parameters: Record<string, unknown> = {}): Promise<T[]> {
   const answer = await client.query({ query, query_params: parameters, format: "JSONEachRow" });
   return await answer.json<T>();
 }
@@ -76,8 +72,7 @@ export interface Column {
   type: string;
 }
 /** LowCardinality(Nullable(String)) → String */
-export const plainType = (type: string): string =>
-  type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
+export const plainType = (type: string): string => type.replace(/^LowCardinality\((.*)\)$/, "$1").replace(/^Nullable\((.*)\)$/, "$1");
 
 /** The columns of sensor_readings that are the contract with the source, in their order. @throws UsageError without the table. */
 export async function readingColumns(client: ClickHouseClient): Promise<Column[]> {
@@ -187,12 +182,7 @@ export function landingRows(
  * Inserts RowBinary rows by one insert, which is complete when this resolves.
  * @throws ClickHouseError where the server refuses it.
  */
-export async function insertRowBinary(
-  client: ClickHouseClient,
-  table: string,
-  rows: Buffer,
-  signal: AbortSignal,
-): Promise<void> {
+export async function insertRowBinary(client: ClickHouseClient, table: string, rows: Buffer, signal: AbortSignal): Promise<void> {
   const { stream } = await client.exec({
     query: `INSERT INTO ${table} FORMAT RowBinary`,
     values: Readable.from([rows], { objectMode: false }),

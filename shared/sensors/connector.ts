@@ -13,9 +13,7 @@ export const sourceTable = "public.sensor_readings";
 export function namesOf(env: { SENSORS_TOPIC: string }): Record<"prefix" | "connector" | "slot", string> {
   const { SENSORS_TOPIC: topic } = env;
   if (!topic.endsWith(`.${sourceTable}`))
-    throw new UsageError(
-      `SENSORS_TOPIC ${topic} must end with .${sourceTable}: Debezium names a topic PREFIX.SCHEMA.TABLE`,
-    );
+    throw new UsageError(`SENSORS_TOPIC ${topic} must end with .${sourceTable}: Debezium names a topic PREFIX.SCHEMA.TABLE`);
   const prefix = topic.slice(0, -sourceTable.length - 1);
   return {
     prefix,
@@ -38,21 +36,11 @@ export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
  * @returns the answer, or undefined where there is no such connector.
  * @throws Error where Connect does not answer, or with its own words.
  */
-export async function askConnect<T>(
-  env: ConnectEnv,
-  method: string,
-  path: string,
-  body?: object,
-): Promise<T | undefined> {
+export async function askConnect<T>(env: ConnectEnv, method: string, path: string, body?: object): Promise<T | undefined> {
   const headers = { "content-type": "application/json" };
   const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
   for (let attempt = 1; ; attempt++) {
-    const answer = await ask(
-      "CONNECT_URL",
-      below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`),
-      init,
-      60,
-    );
+    const answer = await ask("CONNECT_URL", below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`), init, 60);
     const text = await answer.text();
     if (answer.status === 404) return undefined;
     if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
@@ -76,8 +64,7 @@ export async function checkDebezium(env: ConnectEnv): Promise<string> {
   const plugins = (await answer.json()) as { class: string; version?: string }[];
   const found = plugins.filter(({ class: name }) => name === "io.debezium.connector.postgresql.PostgresConnector");
   const versions = found.map(({ version = "" }) => version);
-  const isOld = (version: string): boolean =>
-    version.localeCompare(LEAST_DEBEZIUM, "en", { numeric: true }) < 0 || !/^\d/.test(version);
+  const isOld = (version: string): boolean => version.localeCompare(LEAST_DEBEZIUM, "en", { numeric: true }) < 0 || !/^\d/.test(version);
   if (versions.length && !versions.some(isOld)) return versions.join();
   throw new UsageError(
     `Kafka Connect (CONNECT_URL) has Debezium ${versions.join() || "not at all"} for Postgres; the least is ` +

@@ -6,7 +6,7 @@ import type { ClickHouseClient } from "@clickhouse/client";
 import { like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
 import { log, thousands } from "../log.ts";
 import { onSignal } from "../main.ts";
-import { checkSession, connect } from "../session.ts";
+import { checkSession, openSession } from "../session.ts";
 import { type Column, plainType, select } from "./clickhouse.ts";
 import { sourceTable } from "./connector.ts";
 
@@ -34,7 +34,7 @@ const fitting: Record<string, string[]> = {
  * @throws UsageError that lists each column that is gone or has another type.
  */
 export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted: Column[]): Promise<string[]> {
-  await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
+  await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 30 });
   await checkSession("SOURCE_DATABASE_URL", source);
   const found = await source<{ name: string; type: string }[]>`
     select attname as name, format_type(atttypid, null) as type
@@ -49,9 +49,7 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
     return [`  column ${sourceTable}.${name}: expected one for ${type} (ClickHouse's sensor_readings), found ${is}`];
   });
   for (const { name } of partial)
-    faults.push(
-      `  table ${name}: its changes lack the old row. Run as its owner: alter table ${name} replica identity full;`,
-    );
+    faults.push(`  table ${name}: its changes lack the old row. Run as its owner: alter table ${name} replica identity full;`);
   if (faults.length)
     throw new UsageError(
       `the source differs from ClickHouse's sensor_readings:\n${faults.join("\n")}\nChange ` +

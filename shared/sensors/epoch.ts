@@ -69,12 +69,7 @@ export async function beginEpoch(
  * @throws UsageError where the epoch's rows belong to another database, or the topic is not what the epoch began with: other
  * partitions, offsets that went back, or messages that expired unread.
  */
-export async function takeEpoch(
-  etl: Sql,
-  topic: string,
-  database: string,
-  where: () => Promise<PartitionState[]>,
-): Promise<number> {
+export async function takeEpoch(etl: Sql, topic: string, database: string, where: () => Promise<PartitionState[]>): Promise<number> {
   const began = async () => (await where()).map(({ partition }) => ({ partition, next: 0n }));
   if (!(await readEpoch(etl, topic))) await beginEpoch(etl, topic, 0, database, await began());
   const epoch = (await readEpoch(etl, topic)) as Epoch;
@@ -93,9 +88,7 @@ export async function takeEpoch(
     return fault ? [`partition ${state.partition} of topic ${topic} ${fault}`] : [];
   });
   if (before.size !== partitions.length)
-    faults.unshift(
-      `topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`,
-    );
+    faults.unshift(`topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`);
   if (faults.length)
     throw new UsageError(
       `${faults[0]}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: ` +
@@ -122,12 +115,7 @@ function faultOf({ low, end, committed }: PartitionState, next: bigint, latest: 
 }
 
 /** How far a partition is inserted. Never back: another consumer may have reached more by now. */
-export async function writeOffset(
-  etl: Sql | TransactionSql,
-  topic: string,
-  partition: number,
-  next: bigint,
-): Promise<void> {
+export async function writeOffset(etl: Sql | TransactionSql, topic: string, partition: number, next: bigint): Promise<void> {
   await etl`
     insert into etl.topic_offsets as o (topic, partition, next_offset) values (${topic}, ${partition}, ${String(next)})
     on conflict (topic, partition) do update set next_offset = greatest(o.next_offset, excluded.next_offset), updated_at = now()`;

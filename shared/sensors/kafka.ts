@@ -4,14 +4,7 @@
  */
 import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
-import kafkajs, {
-  type Admin,
-  type Batch,
-  type Consumer,
-  type EachBatchPayload,
-  type ITopicConfig,
-  type Kafka,
-} from "kafkajs";
+import kafkajs, { type Admin, type Batch, type Consumer, type EachBatchPayload, type ITopicConfig, type Kafka } from "kafkajs";
 import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
 import { brokerConfig, isCertificate, type KafkaEnv, namedFault } from "./broker.ts";
@@ -96,8 +89,7 @@ function isTransient(error: Error): boolean {
 }
 
 function explained(error: Error, env: TopicEnv): Error {
-  if (/UNKNOWN_TOPIC/.test(typeOf(error)))
-    return new UsageError(`Kafka has no topic ${env.SENSORS_TOPIC}. Run: make connector`);
+  if (/UNKNOWN_TOPIC/.test(typeOf(error))) return new UsageError(`Kafka has no topic ${env.SENSORS_TOPIC}. Run: make connector`);
   if (!isTransient(error)) return namedFault(error);
   const away = `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${error.message}. For the local stack: make up`;
   return Object.assign(new Error(away), { name: error.name });
@@ -114,8 +106,7 @@ interface Work {
   fetch(): Promise<void>;
 }
 
-const away =
-  "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start resumes at what was committed. Next: make doctor";
+const away = "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start resumes at what was committed. Next: make doctor";
 
 /**
  * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch under
@@ -123,12 +114,7 @@ const away =
  * `batch` has resolved. Where it throws, reading ends without a commit.
  * @throws what ended the reading, if that was an error: also Kafka's absence for a minute.
  */
-export async function consume(
-  kafka: Kafka,
-  env: TopicEnv & { SENSORS_GROUP: string },
-  signal: AbortSignal,
-  work: Work,
-): Promise<void> {
+export async function consume(kafka: Kafka, env: TopicEnv & { SENSORS_GROUP: string }, signal: AbortSignal, work: Work): Promise<void> {
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId } = env;
   const [consumer, admin] = [createConsumer(kafka, groupId, () => !leaving), kafka.admin()];
   const { promise: over, resolve, reject } = Promise.withResolvers<void>();
@@ -153,8 +139,7 @@ export async function consume(
     watch.refresh();
     work.fetch().catch((error: Error) => isTransient(error) || leave(error));
   });
-  const retryLater = (error: Error): unknown =>
-    leaving || !isTransient(error) ? leave(error) : delay(1000).then(read);
+  const retryLater = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(read));
   // With restart kafkajs resumes by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
   consumer.on("consumer.crash", ({ payload: { error, restart } }) => restart || retryLater(error));
   const eachBatch = createMover(consumer, { topic, groupId, admin, reached, work }, () => leaving, leave);
@@ -221,8 +206,7 @@ function createMover(consumer: Consumer, mover: Mover, isLeaving: () => boolean,
     if (isLeaving() || !payload.isRunning() || payload.isStale()) return;
     const { partition } = batch;
     // consumer.commitOffsets would silently do nothing once the consumer is being stopped.
-    const commit: Commit = (offset) =>
-      commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition, offset }] }] });
+    const commit: Commit = (offset) => commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition, offset }] }] });
     await moveBatch(batch, mover, commit, heartbeat).then(
       () => resolveOffset(batch.lastOffset()),
       (error: Error) => {

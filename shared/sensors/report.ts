@@ -5,7 +5,7 @@ import type { AddressInfo } from "node:net";
 import { setTimeout as delay } from "node:timers/promises";
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from "prom-client";
 import { log } from "../log.ts";
-import { connect } from "../session.ts";
+import { openSession } from "../session.ts";
 import type { CanaryState } from "./canary.ts";
 import { type ConnectEnv, isRunning, namesOf, sourceTable } from "./connector.ts";
 import type { PartitionState } from "./epoch.ts";
@@ -54,8 +54,7 @@ export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
     waiting: (server: string, error?: Error): void => {
       metrics.away.set(error ? 1 : 0);
       if (error && !waitingSince) log({ step: "waiting", for: server, error: error.message.slice(0, 300) });
-      if (!error && waitingSince)
-        log({ step: "back", waited_seconds: Math.round((performance.now() - waitingSince) / 1000) });
+      if (!error && waitingSince) log({ step: "back", waited_seconds: Math.round((performance.now() - waitingSince) / 1000) });
       waitingSince = error ? waitingSince || performance.now() : 0;
     },
     done: (): void => {
@@ -111,7 +110,7 @@ function createMetrics(env: ReportEnv, lag: Lag, canary: Canary) {
     gauge.set((await isRunning(env).catch(() => false)) ? 1 : 0),
   );
   asked("etl_sensors_slot_retained_bytes", "WAL that the source keeps for the connector's slot.", async (gauge) => {
-    await using source = connect(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
+    await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
     const [slot] = await source<{ bytes: string }[]>`
       select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots
       where slot_name = ${namesOf(env).slot}`;
@@ -122,9 +121,7 @@ function createMetrics(env: ReportEnv, lag: Lag, canary: Canary) {
     const state = await canary();
     if (state) gauge.set(Date.now() / 1000 - state.age_seconds);
   });
-  asked("etl_sensors_canary_gap", "1 where changes of the source never came.", async (gauge) =>
-    gauge.set((await canary())?.gap ? 1 : 0),
-  );
+  asked("etl_sensors_canary_gap", "1 where changes of the source never came.", async (gauge) => gauge.set((await canary())?.gap ? 1 : 0));
   return {
     registry,
     rows: counter("etl_sensors_rows_total", "Changes inserted."),

@@ -4,15 +4,7 @@
  */
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import {
-  addBilled,
-  bigqueryVariables,
-  connectBigQuery,
-  ignoreAlreadyThere,
-  type JobResource,
-  labels,
-  runJob,
-} from "../bigquery/client.ts";
+import { addBilled, bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
@@ -46,9 +38,7 @@ export async function checkFresh(run: Run, raw: string[], allowed: boolean): Pro
     return `${pipeline} is stale: its watermark is ${watermark}, its interval in ops/alerts.yml ${duration(interval)}`;
   });
   if (stale.length && !allowed)
-    throw new Error(
-      `${stale.join("; ")}. Nothing was built. Next: make ${raw.join(" ")}, then make views; or make views ALLOW_STALE=1`,
-    );
+    throw new Error(`${stale.join("; ")}. Nothing was built. Next: make ${raw.join(" ")}, then make views; or make views ALLOW_STALE=1`);
   for (const warning of stale) run.log("warning", { warning });
 }
 
@@ -64,9 +54,7 @@ export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
   const published = env.BIGQUERY_VIEWS_DATASET;
   const [exists] = await bigquery.dataset(published).exists();
   if (!exists)
-    throw new UsageError(
-      `dataset ${env.BIGQUERY_PROJECT}.${published} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`,
-    );
+    throw new UsageError(`dataset ${env.BIGQUERY_PROJECT}.${published} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`);
   const prefix = `${published}_build_`;
   const [datasets] = await bigquery.getDatasets({ filter: "labels.etl_pipeline:views" });
   const earlier = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < prefix + run.id);
@@ -213,11 +201,7 @@ function describe({ model, rows, bytes, seconds, error }: Outcome) {
 }
 
 /** Does `work`, which returns rows, for each model once those that it needs are published. A failure holds back only those that need it. */
-export async function eachModel(
-  { run, billed }: Build,
-  models: Model[],
-  work: (model: Model) => Promise<number>,
-): Promise<Outcome[]> {
+export async function eachModel({ run, billed }: Build, models: Model[], work: (model: Model) => Promise<number>): Promise<Outcome[]> {
   const outcomes = new Map<string, Promise<Outcome>>();
   const one = async (model: Model): Promise<Outcome> => {
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));

@@ -24,8 +24,7 @@ export interface Model extends Statement {
 
 /** Removes comments and strings; a name in backticks stays. */
 function code(sql: string): string {
-  const noise =
-    /--.*|#.*|\/\*[\s\S]*?\*\/|"""[\s\S]*?"""|'''[\s\S]*?'''|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|(`[^`]*`)/g;
+  const noise = /--.*|#.*|\/\*[\s\S]*?\*\/|"""[\s\S]*?"""|'''[\s\S]*?'''|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|(`[^`]*`)/g;
   return sql.replaceAll(noise, "$1 ");
 }
 
@@ -71,19 +70,16 @@ export function readModels(raw: string[], only?: string): Model[] {
     if (raw.includes(name)) faults.push(`${file}: ${name} is the name of a raw table`);
   }
   for (const check of list("views/checks").map(readFile)) {
-    if (!checkForm.test(code(check.sql)))
-      faults.push(`${check.file} must hold one statement: a SELECT of the rows that are wrong`);
+    if (!checkForm.test(code(check.sql))) faults.push(`${check.file} must hold one statement: a SELECT of the rows that are wrong`);
     // It runs with the last of the models that it reads, once all of them are built.
     const owner = ordered.findLast(({ name }) => check.reads.includes(name));
     if (!owner) faults.push(`${check.file} reads no model: nothing would run it`);
     owner?.checks.push(check);
     owner?.needs.push(...modelsIn(check.reads).filter((name) => name !== owner.name));
   }
-  if (only && !names.includes(only))
-    faults.push(`ONLY=${only}: there is no views/${only}.sql. There are: ${names.join(", ")}`);
+  if (only && !names.includes(only)) faults.push(`ONLY=${only}: there is no views/${only}.sql. There are: ${names.join(", ")}`);
   if (faults.length) throw new UsageError(`nothing was built:\n${faults.map((fault) => `  ${fault}`).join("\n")}`);
   const wanted = new Set(only ? [only] : names);
-  for (const { name, needs } of ordered.toReversed())
-    if (wanted.has(name)) for (const needed of needs) wanted.add(needed);
+  for (const { name, needs } of ordered.toReversed()) if (wanted.has(name)) for (const needed of needs) wanted.add(needed);
   return ordered.filter(({ name }) => wanted.has(name));
 }

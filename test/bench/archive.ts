@@ -29,13 +29,7 @@ say(`bench: ${thousands(rows)} events`);
 await loadData(shop.env.STACK_ADMIN_DATABASE_URL ?? "", { only: ["events"], maxRows: rows });
 const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
 process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
-const {
-  S3_ENDPOINT = "",
-  S3_BUCKET = "",
-  AWS_ACCESS_KEY_ID = "",
-  AWS_SECRET_ACCESS_KEY = "",
-  AWS_REGION = "",
-} = shop.env;
+const { S3_ENDPOINT = "", S3_BUCKET = "", AWS_ACCESS_KEY_ID = "", AWS_SECRET_ACCESS_KEY = "", AWS_REGION = "" } = shop.env;
 const source = shop.env.SOURCE_DATABASE_URL ?? "";
 const aws = { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_DEFAULT_REGION: AWS_REGION };
 /** Where a tool writes, below the shop's prefix. */
@@ -74,8 +68,7 @@ const clear = async (writes: string): Promise<void> =>
 async function checkWritten(by: string, writes: string, format: string): Promise<void> {
   const sum = { rows: 0, bytes: 0 };
   for await (const { key } of listObjects(shop.bucket, place(writes))) {
-    if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key))
-      continue;
+    if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key)) continue;
     const body = (await get(shop.bucket, key))?.body ?? Buffer.alloc(0);
     sum.bytes += body.length;
     if (format === "Parquet") {

@@ -120,8 +120,7 @@ try {
   const rows = "select id::text, (extract(epoch from updated_at) * 1000000)::bigint::text as at from";
   const expected = await shop.admin.unsafe<{ id: string; at: string }[]>(`${rows} orders`);
   const kindOf = ({ id }: { id: string }) => kinds.findLast(({ first }) => Number(id) >= first)?.name;
-  const count = (of: { id: string }[], kind: string): string =>
-    thousands(of.filter((row) => kindOf(row) === kind).length);
+  const count = (of: { id: string }[], kind: string): string => thousands(of.filter((row) => kindOf(row) === kind).length);
   const peersSql = postgres(target, { max: 1 });
   const report = [];
   for (const { by, settings, schema, runs, sum } of contenders) {

@@ -10,8 +10,7 @@ import { say } from "../stack/stack.ts";
 const sorted = (values: number[]): number[] => [...values].sort((a, b) => a - b);
 export const median = (values: number[]): number => sorted(values)[Math.floor(values.length / 2)] ?? 0;
 /** At least this share of the values is at most the result. */
-export const percentile = (values: number[], share: number): number =>
-  sorted(values)[Math.ceil(values.length * share) - 1] ?? 0;
+export const percentile = (values: number[], share: number): number => sorted(values)[Math.ceil(values.length * share) - 1] ?? 0;
 export const spread = (values: number[], digits = 2): string =>
   `${median(values).toFixed(digits)} (${Math.min(...values).toFixed(digits)} to ${Math.max(...values).toFixed(digits)})`;
 
@@ -33,8 +32,7 @@ function readProc(pid: number, file: string): string {
   }
 }
 
-const childrenOf = (pid: number): number[] =>
-  readProc(pid, `task/${pid}/children`).split(" ").filter(Boolean).map(Number);
+const childrenOf = (pid: number): number[] => readProc(pid, `task/${pid}/children`).split(" ").filter(Boolean).map(Number);
 
 /** Kilobytes of a process and of all that it started. */
 export function resident(pid: number): number {
@@ -126,12 +124,7 @@ export interface Command {
 }
 
 /** Runs a command to its end. @throws Error where it fails, with the end of its output. */
-export async function measure({
-  command,
-  args,
-  env,
-  cwd,
-}: Command): Promise<Measured & { output: string; started: Date }> {
+export async function measure({ command, args, env, cwd }: Command): Promise<Measured & { output: string; started: Date }> {
   const [startedAt, started, before] = [new Date(), performance.now(), sourceCpu()];
   const child: ChildProcess = spawn(command, args, {
     env: { ...process.env, ...env },

@@ -32,8 +32,7 @@ const rows = Number(process.env.ROWS ?? 500_000);
 const changed = Math.min(rows, Number(process.env.CHANGED ?? 50_000));
 const parts = (process.env.PARTS ?? "extraction,steps,load,incremental,idle,verify").split(",");
 
-if (spawnSync("psql", ["--version"]).error)
-  throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
+if (spawnSync("psql", ["--version"]).error) throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
 await using shop = await createShop();
 say(`bench: ${thousands(rows)} orders`);
 await shop.insertRows(1, rows);
@@ -102,8 +101,7 @@ await runPipeline("orders", env, async (run) => {
   const described = await checkSource(run, contract);
   select = jsonLines(contract, contract.source.select, described);
   const window = { from: "-infinity", to: "infinity" };
-  const copy = (): ReturnType<typeof copyJsonLines> =>
-    copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
+  const copy = (): ReturnType<typeof copyJsonLines> => copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
   const extraction: number[] = [];
   const extract = async () => {
     const before = sourceCpu();
@@ -188,15 +186,12 @@ await using _ = { [Symbol.asyncDispose]: async () => await sql?.end({ timeout: 1
 const pipe =
   (...statements: string[]) =>
   () =>
-    bash(
-      `psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`,
-      {
-        ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
-        COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
-        TARGET: target?.url,
-        PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
-      },
-    );
+    bash(`psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`, {
+      ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
+      COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
+      TARGET: target?.url,
+      PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
+    });
 
 let syncs: Sync[] = [];
 let round = 0;
@@ -212,9 +207,7 @@ async function forget(): Promise<void> {
     slingSync(peers, env.SOURCE_DATABASE_URL, at, `sling_${round}`),
     ingestrSync(peers, env.SOURCE_DATABASE_URL, at, `ingestr_${round}`, "interval"),
   ];
-  await sql?.unsafe(
-    `drop table if exists floor, staging; create table floor (${layout}); create table staging (${layout})`,
-  );
+  await sql?.unsafe(`drop table if exists floor, staging; create table floor (${layout}); create table staging (${layout})`);
 }
 /** The peers, and the floor of what they do. */
 const synced = (floor: string, run: Contender["run"]): Contender[] => {
@@ -235,8 +228,7 @@ await forget();
 async function check(): Promise<void> {
   const inPostgres =
     "select concat_ws(' ', count(*), sum(id), sum((extract(epoch from updated_at) * 1000000)::bigint % 1000003)) as is from";
-  const inBigQuery =
-    "select format('%d %d %d', count(*), sum(id), sum(mod(unix_micros(updated_at), 1000003))) as `is` from";
+  const inBigQuery = "select format('%d %d %d', count(*), sum(id), sum(mod(unix_micros(updated_at), 1000003))) as `is` from";
   const places = [
     ...["floor", "orders"].map((name) => ({ name: `BigQuery's ${name}`, rows: shop.query(`${inBigQuery} ${name}`) })),
     ...(sql ? ["floor", ...syncs.map(({ schema }) => `${schema}.orders`)] : []).map((name) => ({
@@ -247,8 +239,7 @@ async function check(): Promise<void> {
   const [expected] = await shop.admin.unsafe(`${inPostgres} orders`);
   for (const { name, rows: found } of places) {
     const is = (await found)?.[0]?.is;
-    if (is !== expected?.is)
-      throw new Error(`${name}: rows, sum of id and of updated_at are ${is}, not ${expected?.is}`);
+    if (is !== expected?.is) throw new Error(`${name}: rows, sum of id and of updated_at are ${is}, not ${expected?.is}`);
   }
 }
 
@@ -268,8 +259,7 @@ if (/load|incremental|idle|verify/.test(parts.join())) {
 
 if (parts.includes("incremental")) {
   const [QUERY, name] = [statement(mergeStatement(contract, "floor", "floor_staging", "updated_at")), "floor_staging"];
-  const floor = () =>
-    bash(load + query, { ...loadInto(name), QUERY, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
+  const floor = () => bash(load + query, { ...loadInto(name), QUERY, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
   const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
   await compare(
     "incremental run",
@@ -277,10 +267,7 @@ if (parts.includes("incremental")) {
     [
       { by: "psql | curl into one load job, one MERGE", run: floor },
       { by: "ours", run: () => ours("scripts/orders.ts") },
-      ...synced(
-        "the peers' floor: psql | psql, INSERT … ON CONFLICT",
-        pipe("truncate staging", "copy staging from stdin", upsert),
-      ),
+      ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe("truncate staging", "copy staging from stdin", upsert)),
     ],
     async () => {
       const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;

@@ -40,8 +40,7 @@ export function openPeers(home: string) {
   const find = "import sling_linux_amd64 as s; print(list(s.__path__)[0], end='')";
   const sling = execFileSync(join(bin.sling, "python"), ["-c", find], { encoding: "utf8" });
   const off = { DO_NOT_TRACK: "1", SLING_DISABLE_TELEMETRY: "true", DISABLE_TELEMETRY: "true" };
-  const flags = (given: Record<string, string>): string[] =>
-    Object.entries(given).flatMap(([name, value]) => [`--${name}`, value]);
+  const flags = (given: Record<string, string>): string[] => Object.entries(given).flatMap(([name, value]) => [`--${name}`, value]);
   return {
     /** Somewhere for a tool to remember from run to run what it has read. */
     newHome: (): string => mkdtempSync(join(home, "peer-")),
@@ -96,19 +95,12 @@ export function dltSync(peers: Peers, source: string, target: string, schema: st
   const HOME = peers.newHome();
   return {
     ...{ by: "dlt 1.31.0", settings: "", schema, delivered: /^delivered (\d+)$/m },
-    command: () =>
-      peers.dlt(source, { HOME, TABLE: "orders", TARGET: scheme(target, "postgresql"), DATASET: schema, ...env }),
+    command: () => peers.dlt(source, { HOME, TABLE: "orders", TARGET: scheme(target, "postgresql"), DATASET: schema, ...env }),
   };
 }
 
 /** @param stream the table, or a SELECT. */
-export function slingSync(
-  peers: Peers,
-  source: string,
-  target: string,
-  schema: string,
-  stream = "public.orders",
-): Sync {
+export function slingSync(peers: Peers, source: string, target: string, schema: string, stream = "public.orders"): Sync {
   const given = { "src-stream": stream, "tgt-object": `${schema}.orders`, ...inMergeMode };
   return {
     ...{ by: "Sling 1.4.11", settings: "", schema, delivered: /inserted (\d+) rows/ },
@@ -117,17 +109,10 @@ export function slingSync(
 }
 
 /** @param from where it reads: all, from the beginning of the run before on (as its scheduler would say), or the write-ahead log. */
-export function ingestrSync(
-  peers: Peers,
-  source: string,
-  target: string,
-  schema: string,
-  from: "all" | "interval" | "log",
-): Sync {
+export function ingestrSync(peers: Peers, source: string, target: string, schema: string, from: "all" | "interval" | "log"): Sync {
   const given = { "source-table": "public.orders", "dest-table": `${schema}.orders`, "incremental-strategy": "merge" };
   const cursor = from === "log" ? {} : { "incremental-key": "updated_at", "primary-key": "id" };
-  const uri =
-    from === "log" ? `${scheme(source, "postgres+cdc")}?sslmode=disable&slot=${slotOf(source)}` : plain(source);
+  const uri = from === "log" ? `${scheme(source, "postgres+cdc")}?sslmode=disable&slot=${slotOf(source)}` : plain(source);
   return {
     ...{ by: "ingestr 1.1.22", settings: "", schema, delivered: /Total Rows\s+│\s+([\d,]+)/ },
     command: (previous) =>

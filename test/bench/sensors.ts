@@ -58,8 +58,7 @@ async function throughput(): Promise<void> {
   await compare("sensors", messages, [
     {
       by: "kcat | split | curl",
-      run: () =>
-        checked(floor.name, measure({ command: "bash", args: ["-c", floorScript], env: floorEnv(topic, floor.name) })),
+      run: () => checked(floor.name, measure({ command: "bash", args: ["-c", floorScript], env: floorEnv(topic, floor.name) })),
     },
     {
       by: "ours",
@@ -80,11 +79,7 @@ const dropDatabase = async (client: ClickHouseClient, name: string): Promise<voi
   void (await client.command({ query: `DROP DATABASE IF EXISTS ${name}` }));
 
 /** Every message became what it says: as many rows with FINAL as are left, and no dead letter. */
-async function check(
-  client: ClickHouseClient,
-  database: string,
-  expected: { rows: number; ids: number },
-): Promise<void> {
+async function check(client: ClickHouseClient, database: string, expected: { rows: number; ids: number }): Promise<void> {
   const answer = await client.query({
     query: `SELECT toFloat64(count()) AS rows, toFloat64(sum(id)) AS ids, (SELECT toFloat64(count()) FROM ${database}.sensor_dead_letters) AS dead FROM ${database}.sensor_readings FINAL`,
     format: "JSONEachRow",
@@ -140,10 +135,7 @@ async function realMessages(): Promise<Record<"c" | "u" | "d", string>> {
  * Messages as lines of key, tab, envelope, in pieces of some 100 KB: of each 20, 17 insert, two update and one deletes rows that
  * were inserted just before. `sum` gets the rows that are left.
  */
-function* envelopes(
-  templates: Record<"c" | "u" | "d", string>,
-  sum: { rows: number; ids: number; bytes: number },
-): Generator<string> {
+function* envelopes(templates: Record<"c" | "u" | "d", string>, sum: { rows: number; ids: number; bytes: number }): Generator<string> {
   const start = Date.UTC(2024, 0, 1);
   const metrics = ["temp", "dewp", "humid", "wind_dir", "wind_speed", "wind_gust", "precip", "pressure", "visib"];
   const row = (id: number, value: number): string => {
@@ -157,11 +149,7 @@ function* envelopes(
     const op = turn < 17 ? "c" : turn < 19 ? "u" : "d";
     const id = block * 17 + 1 + (turn % 17);
     const value = (id % 9999) / 100;
-    const line = fill[op](
-      n,
-      op === "c" ? "null" : row(id, value),
-      op === "d" ? "null" : row(id, op === "u" ? value + 1 : value),
-    );
+    const line = fill[op](n, op === "c" ? "null" : row(id, value), op === "d" ? "null" : row(id, op === "u" ? value + 1 : value));
     if (op === "c" || op === "d") {
       sum.rows += op === "c" ? 1 : -1;
       sum.ids += op === "c" ? id : -id;
@@ -180,9 +168,7 @@ function filler(template: string): (n: number, before: string, after: string) =>
   const envelope = JSON.parse(template);
   const moment = { ts_ms: "@ms@", ts_us: "@us@", ts_ns: "@ns@" };
   const source = { ...envelope.source, ...moment, txId: "@txId@", lsn: "@lsn@" };
-  const pieces = JSON.stringify({ ...envelope, before: "@before@", after: "@after@", source, ...moment }).split(
-    /"@(\w+)@"/,
-  );
+  const pieces = JSON.stringify({ ...envelope, before: "@before@", after: "@after@", source, ...moment }).split(/"@(\w+)@"/);
   const { ts_ms, txId, lsn } = envelope.source;
   return (n, before, after) => {
     const ms = ts_ms + Math.floor(n / 100);
@@ -266,17 +252,15 @@ async function latency(): Promise<void> {
   await ended;
   const at = (share: number): string => percentile(latencies, share).toFixed(2);
   process.stdout.write(
-    `\nfrom commit at the source to the queryable row, ${rowsPerSecond} rows/s for ${seconds} s, seconds (target: median under 2)\n${table(
-      [
-        {
-          rows: thousands(latencies.length),
-          median: at(0.5),
-          p95: at(0.95),
-          max: at(1),
-          "looked every": `${((seconds / polls) * 1000).toFixed(0)} ms`,
-        },
-      ],
-    )}\n`,
+    `\nfrom commit at the source to the queryable row, ${rowsPerSecond} rows/s for ${seconds} s, seconds (target: median under 2)\n${table([
+      {
+        rows: thousands(latencies.length),
+        median: at(0.5),
+        p95: at(0.95),
+        max: at(1),
+        "looked every": `${((seconds / polls) * 1000).toFixed(0)} ms`,
+      },
+    ])}\n`,
   );
 }
 

@@ -40,9 +40,7 @@ export interface PrivateStack extends Servers<ServerName> {
   load<T>(file: string): Promise<T>;
 }
 
-const installs = new Set(
-  installable.filter(({ name }) => servers.includes(name as ServerName)).flatMap((part) => part.installs),
-);
+const installs = new Set(installable.filter(({ name }) => servers.includes(name as ServerName)).flatMap((part) => part.installs));
 
 /**
  * However this process ends, but by SIGKILL, nothing of the stack is left.

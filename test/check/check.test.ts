@@ -55,14 +55,8 @@ await test("views that read one another pass in any order, and a fault is told o
     "CREATE OR REPLACE TABLE z PARTITION BY week AS SELECT date_trunc(date(created_at), WEEK(MONDAY)) AS week, array_agg(STRUCT(id, total)) AS l FROM orders GROUP BY week";
   const views = (write: (file: string, content: string) => void, z: string): void => {
     write("views/z.sql", z);
-    write(
-      "views/a.sql",
-      "CREATE OR REPLACE TABLE a AS SELECT week, sum(o.total) AS total FROM z, UNNEST(l) AS o GROUP BY week",
-    );
-    write(
-      "views/checks/a.sql",
-      "SELECT week FROM a WHERE week > @day AND total < 0 QUALIFY row_number() OVER (ORDER BY week) = 1",
-    );
+    write("views/a.sql", "CREATE OR REPLACE TABLE a AS SELECT week, sum(o.total) AS total FROM z, UNNEST(l) AS o GROUP BY week");
+    write("views/checks/a.sql", "SELECT week FROM a WHERE week > @day AND total < 0 QUALIFY row_number() OVER (ORDER BY week) = 1");
   };
   assert.deepEqual(await check("googlesql", (_, write) => views(write, first)), []);
   const faults = await check("googlesql", (_, write) => views(write, first.replace("total", "totl")));
@@ -94,18 +88,14 @@ await test("the MERGE quotes a reserved word; without the quotes, with another c
   assert.deepEqual(await check("googlesql", fields), []);
   const unquoted = await check("googlesql", (scratch) => {
     fields(scratch);
-    scratch.edit("shared/bigquery/load.ts", (code) =>
-      code.replace(/INSERT \(\$\{columns/, "$&.map((column) => column.slice(1, -1))"),
-    );
+    scratch.edit("shared/bigquery/load.ts", (code) => code.replace(/INSERT \(\$\{columns/, "$&.map((column) => column.slice(1, -1))"));
   });
   assert.match(
     unquoted.join("\n"),
     /^schemas\/bigquery\/orders\.json: MERGE:4:\d+: Syntax error: Unexpected keyword ORDER\n {4}WHEN NOT MATCHED THEN INSERT \(id, /,
   );
   const wrong = await check("googlesql", (scratch) => {
-    scratch.editFields("users", (all) =>
-      all.map((field) => (field.name === "id" ? { ...field, type: "JSON" } : field)),
-    );
+    scratch.editFields("users", (all) => all.map((field) => (field.name === "id" ? { ...field, type: "JSON" } : field)));
     scratch.editFields("orders", (all) => [...all, { name: "odd", type: "INT32" }]);
   });
   assert.match(wrong[0] ?? "", /^schemas\/bigquery\/orders\.json:\d+:1: field odd: BigQuery has no type INT32$/);
@@ -114,9 +104,7 @@ await test("the MERGE quotes a reserved word; without the quotes, with another c
     /^schemas\/bigquery\/users\.json: MERGE:2:\d+: Equality is not defined for arguments of type JSON$/,
   );
   const [cursor] = await check("googlesql", (scratch) =>
-    scratch.edit("schemas/bigquery/orders.json", (json) =>
-      json.replace('"cursor": "updated_at"', '"cursor": "changed_at"'),
-    ),
+    scratch.edit("schemas/bigquery/orders.json", (json) => json.replace('"cursor": "updated_at"', '"cursor": "changed_at"')),
   );
   assert.match(cursor ?? "", /^schemas\/bigquery\/orders\.json:.*cursor must be one of the fields/);
 });
@@ -129,8 +117,7 @@ await test("a contract of 1,000 fields passes, some of them with the names of ou
   }));
   // Names of our aliases: where one is a column too, the analyser refuses the MERGE.
   const aliases = "s t d compared found pairs keys kind".split(" ").map((name) => ({ name, type: "STRING" }));
-  const wide = (scratch: Scratch): void =>
-    scratch.editFields("orders", (all) => [...all, reserved, ...aliases, ...more]);
+  const wide = (scratch: Scratch): void => scratch.editFields("orders", (all) => [...all, reserved, ...aliases, ...more]);
   assert.deepEqual(await check("googlesql", wide), []);
 });
 
@@ -168,9 +155,7 @@ await test("Postgres: a column that is not there, a type error, a second stateme
   const expected = [
     /^sql\/etl\/998_public\.sql:1: permission denied for schema public/,
     /^sql\/etl\/999_more\.sql:4: type "intt" does not exist/,
-    new RegExp(
-      `^sql/orders\\.sql:${line("sql/orders.sql", "  item_count")}: column "item_cont" does not exist; Perhaps`,
-    ),
+    new RegExp(`^sql/orders\\.sql:${line("sql/orders.sql", "  item_count")}: column "item_cont" does not exist; Perhaps`),
     /^sql\/secret\.sql:1: permission denied for table secret/,
     /^sql\/two\.sql:1: cannot insert multiple commands into a prepared statement/,
     new RegExp(`^sql/users\\.sql:${line("sql/users.sql", "where")}: operator does not exist: integer \\+ `),

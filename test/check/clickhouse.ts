@@ -31,17 +31,10 @@ for (const { folder: within, file, sql } of migrations)
   for (const statement of statementsOf(sql)) for (const _ of ["once", "twice"]) attempt(`${within}/${file}`, statement);
 const row = (id: number): string =>
   `{"id":${id},"sensor_id":"JFK","metric":"temp","value":1.5,"recorded_at":"2013-01-01T06:00:00.000000Z"}`;
-const messages = [
-  `{"op":"c","before":null,"after":${row(0)}}`,
-  `{"op":"d","before":${row(1)},"after":null}`,
-  "no JSON",
-];
+const messages = [`{"op":"c","before":null,"after":${row(0)}}`, `{"op":"d","before":${row(1)},"after":null}`, "no JSON"];
 for (const [at, value] of messages.entries())
   attempt("schemas/clickhouse", `INSERT INTO sensor_landing SELECT 't', 1, 0, ${at}, 0, '{"id":${at}}', '${value}'`);
-const counts = attempt(
-  "schemas/clickhouse",
-  "SELECT (SELECT count() FROM sensor_readings), (SELECT count() FROM sensor_dead_letters)",
-);
+const counts = attempt("schemas/clickhouse", "SELECT (SELECT count() FROM sensor_readings), (SELECT count() FROM sensor_dead_letters)");
 if (counts !== "2\t1") faults.push(`schemas/clickhouse:1: two changes and one dead letter became ${counts}`);
 session.cleanup();
 rmSync(folder, { recursive: true, force: true });

@@ -36,8 +36,7 @@ const faults: string[] = [];
 
 /** The API's names of the types that differ from the analyser's TYPE_ names. */
 const kinds: Record<string, string> = { INTEGER: "INT64", FLOAT: "DOUBLE", FLOAT64: "DOUBLE", BOOLEAN: "BOOL" };
-const simple =
-  /^(INT64|DOUBLE|BOOL|STRING|BYTES|NUMERIC|BIGNUMERIC|DATE|TIME|DATETIME|TIMESTAMP|JSON|GEOGRAPHY|INTERVAL)$/;
+const simple = /^(INT64|DOUBLE|BOOL|STRING|BYTES|NUMERIC|BIGNUMERIC|DATE|TIME|DATETIME|TIMESTAMP|JSON|GEOGRAPHY|INTERVAL)$/;
 
 type Field = { name?: string; type?: string; mode?: string; fields?: Field[] };
 function columnType({ name, type = "", mode, fields }: Field, file: string): Type {
@@ -174,14 +173,9 @@ async function compareReads({ file, sql }: Statement): Promise<void> {
   const read = new Set(answer.tableName?.map(({ tableNameSegment }) => tableNameSegment?.join(".") ?? ""));
   const found = tablesRead(sql, known);
   for (const name of known.filter((one) => read.has(one) && !found.includes(one)))
-    faults.push(
-      `${file}:1:1: reads ${name}, which make views does not find behind FROM or JOIN: write JOIN, not a comma`,
-    );
+    faults.push(`${file}:1:1: reads ${name}, which make views does not find behind FROM or JOIN: write JOIN, not a comma`);
   for (const name of found)
-    if (!read.has(name))
-      faults.push(
-        `${file}:1:1: make views takes ${name} for a table that it reads: give what is named so another name`,
-      );
+    if (!read.has(name)) faults.push(`${file}:1:1: make views takes ${name} for a table that it reads: give what is named so another name`);
 }
 for (const statement of [...files("views/*.sql"), ...files("views/checks/*.sql")]) await compareReads(statement);
 

@@ -47,8 +47,7 @@ const variable = "STACK_ADMIN_DATABASE_URL";
 /** What the data set is known by. `first` and `last`: id and time of the first and the last row in the order of loading. */
 export const dataSet = {
   users: {
-    columns:
-      "id, age_band, income_band, home_ownership, marital_status, household_size, kids_count, created_at, updated_at",
+    columns: "id, age_band, income_band, home_ownership, marital_status, household_size, kids_count, created_at, updated_at",
     time: "created_at",
     rows: 2_469,
     ids: ["1", "2500"],
@@ -101,8 +100,7 @@ type State = "missing" | "empty" | "loaded";
  */
 export function openSource(adminUrl: string): postgres.Sql {
   const other = notOurs(variable, { [variable]: adminUrl });
-  if (other)
-    throw new Error(`data: ${other}: only the local stack's database may be written to. Set it as in .env.example.`);
+  if (other) throw new Error(`data: ${other}: only the local stack's database may be written to. Set it as in .env.example.`);
   return postgres(adminUrl, { max: 1, onnotice: () => {}, connection: { application_name: "etl:data" } });
 }
 

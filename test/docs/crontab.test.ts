@@ -55,12 +55,10 @@ function parse(crontab: string): { variables: Record<string, string>; jobs: Job[
 }
 
 const { variables, jobs } = parse(readFileSync(join(root, "ops/crontab"), "utf8"));
-const seconds = (duration: string): number =>
-  Number.parseInt(duration, 10) * ({ m: 60, h: 3600 }[duration.at(-1) ?? ""] ?? Number.NaN);
+const seconds = (duration: string): number => Number.parseInt(duration, 10) * ({ m: 60, h: 3600 }[duration.at(-1) ?? ""] ?? Number.NaN);
 
 test("ops/crontab: each pipeline with an expected interval, verify nightly, sweep and report weekly, each at a minute that no other has", () => {
-  const often = ({ fields: [, hour, , , weekday] }: Job): number =>
-    hour === "*" ? 3600 : weekday === "*" ? 86_400 : 604_800;
+  const often = ({ fields: [, hour, , , weekday] }: Job): number => (hour === "*" ? 3600 : weekday === "*" ? 86_400 : 604_800);
   assert.deepEqual(Object.fromEntries(jobs.map((job) => [job.target, often(job)])), {
     ...Object.fromEntries(readIntervals()),
     verify: 86_400,
@@ -116,10 +114,7 @@ after(async () => {
 });
 
 /** As cron runs it: variables of the file, HOME, PATH and nothing else. */
-async function cron(
-  command: string,
-  changes: Record<string, string> = {},
-): Promise<{ code: number | null; mail: string }> {
+async function cron(command: string, changes: Record<string, string> = {}): Promise<{ code: number | null; mail: string }> {
   const env = { HOME: scratch.folder, LOGNAME: "etl", PATH: "/usr/bin:/bin", ...variables, JITTER: "0", ...changes };
   const child = spawn(variables.SHELL ?? "", ["-c", command], {
     cwd: scratch.folder,
@@ -152,8 +147,7 @@ for (const { command, target } of jobs) {
       sweep: /pipeline=users run=\w+ step=swept deleted=0 /,
     };
     assert.match(logOf(target), done[target] ?? /step=done/);
-    if (readIntervals().has(target))
-      assert.ok((await shop.metrics(target)).etl_last_success_timestamp_seconds, logOf(target));
+    if (readIntervals().has(target)) assert.ok((await shop.metrics(target)).etl_last_success_timestamp_seconds, logOf(target));
     const both = await Promise.all([cron(local(command)), cron(local(command))]);
     assert.deepEqual(
       both,
@@ -179,8 +173,7 @@ test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, 
   });
   // make, and with it timeout, ends before the run has.
   await until("the run has recorded its end", async () => {
-    const [run] =
-      await shop.admin`select state from etl.runs where pipeline = 'orders' order by started_at desc limit 1`;
+    const [run] = await shop.admin`select state from etl.runs where pipeline = 'orders' order by started_at desc limit 1`;
     return run?.state === "failed";
   });
   assert.match(logOf("orders"), /stopped by SIGTERM/);

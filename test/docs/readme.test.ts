@@ -6,17 +6,7 @@ import { tmpdir } from "node:os";
 import { basename, dirname, join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
-import {
-  blocksOf,
-  commandsOf,
-  documents,
-  exampleVariables,
-  missingTests,
-  read,
-  readmes,
-  sectionsOf,
-  targets,
-} from "../lib/documents.ts";
+import { blocksOf, commandsOf, documents, exampleVariables, missingTests, read, readmes, sectionsOf, targets } from "../lib/documents.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { python } from "../stack/python.ts";
@@ -46,9 +36,7 @@ suite("a newcomer's hour, in databases of its own on the local stack", () => {
     // For make demo, which takes nothing else from its caller: its make up must find the stack as it runs.
     folder = mkdtempSync(join(tmpdir(), "etl-readme-"));
     const file = join(folder, "env");
-    const lines = [...exampleVariables()].flatMap((name) =>
-      env[name] === undefined ? [] : `${name}="${env[name]}"\n`,
-    );
+    const lines = [...exampleVariables()].flatMap((name) => (env[name] === undefined ? [] : `${name}="${env[name]}"\n`));
     writeFileSync(file, lines.join(""));
     Object.assign(env, { DEMO_ENV_FILE: file, NODE_TEST_CONTEXT: undefined }); // a test runner in it is no part of this one
   });
@@ -71,16 +59,11 @@ suite("a newcomer's hour, in databases of its own on the local stack", () => {
       output += `${stderr}${stdout}\n`;
     }
     const printed = new Set(output.split("\n").map(shape));
-    const samples = readmes.flatMap((file) => [
-      ...read(file).matchAll(/^<!-- sample: (\w+) -->\n```\n([\s\S]*?)^```$/gm),
-    ]);
+    const samples = readmes.flatMap((file) => [...read(file).matchAll(/^<!-- sample: (\w+) -->\n```\n([\s\S]*?)^```$/gm)]);
     assert.deepEqual(samples.map(([, name]) => name).sort(), ["demo", "log", "status"]);
     for (const [, name, sample] of samples)
       for (const line of (sample as string).trim().split("\n"))
-        assert.ok(
-          printed.has(shape(line)),
-          `sample "${name}": no command printed a line like\n${line}\nthat is\n${shape(line)}`,
-        );
+        assert.ok(printed.has(shape(line)), `sample "${name}": no command printed a line like\n${line}\nthat is\n${shape(line)}`);
   });
 
   test("the DuckDB statements of scripts/README.md read a day of the archive by its manifest", async () => {
@@ -178,13 +161,11 @@ test("every variable that the code reads is in .env.example and, unless it is an
   assert.ok(declared.size > 40);
   for (const variable of declared) {
     assert.ok(example.has(variable), `.env.example has no ${variable}`);
-    if (!given.includes(`# ${variable}=`))
-      assert.ok(configuration.includes(`\`${variable}\``), `ops/README.md: ${variable}`);
+    if (!given.includes(`# ${variable}=`)) assert.ok(configuration.includes(`\`${variable}\``), `ops/README.md: ${variable}`);
   }
   // What the clients read themselves, and what only the local stack does.
   const others = ["GOOGLE_APPLICATION_CREDENTIALS", "AWS_PROFILE", "PROMETHEUS_URL", "STACK_ADMIN_DATABASE_URL"];
-  for (const variable of example)
-    assert.ok(declared.has(variable) || others.includes(variable), `nothing reads ${variable}`);
+  for (const variable of example) assert.ok(declared.has(variable) || others.includes(variable), `nothing reads ${variable}`);
 });
 
 test("each script runs by itself: ./scripts/orders.ts --help prints its header", { concurrency: 2 }, async (t) => {

@@ -24,8 +24,7 @@ function recipe(name: string) {
   const blocks = blocksOf(prose);
   assert.ok(blocks.every(({ attributes }) => attributes.recipe === name));
   const commands = blocks.filter(({ language }) => language === "sh").map(commandsOf);
-  const shown = (language: string) =>
-    blocks.find((block) => block.language === language && !block.attributes.file)?.text;
+  const shown = (language: string) => blocks.find((block) => block.language === language && !block.attributes.file)?.text;
   return {
     prose,
     edits: blocks.filter(({ attributes }) => attributes.file),
@@ -81,9 +80,7 @@ async function check(scratch: Scratch, ...files: string[]): Promise<void> {
 /** The copy's own test tools: its contracts and its source tables are those that the recipe has made. */
 async function tools(scratch: Scratch) {
   const { createShop } = (await import(join(scratch.folder, "test/lib/shop.ts"))) as typeof import("../lib/shop.ts");
-  const { createSource } = (await import(
-    join(scratch.folder, "test/data/source.ts")
-  )) as typeof import("../data/source.ts");
+  const { createSource } = (await import(join(scratch.folder, "test/data/source.ts"))) as typeof import("../data/source.ts");
   return { createShop, createSource };
 }
 
@@ -98,18 +95,14 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
     assert.equal(code, 0, `${command}\n${output}`);
     return output;
   };
-  const channels = (): Promise<Record<string, string | null>[]> =>
-    shop.query("SELECT id, channel FROM orders ORDER BY id");
+  const channels = (): Promise<Record<string, string | null>[]> => shop.query("SELECT id, channel FROM orders ORDER BY id");
 
   // Before: a warning and a metric, by the names that the recipe gives.
   await shop.insertRows(1, 4);
   await shop.admin.unsafe(
     "alter table orders add channel text default 'web'; comment on column orders.channel is 'Where it was ordered: web, app or till.'",
   );
-  assert.match(
-    await succeed("make orders"),
-    /step=warning .*public\.orders has columns that are not in .* columns=channel/,
-  );
+  assert.match(await succeed("make orders"), /step=warning .*public\.orders has columns that are not in .* columns=channel/);
   const [metric = ""] = /\betl_unknown\w+/.exec(prose) ?? [];
   assert.equal((await shop.metrics())[metric], 1);
   assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
@@ -219,19 +212,13 @@ await test("the recipe for a pipeline: make new-pipeline, from a table made a mi
 
   // A dry run writes nothing; a repeated one adds nothing, and leaves what was edited.
   const dry = await run(`DRY_RUN=1 ${write}`);
-  assert.match(
-    dry,
-    /^\+ {6}\{ "name": "name", "type": "STRING", "mode": "NULLABLE", "description": "Its name \\"on the sign\\"\." \},$/m,
-  );
+  assert.match(dry, /^\+ {6}\{ "name": "name", "type": "STRING", "mode": "NULLABLE", "description": "Its name \\"on the sign\\"\." \},$/m);
   assert.match(dry, /^\+ {2}-- Left out: place, since point has no safe mapping\. To sync it: place::text as place/m);
   assert.ok(!existsSync(join(scratch.folder, "sql/stores.sql")));
   const written = await run(write);
   scratch.edit("sql/stores.sql", (text) => text.replace("  whole,", "  whole, -- edited"));
   const again = await run(write);
-  assert.deepEqual(
-    [again.match(/step=kept/g)?.length, again.match(/step=wrote/g)],
-    [written.match(/step=wrote/g)?.length, null],
-  );
+  assert.deepEqual([again.match(/step=kept/g)?.length, again.match(/step=wrote/g)], [written.match(/step=wrote/g)?.length, null]);
   assert.match(readFileSync(join(scratch.folder, "sql/stores.sql"), "utf8"), /edited/);
 
   // The statement of the superuser: what the README shows, and the trigger.
@@ -251,9 +238,7 @@ await test("the recipe for a pipeline: make new-pipeline, from a table made a mi
   await shop.admin`update crm.stores set name = 'Elsewhere' where id = 2`;
   assert.match(await run("make stores"), /inserted=0 updated=1 /);
   assert.match(await run("make verify PIPELINE=stores"), /^stores +3 +0 +0 +0 +0 /m);
-  const [row] = await shop.query(
-    "SELECT name, kind, took, TO_JSON_STRING(doc) AS doc, `order`, zip FROM stores WHERE id = 1",
-  );
+  const [row] = await shop.query("SELECT name, kind, took, TO_JSON_STRING(doc) AS doc, `order`, zip FROM stores WHERE id = 1");
   assert.deepEqual(row, {
     name: "Store 1",
     kind: "shop",
@@ -268,10 +253,7 @@ await test("the recipe for a pipeline: make new-pipeline, from a table made a mi
   await check(scratch, "test/check/googlesql.ts", "test/check/postgres.ts", "test/ops/alerts.test.ts");
   assert.match(await run("make"), /^ {2}make stores {2,}Sync stores to BigQuery/m);
   const file = (name: string): string => readFileSync(join(scratch.folder, name), "utf8");
-  assert.match(
-    file("ops/crontab"),
-    /^\d+ 3 {2}\* \* \* {2}sleep .* timeout -k 60 2h make stores >>\/var\/log\/etl\/stores\.log 2>&1$/m,
-  );
+  assert.match(file("ops/crontab"), /^\d+ 3 {2}\* \* \* {2}sleep .* timeout -k 60 2h make stores >>\/var\/log\/etl\/stores\.log 2>&1$/m);
   const minutes = [...file("ops/crontab").matchAll(/^(\d+) /gm)].map(([, minute]) => minute);
   assert.equal(new Set(minutes).size, minutes.length);
   assert.match(file("ops/alerts.yml"), /labels: \{ pipeline: stores \}\n +expr: vector\(86400\)\n/);
@@ -297,8 +279,7 @@ await test("the recipe for a model, followed to the letter, publishes it; a chec
   const first = await shell(scratch, shop.env, make);
   assert.equal(first.code, 0, first.output);
   assert.match(first.output, /^weekday_orders +\d+ +2 .* yes$/m);
-  const rows = () =>
-    shop.query(`SELECT weekday, order_count, total FROM ${shop.dataset}_warehouse.weekday_orders ORDER BY weekday`);
+  const rows = () => shop.query(`SELECT weekday, order_count, total FROM ${shop.dataset}_warehouse.weekday_orders ORDER BY weekday`);
   const published = await rows();
   const expected = await shop.admin`
     select to_char(created_at at time zone 'UTC', 'FMDay') as weekday, count(*)::text as order_count, sum(total)::text as total
@@ -332,9 +313,7 @@ test("users is orders, step for step: what is shown of one under kills and fault
 
 await test("the recipe for a column of the readings, followed to the letter, fills it for what is there and for what comes, as does each type's DEFAULT", async () => {
   using scratch = scratchCopy(["test", "ops"]);
-  const { createSensors } = (await import(
-    join(scratch.folder, "test/lib/sensors.ts")
-  )) as typeof import("../lib/sensors.ts");
+  const { createSensors } = (await import(join(scratch.folder, "test/lib/sensors.ts"))) as typeof import("../lib/sensors.ts");
   await using sensors = await createSensors({ connector: false, partitions: 1 });
   const { shop } = sensors;
   const change = (op: "c" | "d", id: number, more: object) => {
@@ -366,10 +345,7 @@ await test("the recipe for a column of the readings, followed to the letter, fil
     { id: 3, quality: null },
     { id: 4, quality: 9 },
   ];
-  await until(
-    "the deletion is there",
-    async () => JSON.stringify(await rows("toInt32(quality) AS quality")) === JSON.stringify(expected),
-  );
+  await until("the deletion is there", async () => JSON.stringify(await rows("toInt32(quality) AS quality")) === JSON.stringify(expected));
   consumer.child.kill("SIGTERM");
   await consumer.ended;
   await sensors.produce([change("c", 5, { quality: -1 })]);

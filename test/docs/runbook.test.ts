@@ -15,11 +15,7 @@ const section = (name: string): string => sectionsOf(runbook).get(name) ?? asser
 const statements = (text: string): string[] => text.split(/;\n/).filter((statement) => statement.trim());
 
 /** Runs the blocks of a section in their order, as a person would, in a shop's environment. @returns what was printed. */
-async function follow(
-  shop: Shop,
-  text: string,
-  change: (command: string) => string = (command) => command,
-): Promise<string> {
+async function follow(shop: Shop, text: string, change: (command: string) => string = (command) => command): Promise<string> {
   let output = "";
   for (const block of blocksOf(text)) {
     const command = change(block.text);
@@ -74,8 +70,7 @@ suite("its commands", () => {
   after(() => shop?.[Symbol.asyncDispose]());
 
   test("each shell block is what bash reads, and what is to be pasted is in a block that says its language", async () => {
-    for (const { language, text } of blocksOf(runbook))
-      if (language === "sh") await promisify(execFile)("bash", ["-n", "-c", text]);
+    for (const { language, text } of blocksOf(runbook)) if (language === "sh") await promisify(execFile)("bash", ["-n", "-c", text]);
     for (const [, code = ""] of runbook.replaceAll(/^```[\s\S]*?^```$/gm, "").matchAll(/`([^`\n]+)`/g))
       assert.doesNotMatch(code, /^(select|insert|update|delete|drop|rollback|alter) .* /i);
   });
@@ -94,9 +89,7 @@ suite("its commands", () => {
             else throw new Error(`${statement}: ${error.message}`);
           });
         } else if (language === "bigquery")
-          await shop.query(
-            statement.replaceAll("raw.", `${shop.dataset}.`).replace("THAT TIME", "2017-01-01 00:00:00+00"),
-          );
+          await shop.query(statement.replaceAll("raw.", `${shop.dataset}.`).replace("THAT TIME", "2017-01-01 00:00:00+00"));
         else if (language === "clickhouse") {
           const query = statement.replace("= PARTITION", "= 0").replace("= OFFSET", "= 0");
           await shop.clickhouse.query({ query, format: "JSONEachRow" }).then((answer) => answer.json());
@@ -116,8 +109,7 @@ suite("walks", () => {
     for (const pipeline of ["orders", "users"]) await shop.succeed(`scripts/${pipeline}.ts`);
   });
   after(() => shop?.[Symbol.asyncDispose]());
-  const assertEqual = async (): Promise<void> =>
-    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+  const assertEqual = async (): Promise<void> => assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
 
   test("a watermark set ahead by hand: of the clock, a run stops and says so; less far, rows are missing; the rewind brings them", async () => {
     const { script } = shop;
@@ -187,9 +179,7 @@ suite("walks", () => {
     const [restore] = /make restore-events FROM=\S+ TO=[\d-]+/.exec(steps) ?? assert.fail();
     await shell(shop, restore);
     const output = await follow(shop, steps, (command) =>
-      command
-        .replaceAll("raw.", `${shop.dataset}.`)
-        .replace(/^make views$/m, "make orders users\nmake views ONLY=lifetime_value"),
+      command.replaceAll("raw.", `${shop.dataset}.`).replace(/^make views$/m, "make orders users\nmake views ONLY=lifetime_value"),
     );
     assert.match(output, /step=done .*failed=0/);
 

@@ -65,10 +65,7 @@ async function assertArchived(day: string, run: Result, sizes: number[], bucket 
     sizes,
   );
   const wrong = ids.flat().findIndex((one, index) => one !== there[index]?.id);
-  assert.ok(
-    wrong < 0,
-    `row ${wrong} of ${day} has the id ${ids.flat()[wrong]} in the archive, and ${there[wrong]?.id} at the source`,
-  );
+  assert.ok(wrong < 0, `row ${wrong} of ${day} has the id ${ids.flat()[wrong]} in the archive, and ${there[wrong]?.id} at the source`);
   assert.equal(ids.flat().length, there.length);
 
   const { created_at, ...manifest } = JSON.parse((await readObject(bucket, `${folder}manifest.json`)).toString());
@@ -96,10 +93,8 @@ async function assertArchived(day: string, run: Result, sizes: number[], bucket 
 
 suite("archive", { concurrency: true }, () => {
   suite("arguments that are refused: exit 2, before anything is connected to", { concurrency: 2 }, () => {
-    const needs =
-      "make COMMAND needs FROM and TO: the first day, and the day after the last. Example: make COMMAND FROM=";
-    const day = (time: string): string =>
-      `${time} must be a date: the archive is by days of UTC. Example: make COMMAND FROM=`;
+    const needs = "make COMMAND needs FROM and TO: the first day, and the day after the last. Example: make COMMAND FROM=";
+    const day = (time: string): string => `${time} must be a date: the archive is by days of UTC. Example: make COMMAND FROM=`;
     const days = { FROM: "2017-01-01", TO: "2017-01-03" };
     for (const [variables, ...texts] of [
       [{}, needs],
@@ -107,11 +102,7 @@ suite("archive", { concurrency: true }, () => {
       [{ ...days, FROM: "2017-01-01T12:00Z" }, day("FROM 2017-01-01T12:00:00.000000+00")],
       [{ ...days, TO: "2017-01-03T00:00:00.000001Z" }, day("TO 2017-01-03T00:00:00.000001+00")],
       [{ ...days, FROM: "2017-01-01T00:00+05:45" }, day("FROM 2016-12-31T18:15:00.000000+00")], // a day of Kathmandu's
-      [
-        { ...days, CONCURRENCY: "0", MAX_ROWS_PER_SECOND: "-1" },
-        "  CONCURRENCY must be",
-        "  MAX_ROWS_PER_SECOND must be",
-      ],
+      [{ ...days, CONCURRENCY: "0", MAX_ROWS_PER_SECOND: "-1" }, "  CONCURRENCY must be", "  MAX_ROWS_PER_SECOND must be"],
     ] as [Env, ...string[]][]) {
       test(`with ${JSON.stringify(variables)}`, async () => {
         const nowhere = { SOURCE_DATABASE_URL: "postgres://nobody@127.0.0.1:1/x", S3_ENDPOINT: "http://127.0.0.1:1" };
@@ -168,8 +159,7 @@ suite("archive", { concurrency: true }, () => {
     });
 
     test("the end of a year, and years with odd names", async () => {
-      for (const day of ["2018-12-31", "2019-01-01", "1969-12-31", "1970-01-01", "0001-01-01"])
-        await shop.insertEvents(day, 2);
+      for (const day of ["2018-12-31", "2019-01-01", "1969-12-31", "1970-01-01", "0001-01-01"]) await shop.insertEvents(day, 2);
       await assertArchived("2018-12-31", await archive("2018-12-31", "2019-01-01"), [2]);
       const both = await archive("2018-12-30", "2019-01-03");
       assert.match(both.stderr, /step=days archived=3 skipped=1 failed=0/);
@@ -198,8 +188,7 @@ suite("archive", { concurrency: true }, () => {
     test("many rows of one time, at midnight and in the last microsecond, with any ids, are in the day once and in order", async () => {
       const day = "2017-04-01";
       const [least, most] = [-(2n ** 63n), 2n ** 63n - 1n];
-      const ids = (first: bigint): bigint[] =>
-        Array.from({ length: 998 }, (_, i) => first + 7n * BigInt((i * 389) % 998));
+      const ids = (first: bigint): bigint[] => Array.from({ length: 998 }, (_, i) => first + 7n * BigInt((i * 389) % 998));
       const midnight = [least, least + 1n, ...ids(-3_000_000n)];
       const last = [most, most - 1n, ...ids(-9_000_000n)]; // older ids, later in the day
       const noon = [2n ** 53n, 2n ** 53n + 1n, -(2n ** 53n) - 1n, -1n, 0n];
@@ -219,11 +208,7 @@ suite("archive", { concurrency: true }, () => {
       await insert(rows("2017-04-05 00:00:00Z", [least, least + 100n]));
       await insert(rows("2017-04-05 23:59:59.999999Z", [least + 101n, most]));
       await assertArchived("2017-04-05", await archive("2017-04-05", "2017-04-06", { CHUNK_ROWS: "1" }), [1, 1, 1, 1]);
-      await assertArchived(
-        "2017-04-05",
-        await archive("2017-04-05", "2017-04-06", { CHUNK_ROWS: "2", FORCE: "1" }),
-        [2, 2],
-      );
+      await assertArchived("2017-04-05", await archive("2017-04-05", "2017-04-06", { CHUNK_ROWS: "2", FORCE: "1" }), [2, 2]);
     });
 
     test("the time zone of the database, of the role and of the machine change nothing: days are UTC's", async () => {

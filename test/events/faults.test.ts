@@ -44,10 +44,7 @@ async function assertOnlyStrays(shop: Shop, day: string): Promise<void> {
   const strays = (await objectKeys(shop, day)).map((key) => shop.bucket.prefix + key);
   const { code, stderr } = await shop.run(verifier, { FROM: day, TO: addDays(day) });
   assert.equal(code, 1);
-  assert.match(
-    stderr,
-    new RegExp(`^  ${day}: is not archived; .* Next: make backfill-events FROM=${day} TO=${addDays(day)}$`, "m"),
-  );
+  assert.match(stderr, new RegExp(`^  ${day}: is not archived; .* Next: make backfill-events FROM=${day} TO=${addDays(day)}$`, "m"));
   const listed = [...stderr.matchAll(/ step=stray what="a part that no manifest names" key="(\S+)" age=/g)];
   assert.deepEqual(
     listed.map((match) => match[1]),
@@ -70,10 +67,7 @@ interface Case {
 }
 
 /** Tests that share a shop, one after the other; each has the days that it asks for to itself. At the end verify passes over all of them. */
-function archiveSuite(
-  name: string,
-  tests: (test: (name: string, body: (one: Case) => Promise<void>) => void) => void,
-): void {
+function archiveSuite(name: string, tests: (test: (name: string, body: (one: Case) => Promise<void>) => void) => void): void {
   suite(name, { concurrency: 1 }, () => {
     let shop: Shop;
     let next = "2017-01-01";
@@ -135,8 +129,7 @@ async function assertDayFailed({ shop, day }: Case, result: Result, error: strin
   const { state, error: recorded } = await lastRun(shop);
   assert.equal(state, "failed");
   assert.match(recorded ?? "", new RegExp(error));
-  const [chunk] =
-    await shop.admin`select state, error from etl.chunks where chunk_from = ${`${day}Z`}::text::timestamptz`;
+  const [chunk] = await shop.admin`select state, error from etl.chunks where chunk_from = ${`${day}Z`}::text::timestamptz`;
   assert.equal(chunk?.state, "failed");
   assert.match(chunk?.error, new RegExp(error));
 }
@@ -244,13 +237,7 @@ suite("archive", { concurrency: true }, () => {
       await heal();
     });
 
-    test("every answer to the manifest lost: the day is named, and is done", async ({
-      shop,
-      proxy,
-      day,
-      run,
-      heal,
-    }) => {
+    test("every answer to the manifest lost: the day is named, and is done", async ({ shop, proxy, day, run, heal }) => {
       proxy.fault(s3Steps.putManifest, loseAnswer);
       const { code, stderr } = await run();
       assert.equal(code, 1);
@@ -303,10 +290,7 @@ suite("archive", { concurrency: true }, () => {
       const result = await run(variables, 3);
       assert.equal(result.code, 1);
       for (const failed of [day, addDays(day, 2)]) {
-        assert.match(
-          result.stderr,
-          new RegExp(`^  ${failed}: s3://archive/\\S+/dt=${failed}/part-0001-\\w+\\.ndjson\\.gz: `, "m"),
-        );
+        assert.match(result.stderr, new RegExp(`^  ${failed}: s3://archive/\\S+/dt=${failed}/part-0001-\\w+\\.ndjson\\.gz: `, "m"));
         assert.deepEqual(await objectKeys(full, failed), []);
       }
       await assertRight(shop, addDays(day), full.bucket);
@@ -330,10 +314,7 @@ suite("archive", { concurrency: true }, () => {
       { when: "a wrong region", variables: { AWS_REGION: "eu-central-1" }, error: "AuthorizationHeaderMalformed" },
     ]) {
       test(`${when} is named before a row moves: exit 2`, async ({ shop, proxy, day, run }) => {
-        for (const command of [
-          () => run(variables),
-          () => shop.run(verifier, { FROM: day, TO: addDays(day), ...variables }),
-        ]) {
+        for (const command of [() => run(variables), () => shop.run(verifier, { FROM: day, TO: addDays(day), ...variables })]) {
           const { code, stderr } = await command();
           assert.equal(code, 2, stderr);
           assert.match(
@@ -352,16 +333,10 @@ suite("archive", { concurrency: true }, () => {
 
     test("a bucket that is missing: exit 2, and make migrate", async ({ shop, day, run }) => {
       const S3_BUCKET = "there-is-no-such-bucket";
-      for (const command of [
-        () => run({ S3_BUCKET }),
-        () => shop.run(verifier, { FROM: day, TO: addDays(day), S3_BUCKET }),
-      ]) {
+      for (const command of [() => run({ S3_BUCKET }), () => shop.run(verifier, { FROM: day, TO: addDays(day), S3_BUCKET })]) {
         const { code, stderr } = await command();
         assert.equal(code, 2);
-        assert.match(
-          stderr,
-          /^error: bucket there-is-no-such-bucket \(S3_BUCKET\) does not exist\. Run: make migrate$/m,
-        );
+        assert.match(stderr, /^error: bucket there-is-no-such-bucket \(S3_BUCKET\) does not exist\. Run: make migrate$/m);
       }
     });
   });
@@ -391,13 +366,7 @@ suite("archive", { concurrency: true }, () => {
       });
     }
 
-    test("the manifest, which was put: the run meets its deadline, and the day is done", async ({
-      shop,
-      proxy,
-      day,
-      run,
-      heal,
-    }) => {
+    test("the manifest, which was put: the run meets its deadline, and the day is done", async ({ shop, proxy, day, run, heal }) => {
       proxy.fault(s3Steps.putManifest, withhold());
       const { code, stderr } = await run(deadline);
       assert.equal(code, 1);
@@ -406,11 +375,7 @@ suite("archive", { concurrency: true }, () => {
       assert.match((await heal()).stderr, /step=days archived=0 skipped=1 failed=0/);
     });
 
-    test("everything from the first part on, the deleting too: the run ends all the same", async ({
-      proxy,
-      start,
-      heal,
-    }) => {
+    test("everything from the first part on, the deleting too: the run ends all the same", async ({ proxy, start, heal }) => {
       const part = hold();
       proxy.fault(s3Steps.putPart, part, 1);
       const run = start(deadline);
@@ -422,11 +387,7 @@ suite("archive", { concurrency: true }, () => {
       await heal();
     });
 
-    test("the deadline is a day's: a backfill of days that are each shorter, and together longer, succeeds", async ({
-      shop,
-      day,
-      run,
-    }) => {
+    test("the deadline is a day's: a backfill of days that are each shorter, and together longer, succeeds", async ({ shop, day, run }) => {
       for (const index of [0, 1, 2]) await shop.insertEvents(addDays(day, index), index ? 200 : 193);
       const result = await run({ ...deadline, MAX_ROWS_PER_SECOND: "100", CHUNK_ROWS: "100" }, 3);
       assert.equal(result.code, 0, result.stderr);
@@ -437,18 +398,12 @@ suite("archive", { concurrency: true }, () => {
       { when: "in many parts", days: 1, variables: { CHUNK_ROWS: "40" } },
       { when: "of days at once, all together", days: 3, variables: { CHUNK_ROWS: "1000", CONCURRENCY: "3" } },
     ]) {
-      test(`MAX_ROWS_PER_SECOND limits the rows ${when}: their deadline comes first`, async ({
-        shop,
-        day,
-        run,
-        heal,
-      }) => {
-        for (let index = 0; index < days; index++)
-          await shop.insertEvents(addDays(day, index), 600 / days - (index ? 0 : 7));
+      test(`MAX_ROWS_PER_SECOND limits the rows ${when}: their deadline comes first`, async ({ shop, day, run, heal }) => {
+        for (let index = 0; index < days; index++) await shop.insertEvents(addDays(day, index), 600 / days - (index ? 0 : 7));
         const { code, stderr } = await run({ ...deadline, ...variables, MAX_ROWS_PER_SECOND: "60" }, days);
         assert.equal(code, 1);
         assert.match(stderr, text);
-        await heal({ ...deadline, ...variables }, days);
+        await heal(variables, days);
       });
     }
   });
@@ -473,10 +428,7 @@ suite("archive", { concurrency: true }, () => {
         assert.equal(code, 1);
         assert.match(stderr, / days=2 rows=7 bytes=\d+ failed=1 /);
         const next = `Next: make ${command} FROM=${day} TO=${addDays(day)}`;
-        assert.match(
-          stderr,
-          new RegExp(`^  ${day}: ${partOf(one)}: its body was cut off, four times \\(.+\\)\\. ${next}$`, "m"),
-        );
+        assert.match(stderr, new RegExp(`^  ${day}: ${partOf(one)}: its body was cut off, four times \\(.+\\)\\. ${next}$`, "m"));
       });
   });
 
@@ -520,8 +472,7 @@ suite("archive", { concurrency: true }, () => {
     for (const { when, change, found } of [
       {
         when: "a row written with an old created_at",
-        change:
-          "insert into public.events (user_id, type, payload, created_at) values (1, 'late', '{}', $1::text::timestamptz)",
+        change: "insert into public.events (user_id, type, payload, created_at) values (1, 'late', '{}', $1::text::timestamptz)",
         found: 8,
       },
       { when: "a row deleted", change: "delete from public.events where created_at = $1::text::timestamptz", found: 6 },
@@ -568,8 +519,7 @@ suite("archive", { concurrency: true }, () => {
         Object.fromEntries(Object.entries(await shop.metrics("events")).filter(([name]) => name.startsWith("etl_")));
       await heal();
       assert.deepEqual(await pushed(), {});
-      const [today] =
-        await shop.admin`select (now() at time zone 'UTC')::date::text as day, extract(epoch from now())::float8 as now`;
+      const [today] = await shop.admin`select (now() at time zone 'UTC')::date::text as day, extract(epoch from now())::float8 as now`;
       const yesterday = addDays(today?.day, -1);
       await shop.insertEvents(yesterday, 5);
       const S3_ENDPOINT = proxy.url;
@@ -578,9 +528,7 @@ suite("archive", { concurrency: true }, () => {
       assert.equal(failed.code, 1);
       assert.match(
         failed.stderr,
-        new RegExp(
-          `step=first-run archives=${yesterday} older_days=\\d+ next="make backfill-events FROM=2017-01-01 TO=2017-`,
-        ),
+        new RegExp(`step=first-run archives=${yesterday} older_days=\\d+ next="make backfill-events FROM=2017-01-01 TO=2017-`),
       );
       assert.deepEqual(Object.keys(await pushed()).sort(), [
         "etl_future_rows",

@@ -7,17 +7,7 @@ import { utimesSync } from "node:fs";
 import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { addDays, daysBetween, readManifest } from "../../shared/events/archive.ts";
-import {
-  assertNoSessions,
-  ending,
-  type Fault,
-  type Gate,
-  hold,
-  lastRun,
-  pass,
-  reach,
-  withhold,
-} from "../lib/faults.ts";
+import { assertNoSessions, ending, type Fault, type Gate, hold, lastRun, pass, reach, withhold } from "../lib/faults.ts";
 import { random } from "../lib/random.ts";
 import {
   assertArchived,
@@ -128,10 +118,7 @@ suite("killed", { concurrency: true }, () => {
         const fault = faults[how] as Gate;
         if (writes > 1) proxy.fault(write, pass, writes - 1);
         proxy.fault(write, fault, 1);
-        const run = shop.start(
-          script,
-          backfill(from, to, { S3_ENDPOINT: proxy.url, CONCURRENCY: concurrency, ...more }),
-        );
+        const run = shop.start(script, backfill(from, to, { S3_ENDPOINT: proxy.url, CONCURRENCY: concurrency, ...more }));
         await reach(run, fault.reached ?? answered.promise);
         if (how === "later") await delay(pause);
         await kill(shop, run);
@@ -230,10 +217,7 @@ suite("killed", { concurrency: true }, () => {
           assert.deepEqual(await strays(shop, of), parts);
         } else {
           assert.equal(manifest.run_id, run_id);
-          assert.match(
-            stderr,
-            new RegExp(` step=lost day=${of} because="another run archived it meanwhile" holder=${run_id}`),
-          );
+          assert.match(stderr, new RegExp(` step=lost day=${of} because="another run archived it meanwhile" holder=${run_id}`));
           assert.deepEqual(await strays(shop, of), []);
         }
       });
@@ -250,9 +234,7 @@ suite("killed", { concurrency: true }, () => {
       const { manifest, etag } = await assertArchivedClean(shop, of);
       const chunk = async (): Promise<unknown[]> =>
         Object.values(
-          (
-            await shop.admin`select state, rows::int, run_id from etl.chunks where chunk_from = ${`${of}Z`}::text::timestamptz`
-          )[0] ?? {},
+          (await shop.admin`select state, rows::int, run_id from etl.chunks where chunk_from = ${`${of}Z`}::text::timestamptz`)[0] ?? {},
         );
       assert.deepEqual(await chunk(), []);
       const { stderr } = await shop.succeed(script, one(of));
@@ -264,9 +246,7 @@ suite("killed", { concurrency: true }, () => {
     test("in a re-archive, after the new manifest and before the old parts are deleted: the day verifies, the old parts are strays", async () => {
       const [shop, of] = [shopOf(), await nextDay()];
       await shop.succeed(script, one(of));
-      const old = (await assertArchivedClean(shop, of)).manifest.parts.map(({ key }) =>
-        key.slice(shop.bucket.prefix.length),
-      );
+      const old = (await assertArchivedClean(shop, of)).manifest.parts.map(({ key }) => key.slice(shop.bucket.prefix.length));
       await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       const gate = hold();
       proxy.fault(s3Steps.deleteObjects, gate, 1);
@@ -367,9 +347,7 @@ suite("killed", { concurrency: true }, () => {
         await reach(run, gate.reached);
         await until(
           "the other days are done",
-          async () =>
-            (await objectKeys(shop)).filter((key) => key.includes("manifest") && key > `events/dt=${from}`).length ===
-            days - 1,
+          async () => (await objectKeys(shop)).filter((key) => key.includes("manifest") && key > `events/dt=${from}`).length === days - 1,
         );
         await stop(run, signal);
         for (const each of daysBetween(from, addDays(to, -1))) await assertArchivedClean(shop, each);

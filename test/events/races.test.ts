@@ -6,17 +6,7 @@ import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import { addDays, daysBetween, manifestKey, readManifest } from "../../shared/events/archive.ts";
 import { removeObjects } from "../../shared/events/s3.ts";
-import {
-  assertNoSessions,
-  createProxy,
-  ending,
-  hold,
-  lastRun,
-  loseAnswer,
-  pass,
-  reach,
-  withhold,
-} from "../lib/faults.ts";
+import { assertNoSessions, createProxy, ending, hold, lastRun, loseAnswer, pass, reach, withhold } from "../lib/faults.ts";
 import {
   assertArchived,
   assertArchivedClean,
@@ -93,10 +83,7 @@ suite("races", { concurrency: true }, () => {
       );
       for (const day of [never, gone]) {
         const { state, rows, run_id } = (await chunk(shop, day)) ?? {};
-        assert.deepEqual(
-          [state, rows, run_id],
-          ["succeeded", 150, (await readManifest(shop.bucket, day))?.manifest.run_id],
-        );
+        assert.deepEqual([state, rows, run_id], ["succeeded", 150, (await readManifest(shop.bucket, day))?.manifest.run_id]);
       }
     });
 
@@ -108,9 +95,7 @@ suite("races", { concurrency: true }, () => {
       await shop.insertEvents(addDays(from, 2), 90);
       await shop.succeed(script, backfill(from, to));
       const keys = await objectKeys(shop);
-      const etags = await Promise.all(
-        daysBetween(from, to).map(async (day) => (await readManifest(shop.bucket, day))?.etag),
-      );
+      const etags = await Promise.all(daysBetween(from, to).map(async (day) => (await readManifest(shop.bucket, day))?.etag));
       const chunks = async (): Promise<Chunk[]> =>
         (await Promise.all(daysBetween(from, to).map((day) => chunk(shop, day)))).filter((row) => row !== undefined);
       const right = await chunks();
@@ -127,10 +112,7 @@ suite("races", { concurrency: true }, () => {
       assert.match(stderr, / step=done rows=0 /);
       assert.deepEqual(await chunks(), right);
       assert.deepEqual(await objectKeys(shop), keys);
-      assert.deepEqual(
-        await Promise.all(daysBetween(from, to).map(async (day) => (await readManifest(shop.bucket, day))?.etag)),
-        etags,
-      );
+      assert.deepEqual(await Promise.all(daysBetween(from, to).map(async (day) => (await readManifest(shop.bucket, day))?.etag)), etags);
     });
 
     for (const left of [0, 149]) {
@@ -186,19 +168,12 @@ suite("races", { concurrency: true }, () => {
         const day = await nextDay();
         if (force) await shop.succeed(script, backfill(day));
         const { loser, winner, stderr } = await race(force ? again(day) : backfill(day));
-        assert.match(
-          stderr,
-          new RegExp(` step=lost day=${day} because="another run archived it meanwhile" holder=${winner}`),
-        );
+        assert.match(stderr, new RegExp(` step=lost day=${day} because="another run archived it meanwhile" holder=${winner}`));
         const { manifest } = await assertArchivedClean(shop, day);
         assert.equal(manifest.run_id, winner);
         assert.equal((await objectKeys(shop, day)).length, 4);
         const recorded = await chunk(shop, day);
-        assert.deepEqual(
-          [recorded?.state, recorded?.rows, recorded?.run_id],
-          ["succeeded", 150, winner],
-          `loser ${loser}`,
-        );
+        assert.deepEqual([recorded?.state, recorded?.rows, recorded?.run_id], ["succeeded", 150, winner], `loser ${loser}`);
       });
     }
 
@@ -298,11 +273,7 @@ suite("races", { concurrency: true }, () => {
   });
 
   suiteOfDays("two runs at once", "2019-01-01", (shopOf, nextDay) => {
-    const held = async (
-      shop: Shop,
-      from: string,
-      days: number,
-    ): Promise<{ run: Process; release: () => Promise<void> }> => {
+    const held = async (shop: Shop, from: string, days: number): Promise<{ run: Process; release: () => Promise<void> }> => {
       const proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       const gate = hold();
       proxy.fault(s3Steps.putPart, gate, 1);
@@ -344,10 +315,7 @@ suite("races", { concurrency: true }, () => {
       const first = await held(shop, day, 1);
       const recorded = await shop.admin`select * from etl.runs order by started_at`;
       const skipped = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
-      assert.match(
-        skipped.stderr,
-        new RegExp(`^\\S+ pipeline=events run=\\w+ step=skipped ${await holder(shop, first.run)}$`),
-      );
+      assert.match(skipped.stderr, new RegExp(`^\\S+ pipeline=events run=\\w+ step=skipped ${await holder(shop, first.run)}$`));
       assert.equal(gateway.requests.length, 0);
       assert.deepEqual(await shop.admin`select * from etl.runs order by started_at`, recorded);
       await first.release();
@@ -444,9 +412,7 @@ suite("races", { concurrency: true }, () => {
       assert.equal(code, 1);
       assert.match(
         stderr,
-        new RegExp(
-          ` step=held by="pid ${pid}, application \\\\"checkout\\\\", role postgres, state idle in transaction, open for `,
-        ),
+        new RegExp(` step=held by="pid ${pid}, application \\\\"checkout\\\\", role postgres, state idle in transaction, open for `),
       );
       const text = "is not over yet: the source can still get rows before its end \\(the safe bound is \\d{4}-\\S+\\)";
       assert.match(

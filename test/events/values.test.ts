@@ -17,11 +17,7 @@ import { createShop, type Result, type Shop } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 import { stackPath } from "../stack/stack.ts";
 
-const [archiver, verifier, restorer] = [
-  "scripts/ops/backfill-events.ts",
-  "scripts/ops/verify-events.ts",
-  "scripts/ops/restore-events.ts",
-];
+const [archiver, verifier, restorer] = ["scripts/ops/backfill-events.ts", "scripts/ops/verify-events.ts", "scripts/ops/restore-events.ts"];
 const backfill = (shop: Shop, FROM: string, TO: string, variables: Env = {}): Promise<Result> =>
   shop.succeed(archiver, { FROM, TO, ...variables });
 const verify = (shop: Shop, FROM: string, TO: string, variables: Env = {}): Promise<Result> =>
@@ -90,19 +86,7 @@ const texts = [
   "ß".repeat(35_000),
 ];
 const payloads = [
-  ...[
-    "null",
-    "{}",
-    "[]",
-    "0",
-    "-0",
-    "true",
-    '""',
-    '"null"',
-    "[null]",
-    '{"a": null}',
-    '{"": {"": [null, false, {"a": []}]}}',
-  ],
+  ...["null", "{}", "[]", "0", "-0", "true", '""', '"null"', "[null]", '{"a": null}', '{"": {"": [null, false, {"a": []}]}}'],
   "[9223372036854775807, -9223372036854775809, 9007199254740993, 123456789012345678901234567890.12345678901234567890]",
   "[0.1, 0.10, 1e2, 1E400, -1.5e-7, 1.0, 1.00]",
   '{"\\u00e9\\ud83d\\ude00\\u0001\\u2028": "\\u0002\\n\\r\\t\\"\\\\\\/", "id": 5, "created_at": "x", "payload": null}',
@@ -145,10 +129,7 @@ suite("archive", { concurrency: true }, () => {
       const [apart] = await shop.admin`
         select count(*) filter (where payload = 'null')::int as json_null, count(*) filter (where payload is null)::int as none,
           count(*) filter (where type = '')::int as blank, count(*)::int as rows from etl.events_restored`;
-      assert.deepEqual(
-        { ...apart },
-        { json_null: 1, none: rows.length - payloads.length, blank: users.length, rows: rows.length },
-      );
+      assert.deepEqual({ ...apart }, { json_null: 1, none: rows.length - payloads.length, blank: users.length, rows: rows.length });
     });
 
     test("restoring again changes nothing", async () => {
@@ -229,10 +210,7 @@ suite("archive", { concurrency: true }, () => {
         assert.equal(code, 1);
         await assertRestored(shop, ["2017-02-01", "2017-02-02", "2017-02-03"]);
         assert.ok(stderr.includes(`${key}: ${text}`), stderr);
-        assert.match(
-          stderr,
-          new RegExp(`Nothing of ${day} was restored\\. Next: make verify-events FROM=${day} TO=${addDays(day)}`),
-        );
+        assert.match(stderr, new RegExp(`Nothing of ${day} was restored\\. Next: make verify-events FROM=${day} TO=${addDays(day)}`));
       });
     }
   });
@@ -247,13 +225,9 @@ suite("archive", { concurrency: true }, () => {
     const { code, stderr } = await shop.run(restorer, { FROM: first, TO: end });
     assert.equal(code, 1);
     const next = `make verify-events FROM=${first} TO=${second}; make verify-events FROM=${second} TO=${end}`;
-    assert.match(
-      stderr,
-      new RegExp(`^  ${second}: row id=2 is restored with ${first} already: .* Next: ${next}\\.`, "m"),
-    );
+    assert.match(stderr, new RegExp(`^  ${second}: row id=2 is restored with ${first} already: .* Next: ${next}\\.`, "m"));
     const [, FROM, TO] =
-      /make backfill-events FROM=(\S+) TO=(\S+) FORCE=1 ALLOW_SHRINK=1/.exec((await verify(shop, first, end)).stderr) ??
-      [];
+      /make backfill-events FROM=(\S+) TO=(\S+) FORCE=1 ALLOW_SHRINK=1/.exec((await verify(shop, first, end)).stderr) ?? [];
     assert.deepEqual([FROM, TO], [first, second]);
     await backfill(shop, first, second, { FORCE: "1", ALLOW_SHRINK: "1" });
     await restore(shop, first, end);
@@ -353,9 +327,7 @@ suite("archive", { concurrency: true }, () => {
       assert.deepEqual(await restored(), [1, 2, 3]);
 
       // Days of before a column of the archive are without it.
-      await shop.admin.unsafe(
-        "delete from etl.events_restored; alter table etl.events_restored add channel text not null",
-      );
+      await shop.admin.unsafe("delete from etl.events_restored; alter table etl.events_restored add channel text not null");
       const { code, stderr } = await shop.run(restorer, { FROM: "2017-01-01", TO: "2017-01-02" });
       assert.equal(code, 1);
       const [, remedy = ""] =
@@ -372,8 +344,7 @@ suite("archive", { concurrency: true }, () => {
     let shop: Shop;
     let found: Result;
     const manifestKey = (day: string): string => `${folder(shop, day)}manifest.json`;
-    const partKey = async (day: string, index = 1): Promise<string> =>
-      ((await manifestOf(shop, day)).parts[index] as Part).key;
+    const partKey = async (day: string, index = 1): Promise<string> => ((await manifestOf(shop, day)).parts[index] as Part).key;
     /** Changes the bytes of a day's second part. */
     const alter =
       (change: (part: Buffer) => Buffer) =>
@@ -407,9 +378,7 @@ suite("archive", { concurrency: true }, () => {
       (sql: string) =>
       async (day: string): Promise<unknown> =>
         shop.admin.unsafe(
-          sql
-            .replaceAll("DAY", `created_at >= '${day}Z' and created_at < '${addDays(day)}Z'`)
-            .replaceAll("NOON", `'${day} 12:00Z'`),
+          sql.replaceAll("DAY", `created_at >= '${day}Z' and created_at < '${addDays(day)}Z'`).replaceAll("NOON", `'${day} 12:00Z'`),
         );
     const FORCE = " FORCE=1";
     const CHANGED = "its 7 rows are not the source's: rows were changed there\\. If the archive is to have that too: ";
@@ -495,9 +464,7 @@ suite("archive", { concurrency: true }, () => {
       },
       {
         when: "a row replaced by another at the source",
-        damage: source(
-          "update public.events set id = default where id = (select max(id) from public.events where DAY)",
-        ),
+        damage: source("update public.events set id = default where id = (select max(id) from public.events where DAY)"),
         text: CHANGED,
         mend: FORCE,
       },
@@ -531,10 +498,7 @@ suite("archive", { concurrency: true }, () => {
     test("the days that differ are counted, and the exit code is 1", () => {
       assert.equal(found.code, 1);
       const differ = cases.length + 1;
-      assert.match(
-        found.stderr,
-        new RegExp(`step=days days=${cases.length + 2} rows=\\d+ bytes=\\d+ failed=${differ} `),
-      );
+      assert.match(found.stderr, new RegExp(`step=days days=${cases.length + 2} rows=\\d+ bytes=\\d+ failed=${differ} `));
       assert.match(found.stderr, new RegExp(`^error: ${differ} of ${cases.length + 2} days failed:$`, "m"));
     });
 
@@ -569,9 +533,7 @@ suite("archive", { concurrency: true }, () => {
     test("a day all of whose rows are gone from the source is a note", () => {
       assert.match(
         found.stderr,
-        new RegExp(
-          `step=note day=${purged} note="the source has none of its 7 rows any more: the archive is the copy"`,
-        ),
+        new RegExp(`step=note day=${purged} note="the source has none of its 7 rows any more: the archive is the copy"`),
       );
       assert.doesNotMatch(found.stderr, new RegExp(`^  ${purged}`, "m"));
     });

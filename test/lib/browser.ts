@@ -21,22 +21,13 @@ export interface Page extends AsyncDisposable {
 /** Opens the address, and returns once it is loaded. */
 export async function openPage(url: string): Promise<Page> {
   const profile = mkdtempSync(join(tmpdir(), "etl-chromium-"));
-  const args = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    `--user-data-dir=${profile}`,
-    "--remote-debugging-port=0",
-  ];
+  const args = ["--headless", "--no-sandbox", "--disable-gpu", `--user-data-dir=${profile}`, "--remote-debugging-port=0"];
   const child = spawn(await chromium.executablePath(), [...args, "about:blank"], {
     stdio: ["ignore", "ignore", "pipe"],
   });
   const lines = createInterface({ input: child.stderr });
   const port = await new Promise<string>((resolve, reject) => {
-    lines.on(
-      "line",
-      (line) => /ws:\/\/127\.0\.0\.1:(\d+)/.exec(line)?.[1] && resolve(/:(\d+)\//.exec(line)?.[1] ?? ""),
-    );
+    lines.on("line", (line) => /ws:\/\/127\.0\.0\.1:(\d+)/.exec(line)?.[1] && resolve(/:(\d+)\//.exec(line)?.[1] ?? ""));
     child.once("exit", (code) => reject(new Error(`Chromium ended with ${code}`)));
   });
   const targets: Answer[] = (await (await fetch(`http://127.0.0.1:${port}/json`)).json()) as Answer[];

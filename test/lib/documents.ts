@@ -10,10 +10,7 @@ import { join } from "node:path";
 import { root } from "../stack/env.ts";
 
 /** The READMEs, the root's first, then in the order in which a newcomer meets them. */
-export const readmes = [
-  "README.md",
-  ...["scripts", "schemas", "views", "ops", "test"].map((name) => `${name}/README.md`),
-];
+export const readmes = ["README.md", ...["scripts", "schemas", "views", "ops", "test"].map((name) => `${name}/README.md`)];
 export const documents = [...readmes, "ops/managed-postgres.md", "ops/runbook.md", "CONTRIBUTING.md", "CHANGELOG.md"];
 
 export const read = (file: string): string => readFileSync(join(root, file), "utf8");
@@ -60,9 +57,7 @@ export function missingTests(named: { file: string; names: string[] }[]): string
 }
 
 /** The targets of the Makefile. */
-export const targets = (): Set<string> =>
-  new Set([...read("Makefile").matchAll(/^([a-z-]+):/gm)].map(([, name = ""]) => name));
+export const targets = (): Set<string> => new Set([...read("Makefile").matchAll(/^([a-z-]+):/gm)].map(([, name = ""]) => name));
 
 /** The variables of .env.example, set or commented out. */
-export const exampleVariables = (): Set<string> =>
-  new Set(read(".env.example").match(/(?<=^(?:# )?)[A-Z_0-9]+(?==)/gm));
+export const exampleVariables = (): Set<string> => new Set(read(".env.example").match(/(?<=^(?:# )?)[A-Z_0-9]+(?==)/gm));

@@ -322,9 +322,7 @@ export async function reach<T>(run: Process, there: Promise<T>): Promise<T> {
 }
 
 /** The sessions that the runs of a shop have open in its database, by name, state and what they wait for. */
-export async function sessions(
-  shop: Shop,
-): Promise<{ name: string; pid: number; state: string; wait: string | null }[]> {
+export async function sessions(shop: Shop): Promise<{ name: string; pid: number; state: string; wait: string | null }[]> {
   return await shop.admin`
     select application_name as name, pid, state, wait_event as wait from pg_stat_activity
     where datname = current_database() and application_name like 'etl:%'`;
@@ -364,9 +362,7 @@ export async function assertHeals(shop: Shop, rows: number): Promise<Result> {
 }
 
 /** The last run's row in etl.runs. */
-export async function lastRun(
-  shop: Shop,
-): Promise<{ run_id: string; state: string; rows: number; error: string | null }> {
+export async function lastRun(shop: Shop): Promise<{ run_id: string; state: string; rows: number; error: string | null }> {
   const [run] = await shop.admin`select run_id, state, rows::int, error from etl.runs order by started_at desc limit 1`;
   return run as Awaited<ReturnType<typeof lastRun>>;
 }
@@ -378,9 +374,7 @@ export async function assertExpiring(shop: Shop, left: number): Promise<void> {
   const tables = (await shop.stagingTables()).filter((table) => table.includes(run_id));
   assert.equal(tables.length, left, `${tables}`);
   for (const table of tables) {
-    const response = await fetch(
-      `${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${BIGQUERY_PROJECT}/datasets/${shop.dataset}/tables/${table}`,
-    );
+    const response = await fetch(`${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${BIGQUERY_PROJECT}/datasets/${shop.dataset}/tables/${table}`);
     const { expirationTime, creationTime } = (await response.json()) as Record<string, string>;
     const hours = (Number(expirationTime) - Number(creationTime)) / 3_600_000;
     assert.ok(hours > 23 && hours <= 24, `${table} expires ${hours} h after it was made`);

@@ -39,10 +39,7 @@ export interface Link extends AsyncDisposable {
  * Listens at a port of its own in front of the server at `target`, a URL or host:port.
  * @param taps makes, for each connection, what sees the bytes of the client or of the server.
  */
-export async function createLink(
-  target = "",
-  taps: { port?: number; fromClient?: () => Tap; fromServer?: () => Tap } = {},
-): Promise<Link> {
+export async function createLink(target = "", taps: { port?: number; fromClient?: () => Tap; fromServer?: () => Tap } = {}): Promise<Link> {
   const { host, port } = endpoint(target);
   const pairs = new Set<Pair>();
   const waiting = new Set<{ left: number; then: () => void }>();

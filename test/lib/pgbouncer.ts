@@ -16,10 +16,7 @@ const install = debianPackage("pgbouncer", "libc-ares2", "libevent-2.1-7");
  * @param settings over those of pgbouncer.ini, such as pool_mode.
  * @returns `url` with PgBouncer's port.
  */
-export async function startPgbouncer(
-  url: string,
-  settings: Record<string, string>,
-): Promise<{ url: string } & AsyncDisposable> {
+export async function startPgbouncer(url: string, settings: Record<string, string>): Promise<{ url: string } & AsyncDisposable> {
   await ensureInstalled(install);
   const { host, port } = endpoint(url);
   const { username, password } = new URL(url);

@@ -34,8 +34,7 @@ export interface Prometheus extends AsyncDisposable {
  */
 export function scaleDurations(text: string, speed: number): string {
   const ms: Record<string, number> = { s: 1000, m: 60_000, h: 3_600_000, d: 86_400_000 };
-  const short = (number: string, unit: string): string =>
-    `${Math.ceil((Number(number) * (ms[unit] ?? Number.NaN)) / speed)}ms`;
+  const short = (number: string, unit: string): string => `${Math.ceil((Number(number) * (ms[unit] ?? Number.NaN)) / speed)}ms`;
   return text
     .replaceAll(/(?<=^ *(?:- )?\w+: )(\d+)([smhd])$/gm, (_, number, unit) => short(number, unit))
     .replaceAll(/(?<=\[)(\d+)([smhd])(?=\])/g, (_, number, unit) => short(number, unit))
@@ -84,9 +83,7 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
   };
   const firing = async (alert: string): Promise<Labels[]> =>
     (await api("alerts")).alerts
-      .filter(
-        ({ labels, state }: { labels: Labels; state: string }) => labels.alertname === alert && state === "firing",
-      )
+      .filter(({ labels, state }: { labels: Labels; state: string }) => labels.alertname === alert && state === "firing")
       .map(({ labels }: { labels: Labels }) => labels);
   const of = async (alert: string, pipeline?: string): Promise<Labels | undefined> =>
     (await firing(alert)).find((labels) => pipeline === undefined || labels.pipeline === pipeline);

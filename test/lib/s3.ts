@@ -134,9 +134,7 @@ export async function strays(shop: Shop, day?: string): Promise<string[]> {
   const keys = await objectKeys(shop, day);
   const days = [...new Set(keys.map((key) => key.split("/")[1]?.slice(3) ?? ""))];
   const manifests = await Promise.all(days.map((each) => readManifest(bucket, each)));
-  const named = manifests.flatMap(
-    (found) => found?.manifest.parts.map(({ key }) => key.slice(bucket.prefix.length)) ?? [],
-  );
+  const named = manifests.flatMap((found) => found?.manifest.parts.map(({ key }) => key.slice(bucket.prefix.length)) ?? []);
   return keys.filter((key) => !key.endsWith("/manifest.json") && !named.includes(key));
 }
 

@@ -19,17 +19,7 @@ export interface Scratch extends Disposable {
   editFields(pipeline: string, change: (fields: any[]) => any[]): void;
 }
 
-const copied = [
-  "scripts",
-  "shared",
-  "sql",
-  "schemas",
-  "ops",
-  "package.json",
-  "tsconfig.json",
-  "Makefile",
-  ".env.example",
-];
+const copied = ["scripts", "shared", "sql", "schemas", "ops", "package.json", "tsconfig.json", "Makefile", ".env.example"];
 /** Large, or (the lock file) compared by make with the time of the installation. */
 const linked = ["node_modules", ".stack", "package-lock.json"];
 

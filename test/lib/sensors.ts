@@ -57,9 +57,7 @@ export interface Sensors extends AsyncDisposable {
   /** Waits until all that the source has committed by now is inserted and its offsets are committed, by consumers that run. */
   drained(seconds?: number): Promise<void>;
   /** Dead letters by partition and offset. */
-  deadLetters(): Promise<
-    { epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }[]
-  >;
+  deadLetters(): Promise<{ epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }[]>;
 }
 
 const number = (text: string | null): string | null => {
@@ -158,14 +156,11 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
         url,
         metrics: async () => {
           const text = await (await fetch(`${await url}/metrics`)).text();
-          return Object.fromEntries(
-            [...text.matchAll(/^(\w+(?:\{.*\})?) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]),
-          );
+          return Object.fromEntries([...text.matchAll(/^(\w+(?:\{.*\})?) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
         },
       };
     },
-    catchUp: async (variables = {}) =>
-      void (await shop.succeed("scripts/sensors.ts", { ...variables, UNTIL: "caught-up" })),
+    catchUp: async (variables = {}) => void (await shop.succeed("scripts/sensors.ts", { ...variables, UNTIL: "caught-up" })),
     produce: async (messages) => {
       if (!producer) {
         producer = kafka.producer({ allowAutoTopicCreation: false, maxInFlightRequests: 1 });
@@ -193,9 +188,7 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
       await until("the last row is in ClickHouse", there, seconds);
       const ends = await topicState(admin, topic, group);
       const committed = async (): Promise<boolean> =>
-        (await topicState(admin, topic, group)).every(
-          ({ committed }, at) => !ends[at]?.end || committed >= ends[at].end,
-        );
+        (await topicState(admin, topic, group)).every(({ committed }, at) => !ends[at]?.end || committed >= ends[at].end);
       await until("its offsets are committed", committed, seconds);
     },
     deadLetters: async () => {

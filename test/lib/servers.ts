@@ -22,8 +22,7 @@ export interface Servers<Name extends string> {
 /** Puts links to what is installed into a copy of the project. */
 export function linkInstalled(folder: string): void {
   mkdirSync(join(folder, ".stack/kafka"), { recursive: true });
-  for (const name of ["bin", "python", "debian", "kafka/libs"])
-    symlinkSync(stackPath(name), join(folder, ".stack", name));
+  for (const name of ["bin", "python", "debian", "kafka/libs"]) symlinkSync(stackPath(name), join(folder, ".stack", name));
 }
 
 /** The servers of a copy of the project, at the addresses of `env`. */

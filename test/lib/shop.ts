@@ -162,8 +162,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   if (gateway) env.PUSHGATEWAY_URL = gateway.url;
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
-  if (encoding === "UTF8")
-    await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
+  if (encoding === "UTF8") await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
   else {
     await server.unsafe(`create database ${name} template template0 encoding ${encoding} locale 'C'`);
     await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
@@ -252,8 +251,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     if (!response.ok || !answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
     const names: string[] = (answer.schema?.fields ?? []).map((field: { name: string }) => field.name);
     const rows: { f: { v: unknown }[] }[] = answer.rows ?? [];
-    if (String(rows.length) !== String(answer.totalRows ?? rows.length))
-      throw new Error("query: more than one page of rows");
+    if (String(rows.length) !== String(answer.totalRows ?? rows.length)) throw new Error("query: more than one page of rows");
     const value = (v: unknown): string | null =>
       Array.isArray(v) ? JSON.stringify(v.map((element) => element.v)) : ((v as string | null | undefined) ?? null);
     return rows.map(({ f }) => Object.fromEntries(names.map((field, column) => [field, value(f[column]?.v)])));
@@ -266,19 +264,13 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       NUMERIC: (column) => `trim_scale(${column})::text`,
       JSON: (column) => `${column}::jsonb::text`,
     };
-    const columns = fields.map(
-      ({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`,
-    );
-    const rows = await admin.unsafe(
-      `select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`,
-    );
+    const columns = fields.map(({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`);
+    const rows = await admin.unsafe(`select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`);
     return rows.map((row) => canonical(row, fields));
   };
   const destinationRows = async (of: string = pipeline): Promise<Record<string, string | null>[]> => {
     const { fields, key } = readContract(of);
-    const rows = await query(
-      `SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${of}\` ORDER BY ${key.join()}`,
-    );
+    const rows = await query(`SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${of}\` ORDER BY ${key.join()}`);
     return rows.map((row) => canonical(row, fields));
   };
 
@@ -309,8 +301,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     updateRows: async (first, last, value) =>
       void (await admin`update ${admin(pipeline)} set ${admin(text)} = ${value} where id between ${first} and ${last}`),
     watermark: async (of = pipeline) => {
-      const [row] =
-        await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${of}`;
+      const [row] = await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${of}`;
       return row?.at;
     },
     stagingTables: async () => {
@@ -335,8 +326,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       const response = await fetch(`${apiOf(base)}/datasets?all=true`);
       const { datasets } = (await response.json()) as { datasets: { datasetReference: { datasetId: string } }[] };
       for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
-        if (datasetId.startsWith(name))
-          await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
+        if (datasetId.startsWith(name)) await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
       await removeObjects(
         bucket,
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
@@ -344,8 +334,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       bucket.client.destroy();
       await clickhouse.close();
       const stack = connectClickHouse(base); // a client's own database has to be there, whatever it asks
-      for (const database of [`${name}_rebuild`, name])
-        await stack.command({ query: `DROP DATABASE IF EXISTS ${database}` });
+      for (const database of [`${name}_rebuild`, name]) await stack.command({ query: `DROP DATABASE IF EXISTS ${database}` });
       await stack.close();
     },
   };
@@ -408,10 +397,7 @@ async function isTaken(port: number): Promise<boolean> {
   return taken;
 }
 
-function canonical(
-  row: Record<string, unknown>,
-  fields: { name: string; type: string }[],
-): Record<string, string | null> {
+function canonical(row: Record<string, unknown>, fields: { name: string; type: string }[]): Record<string, string | null> {
   const form = ({ name, type }: { name: string; type: string }): string | null => {
     const value = row[name] as string | null;
     if (value === null || value === undefined) return null;

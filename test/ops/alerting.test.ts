@@ -201,10 +201,7 @@ test("the alerts reach who is meant: a page the pager, a ticket the tickets, wit
         received
           .filter((one) => one.at === at)
           .flatMap(({ message }) => message.alerts)
-          .find(
-            (alert) =>
-              alert.status === status && alert.labels.alertname === alertname && alert.labels.pipeline === pipeline,
-          ),
+          .find((alert) => alert.status === status && alert.labels.alertname === alertname && alert.labels.pipeline === pipeline),
       60,
     );
 

@@ -9,8 +9,7 @@ import { debianPackage, debianPath } from "../stack/debian.ts";
 import { root } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
 
-const promtool = (...args: string[]) =>
-  promisify(execFile)(debianPath("prometheus", "usr/bin/promtool"), args, { cwd: root });
+const promtool = (...args: string[]) => promisify(execFile)(debianPath("prometheus", "usr/bin/promtool"), args, { cwd: root });
 
 before(() => ensureInstalled(debianPackage("prometheus")));
 
@@ -61,14 +60,10 @@ ${alerts.join("")}`,
 });
 
 test("each alert has unit tests and a section in the runbook, and the runbook has no other", () => {
-  const alerts = [...readFileSync(join(root, "ops/alerts.yml"), "utf8").matchAll(/alert: (\w+)/g)].map(
-    ([, name]) => name,
-  );
+  const alerts = [...readFileSync(join(root, "ops/alerts.yml"), "utf8").matchAll(/alert: (\w+)/g)].map(([, name]) => name);
   const texts = unitTests.map((file) => readFileSync(join(root, file), "utf8")).join("");
   const tested = new Set([...texts.matchAll(/alertname: (\w+)/g)].map(([, name]) => name));
-  const sections = [...readFileSync(join(root, "ops/runbook.md"), "utf8").matchAll(/^## (Etl\w+)$/gm)].map(
-    ([, name]) => name,
-  );
+  const sections = [...readFileSync(join(root, "ops/runbook.md"), "utf8").matchAll(/^## (Etl\w+)$/gm)].map(([, name]) => name);
   assert.deepEqual([...tested].sort(), [...alerts].sort());
   assert.deepEqual(sections, alerts);
 });

@@ -66,9 +66,7 @@ async function assertStop(cluster: TestCluster, says: (pipeline: string) => RegE
 
 /** As the message says: rewinds to a time before it happened. */
 const rewind = (cluster: TestCluster, to = "2020-01-01"): Promise<Result[]> =>
-  Promise.all(
-    pipelines.map((PIPELINE) => shop.succeed("scripts/ops/rewind.ts", { ...cluster.variables, PIPELINE, TO: to })),
-  );
+  Promise.all(pipelines.map((PIPELINE) => shop.succeed("scripts/ops/rewind.ts", { ...cluster.variables, PIPELINE, TO: to })));
 
 const otherServer = (pipeline: string): RegExp =>
   new RegExp(
@@ -78,9 +76,7 @@ const otherServer = (pipeline: string): RegExp =>
 test("an autovacuum worker at work does not hold the watermark", async () => {
   const { admin } = primary;
   await admin.unsafe(`create table public.vacuumed as select i, repeat('x', 1000) from generate_series(1, 7000) i`);
-  await admin.unsafe(
-    "alter table public.vacuumed set (autovacuum_vacuum_threshold = 0, autovacuum_vacuum_scale_factor = 0)",
-  );
+  await admin.unsafe("alter table public.vacuumed set (autovacuum_vacuum_threshold = 0, autovacuum_vacuum_scale_factor = 0)");
   await admin.unsafe("delete from public.vacuumed where i % 2 = 0");
   const worker = async (): Promise<number | undefined> => {
     const [row] = await admin<{ pid: number }[]>`
@@ -101,10 +97,7 @@ test("a standby is refused; promoted, it is another server at once, until make r
   await using standby = await primary.createStandby();
   await write(primary, 1, "before");
   await run(primary);
-  await assertStop(
-    standby,
-    () => /source database \w+: no bound is safe: it is a standby.* Point SOURCE_DATABASE_URL at the primary/,
-  );
+  await assertStop(standby, () => /source database \w+: no bound is safe: it is a standby.* Point SOURCE_DATABASE_URL at the primary/);
 
   // Pages for its first checkpoint to write, which takes its time: until it is done the control file has the old timeline.
   await primary.admin.unsafe("create table public.pages as select i from generate_series(1, 100000) i");
@@ -160,8 +153,7 @@ test("after a clock was set back for good, make rewind warns, and the runbook's 
   const [now] = await primary.admin`select now()::text as at`;
   await write(primary, 4, "written later");
   await write(primary, 5, "new");
-  for (const pipeline of pipelines)
-    await shop.query(`DELETE FROM ${pipeline} WHERE updated_at >= TIMESTAMP '${now?.at}'`);
+  for (const pipeline of pipelines) await shop.query(`DELETE FROM ${pipeline} WHERE updated_at >= TIMESTAMP '${now?.at}'`);
   for (const { stderr } of await rewind(primary, "0001-01-01")) {
     assert.match(stderr, /the destination may hold versions that the source has lost, .* ops\/runbook\.md, /);
   }

@@ -64,9 +64,7 @@ test("every query of the dashboard has an answer", async () => {
   );
   await shop.insertRows(1, 10);
   await Promise.all(watermarked().map((name) => shop.succeed(`scripts/${name}.ts`)));
-  await Promise.all(
-    ["scripts/views.ts", "scripts/ops/verify.ts"].map((script) => shop.succeed(script, { PIPELINE: "orders" })),
-  );
+  await Promise.all(["scripts/views.ts", "scripts/ops/verify.ts"].map((script) => shop.succeed(script, { PIPELINE: "orders" })));
   await sensors.consumer({ METRICS_PORT });
   await sensors.drained();
 

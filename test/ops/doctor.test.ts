@@ -31,9 +31,7 @@ async function run(PIPELINE: string | undefined, variables: Env = {}): Promise<{
   const lines = stdout.trimEnd().split("\n");
   for (const line of lines.slice(0, -1)) assert.match(line, /^(ok {4}|FAIL {2}|- {5})\S/);
   const failed = lines.filter((line) => line.startsWith("FAIL"));
-  const end = failed.length
-    ? `${failed.length} checks failed. Fix the lines marked FAIL, then run: make doctor`
-    : "all is well";
+  const end = failed.length ? `${failed.length} checks failed. Fix the lines marked FAIL, then run: make doctor` : "all is well";
   assert.equal(lines.at(-1), end, stderr);
   assert.equal(code, failed.length ? 1 : 0);
   assert.doesNotMatch(stdout, /^\s+at |undefined|\[object/m);
@@ -303,13 +301,7 @@ const breaks: Record<string, Break[]> = {
       "alter table orders enable trigger set_updated_at",
       /its trigger set_updated_at is disabled\. Run as its owner: alter table public\.orders enable trigger set_updated_at;$/,
     ],
-    [
-      "has one for inserts only",
-      "orders",
-      trigger("insert"),
-      whole,
-      /public\.orders has no trigger that sets updated_at/,
-    ],
+    ["has one for inserts only", "orders", trigger("insert"), whole, /public\.orders has no trigger that sets updated_at/],
     [
       "has one for updates of one column only",
       "orders",
@@ -448,9 +440,7 @@ for (const [where, list] of Object.entries(breaks)) {
 test("a role without pg_read_all_stats, one with powers, one in another role", async () => {
   const role = `${shop.dataset}_other`;
   await shop.admin.unsafe(`create role ${role} login password 'local-only' createdb`);
-  await shop.admin.unsafe(
-    `alter role ${role} set default_transaction_read_only = on; grant select on orders to ${role}`,
-  );
+  await shop.admin.unsafe(`alter role ${role} set default_transaction_read_only = on; grant select on orders to ${role}`);
   const other = at("SOURCE_DATABASE_URL", { username: role, password: "local-only" });
   try {
     await assertFails(
@@ -470,11 +460,7 @@ test("a role without pg_read_all_stats, one with powers, one in another role", a
 test("a session whose transactions cannot be seen", async () => {
   const hidden = shop.connect("hidden");
   await hidden`set track_activities = off`;
-  await assertFails(
-    "orders",
-    {},
-    /source: open transactions can be seen: .*application "hidden".*reset track_activities/,
-  );
+  await assertFails("orders", {}, /source: open transactions can be seen: .*application "hidden".*reset track_activities/);
   await hidden.end();
 });
 
@@ -505,16 +491,8 @@ test("metadata through PgBouncer: refused by transaction and by statement, and w
 test("BigQuery: a table that is not there or another, a dataset that is not there, and permissions that a dry run has not", async () => {
   const api = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets`;
   const nowhere = { BIGQUERY_DATASET: `${shop.dataset}_none`, BIGQUERY_VIEWS_DATASET: `${shop.dataset}_none` };
-  await assertFails(
-    "orders",
-    nowhere,
-    /bigquery: orders: table is as .* does not exist\. Run: make migrate\. If it had rows/,
-  );
-  await assertFails(
-    "views",
-    nowhere,
-    /views: models .*_none \(BIGQUERY_VIEWS_DATASET\) does not exist\. Run: make migrate$/,
-  );
+  await assertFails("orders", nowhere, /bigquery: orders: table is as .* does not exist\. Run: make migrate\. If it had rows/);
+  await assertFails("views", nowhere, /views: models .*_none \(BIGQUERY_VIEWS_DATASET\) does not exist\. Run: make migrate$/);
   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
   proxy.fault(/^POST .+\/jobs$/, answer(403, { reason: "accessDenied" }));
   const grant =
@@ -524,11 +502,7 @@ test("BigQuery: a table that is not there or another, a dataset that is not ther
     { BIGQUERY_ENDPOINT: proxy.url },
     new RegExp(`bigquery: users: staging tables may be created and merged \\(dry run\\): ${grant}`),
   );
-  await assertFails(
-    "views",
-    { BIGQUERY_ENDPOINT: proxy.url },
-    new RegExp(`views: models may be published \\(dry run\\): ${grant}`),
-  );
+  await assertFails("views", { BIGQUERY_ENDPOINT: proxy.url }, new RegExp(`views: models may be published \\(dry run\\): ${grant}`));
   await using unpaid = await createProxy(shop.env.BIGQUERY_ENDPOINT);
   unpaid.fault(/^POST .+\/jobs$/, answer(403, { reason: "billingNotEnabled" }));
   await assertFails(
@@ -549,11 +523,7 @@ test("BigQuery: a table that is not there or another, a dataset that is not ther
     await shop.admin.unsafe("drop schema other cascade");
   }
   await fetch(`${api}/${shop.dataset}/tables/users`, { method: "DELETE" });
-  await assertFails(
-    "users",
-    {},
-    /bigquery: users: table is as .*users does not exist\. Run: make migrate\. If it had rows/,
-  );
+  await assertFails("users", {}, /bigquery: users: table is as .*users does not exist\. Run: make migrate\. If it had rows/);
   await shop.succeed("scripts/ops/migrate.ts");
   await assertFails("users", {});
 });
@@ -577,11 +547,7 @@ test("S3: another bucket, a wrong key, an object that may not be put or not be d
     /s3: an object may be put and deleted: s3:\/\/archive\/test_\w+\/events\/doctor\/.*: AccessDenied 403/,
   );
   proxy.fault(/^PUT /, refuse(403, "AccessDenied"));
-  await assertFails(
-    "events",
-    { S3_ENDPOINT: proxy.url },
-    /s3: an object may be put and deleted: s3:\/\/archive\/.*: AccessDenied 403/,
-  );
+  await assertFails("events", { S3_ENDPOINT: proxy.url }, /s3: an object may be put and deleted: s3:\/\/archive\/.*: AccessDenied 403/);
 });
 
 test("ClickHouse: a wrong password, a file that was not applied, a view that is gone, an insert that is refused", async () => {
@@ -611,11 +577,7 @@ test("ClickHouse: a wrong password, a file that was not applied, a view that is 
       "Code: 497. DB::Exception: etl: Not enough privileges. To execute this query, it's necessary to have the grant INSERT. (ACCESS_DENIED)";
     response.writeHead(403, { "x-clickhouse-exception-code": "497" }).end(message);
   });
-  await assertFails(
-    "sensors",
-    { CLICKHOUSE_URL: proxy.url },
-    /clickhouse: rows may be inserted: .*Not enough privileges/,
-  );
+  await assertFails("sensors", { CLICKHOUSE_URL: proxy.url }, /clickhouse: rows may be inserted: .*Not enough privileges/);
 });
 
 test("a topic that is not there; a connector that is gone; a slot that is another database's", async () => {
@@ -655,10 +617,7 @@ test("wal_level; a slot that is lost; no slot that is free", async () => {
   await cluster.admin.unsafe("alter role etl_replicator password 'local-only'");
   const slot = `etl_${shop.dataset}`;
   const { lines } = await run("sensors", there);
-  assert.match(
-    lines.join("\n"),
-    new RegExp(`^ok {4}sensors: slot ${slot}: it does not exist yet: make connector creates it$`, "m"),
-  );
+  assert.match(lines.join("\n"), new RegExp(`^ok {4}sensors: slot ${slot}: it does not exist yet: make connector creates it$`, "m"));
   await cluster.admin`select pg_create_logical_replication_slot('somebodys', 'pgoutput')`;
   await assertFails(
     "sensors",
@@ -668,18 +627,10 @@ test("wal_level; a slot that is lost; no slot that is free", async () => {
   await cluster.admin`select pg_drop_replication_slot('somebodys')`;
   await cluster.admin`select pg_create_logical_replication_slot(${slot}, 'pgoutput')`;
   const { lines: made } = await run("sensors", there);
-  assert.match(
-    made.join("\n"),
-    /^ok {4}sensors: slot \w+: its WAL is reserved; a failover to a standby loses it: see slot\.failover/m,
-  );
-  for (let n = 0; n < 4; n++)
-    await cluster.admin`select pg_logical_emit_message(false, 'x', repeat('x', 100)), pg_switch_wal()`;
+  assert.match(made.join("\n"), /^ok {4}sensors: slot \w+: its WAL is reserved; a failover to a standby loses it: see slot\.failover/m);
+  for (let n = 0; n < 4; n++) await cluster.admin`select pg_logical_emit_message(false, 'x', repeat('x', 100)), pg_switch_wal()`;
   await cluster.admin`checkpoint`;
-  await assertFails(
-    "sensors",
-    there,
-    /sensors: slot \w+: it is lost, and with it the changes since\. Run: make resnapshot$/,
-  );
+  await assertFails("sensors", there, /sensors: slot \w+: it is lost, and with it the changes since\. Run: make resnapshot$/);
   await using replica = await createCluster({ wal_level: "replica" });
   const without = {
     ...replica.variables,

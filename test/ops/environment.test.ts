@@ -51,10 +51,7 @@ test("Kafka Connect and the Pushgateway with a login, below a path: connector, p
     assert.equal((await shop.metrics()).etl_rows, 3);
     const { code, stdout } = await shop.run(doctor, env);
     assert.equal(code, 0, stdout);
-    assert.match(
-      stdout,
-      /^ok {4}sensors: connector .*: CONNECT_URL shows its database password in clear text: see REPL/m,
-    );
+    assert.match(stdout, /^ok {4}sensors: connector .*: CONNECT_URL shows its database password in clear text: see REPL/m);
     assert.doesNotMatch(await (await fetch(`${shop.env.PUSHGATEWAY_URL}/metrics`)).text(), /pipeline="doctor"/);
     const wrong = { CONNECT_URL: connect.below.replace("p%40ss", "wrong"), PUSHGATEWAY_URL: gateway.url };
     const refused = (await shop.run(doctor, wrong)).stdout;
@@ -112,10 +109,7 @@ test("what a client would ignore in a URL is refused", async () => {
   });
   assert.equal(code, 1);
   for (const name of ["CLICKHOUSE_URL", "S3_ENDPOINT", "BIGQUERY_ENDPOINT"])
-    assert.match(
-      stdout,
-      new RegExp(`^FAIL .* ${name} must be protocol, host and port only: .* Example: ${name}=`, "m"),
-    );
+    assert.match(stdout, new RegExp(`^FAIL .* ${name} must be protocol, host and port only: .* Example: ${name}=`, "m"));
   for (const name of ["CONNECT_URL", "PUSHGATEWAY_URL"])
     assert.match(stdout, new RegExp(`^FAIL .* ${name} must have nothing behind its path`, "m"));
   assert.match(stdout, /^FAIL .* REPLICATION_DATABASE_URL must name the database/m);
@@ -175,10 +169,7 @@ test(".env with a byte order mark, and with a # in a value", async () => {
   assert.equal((await run(`\uFEFF${url}\nBIGQUERY_LOCATION="US" # where the datasets are: a#b\n`)).code, 0);
   for (const value of ["U#S", "US#", "#US", " U S#x # where"]) {
     const { code, stderr } = await run(`${url}\nexport BIGQUERY_LOCATION=${value}\n`);
-    assert.match(
-      stderr,
-      /^ {2}BIGQUERY_LOCATION has a # in \S+\.env, which begins a comment: put the value into quotes\. /m,
-    );
+    assert.match(stderr, /^ {2}BIGQUERY_LOCATION has a # in \S+\.env, which begins a comment: put the value into quotes\. /m);
     assert.equal(code, 2);
   }
   // As it says: the whole value arrives.

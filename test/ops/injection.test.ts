@@ -149,13 +149,7 @@ test("each of them alone is refused too", async () => {
 test("a bucket's prefix is only a prefix, whatever is in it", async () => {
   await shop.insertEvents("2017-01-01", 3);
   const days: Env = { FROM: "2017-01-01", TO: "2017-01-02" };
-  for (const value of [
-    `x'; drop table public.canary; --`,
-    'x`"\\y',
-    `$(touch ${pwned})`,
-    "%s %2e%2e é‮",
-    "a b+c&d=e?f#g",
-  ]) {
+  for (const value of [`x'; drop table public.canary; --`, 'x`"\\y', `$(touch ${pwned})`, "%s %2e%2e é‮", "a b+c&d=e?f#g"]) {
     const prefix: Env = { ...days, S3_PREFIX: `${shop.env.S3_PREFIX}${value}` };
     await shop.succeed("scripts/ops/backfill-events.ts", prefix);
     const { stderr } = await shop.succeed("scripts/ops/verify-events.ts", prefix);
@@ -177,8 +171,7 @@ test("an unknown login of Kafka, a role and a database with hostile names are on
 });
 
 test("values of rows are values: every hostile text arrives as it is", async () => {
-  for (const [index, value] of hostile.entries())
-    await shop.admin`insert into orders (id, status) values (${100 + index}, ${value})`;
+  for (const [index, value] of hostile.entries()) await shop.admin`insert into orders (id, status) values (${100 + index}, ${value})`;
   await shop.succeed(shop.script);
   assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   for (const value of hostile)
@@ -191,8 +184,7 @@ test("values of rows are values: every hostile text arrives as it is", async () 
 });
 
 test("readings whose texts are hostile arrive as they are, and hostile messages become dead letters as they are", async () => {
-  for (const value of hostile)
-    await shop.admin`insert into sensor_readings (sensor_id, metric, value) values (${value}, ${value}, 1)`;
+  for (const value of hostile) await shop.admin`insert into sensor_readings (sensor_id, metric, value) values (${value}, ${value}, 1)`;
   await sensors.produce(hostile.map((value) => ({ key: value, value })));
   const consumer = await sensors.consumer();
   await sensors.equal();

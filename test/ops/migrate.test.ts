@@ -22,9 +22,7 @@ async function created(): Promise<unknown> {
   const tables = await shop.admin`
     select relname from pg_class where relnamespace = to_regnamespace('etl') and relkind = 'r' order by 1`;
   const migrations = tables.length ? await shop.admin`select file, sha256 from etl.migrations order by 1` : [];
-  const columns = await shop.query(
-    "SELECT table_name, column_name, data_type, is_nullable FROM INFORMATION_SCHEMA.COLUMNS ORDER BY 1, 2",
-  );
+  const columns = await shop.query("SELECT table_name, column_name, data_type, is_nullable FROM INFORMATION_SCHEMA.COLUMNS ORDER BY 1, 2");
   return { tables: [...tables], migrations: [...migrations], columns };
 }
 
@@ -82,28 +80,19 @@ await test("a bucket that is missing is created, one that may not be used is nam
   const Bucket = `${shop.dataset.replaceAll("_", "-")}-archive`;
   const dry = await shop.succeed(migrate, { S3_BUCKET: Bucket, DRY_RUN: "1" });
   assert.deepEqual(steps(dry.stderr), [`would-apply what=create bucket ${Bucket}`, "done"]);
-  assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), [
-    `apply what=create bucket ${Bucket}`,
-    "done",
-  ]);
+  assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), [`apply what=create bucket ${Bucket}`, "done"]);
   assert.deepEqual(steps((await shop.succeed(migrate, { S3_BUCKET: Bucket })).stderr), ["done"]);
   await shop.bucket.client.send(new DeleteBucketCommand({ Bucket }));
   const { code, stderr } = await shop.run(migrate, { AWS_SECRET_ACCESS_KEY: "wrong" });
   assert.equal(code, 2);
-  assert.match(
-    stderr,
-    /error: bucket archive \(S3_BUCKET\) may not be used: SignatureDoesNotMatch .* Check AWS_ACCESS_KEY_ID/,
-  );
+  assert.match(stderr, /error: bucket archive \(S3_BUCKET\) may not be used: SignatureDoesNotMatch .* Check AWS_ACCESS_KEY_ID/);
 });
 
 await test("migrate without schema etl says which file an administrator has to run", async () => {
   await shop.admin.unsafe("alter schema etl rename to aside");
   const { code, stderr } = await shop.run(migrate);
   await shop.admin.unsafe("alter schema aside rename to etl");
-  assert.match(
-    stderr,
-    /schema etl does not exist\. Run sql\/roles\.sql in that database as an administrator, then: make migrate/,
-  );
+  assert.match(stderr, /schema etl does not exist\. Run sql\/roles\.sql in that database as an administrator, then: make migrate/);
   assert.equal(code, 1);
 });
 
@@ -159,17 +148,14 @@ await test("a database of ClickHouse that an older version made is taken over: w
   const { code, stderr } = await shop.run(migrate);
   assert.match(stderr, /sensor_readings has a column that no view fills\. README, "When the schema changes"/);
   assert.equal(code, 1);
-  await run(
-    "ALTER TABLE sensor_readings MODIFY COLUMN quality DEFAULT JSONExtract(_unknown['quality'], 'Nullable(Int64)')",
-  );
+  await run("ALTER TABLE sensor_readings MODIFY COLUMN quality DEFAULT JSONExtract(_unknown['quality'], 'Nullable(Int64)')");
   await shop.succeed(migrate);
   await run("ALTER TABLE sensor_readings DROP COLUMN quality");
 });
 
 await test("a file of schemas/clickhouse that is killed between its statements is applied again, as a whole", async () => {
   const file = "schemas/clickhouse/008_two.sql";
-  const broken =
-    "ALTER TABLE sensor_readings ADD COLUMN IF NOT EXISTS one UInt8 DEFAULT 1;\nSELECT throwIf(1, 'killed here');\n";
+  const broken = "ALTER TABLE sensor_readings ADD COLUMN IF NOT EXISTS one UInt8 DEFAULT 1;\nSELECT throwIf(1, 'killed here');\n";
   writeFileSync(join(scratch.folder, file), broken);
   const { code, stderr } = await shop.run(migrate);
   assert.equal(code, 1, stderr);
@@ -196,10 +182,7 @@ await test("a new nullable column, a relaxed mode and a description are printed,
       .map((field) => (field.name === "created_at" ? { ...field, mode: "NULLABLE", description: "Changed." } : field))
       .concat({ name: "note", type: "STRING" }),
   );
-  const additions = [
-    `relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`,
-    `add column ${table}.note STRING NULLABLE`,
-  ];
+  const additions = [`relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`, `add column ${table}.note STRING NULLABLE`];
   const before = await created();
   const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
   assert.deepEqual(steps(dry.stderr), [...additions.map((what) => `would-apply what=${what}`), "done"]);

@@ -33,9 +33,7 @@ const statusOf = async (variables = {}): Promise<Record<string, Status>> => {
   return Object.fromEntries((JSON.parse(stdout) as Status[]).map((of) => [of.pipeline, of]));
 };
 /** The table: the cells of each pipeline's line, by its name, and all of it. */
-const show = async (
-  variables = {},
-): Promise<{ cells: Record<string, string[]>; stdout: string; code: number | null }> => {
+const show = async (variables = {}): Promise<{ cells: Record<string, string[]>; stdout: string; code: number | null }> => {
   const { stdout, code } = await shop.run(status, variables);
   const [names = "", ...lines] = (stdout.split("\n\n")[0] ?? "").trim().split("\n");
   assert.match(names, /^PIPELINE +WATERMARK +AGE +LAST SUCCESS +EVERY +LAST RUN +ROWS +LOCK HELD BY +STATE$/);
@@ -56,9 +54,7 @@ test("a pipeline that never ran: status says so, and rewind refuses", async () =
     const { code, stderr } = await shop.run(rewind, { PIPELINE: pipeline, TO: "2017-01-01" });
     assert.match(
       stderr,
-      new RegExp(
-        `${pipeline} has no watermark: it has never run, and its first run reads everything\\. Next: make ${pipeline}`,
-      ),
+      new RegExp(`${pipeline} has no watermark: it has never run, and its first run reads everything\\. Next: make ${pipeline}`),
     );
     assert.equal(code, 2);
   });
@@ -75,10 +71,7 @@ test("status shows the last success: watermark, ages and rows", async () => {
     assert.deepEqual([interval, ...others], [every[pipeline], "1,234", "nobody", "ok"]);
     const json = all[pipeline] ?? {};
     assert.deepEqual([json.state, json.reasons], ["ok", []]);
-    assert.deepEqual(
-      [json.watermark, json.last_run_state, json.last_error, json.rows],
-      [watermark, "succeeded", null, 1234],
-    );
+    assert.deepEqual([json.watermark, json.last_run_state, json.last_error, json.rows], [watermark, "succeeded", null, 1234]);
     for (const name of ["watermark_age_seconds", "last_success_age_seconds", "last_run_age_seconds"]) {
       assert.ok((json[name] as number) >= 0 && (json[name] as number) < 60, `${name}: ${json[name]}`);
     }
@@ -130,8 +123,7 @@ test("status names who holds the watermark, and for how long", async () => {
   } finally {
     await holder.unsafe(`rollback prepared '${shop.dataset}'`);
   }
-  for (const { held_by, hold_seconds } of Object.values(await statusOf()))
-    assert.deepEqual([held_by, hold_seconds], [null, 0]);
+  for (const { held_by, hold_seconds } of Object.values(await statusOf())) assert.deepEqual([held_by, hold_seconds], [null, 0]);
 });
 
 test("status says unknown, not nobody, where the role may not see who holds the watermark", async () => {
@@ -165,10 +157,7 @@ test("status shows the metadata also while the source is down", async () => {
 
 const refusals: [variables: Record<string, string>, says: RegExp][] = [
   ...pipelines.flatMap((PIPELINE): [Record<string, string>, RegExp][] => [
-    [
-      { PIPELINE },
-      /TO is missing\. The end, exclusive; of rewind, the time to set the watermark back to\. Example: TO=/,
-    ],
+    [{ PIPELINE }, /TO is missing\. The end, exclusive; of rewind, the time to set the watermark back to\. Example: TO=/],
     [
       { PIPELINE, TO: "2999-01-01" },
       /TO=2999-01-01T00:00:00\.000000\+00 is after the watermark \d{4}-\S+: a rewind goes back only, since the rows between them would never be read\./,
@@ -224,10 +213,7 @@ test("rewind sets the watermark back, says what is read again, keeps it in etl.r
       replace(chunk_from::text, ' ', 'T') as from, replace(chunk_to::text, ' ', 'T') as to,
       run_id = (select run_id from etl.watermarks where pipeline = '${pipeline}') as same
       from etl.runs where pipeline = '${pipeline}' order by started_at desc limit 1`);
-    assert.deepEqual(
-      { ...kept },
-      { state: "rewound", rows: "1227", whole: true, from: `${to}+00`, to: before, same: true },
-    );
+    assert.deepEqual({ ...kept }, { state: "rewound", rows: "1227", whole: true, from: `${to}+00`, to: before, same: true });
   });
   const { cells } = await show();
   for (const pipeline of pipelines) assert.match(cells[pipeline]?.[4] ?? "", /^succeeded/);
@@ -241,8 +227,7 @@ test("rewind sets the watermark back, says what is read again, keeps it in etl.r
 });
 
 /** A session of one of the two roles, as its URL gives it. */
-const as = (variable: string): postgres.Sql =>
-  postgres(shop.env[variable] ?? "", { max: 1, onnotice: () => {}, fetch_types: false });
+const as = (variable: string): postgres.Sql => postgres(shop.env[variable] ?? "", { max: 1, onnotice: () => {}, fetch_types: false });
 
 const forbidden: Record<string, { variable: string; statements: string[] }> = {
   "etl_reader can write nothing, even where it says set transaction read write": {
@@ -292,10 +277,7 @@ for (const [promise, { variable, statements }] of Object.entries(forbidden)) {
         select rolsuper or rolcreatedb or rolcreaterole or rolreplication or rolbypassrls as powers,
           array(select b.rolname from pg_auth_members m join pg_roles b on b.oid = m.roleid where m.member = r.oid)::text as member
         from pg_roles r where rolname = current_user`;
-      assert.deepEqual(
-        { ...role },
-        { powers: false, member: variable.startsWith("SOURCE") ? "{pg_read_all_stats}" : "{}" },
-      );
+      assert.deepEqual({ ...role }, { powers: false, member: variable.startsWith("SOURCE") ? "{pg_read_all_stats}" : "{}" });
     } finally {
       await session.end();
     }
@@ -313,9 +295,7 @@ test("etl_reader's sessions are read only to begin with", async () => {
 test("a run's sessions, its COPY and its MERGE name the run", async () => {
   await each(async (pipeline) => {
     const ofIt = `pipeline = '${pipeline}'`;
-    const [merged] = await rows(
-      `select run_id from etl.runs where ${ofIt} and state = 'succeeded' and rows > 0 limit 1`,
-    );
+    const [merged] = await rows(`select run_id from etl.runs where ${ofIt} and state = 'succeeded' and rows > 0 limit 1`);
     const { BIGQUERY_ENDPOINT: endpoint, BIGQUERY_PROJECT: project } = shop.env;
     const job = `etl_${pipeline}_staging_${merged?.run_id}_1_1_merge`;
     const { configuration } = await fetch(`${endpoint}/bigquery/v2/projects/${project}/jobs/${job}`).then(

@@ -95,9 +95,7 @@ await test("the page says what make status says, and what went wrong; it is text
 
     // Hostile text made no element, no script ran, and nothing was asked for but the file.
     assert.equal(
-      await page.evaluate(
-        "document.images.length + document.scripts.length + document.querySelectorAll('link, iframe').length",
-      ),
+      await page.evaluate("document.images.length + document.scripts.length + document.querySelectorAll('link, iframe').length"),
       0,
     );
     assert.deepEqual(page.heard, [{ method: "Network.requestWillBeSent", text: `file://${file}` }]);

@@ -166,8 +166,7 @@ const secrets: Env = {
 const services = ["BIGQUERY_ENDPOINT", "S3_ENDPOINT", "CLICKHOUSE_URL", "CONNECT_URL", "PUSHGATEWAY_URL"];
 const databases = ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "REPLICATION_DATABASE_URL"];
 const faults: Record<string, () => Env> = {
-  "passwords are wrong": () =>
-    Object.assign({ ...secrets }, ...databases.map((name) => at(name, { password: encoded }))),
+  "passwords are wrong": () => Object.assign({ ...secrets }, ...databases.map((name) => at(name, { password: encoded }))),
   "databases answer and services are away": () => ({
     ...secrets,
     ...Object.fromEntries(services.map((name) => [name, nowhere(name)])),
@@ -182,17 +181,13 @@ const faults: Record<string, () => Env> = {
   "variables are malformed": () => ({
     ...secrets,
     ...Object.fromEntries([...databases, ...services].map((name) => [name, `nonsense://u:${mark}@db:port/x`])),
-    ...Object.fromEntries(
-      ["BIGQUERY_PROJECT", "FROM", "TO", "PIPELINE", "CHUNK_ROWS"].map((name) => [name, `${mark} 1`]),
-    ),
+    ...Object.fromEntries(["BIGQUERY_PROJECT", "FROM", "TO", "PIPELINE", "CHUNK_ROWS"].map((name) => [name, `${mark} 1`])),
   }),
 };
 for (const [what, variables] of Object.entries(faults)) {
   test(`where ${what}`, async () => {
     // Side by side: most of the time they wait for what does not answer.
-    const queue = Object.entries(commands).flatMap(([script, runs]) =>
-      runs.slice(0, 1).map((run) => ({ script, run })),
-    );
+    const queue = Object.entries(commands).flatMap(([script, runs]) => runs.slice(0, 1).map((run) => ({ script, run })));
     let failed = 0;
     const work = async (): Promise<void> => {
       for (let one = queue.shift(); one; one = queue.shift()) {

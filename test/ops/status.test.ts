@@ -30,10 +30,7 @@ async function statusOf(shop: Shop, variables: Env = {}): Promise<Answer> {
 }
 
 /** Starts a run that waits, with its lock, for a table that somebody else has locked, until `free` is called. */
-async function startHeld(
-  shop: Shop,
-  variables: Env = {},
-): Promise<{ run: Process; id: string; free(): Promise<void> }> {
+async function startHeld(shop: Shop, variables: Env = {}): Promise<{ run: Process; id: string; free(): Promise<void> }> {
   const owner = shop.connect("owner");
   await owner.unsafe(`begin; lock table ${shop.table} in access exclusive mode`);
   const run = shop.start(shop.script, variables);
@@ -137,9 +134,7 @@ suite("with one pipeline", () => {
   });
 
   test("with Postgres alone configured it works, and sensors are said to be not configured", async () => {
-    const none = Object.keys(shop.env).filter((name) =>
-      /^(BIGQUERY|S3|AWS|KAFKA|SENSORS|CLICKHOUSE|CONNECT|PUSH|REPL|METRICS)/.test(name),
-    );
+    const none = Object.keys(shop.env).filter((name) => /^(BIGQUERY|S3|AWS|KAFKA|SENSORS|CLICKHOUSE|CONNECT|PUSH|REPL|METRICS)/.test(name));
     const { code, of } = await statusOf(shop, Object.fromEntries(none.map((name) => [name, ""])));
     assert.deepEqual([code, of.orders?.state], [0, "ok"]);
     assert.deepEqual(
@@ -283,20 +278,14 @@ test("sensors: lag, consumers, dead letters, connector and slot; without a consu
     return now.of.sensors?.sensors?.lag ? now : undefined;
   });
   assert.deepEqual([behind.code, behind.of.sensors?.state], [1, "red"]);
-  assert.match(
-    (await shop.run(script)).stdout,
-    /^sensors: lag \d+ · consumers 0 · dead letters 1 · WAL kept for the slot \d+ MB$/m,
-  );
+  assert.match((await shop.run(script)).stdout, /^sensors: lag \d+ · consumers 0 · dead letters 1 · WAL kept for the slot \d+ MB$/m);
 
   await fetch(new URL(`/connectors/etl-${shop.dataset}-sensor_readings/stop`, shop.env.CONNECT_URL), { method: "PUT" });
   const stopped = await until("the connector is stopped", async () => {
     const now = await statusOf(shop);
     return now.of.sensors?.sensors?.connector_running === false ? now : undefined;
   });
-  assert.match(
-    stopped.of.sensors?.reasons.join("\n") ?? "",
-    /^Debezium's connector does not run\. Next: make connector$/m,
-  );
+  assert.match(stopped.of.sensors?.reasons.join("\n") ?? "", /^Debezium's connector does not run\. Next: make connector$/m);
 });
 
 suite("a source restored from an older backup", { concurrency: true }, () => {
@@ -335,8 +324,7 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
     await using shop = await createShop({ clickhouse: true });
     const server = shop.connect("dba");
     const [source, backup] = [`${shop.dataset}_source`, `${shop.dataset}_backup`];
-    const to = (name: string, url = shop.env.SOURCE_DATABASE_URL) =>
-      Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
+    const to = (name: string, url = shop.env.SOURCE_DATABASE_URL) => Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
     const variables = { SOURCE_DATABASE_URL: to(source) };
     const insert = async (first: number, last: number, text: string): Promise<void> => {
       const sql = postgres(to(source, shop.env.STACK_ADMIN_DATABASE_URL), { max: 1 });
@@ -345,9 +333,7 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
     };
     const rows = async () => {
       const sql = postgres(to(source, shop.env.STACK_ADMIN_DATABASE_URL), { max: 1 });
-      const found = await sql<
-        { id: string; text: string }[]
-      >`select id::text, status as text from orders order by orders.id`;
+      const found = await sql<{ id: string; text: string }[]>`select id::text, status as text from orders order by orders.id`;
       await sql.end();
       return found.map((row) => ({ ...row }));
     };
@@ -393,9 +379,9 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
     const insert = (first: number, last: number, text: string) => admin`
       insert into orders (id, status) select i, ${text} from generate_series(${first}::int, ${last}::int) i on conflict (id) do update set status = excluded.status`;
     const rows = async () =>
-      (await admin<{ id: string; text: string }[]>`select id::text, status as text from orders order by orders.id`).map(
-        (row) => ({ ...row }),
-      );
+      (await admin<{ id: string; text: string }[]>`select id::text, status as text from orders order by orders.id`).map((row) => ({
+        ...row,
+      }));
     try {
       await startCluster(cluster);
       await createSource(cluster.url, [localEnv().SOURCE_DATABASE_URL ?? ""]);

@@ -147,8 +147,7 @@ test("killed before the deletion, the same command goes on; a held lock says who
   await run.ended;
   const lock = shop.connect("etl:orders run=somebody");
   await until("its lock is gone", async () => {
-    const [{ taken } = { taken: false }] =
-      await lock`select pg_try_advisory_lock(hashtextextended('etl:orders', 0)) as taken`;
+    const [{ taken } = { taken: false }] = await lock`select pg_try_advisory_lock(hashtextextended('etl:orders', 0)) as taken`;
     return taken;
   });
   const waiting = shop.start(sweep, orders);
@@ -163,9 +162,7 @@ test("nothing is removed for a source that is another server, a pipeline that ne
   const refused: [Variables, RegExp][] = [
     ...["sensors", "events", "nonsense"].map((PIPELINE): [Variables, RegExp] => [
       { PIPELINE },
-      new RegExp(
-        `PIPELINE must be one of ${pipelines().join(", ")} \\(deleted readings come by the log; events are deleted only`,
-      ),
+      new RegExp(`PIPELINE must be one of ${pipelines().join(", ")} \\(deleted readings come by the log; events are deleted only`),
     ]),
     [{ PIPELINE: "users" }, /users has no watermark: it has never run/],
     [{ ...orders, SWEEP_MAX_SHARE: "2" }, /SWEEP_MAX_SHARE must be a number from 0 to 1/],

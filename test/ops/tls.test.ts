@@ -69,8 +69,7 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   await cluster.admin.unsafe("insert into orders (id, total) select i, i from generate_series(1, 5) i");
 
   const from = (hostname: string, query: string): Env => ({
-    SOURCE_DATABASE_URL: Object.assign(new URL(cluster.variables.SOURCE_DATABASE_URL), { hostname, search: query })
-      .href,
+    SOURCE_DATABASE_URL: Object.assign(new URL(cluster.variables.SOURCE_DATABASE_URL), { hostname, search: query }).href,
   });
   const run = (hostname: string, query: string, variables: Env = trusting): Promise<Result> =>
     shop.run("scripts/orders.ts", { ...from(hostname, query), ...variables });
@@ -85,21 +84,13 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
   assertRefused(await run("localhost", verify, {}), unknown);
   assertRefused(await run("localhost", verify, { NODE_EXTRA_CA_CERTS: theirs.file }), unknown);
   assertRefused(await run("localhost", "?sslmode=verify_full"), /SOURCE_DATABASE_URL has an unknown sslmode/, 2);
-  assertRefused(
-    await run("localhost", `${verify}&sslrootcert=/x`),
-    /SOURCE_DATABASE_URL has sslrootcert: .*NODE_EXTRA_CA_CERTS/,
-    2,
-  );
+  assertRefused(await run("localhost", `${verify}&sslrootcert=/x`), /SOURCE_DATABASE_URL has sslrootcert: .*NODE_EXTRA_CA_CERTS/, 2);
   const file = join(folder, ".env");
   const fromFile = (path: string): Env => {
     writeFileSync(file, `NODE_EXTRA_CA_CERTS=${path}\n`);
     return { ENV_FILE: file, NODE_EXTRA_CA_CERTS: undefined };
   };
-  assertRefused(
-    await run("localhost", verify, fromFile("/no/such.pem")),
-    /NODE_EXTRA_CA_CERTS ENOENT: no such file/,
-    2,
-  );
+  assertRefused(await run("localhost", verify, fromFile("/no/such.pem")), /NODE_EXTRA_CA_CERTS ENOENT: no such file/, 2);
   assert.equal(await shop.watermark(), undefined);
 
   // 2. What must be.
@@ -123,15 +114,9 @@ test("Postgres: a run reads over TLS, by name and by address, with the authority
 
   // 3. Another host's certificate, of the right authority; by address no name will do.
   await serve(ours.issue("DNS:localhost"));
-  assertRefused(
-    await run("127.0.0.1", verify),
-    /SOURCE_DATABASE_URL \(host 127\.0\.0\.1, .*does not match certificate's altnames/,
-  );
+  assertRefused(await run("127.0.0.1", verify), /SOURCE_DATABASE_URL \(host 127\.0\.0\.1, .*does not match certificate's altnames/);
   await serve(ours.issue("DNS:elsewhere.example"));
-  assertRefused(
-    await run("localhost", verify),
-    /SOURCE_DATABASE_URL \(host localhost, .*does not match certificate's altnames/,
-  );
+  assertRefused(await run("localhost", verify), /SOURCE_DATABASE_URL \(host localhost, .*does not match certificate's altnames/);
   await serve(theirs.issue("DNS:localhost"));
   assertRefused(await run("localhost", verify), unknown);
   const required = await run("localhost", "?sslmode=require", {});
@@ -175,10 +160,7 @@ async function startBroker(names: string): Promise<{ port: number } & AsyncDispo
     "inter.broker.listener.name": "SASL_SSL",
     "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256,SCRAM-SHA-512",
     "sasl.mechanism.inter.broker.protocol": "PLAIN",
-    "listener.name.sasl_ssl.plain.sasl.jaas.config": login(
-      "plain.PlainLoginModule",
-      ' user_broker="broker-secret" user_etl="etl-secret"',
-    ),
+    "listener.name.sasl_ssl.plain.sasl.jaas.config": login("plain.PlainLoginModule", ' user_broker="broker-secret" user_etl="etl-secret"'),
     "listener.name.sasl_ssl.scram-sha-256.sasl.jaas.config": login("scram.ScramLoginModule"),
     "listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config": login("scram.ScramLoginModule"),
     "ssl.keystore.type": "PEM",
@@ -197,11 +179,7 @@ async function startBroker(names: string): Promise<{ port: number } & AsyncDispo
   const file = join(data, "server.properties");
   writeFileSync(file, text);
   const scram = ["256", "512"].flatMap((bits) => ["--add-scram", `SCRAM-SHA-${bits}=[name=etl,password=etl-secret]`]);
-  const format = java(
-    "kafka.tools.StorageTool",
-    ["format", "-t", "AQIDBAUGBwgJCgsMDQ4PEA", "-c", file, ...scram],
-    text,
-  );
+  const format = java("kafka.tools.StorageTool", ["format", "-t", "AQIDBAUGBwgJCgsMDQ4PEA", "-c", file, ...scram], text);
   execFileSync(format.command, format.args, { stdio: ["ignore", "ignore", "inherit"] });
   const { command, args } = java("kafka.Kafka", [file], text);
   const child: ChildProcess = spawn(command, args, { stdio: ["ignore", "pipe", "pipe"] });

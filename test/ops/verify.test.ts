@@ -72,11 +72,7 @@ suite("every type", () => {
     flag: ["bool", { type: "BOOLEAN" }, ["true", "false"]],
     day: ["date", { type: "DATE" }, ["0001-01-01", "1969-12-31", "9999-12-31"]],
     clock: ["time", { type: "TIME" }, ["00:00", "23:59:59.999999"]],
-    wall: [
-      "timestamp",
-      { type: "DATETIME" },
-      ["0001-01-01 00:00:00.000001", "1969-12-31 23:59:59.999999", "9999-12-31"],
-    ],
+    wall: ["timestamp", { type: "DATETIME" }, ["0001-01-01 00:00:00.000001", "1969-12-31 23:59:59.999999", "9999-12-31"]],
     moment: ["timestamptz", { type: "TIMESTAMP" }, ["0001-01-01 00:00:00.000001Z", "1969-12-31 23:59:59.999999Z"]],
     bytes: ["bytea", { type: "BYTES" }, ["\\x", "\\x00ff"]],
     code: ["uuid", { type: "STRING" }, ["00000000-0000-0000-0000-00000000000a"]],
@@ -89,23 +85,16 @@ suite("every type", () => {
     ],
     docs: ["json[]", { type: "JSON", mode: "REPEATED" }, ['{"{\\"a\\": 1}","[2]"}']],
     // The names that the statements use themselves.
-    ...Object.fromEntries(
-      ["t", "s", "d", "line", "e", "n", "compared"].map((name) => [name, ["text", { type: "STRING" }, [name]]]),
-    ),
+    ...Object.fromEntries(["t", "s", "d", "line", "e", "n", "compared"].map((name) => [name, ["text", { type: "STRING" }, [name]]])),
   };
   const names = Object.keys(columns);
   const scratch = scratchCopy();
   let shop: Shop;
   before(async () => {
-    scratch.editFields("orders", (fields) => [
-      ...fields,
-      ...names.map((name) => ({ name, mode: "NULLABLE", ...columns[name]?.[1] })),
-    ]);
+    scratch.editFields("orders", (fields) => [...fields, ...names.map((name) => ({ name, mode: "NULLABLE", ...columns[name]?.[1] }))]);
     scratch.edit("sql/orders.sql", (text) => text.replace("updated_at\nfrom", `updated_at, ${names.join(", ")}\nfrom`));
     shop = await createShop({ folder: scratch.folder });
-    await shop.admin.unsafe(
-      `alter table orders ${names.map((name) => `add ${name} ${columns[name]?.[0]}`).join(", ")}`,
-    );
+    await shop.admin.unsafe(`alter table orders ${names.map((name) => `add ${name} ${columns[name]?.[0]}`).join(", ")}`);
     await shop.insertRows(1, 1500);
   });
   after(async () => {
@@ -114,9 +103,7 @@ suite("every type", () => {
   });
   /** Sets a column of row i to its i-th value, and floats at random. */
   const fill = async (): Promise<void> => {
-    const set = names.flatMap((name) =>
-      (columns[name]?.[2] ?? []).map((value, index) => ({ id: index + 1, [name]: value })),
-    );
+    const set = names.flatMap((name) => (columns[name]?.[2] ?? []).map((value, index) => ({ id: index + 1, [name]: value })));
     const bits = fc.sample(fc.bigInt({ min: -(2n ** 63n), max: 2n ** 63n - 1n }), 1000);
     const doubles = [...new Float64Array(new BigInt64Array(bits).buffer)].filter(Number.isFinite);
     set.push(...doubles.map((double, index) => ({ id: index + 100, ratio: String(double) })));
@@ -192,13 +179,7 @@ suite("every type", () => {
   });
 
   test("but a JSON number that BigQuery would round: it is refused by name, by a run and by verify", async () => {
-    const wide = [
-      "12345678901234567890123456789.123456789",
-      "18446744073709551617",
-      "9007199254740993.0",
-      "1e400",
-      "1e-400",
-    ];
+    const wide = ["12345678901234567890123456789.123456789", "18446744073709551617", "9007199254740993.0", "1e400", "1e-400"];
     for (const number of wide)
       for (const column of ["doc", "docs"]) {
         const value = column === "doc" ? `{"a": [{"n": ${number}}]}` : `{"[${number}]"}`;
@@ -220,10 +201,7 @@ suite("many columns", () => {
   test("of which the last differs: it is found, and repaired", async () => {
     const names = Array.from({ length: soak ? 1580 : 200 }, (_, i) => `column_${i}`);
     using scratch = scratchCopy();
-    scratch.editFields("orders", (fields) => [
-      ...fields,
-      ...names.map((name) => ({ name, type: "FLOAT", mode: "NULLABLE" })),
-    ]);
+    scratch.editFields("orders", (fields) => [...fields, ...names.map((name) => ({ name, type: "FLOAT", mode: "NULLABLE" }))]);
     scratch.edit("sql/orders.sql", (text) => text.replace("updated_at\nfrom", `updated_at, ${names.join(", ")}\nfrom`));
     await using shop = await createShop({ folder: scratch.folder });
     await shop.admin.unsafe(`alter table orders ${names.map((name) => `add ${name} float8`).join(", ")}`);
@@ -272,13 +250,7 @@ suite("a shop's orders", () => {
   const silently = (sql: string) =>
     shop.admin.unsafe(`alter table orders disable trigger user; ${sql}; alter table orders enable trigger user`);
   /** As it starts, with a proxy before BigQuery in which `gate` is at the first request of `step`, or, after `others` of them, at the next. */
-  const startHeld = async (
-    script: string,
-    variables: Variables,
-    step: RegExp,
-    gate: Gate,
-    others = 0,
-  ): Promise<[Process, HttpProxy]> => {
+  const startHeld = async (script: string, variables: Variables, step: RegExp, gate: Gate, others = 0): Promise<[Process, HttpProxy]> => {
     const proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
     proxy.fault(step, pass, others);
     proxy.fault(step, gate, 1);
@@ -292,21 +264,13 @@ suite("a shop's orders", () => {
 
   test("missing, extra, twice, swapped and changed rows are found, in one pass, and repaired; the metric says how many, and when all agreed", async () => {
     await shop.query("DELETE FROM orders WHERE id = 7");
-    await shop.query(
-      "INSERT INTO orders (id, created_at, updated_at) VALUES (9000001, TIMESTAMP '2017-01-01', TIMESTAMP '2017-01-01')",
-    );
+    await shop.query("INSERT INTO orders (id, created_at, updated_at) VALUES (9000001, TIMESTAMP '2017-01-01', TIMESTAMP '2017-01-01')");
     await shop.query("INSERT INTO orders SELECT * FROM orders WHERE id = 900");
     await shop.query("UPDATE orders SET total = IF(id = 1500, 15.01, 15.00) WHERE id IN (1500, 1501)"); // each has the other's
     await silently("update orders set status = '' where id = 8; update orders set status = null where id = 9");
     await shop.query("UPDATE orders SET status = NULL WHERE id = 8");
     await shop.query("UPDATE orders SET status = '' WHERE id = 9");
-    const expected = [
-      "missing id=7",
-      "extra id=9000001",
-      "twice id=900",
-      "different id=1500: total",
-      "different id=1501: total",
-    ];
+    const expected = ["missing id=7", "extra id=9000001", "twice id=900", "different id=1500: total", "different id=1501: total"];
     expected.push("different id=8: status", "different id=9: status");
     const result = await finds(shop, expected);
     const { missing, extra, different, twice } = counts(result, "orders");
@@ -319,10 +283,7 @@ suite("a shop's orders", () => {
     assert.match(few.stderr, /\n {2}… and 5 more \(LIMIT=\)\nNext: make verify PIPELINE=orders REPAIR=1$/);
 
     const after = counts(await finds(shop, [], repair), "orders");
-    assert.deepEqual(
-      [after.missing, after.extra, after.different, after.twice, after.repaired],
-      ["0", "0", "0", "0", "9"],
-    );
+    assert.deepEqual([after.missing, after.extra, after.different, after.twice, after.repaired], ["0", "0", "0", "0", "9"]);
     assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
     assert.deepEqual(await shop.stagingTables(), []);
     const metrics = await shop.metrics();
@@ -400,9 +361,7 @@ suite("a shop's orders", () => {
       "delete from orders where id = 37 and ctid > (select min(ctid) from orders where id = 37); alter table orders add constraint orders_pkey primary key (id)",
     );
     using scratch = scratchCopy();
-    scratch.editFields("orders", (fields) =>
-      fields.map((field) => (field.name === "id" ? { ...field, mode: "NULLABLE" } : field)),
-    );
+    scratch.editFields("orders", (fields) => fields.map((field) => (field.name === "id" ? { ...field, mode: "NULLABLE" } : field)));
     for (const script of [verify, "scripts/orders.ts", "scripts/ops/doctor.ts"]) {
       const refused = await shop.run(join(relative(root, scratch.folder), script), { PIPELINE: "orders" });
       assert.match(
@@ -485,10 +444,7 @@ suite("a shop's orders", () => {
     const newer = "  (newer at the destination)";
     const changed = [100, 101, 102].map((id) => `different id=${id}: status, updated_at${newer}`);
     const { stderr } = await finds(shop, [...changed, `extra id=5001${newer}`, `extra id=5002${newer}`]);
-    assert.match(
-      stderr,
-      /^Newer than anything at the source: was it restored from an older backup\? ops\/runbook\.md/m,
-    );
+    assert.match(stderr, /^Newer than anything at the source: was it restored from an older backup\? ops\/runbook\.md/m);
     await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: "orders", TO: at.replace(" ", "T").replace(/\+00$/, "Z") });
     await sync();
     await finds(shop, [...changed, `extra id=5001${newer}`, `extra id=5002${newer}`]);
@@ -499,8 +455,7 @@ suite("a shop's orders", () => {
   test("a source that is another server than the watermark's is said, and nothing is repaired from it", async () => {
     await shop.query("DELETE FROM orders WHERE id = 110");
     await shop.admin`update etl.watermarks set server = server || '0' where pipeline = 'orders'`;
-    const says =
-      /is another one than the watermark \S+ was taken from .* Next: ops\/runbook\.md.+make rewind PIPELINE=orders TO=…/;
+    const says = /is another one than the watermark \S+ was taken from .* Next: ops\/runbook\.md.+make rewind PIPELINE=orders TO=…/;
     try {
       assert.match((await finds(shop, ["missing id=110"])).stderr, says);
       const { code, stderr } = await shop.run(verify, { PIPELINE: "orders", ...repair });
@@ -515,18 +470,13 @@ suite("a shop's orders", () => {
 
   test("without PIPELINE all are verified, one that fails does not keep the others from it; what cannot be is refused", async () => {
     const users = await shop.run(verify);
-    assert.match(
-      users.stderr,
-      /users: users has no watermark: it has never run, and nothing of it is synced\. Next: make users/,
-    );
+    assert.match(users.stderr, /users: users has no watermark: it has never run, and nothing of it is synced\. Next: make users/);
     assert.deepEqual([counts(users, "orders").different, counts(users, "sensors").different], ["0", "0"]);
     assert.equal(users.code, 1);
     const refused: [Variables, RegExp][] = [
       ...["events", "nonsense"].map((PIPELINE): [Variables, RegExp] => [
         { PIPELINE },
-        new RegExp(
-          `PIPELINE must be one of ${pipelines().join(", ")}, sensors \\(of events: make verify-events FROM=… TO=…\\)`,
-        ),
+        new RegExp(`PIPELINE must be one of ${pipelines().join(", ")}, sensors \\(of events: make verify-events FROM=… TO=…\\)`),
       ]),
       [
         { PIPELINE: "sensors", ...repair },
@@ -632,8 +582,7 @@ suite("readings", () => {
 
   test("that change once more, after the source was read again, are none that differ, arrived or not", async () => {
     const { shop } = sensors;
-    const update = (id: number, value: number) =>
-      shop.admin`update sensor_readings set value = ${value} where id = ${id}`;
+    const update = (id: number, value: number) => shop.admin`update sensor_readings set value = ${value} where id = ${id}`;
     const arrives = (id: number, value: number) =>
       until(`change of ${id} to ${value}`, async () => {
         await sensors.catchUp();
@@ -677,8 +626,7 @@ suite("readings", () => {
     await put(22, "'other', metric, value, recorded_at"); // beside the one under its own sorting key
     await put(5002, "sensor_id, metric, 5., recorded_at"); // in the future
     await sensors.shop.clickhouse.command({
-      query:
-        "INSERT INTO sensor_readings (id, sensor_id, recorded_at, _version) VALUES (9000, 'extra', '2024-01-01 00:00:00', 1)",
+      query: "INSERT INTO sensor_readings (id, sensor_id, recorded_at, _version) VALUES (9000, 'extra', '2024-01-01 00:00:00', 1)",
     });
     const { stderr } = await find([
       "different id=-2: value",
@@ -688,10 +636,7 @@ suite("readings", () => {
       "different id=5002: value",
       "extra id=9000",
     ]);
-    assert.match(
-      stderr,
-      /^Next: make dead-letters \(changes that were dead-lettered are missing\), else make resnapshot$/m,
-    );
+    assert.match(stderr, /^Next: make dead-letters \(changes that were dead-lettered are missing\), else make resnapshot$/m);
     consumer.child.kill("SIGTERM");
     await consumer.ended;
   });

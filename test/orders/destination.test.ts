@@ -13,8 +13,7 @@ stepsOfPipeline((pipeline) => {
   });
   after(() => shop?.[Symbol.asyncDispose]());
 
-  const at = (): string =>
-    `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets/${shop.dataset}`;
+  const at = (): string => `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets/${shop.dataset}`;
   const request = async (method: string, path: string, body?: object): Promise<unknown> => {
     const headers = { "content-type": "application/json" };
     const answer = await fetch(at() + path, { method, headers, ...(body && { body: JSON.stringify(body) }) });
@@ -36,11 +35,9 @@ stepsOfPipeline((pipeline) => {
       repair: () => request("PATCH", table, { expirationTime: null }),
     },
     "a table whose partitions expire": {
-      change: () =>
-        request("PATCH", table, { timePartitioning: { type: "MONTH", field: "created_at", expirationMs: "86400000" } }),
+      change: () => request("PATCH", table, { timePartitioning: { type: "MONTH", field: "created_at", expirationMs: "86400000" } }),
       says: /each partition expires, with its rows.*SET OPTIONS \(partition_expiration_days = NULL\)/,
-      repair: () =>
-        request("PATCH", table, { timePartitioning: { type: "MONTH", field: "created_at", expirationMs: null } }),
+      repair: () => request("PATCH", table, { timePartitioning: { type: "MONTH", field: "created_at", expirationMs: null } }),
     },
     "a table that requires a partition filter": {
       change: () => request("PATCH", table, { requirePartitionFilter: true }),
@@ -48,9 +45,7 @@ stepsOfPipeline((pipeline) => {
     },
     "a row access policy": {
       change: () =>
-        shop.query(
-          `CREATE ROW ACCESS POLICY some ON ${shop.dataset}.${pipeline} GRANT TO ("user:a@b.c") FILTER USING (id < 3)`,
-        ),
+        shop.query(`CREATE ROW ACCESS POLICY some ON ${shop.dataset}.${pipeline} GRANT TO ("user:a@b.c") FILTER USING (id < 3)`),
       says: /a row access policy hides rows from an upsert/,
     },
     "a table that was dropped, and made again": {
@@ -129,9 +124,7 @@ stepsOfPipeline((pipeline) => {
       collation: "und:ci",
       defaultValueExpression: "'none'",
     };
-    const fields = schema.fields.map((field) =>
-      field.name === shop.text ? { ...field, ...own, description: "Another." } : field,
-    );
+    const fields = schema.fields.map((field) => (field.name === shop.text ? { ...field, ...own, description: "Another." } : field));
     await request("PATCH", table, { schema: { fields }, labels: { team: "shop" } });
     const { stderr } = await shop.succeed("scripts/ops/migrate.ts");
     assert.match(stderr, new RegExp(`describe \\S+\\.${shop.text}`));

@@ -68,11 +68,7 @@ stepsOfPipeline((pipeline) => {
     "a renamed column": {
       change: `alter table ${table} rename ${text} to state`,
       undo: `alter table ${table} rename state to ${text}`,
-      says: [
-        fault(text, "STRING NULLABLE", "no such column"),
-        "not in the contract: state (was a column renamed?)",
-        next,
-      ],
+      says: [fault(text, "STRING NULLABLE", "no such column"), "not in the contract: state (was a column renamed?)", next],
     },
     "a renamed cursor": {
       change: `alter table ${table} rename updated_at to changed_at`,
@@ -85,12 +81,7 @@ stepsOfPipeline((pipeline) => {
       "numeric → float8": retyped(numeric, "numeric(12,2)", "double precision", "NUMERIC(12,2) NULLABLE"),
       "numeric(12,2) → numeric(14,4)": retyped(numeric, "numeric(12,2)", "numeric(14,4)", "NUMERIC(12,2) NULLABLE"),
     }),
-    "timestamptz → timestamp": retyped(
-      "created_at",
-      "timestamptz",
-      "timestamp without time zone",
-      "TIMESTAMP REQUIRED",
-    ),
+    "timestamptz → timestamp": retyped("created_at", "timestamptz", "timestamp without time zone", "TIMESTAMP REQUIRED"),
     "a cursor that is a timestamp": {
       change: `alter table ${table} alter updated_at type timestamp using updated_at at time zone 'UTC'`,
       says: [`column ${table}.updated_at: expected timestamptz, since it is the cursor, found timestamp`],
@@ -154,10 +145,7 @@ stepsOfPipeline((pipeline) => {
         create subscription filler connection 'ITSELF' publication filled
           with (enabled = false, create_slot = false, slot_name = none)`,
       undo: "drop subscription filler; drop publication filled",
-      says: [
-        `source table ${table}: subscription filler writes its rows`,
-        "Point SOURCE_DATABASE_URL at the publisher",
-      ],
+      says: [`source table ${table}: subscription filler writes its rows`, "Point SOURCE_DATABASE_URL at the publisher"],
     },
     "a NOT NULL that is no longer": {
       change: `alter table ${table} alter created_at drop not null`,
@@ -249,10 +237,7 @@ stepsOfPipeline((pipeline) => {
     },
     "several of them": {
       instead: { [text]: null, id: "STRING NOT NULL" },
-      says: [
-        destinationFault(text, "STRING NULLABLE", "no such column"),
-        destinationFault("id", "INTEGER REQUIRED", "STRING REQUIRED"),
-      ],
+      says: [destinationFault(text, "STRING NULLABLE", "no such column"), destinationFault("id", "INTEGER REQUIRED", "STRING REQUIRED")],
     },
   };
 
@@ -265,9 +250,7 @@ stepsOfPipeline((pipeline) => {
 
   test("a destination table that is not there is an error that says: make migrate", async () => {
     await shop.query(`DROP TABLE ${pipeline}`);
-    await assertStopped([
-      `destination table ${shop.env.BIGQUERY_PROJECT}.${shop.dataset}.${pipeline} does not exist. Run: make migrate`,
-    ]);
+    await assertStopped([`destination table ${shop.env.BIGQUERY_PROJECT}.${shop.dataset}.${pipeline} does not exist. Run: make migrate`]);
     await shop.succeed("scripts/ops/migrate.ts");
   });
 
@@ -324,9 +307,7 @@ stepsOfPipeline((pipeline) => {
     const { stderr } = await shop.succeed(script);
     assert.match(
       stderr,
-      new RegExp(
-        `step=warning .*${table} has columns that are not in ${file}, and are not synced" columns=note,gift_wrapped`,
-      ),
+      new RegExp(`step=warning .*${table} has columns that are not in ${file}, and are not synced" columns=note,gift_wrapped`),
     );
     assert.equal((await shop.metrics()).etl_unknown_source_columns, 2);
     assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());

@@ -55,8 +55,7 @@ const retries = ({ stderr }: Result): number[] =>
 function assertBackOff(result: Result, times: number): void {
   const waits = retries(result);
   assert.equal(waits.length, times, result.stderr);
-  for (const [index, wait] of waits.entries())
-    assert.ok(wait >= 0.7 * 2 ** index && wait <= 1.3 * 2 ** index, `${waits}`);
+  for (const [index, wait] of waits.entries()) assert.ok(wait >= 0.7 * 2 ** index && wait <= 1.3 * 2 ** index, `${waits}`);
 }
 /** Each attempt had a staging table of its own, numbered from 1, and dropped it. */
 async function assertStaging(shop: Shop, proxy: HttpProxy, attempts: number): Promise<void> {
@@ -111,9 +110,7 @@ stepsOfPipeline((pipeline) => {
         { when: "the MERGE", step: steps.merge, job: "merge" },
       ]) {
         test(when, async (change) => {
-          await assertFailsCleanly(change, text, async () =>
-            change.startHeld(step, hold(), await deadline(change.shop)),
-          );
+          await assertFailsCleanly(change, text, async () => change.startHeld(step, hold(), await deadline(change.shop)));
           const cancelled = change.proxy.requests
             .filter((line) => steps.cancel.test(line))
             .map((line) => /_(\w+)\/cancel$/.exec(line)?.[1]?.split("_").at(-1));
@@ -186,10 +183,7 @@ stepsOfPipeline((pipeline) => {
         const run = change.start({ ETL_DATABASE_URL: metadata.url });
         const { code, stderr } = await ending(run);
         assert.equal(code, 1, stderr);
-        assert.match(
-          stderr,
-          /error: (read|write) ECONNRESET: the connection to Postgres was lost in: (select|insert|update) .* …$/m,
-        );
+        assert.match(stderr, /error: (read|write) ECONNRESET: the connection to Postgres was lost in: (select|insert|update) .* …$/m);
       });
     });
   });
@@ -273,13 +267,7 @@ stepsOfPipeline((pipeline) => {
       test("every upload, in one way after another", async (change) => {
         const { proxy } = change;
         await widen(change);
-        const faults = [
-          answer(503),
-          answer(503, { early: true }),
-          reset(),
-          reset(200_000),
-          answer(400, { reason: "tableUnavailable" }),
-        ];
+        const faults = [answer(503), answer(503, { early: true }), reset(), reset(200_000), answer(400, { reason: "tableUnavailable" })];
         for (const fault of faults) proxy.fault(steps.upload, fault, 1);
         proxy.fault(steps.upload, dropLines(2));
         const text = new RegExp(
@@ -296,11 +284,7 @@ stepsOfPipeline((pipeline) => {
 
       for (const [step, reason, text] of [
         [steps.upload, "accessDenied", /error: answered 403 by the test/],
-        [
-          steps.merge,
-          "billingNotEnabled",
-          /error: answered 403 by the test\. Link a billing account to BIGQUERY_PROJECT/,
-        ],
+        [steps.merge, "billingNotEnabled", /error: answered 403 by the test\. Link a billing account to BIGQUERY_PROJECT/],
       ] as const)
         test(`an error that trying again does not help (403, ${reason}) is not retried`, async (change) => {
           change.proxy.fault(step, answer(403, { reason }));
@@ -318,11 +302,7 @@ stepsOfPipeline((pipeline) => {
         proxy.fault(steps.createStaging, pass, 1);
         proxy.fault(steps.upload, fault);
         const run = await change.startHeld(steps.createStaging, hold()); // the second attempt's, whose COPY has not begun
-        await until(
-          "no session of the first attempt",
-          async () => (await sessions(shop)).every(({ state }) => state !== "active"),
-          3,
-        );
+        await until("no session of the first attempt", async () => (await sessions(shop)).every(({ state }) => state !== "active"), 3);
         run.child.kill("SIGKILL");
         await ending(run);
         await assertNoSessions(shop);

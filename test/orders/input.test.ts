@@ -136,10 +136,7 @@ stepsOfPipeline((pipeline) => {
 
   test("an unknown argument is refused, naming it but not what follows its =", async () => {
     const bare = await command(process.execPath, [script, "--all"], shop.env);
-    assert.match(
-      bare.stderr,
-      /unknown argument --all: arguments are given as variables, FROM=… TO=…; --help explains\./,
-    );
+    assert.match(bare.stderr, /unknown argument --all: arguments are given as variables, FROM=… TO=…; --help explains\./);
     assert.equal(bare.code, 2);
     const given = `SOURCE_DATABASE_URL=postgres://u:${secret}@db/shop`;
     const pair = await command(process.execPath, [script, given], shop.env);
@@ -211,48 +208,16 @@ stepsOfPipeline((pipeline) => {
 });
 
 const impossible = [
-  ...[
-    "2017-02-29",
-    "2017-13-01",
-    "2017-00-10",
-    "2017-04-31",
-    "2017-01-01T24:00:00Z",
-    "2017-01-01T23:60:00Z",
-    "2017-01-01T23:59:60Z",
-  ],
-  ...[
-    "01/02/2017",
-    "2017-1-1",
-    "20170101",
-    "now",
-    "infinity",
-    "2017-01-01T00:00:00.1234567Z",
-    "2017-01-01 Europe/Berlin",
-    "0000-01-01",
-  ],
-  ...[
-    "2017-01-01T00:00+99:00",
-    "2017-01-01T00:00+05:99",
-    "9999-12-31T23:59-01:00",
-    "2017-01-01'; drop table orders; --",
-    "٢٠١٧-٠١-٠١",
-  ],
+  ...["2017-02-29", "2017-13-01", "2017-00-10", "2017-04-31", "2017-01-01T24:00:00Z", "2017-01-01T23:60:00Z", "2017-01-01T23:59:60Z"],
+  ...["01/02/2017", "2017-1-1", "20170101", "now", "infinity", "2017-01-01T00:00:00.1234567Z", "2017-01-01 Europe/Berlin", "0000-01-01"],
+  ...["2017-01-01T00:00+99:00", "2017-01-01T00:00+05:99", "9999-12-31T23:59-01:00", "2017-01-01'; drop table orders; --", "٢٠١٧-٠١-٠١"],
 ];
 test("a point in time that is none is refused", () => {
   for (const value of impossible) assert.throws(() => timestamp(value), /must be a time/, value);
 });
 
 test("a point in time is the one that Postgres reads, to the microsecond", async () => {
-  const dates = [
-    "0001-01-01",
-    "0050-06-15",
-    "0099-12-31",
-    "1582-10-10",
-    "1969-12-31",
-    "2016-02-29",
-    "2017-01-31",
-    "9999-12-30",
-  ];
+  const dates = ["0001-01-01", "0050-06-15", "0099-12-31", "1582-10-10", "1969-12-31", "2016-02-29", "2017-01-31", "9999-12-30"];
   const times = [
     "",
     " 00:00",
@@ -270,19 +235,13 @@ test("a point in time is the one that Postgres reads, to the microsecond", async
   for (const value of given) {
     const read = timestamp(value);
     assert.match(read, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00$/, value);
-    const [row] =
-      await utc`select ${value}::text::timestamptz::text as expected, ${read}::text::timestamptz::text as read`;
+    const [row] = await utc`select ${value}::text::timestamptz::text as expected, ${read}::text::timestamptz::text as read`;
     assert.equal(row?.read, row?.expected, value);
   }
   await utc.end();
 });
 
-const scripts = [
-  ...pipelines.map((name) => `scripts/${name}.ts`),
-  rewind,
-  "scripts/ops/migrate.ts",
-  "scripts/ops/status.ts",
-];
+const scripts = [...pipelines.map((name) => `scripts/${name}.ts`), rewind, "scripts/ops/migrate.ts", "scripts/ops/status.ts"];
 for (const script of scripts) {
   test(`${script} --help prints its header and needs no environment`, async () => {
     const { code, stdout } = await command(process.execPath, [script, "--help"], unset([...required, "ENV_FILE"]));
@@ -312,10 +271,7 @@ test("a value with shell metacharacters runs nothing, through make's command lin
   const pwned = join(copy.folder, "pwned");
   // Scripts that say what reached them, and start faster.
   for (const script of scripts)
-    writeFileSync(
-      join(copy.folder, script),
-      "process.stdout.write([process.env.FROM, process.env.PIPELINE, ''].join('|'))",
-    );
+    writeFileSync(join(copy.folder, script), "process.stdout.write([process.env.FROM, process.env.PIPELINE, ''].join('|'))");
   const shells = [
     `'; touch ${pwned}; '`,
     `2017-01-01'; touch ${pwned}; '`,

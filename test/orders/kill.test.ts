@@ -136,11 +136,7 @@ stepsOfPipeline((pipeline) => {
     await assertEqualRows(shop);
   });
 
-  test("a run killed in its third chunk is resumed there: what the first two moved stays moved", async ({
-    shop,
-    proxy,
-    startHeld,
-  }) => {
+  test("a run killed in its third chunk is resumed there: what the first two moved stays moved", async ({ shop, proxy, startHeld }) => {
     proxy.fault(steps.merge, pass, 2);
     await kill(shop, await startHeld(steps.merge, hold(), { CHUNK_ROWS: "30" }));
     await assertHeals(shop, changed - 60);
@@ -220,9 +216,7 @@ stepsOfPipeline((pipeline) => {
     const first = await startHeld(steps.merge, merge);
     const window = { FROM: "2017-01-01", TO: "2999-01-01" };
     const byHand = shop.start(shop.script, { ...window, PUSHGATEWAY_URL: gateway.url });
-    await byHand.line(
-      /step=waiting because="another run holds the lock" holder=\w+ host=\S+ pid=\d+ postgres_pid=\d+ since=/,
-    );
+    await byHand.line(/step=waiting because="another run holds the lock" holder=\w+ host=\S+ pid=\d+ postgres_pid=\d+ since=/);
     const early = await shop.run(shop.script, { ...window, RUN_TIMEOUT_SECONDS: "2" });
     assert.equal(early.code, 1);
     assert.match(early.stderr, /error: the run's deadline of 2 s \(RUN_TIMEOUT_SECONDS\) has passed/);
@@ -259,10 +253,7 @@ stepsOfPipeline((pipeline) => {
     });
   }
 
-  test("one signal that two send, as timeout and make do, is one: the run records its end", async ({
-    shop,
-    startHeld,
-  }) => {
+  test("one signal that two send, as timeout and make do, is one: the run records its end", async ({ shop, startHeld }) => {
     const run = await startHeld(steps.merge, hold());
     for (const signal of ["SIGTERM", "SIGINT"] as const) run.child.kill(signal); // two of one kind might arrive as one
     const { code, stderr } = await ending(run);
@@ -285,10 +276,7 @@ stepsOfPipeline((pipeline) => {
     await assertHeals(shop, changed);
   });
 
-  test("make rewind during a run is refused and names the run; the run is not disturbed", async ({
-    shop,
-    startHeld,
-  }) => {
+  test("make rewind during a run is refused and names the run; the run is not disturbed", async ({ shop, startHeld }) => {
     const merge = hold();
     const run = await startHeld(steps.merge, merge);
     const rewind = await shop.run("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "2017-06-01" });
@@ -318,9 +306,7 @@ stepsOfPipeline((pipeline) => {
     assert.equal(code, 1);
     assert.match(
       stderr,
-      new RegExp(
-        `error: another run moved the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\.000000\\+00\\)`,
-      ),
+      new RegExp(`error: another run moved the watermark of ${pipeline} \\(expected \\S+, found 2017-06-01T00:00:00\\.000000\\+00\\)`),
     );
     await assertHeals(shop, last);
   });

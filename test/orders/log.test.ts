@@ -71,10 +71,7 @@ test("an error is one object with the run's id, of several lines where it has th
   assert.equal(code, 2);
   const lines = parse(stderr);
   const [failed, error] = lines.slice(-2);
-  assert.deepEqual(
-    [failed?.step, error?.step, error?.pipeline, error?.run],
-    ["failed", "error", "orders", failed?.run],
-  );
+  assert.deepEqual([failed?.step, error?.step, error?.pipeline, error?.run], ["failed", "error", "orders", failed?.run]);
   const message = text.stderr.slice(text.stderr.indexOf("error: ") + "error: ".length);
   assert.match(message, /\n {2}column public\.orders\.created_at/);
   assert.equal(error?.error, message);
@@ -100,10 +97,7 @@ test("errors before a run begins are objects as well; a wrong LOG_FORMAT is refu
   assert.deepEqual([others, error?.step, missing.code], [[], "error", 2]);
   assert.match(String(error?.error), /BIGQUERY_PROJECT is missing/);
   const wrong = await shop.run(shop.script, { LOG_FORMAT: "xml", BIGQUERY_PROJECT: "" });
-  assert.match(
-    wrong.stderr,
-    /^ {2}BIGQUERY_PROJECT is missing.*\n {2}LOG_FORMAT must be text or json\. .* Example: LOG_FORMAT=text$/m,
-  );
+  assert.match(wrong.stderr, /^ {2}BIGQUERY_PROJECT is missing.*\n {2}LOG_FORMAT must be text or json\. .* Example: LOG_FORMAT=text$/m);
   assert.equal(wrong.code, 2);
   assert.equal((await shop.run("scripts/ops/status.ts", { LOG_FORMAT: "JSON" })).code, 2);
 });
@@ -147,8 +141,7 @@ test("one run id joins log, etl.runs, BigQuery's jobs and their labels, Postgres
   assert.equal((await shop.admin`select from etl.runs where run_id = ${id} and state = 'succeeded'`).count, 1);
   const api = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}`;
   // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-  const job = async (name: string): Promise<any> =>
-    (await fetch(`${api}/jobs/etl_orders_staging_${id}_1_1_${name}`)).json();
+  const job = async (name: string): Promise<any> => (await fetch(`${api}/jobs/etl_orders_staging_${id}_1_1_${name}`)).json();
   assert.deepEqual((await job("merge")).configuration.labels, { etl_pipeline: "orders", etl_run: id });
   // The client puts no labels on an upload's job: its id has the run's.
   const load = await job("load");

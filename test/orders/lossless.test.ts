@@ -8,10 +8,7 @@ const [wantedRuns, wantedCommits] = process.env.SOAK ? [60, 600] : [6, 60];
 stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline });
 
-  test("a row whose transaction commits after a later update was synced is picked up by the next run", async ({
-    shop,
-    first,
-  }) => {
+  test("a row whose transaction commits after a later update was synced is picked up by the next run", async ({ shop, first }) => {
     const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
     await shop.succeed(shop.script);
     const slow = shop.connect("slow writer");
@@ -19,10 +16,7 @@ stepsOfPipeline((pipeline) => {
       await late`update ${table} set ${column} = 'early update, late commit' where id = ${first}`;
       await shop.admin`update ${table} set ${column} = 'later update, synced first' where id = ${first + 1}`;
       const { stderr } = await shop.succeed(shop.script);
-      assert.match(
-        stderr,
-        /step=held by="pid \d+, application \\"slow writer\\", role postgres, state idle in transaction, open for/,
-      );
+      assert.match(stderr, /step=held by="pid \d+, application \\"slow writer\\", role postgres, state idle in transaction, open for/);
     });
     await shop.succeed(shop.script);
     await assertEqualRows(shop);

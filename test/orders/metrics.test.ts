@@ -14,12 +14,7 @@ import {
 } from "../lib/faults.ts";
 import { freePort, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
 
-const always = [
-  "etl_future_rows",
-  "etl_last_run_timestamp_seconds",
-  "etl_unknown_source_columns",
-  "etl_watermark_hold_seconds",
-];
+const always = ["etl_future_rows", "etl_last_run_timestamp_seconds", "etl_unknown_source_columns", "etl_watermark_hold_seconds"];
 const ofSuccess = [
   "etl_bytes",
   "etl_bytes_billed",
@@ -101,9 +96,7 @@ stepsOfPipeline((pipeline) => {
     assert.ok((await fetch(other, { method: "DELETE" })).ok);
   });
 
-  test("HEARTBEAT_URL is told of start, then success or failure, of this pipeline; of a run by hand nothing", async ({
-    shop,
-  }) => {
+  test("HEARTBEAT_URL is told of start, then success or failure, of this pipeline; of a run by hand nothing", async ({ shop }) => {
     await using service = await createProxy(shop.env.PUSHGATEWAY_URL, { signed: true });
     service.fault(steps.anything, async ({ response }) => void response.end("OK"));
     const variables = { HEARTBEAT_URL: `${service.url}/key/{pipeline}?rid=1` };
@@ -143,8 +136,7 @@ stepsOfPipeline((pipeline) => {
     const { stderr } = await assertHeals(shop, changed);
     const metrics = await pushed(shop);
     assert.deepEqual(Object.keys(metrics).sort(), [...ofSuccess, ...always].sort());
-    const [, bytes, seconds] =
-      /step=done rows=\d+ bytes=(\d+) chunks=1 bytes_billed=\d+ seconds=(\S+)/.exec(stderr) ?? [];
+    const [, bytes, seconds] = /step=done rows=\d+ bytes=(\d+) chunks=1 bytes_billed=\d+ seconds=(\S+)/.exec(stderr) ?? [];
     assert.equal(metrics.etl_rows, changed);
     assert.equal(metrics.etl_bytes, Number(bytes));
     // Two queries: the check of the keys reads the staging table, the MERGE both tables; BigQuery bills at least 10 MiB of each.
@@ -162,9 +154,7 @@ stepsOfPipeline((pipeline) => {
     assert.ok(Math.abs((metrics.etl_watermark_timestamp_seconds ?? 0) - row?.seconds) < 0.001);
   });
 
-  test("the group is job and pipeline, and nothing that changes per run: two runs and a failure are one group", async ({
-    shop,
-  }) => {
+  test("the group is job and pipeline, and nothing that changes per run: two runs and a failure are one group", async ({ shop }) => {
     await forget(shop);
     await assertHeals(shop, changed);
     await assertHeals(shop, 0);

@@ -55,10 +55,7 @@ stepsOfPipeline((pipeline) => {
     await shop.updateRows(1, 3, "changed");
     {
       using _ = scratch.edit(`sql/${pipeline}.sql`, (text) =>
-        text.replace(
-          `from public.${pipeline}`,
-          `from public.${pipeline} join (values (1), (2)) twice (n) on id = 2 or n = 1`,
-        ),
+        text.replace(`from public.${pipeline}`, `from public.${pipeline} join (values (1), (2)) twice (n) on id = 2 or n = 1`),
       );
       await assertRefuses(
         2,
@@ -76,10 +73,7 @@ stepsOfPipeline((pipeline) => {
     await sql.begin(async (transaction) => {
       await transaction`set local track_activities = on`;
       await transaction`update ${sql(shop.table)} set ${sql(shop.text)} = 'hidden' where id = 1`;
-      await assertRefuses(
-        1,
-        /no bound is safe: pid \d+, application "hidden", role postgres hides when its transaction began/,
-      );
+      await assertRefuses(1, /no bound is safe: pid \d+, application "hidden", role postgres hides when its transaction began/);
     });
     await sql.end();
     await until("the session is gone", async () => {
@@ -101,8 +95,7 @@ stepsOfPipeline((pipeline) => {
         await shop.admin.unsafe(`alter role ${role} in database ${shop.dataset} set ${name} = '${value}'`);
     await shop.updateRows(1, 3, "wide".repeat(2_000_000)); // a chunk, and its COPY, that take longer than 100 ms
     await assertSynced();
-    for (const role of ["etl_reader", "etl_metadata"])
-      await shop.admin.unsafe(`alter role ${role} in database ${shop.dataset} reset all`);
+    for (const role of ["etl_reader", "etl_metadata"]) await shop.admin.unsafe(`alter role ${role} in database ${shop.dataset} reset all`);
     await shop.updateRows(1, 3, "narrow");
   });
 
@@ -129,10 +122,7 @@ stepsOfPipeline((pipeline) => {
     const { stderr } = await shop.succeed(script);
     const warnings = stderr.split("\n").filter((line) => line.includes("step=warning"));
     assert.equal(warnings.length, 1, stderr);
-    assert.match(
-      warnings[0] ?? "",
-      /a restore or a failover is not noticed: permission denied for function pg_control_sys/,
-    );
+    assert.match(warnings[0] ?? "", /a restore or a failover is not noticed: permission denied for function pg_control_sys/);
     await shop.admin.unsafe(`grant execute on ${functions} to public`);
     await assertSynced();
   });
@@ -141,10 +131,7 @@ stepsOfPipeline((pipeline) => {
     await shop.admin.unsafe(`alter table ${pipeline} disable trigger user`);
     await shop.admin.unsafe(`update ${pipeline} set updated_at = '2099-01-01' where id = 2`);
     const { stderr } = await shop.succeed(script);
-    assert.match(
-      stderr,
-      new RegExp(`step=warning warning="1 rows of public.${pipeline} lie in the future.*" rows=1 first="id=2"`),
-    );
+    assert.match(stderr, new RegExp(`step=warning warning="1 rows of public.${pipeline} lie in the future.*" rows=1 first="id=2"`));
     const [, correct = ""] = /Run: (update .*?;)/.exec(stderr) ?? [];
     const { stdout } = await shop.run("scripts/ops/status.ts");
     assert.match(stdout.replaceAll(/\s+/g, " "), /1 rows of its source lie in the future/);
@@ -174,14 +161,10 @@ stepsOfPipeline((pipeline) => {
       SOURCE_DATABASE_URL: url.replace("127.0.0.1", "127.0.0.9,127.0.0.1"),
     });
     for (const [broken, says] of [
-      [
-        (text: string) => text.replace("tableConstraints", "constraints"),
-        "with schema\\.fields and tableConstraints\\.primaryKey",
-      ],
+      [(text: string) => text.replace("tableConstraints", "constraints"), "with schema\\.fields and tableConstraints\\.primaryKey"],
       [() => "{", ".* JSON"],
       [
-        (text: string) =>
-          text.replace('{ "name": "created_at"', '{ "name": "Updated_At", "type": "DATE" }, { "name": "created_at"'),
+        (text: string) => text.replace('{ "name": "created_at"', '{ "name": "Updated_At", "type": "DATE" }, { "name": "created_at"'),
         ".*: field \\w+ exists twice: BigQuery's names do not tell A from a",
       ],
     ] as const) {
@@ -196,12 +179,8 @@ stepsOfPipeline((pipeline) => {
       id bigint primary key, name text, secret text, modified_at timestamptz not null default clock_timestamp())`);
     const made = { TABLE: "crm.stores", CURSOR: "modified_at", EVERY: "1d" };
     const { stdout } = await shop.succeed("scripts/ops/new-pipeline.ts", made);
-    const statements = stdout.replace(
-      "grant select on crm.stores",
-      "grant select (id, name, modified_at) on crm.stores",
-    );
-    for (const statement of statements.split("\n").filter((line) => /^(grant|create) /.test(line)))
-      await shop.admin.unsafe(statement);
+    const statements = stdout.replace("grant select on crm.stores", "grant select (id, name, modified_at) on crm.stores");
+    for (const statement of statements.split("\n").filter((line) => /^(grant|create) /.test(line))) await shop.admin.unsafe(statement);
     scratch.edit("sql/stores.sql", (text) => text.replace("  secret,\n", ""));
     scratch.editFields("stores", (fields) => fields.filter(({ name }) => name !== "secret"));
     await shop.succeed("scripts/ops/migrate.ts");
@@ -210,10 +189,7 @@ stepsOfPipeline((pipeline) => {
     await shop.admin`delete from crm.stores where id = 3`;
     await shop.succeed("scripts/ops/sweep.ts", { PIPELINE: "stores", CONFIRM: "1" });
     await shop.succeed("scripts/ops/verify.ts", { PIPELINE: "stores" });
-    assert.deepEqual(await shop.query("SELECT name FROM stores ORDER BY id"), [
-      { name: "store 1" },
-      { name: "store 2" },
-    ]);
+    assert.deepEqual(await shop.query("SELECT name FROM stores ORDER BY id"), [{ name: "store 1" }, { name: "store 2" }]);
     const doctor = await shop.succeed("scripts/ops/doctor.ts", { PIPELINE: "stores" });
     assert.match(doctor.stdout, /^ok .*stores: index on modified_at/m);
     await shop.admin`revoke select (name) on crm.stores from etl_reader`;

@@ -117,8 +117,7 @@ async function upsert(shop: Shop, rows: Record<string, string | null>[]): Promis
 async function differences(shop: Shop): Promise<unknown[]> {
   const read: Record<string, string> = {
     BYTES: "decode($, 'base64')",
-    TIMESTAMP:
-      "timestamptz '1970-01-01Z' + $::bigint / 1000000 * interval '1 s' + $::bigint % 1000000 * interval '1 us'",
+    TIMESTAMP: "timestamptz '1970-01-01Z' + $::bigint / 1000000 * interval '1 s' + $::bigint % 1000000 * interval '1 us'",
   };
   const there = await shop.admin`
     select attname as name, format_type(atttypid, atttypmod) as type from pg_attribute
@@ -213,14 +212,7 @@ const edges: Record<string, string[]> = {
   bool: ["true", "false"],
   int2: ["32767", "-32768"],
   float4: [...floats, "3.4028235e38", "1e-45", "16777217"],
-  float8: [
-    ...floats,
-    "1.7976931348623157e308",
-    "5e-324",
-    "0.30000000000000004",
-    "9007199254740993",
-    "123456.789012345",
-  ],
+  float8: [...floats, "1.7976931348623157e308", "5e-324", "0.30000000000000004", "9007199254740993", "123456.789012345"],
   bytea: ["\\x", "\\x00", "\\x0102ff5c", `\\x${"00ff0a".repeat(50)}`],
   enum: ["sad", "it's ok"],
   inet: ["192.168.0.1/24", "10.0.0.1", "::1", "2001:db8::/32"],
@@ -236,13 +228,7 @@ const edges: Record<string, string[]> = {
   any_numeric: ["1.50", "1e10", "12345678901234567890.123456789"],
   numeric_text: ["1.500", `${"9".repeat(60)}.${"1".repeat(60)}`, "NaN", "Infinity"],
   jsonb: jsons,
-  jsonb_text: [
-    ...jsons,
-    "null",
-    '""',
-    '"\\""',
-    '{"big": 123456789012345678901234567890.123456789012345678901234567890}',
-  ],
+  jsonb_text: [...jsons, "null", '""', '"\\""', '{"big": 123456789012345678901234567890.123456789012345678901234567890}'],
   json: [...jsons, '{\n\t"b" : 1,\r\n "a":\n2 }'],
   json_text: [...jsons, "null", '{ "a":1,"a" : 2,\n"b":0 }'],
   ints: ["{}", "{0}", "{3,-1,2147483647,3}", "[5:6]={7,8}"],
@@ -301,18 +287,7 @@ const homeless: [column: string, value: string, written?: string, of?: string][]
   ["text", "gone", "NULL", "needed"], // an expression that is NULL, in a REQUIRED field
 ];
 
-const withoutMapping = [
-  "tsvector",
-  "point",
-  "xml",
-  "money",
-  "timetz",
-  "int4range",
-  "bit(3)",
-  "macaddr",
-  "oid",
-  "mood_pair",
-];
+const withoutMapping = ["tsvector", "point", "xml", "money", "timetz", "int4range", "bit(3)", "macaddr", "oid", "mood_pair"];
 
 using scratch = scratchCopy();
 widen(scratch);
@@ -345,10 +320,7 @@ for (const pipeline of ofSteps) {
     test("random text, bytes and JSON arrive equal, as new rows and as changed ones", async () => {
       const text = fc.string({ unit: "binary", maxLength: 20 }).map((value) => value.replaceAll("\0", "\u0001"));
       const json = fc
-        .oneof(
-          fc.array(fc.jsonValue({ stringUnit: "binary" })),
-          fc.dictionary(text, fc.jsonValue({ stringUnit: "binary" })),
-        )
+        .oneof(fc.array(fc.jsonValue({ stringUnit: "binary" })), fc.dictionary(text, fc.jsonValue({ stringUnit: "binary" })))
         .map((value) => JSON.stringify(value).replaceAll("\\u0000", "\\u0002"));
       const row = fc.record({
         money: fc.integer().map((cents) => String(cents / 100)),
@@ -380,10 +352,7 @@ for (const pipeline of ofSteps) {
         const before = await shop.watermark();
         const { code, stderr } = await shop.run(shop.script);
         await shop.admin`delete from ${shop.admin(shop.table)} where id = -7`;
-        assert.ok(
-          stderr.includes(`column ${of} of ${shop.pipeline}, row id=-7: ${written}, which its field cannot hold.`),
-          stderr,
-        );
+        assert.ok(stderr.includes(`column ${of} of ${shop.pipeline}, row id=-7: ${written}, which its field cannot hold.`), stderr);
         assert.equal(code, 1);
         const [run] = await shop.admin`select state, error from etl.runs order by started_at desc limit 1`;
         assert.equal(run?.state, "failed");
@@ -396,13 +365,9 @@ for (const pipeline of ofSteps) {
     test("a type that has no safe mapping, and an array where the field holds one value, are refused by column and type", async () => {
       const odd = [...withoutMapping, "text[]"].map((type, index) => ({ name: `odd_${index}`, type }));
       await shop.admin.unsafe("create type mood_pair as (a mood, b mood)");
-      await shop.admin.unsafe(
-        `alter table ${shop.table} ${odd.map(({ name, type }) => `add ${name} ${type}`).join(", ")}`,
-      );
+      await shop.admin.unsafe(`alter table ${shop.table} ${odd.map(({ name, type }) => `add ${name} ${type}`).join(", ")}`);
       scratch.editFields(pipeline, (fields) => [...fields, ...odd.map(({ name }) => ({ name, type: "STRING" }))]);
-      scratch.edit(`sql/${pipeline}.sql`, (sql) =>
-        sql.replace("as needed\n", `as needed, ${odd.map(({ name }) => name)}\n`),
-      );
+      scratch.edit(`sql/${pipeline}.sql`, (sql) => sql.replace("as needed\n", `as needed, ${odd.map(({ name }) => name)}\n`));
       await shop.succeed("scripts/ops/migrate.ts");
       const { code, stderr } = await shop.run(shop.script);
       assert.equal(code, 2);

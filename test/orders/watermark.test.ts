@@ -30,8 +30,7 @@ function open(url: string, application: string, settings: Record<string, string>
 }
 
 /** A time as the runs write it, with six decimals. */
-const padded = (time = ""): string =>
-  time.replace(/(?:\.(\d+))?\+00$/, (_, micros = "") => `.${micros.padEnd(6, "0")}+00`);
+const padded = (time = ""): string => time.replace(/(?:\.(\d+))?\+00$/, (_, micros = "") => `.${micros.padEnd(6, "0")}+00`);
 
 /** Begins a transaction. Returns its now(), which is its xact_start, and its pid. */
 async function begin(sql: Sql): Promise<{ start: string; pid: number }> {
@@ -54,8 +53,7 @@ function lines({ stderr }: Result, step: string): Record<string, string>[] {
   );
 }
 const holder = (result: Result): string | undefined => lines(result, "held")[0]?.by;
-const chunks = (result: Result): string[][] =>
-  lines(result, "chunk").map(({ from = "", to = "", rows = "" }) => [from, to, rows]);
+const chunks = (result: Result): string[][] => lines(result, "chunk").map(({ from = "", to = "", rows = "" }) => [from, to, rows]);
 
 stepsOfPipeline((pipeline) => {
   /** The tests share a shop. Each compares with what had arrived before it, so none rests on the one before it. */
@@ -96,15 +94,10 @@ stepsOfPipeline((pipeline) => {
     await shop.admin.unsafe(`truncate ${shop.table}; delete from etl.watermarks`);
     await shop.query(`TRUNCATE TABLE ${pipeline}`);
   };
-  const assertSynced = async (): Promise<void> =>
-    assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
-  const syncedIds = async (): Promise<number[]> =>
-    (await shop.query(`SELECT id FROM ${pipeline} ORDER BY id`)).map(({ id }) => Number(id));
+  const assertSynced = async (): Promise<void> => assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
+  const syncedIds = async (): Promise<number[]> => (await shop.query(`SELECT id FROM ${pipeline} ORDER BY id`)).map(({ id }) => Number(id));
   /** A role for one test: roles belong to the cluster, and other tests use those of sql/roles.sql at the same time. */
-  const createRole = async (
-    suffix: string,
-    grants: string,
-  ): Promise<{ name: string; url: string } & AsyncDisposable> => {
+  const createRole = async (suffix: string, grants: string): Promise<{ name: string; url: string } & AsyncDisposable> => {
     const name = `${shop.dataset}_${suffix}`;
     await shop.admin.unsafe(`create role ${name} login password 'secret'; ${grants.replaceAll("ROLE", name)}`);
     const url = Object.assign(new URL(adminUrl()), { username: name, password: "secret" }).href;
@@ -124,9 +117,7 @@ stepsOfPipeline((pipeline) => {
       assert.equal(await shop.watermark(), start);
       assert.match(
         holder(held) ?? "",
-        new RegExp(
-          `^pid ${pid}, application "check out", role postgres, state idle in transaction, open for (PT\\S+|[\\d:]+)$`,
-        ),
+        new RegExp(`^pid ${pid}, application "check out", role postgres, state idle in transaction, open for (PT\\S+|[\\d:]+)$`),
       );
       const again = await shop.succeed(script);
       assert.equal(await shop.watermark(), start);
@@ -169,15 +160,9 @@ stepsOfPipeline((pipeline) => {
       const arrived = await shop.destinationRows();
       const held = await shop.succeed(script);
       assert.equal(await shop.watermark(), start);
-      assert.match(
-        holder(held) ?? "",
-        new RegExp(`^prepared transaction "${gid}" of role postgres, prepared (PT\\S+|[\\d:]+) ago$`),
-      );
+      assert.match(holder(held) ?? "", new RegExp(`^prepared transaction "${gid}" of role postgres, prepared (PT\\S+|[\\d:]+) ago$`));
       const byHand = await shop.run(script, { FROM: "2017-01-01", TO: "9999-01-01" });
-      assert.match(
-        byHand.stderr,
-        /no bound is safe while a transaction is prepared \(.*Finish it, then run this again/,
-      );
+      assert.match(byHand.stderr, /no bound is safe while a transaction is prepared \(.*Finish it, then run this again/);
       assert.equal(byHand.code, 1);
       assert.deepEqual(await shop.destinationRows(), arrived);
     } finally {
@@ -244,10 +229,7 @@ stepsOfPipeline((pipeline) => {
   });
 
   test("the reading role's own transaction and its COPY do not hold the watermark", async () => {
-    await using reader = await createRole(
-      "reader",
-      `grant select on ${shop.table} to ROLE; grant pg_read_all_stats to ROLE`,
-    );
+    await using reader = await createRole("reader", `grant select on ${shop.table} to ROLE; grant pg_read_all_stats to ROLE`);
     await using dump = open(reader.url, "pg_dump");
     await begin(dump);
     const copied = "select repeat('x', 1000) as x from generate_series(1, 1000000)";
@@ -286,11 +268,7 @@ stepsOfPipeline((pipeline) => {
     cure: () => PromiseLike<unknown>,
   ): Promise<void> => {
     await commitRow();
-    const state = async (): Promise<unknown[]> => [
-      await shop.watermark(),
-      await syncedIds(),
-      await shop.stagingTables(),
-    ];
+    const state = async (): Promise<unknown[]> => [await shop.watermark(), await syncedIds(), await shop.stagingTables()];
     const before = await state();
     try {
       await cause();
@@ -306,9 +284,7 @@ stepsOfPipeline((pipeline) => {
   test("without pg_read_all_stats a run refuses and names the grant", async () => {
     await using reader = await createRole("blind", `grant select on ${shop.table} to ROLE`);
     const variables = { SOURCE_DATABASE_URL: reader.url };
-    const says = new RegExp(
-      `role ${reader.name} may not see when .*Run as an administrator: grant pg_monitor to ${reader.name};`,
-    );
+    const says = new RegExp(`role ${reader.name} may not see when .*Run as an administrator: grant pg_monitor to ${reader.name};`);
     await assertRefuses(
       { code: 1, says, variables },
       async () => {},
@@ -348,9 +324,7 @@ stepsOfPipeline((pipeline) => {
     await assertRefuses(
       {
         code: 1,
-        says: new RegExp(
-          `no bound is safe: pid ${pid}, application "silent", role postgres hides .*reset track_activities`,
-        ),
+        says: new RegExp(`no bound is safe: pid ${pid}, application "silent", role postgres hides .*reset track_activities`),
       },
       () => checkout.unsafe("set track_activities = off"),
       () => checkout.unsafe("rollback"),
@@ -362,12 +336,9 @@ stepsOfPipeline((pipeline) => {
     await assertRefuses(
       {
         code: 2,
-        says: new RegExp(
-          `source table ${shop.table}: row-level security would hide rows .*disable row level security;`,
-        ),
+        says: new RegExp(`source table ${shop.table}: row-level security would hide rows .*disable row level security;`),
       },
-      () =>
-        shop.admin.unsafe(`create policy everyone on ${shop.table} using (true); ${alter} enable row level security`),
+      () => shop.admin.unsafe(`create policy everyone on ${shop.table} using (true); ${alter} enable row level security`),
       () => shop.admin.unsafe(`${alter} disable row level security`),
     );
   });
@@ -469,10 +440,7 @@ stepsOfPipeline((pipeline) => {
 
   test("another TimeZone, DateStyle and IntervalStyle of the database or the roles change nothing", async () => {
     await clear();
-    const whose = [
-      `database ${shop.dataset}`,
-      ...["etl_reader", "etl_metadata"].map((role) => `role ${role} in database ${shop.dataset}`),
-    ];
+    const whose = [`database ${shop.dataset}`, ...["etl_reader", "etl_metadata"].map((role) => `role ${role} in database ${shop.dataset}`)];
     const settings = ["timezone = 'Asia/Kathmandu'", "datestyle = 'SQL, DMY'", "intervalstyle = 'sql_standard'"];
     await shop.admin.unsafe(whose.flatMap((who) => settings.map((set) => `alter ${who} set ${set};`)).join("\n"));
     try {

@@ -17,8 +17,7 @@ interface Judged {
 }
 
 const seen = async ({ shop, topic }: Sensors) => {
-  const [row] =
-    await shop.admin`select canary_seen::text as seen, canary_gap as gap from etl.topics where topic = ${topic}`;
+  const [row] = await shop.admin`select canary_seen::text as seen, canary_gap as gap from etl.topics where topic = ${topic}`;
   return row as { seen: string | null; gap: string | null } | undefined;
 };
 const status = async ({ shop }: Sensors): Promise<Judged> => {
@@ -116,10 +115,7 @@ suite("the canary", { concurrency: true }, () => {
     const { shop } = sensors;
     const connector = new URL(`/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`, shop.env.CONNECT_URL);
     await fetch(`${connector}/stop`, { method: "PUT" });
-    await until(
-      "nobody reads the slot",
-      async () => !(await source.admin`select active from pg_replication_slots`)[0]?.active,
-    );
+    await until("nobody reads the slot", async () => !(await source.admin`select active from pg_replication_slots`)[0]?.active);
     await until("its WAL is removed", async () => {
       await source.admin`select pg_logical_emit_message(false, 'test', repeat('x', 20000000))`;
       await source.admin`checkpoint`;

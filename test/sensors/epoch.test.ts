@@ -18,13 +18,7 @@ const swap = "scripts/ops/swap-readings.ts";
 const connector = "scripts/ops/connector.ts";
 
 /** Runs a script that has to exit with `code`, having said all of `says`. */
-async function fails(
-  shop: Shop,
-  script: string,
-  code: number,
-  says: (string | RegExp)[],
-  env: Env = {},
-): Promise<void> {
+async function fails(shop: Shop, script: string, code: number, says: (string | RegExp)[], env: Env = {}): Promise<void> {
   const run = await ending(shop.start(script, env));
   for (const part of says) {
     if (typeof part === "string") assert.ok(run.stderr.includes(part), `no "${part}" in:\n${run.stderr}`);
@@ -111,8 +105,7 @@ suite("sensors", { concurrency: true }, () => {
     const { SENSORS_GROUP: groupId = "" } = shop.env;
     const zero = [0, 1, 2].map((partition) => ({ partition, offset: "0" }));
     await sensors.admin.setOffsets({ groupId, topic, partitions: zero });
-    const behind =
-      /^error: partition \d of topic .* ends at offset \d+, but was inserted up to offset \d+: the topic was created again\./m;
+    const behind = /^error: partition \d of topic .* ends at offset \d+, but was inserted up to offset \d+: the topic was created again\./m;
     await fails(shop, consumerScript, 2, [behind, remedy], { UNTIL: "caught-up" });
     assert.deepEqual(await sensors.readings(), before);
     assert.deepEqual(await sensors.deadLetters(), []);
@@ -130,8 +123,7 @@ suite("sensors", { concurrency: true }, () => {
     ["is created again", (sensors: Sensors) => remakeTopic(sensors), /the topic was created again/],
     [
       "gets another partition",
-      async ({ admin, topic }: Sensors) =>
-        void (await admin.createPartitions({ topicPartitions: [{ topic, count: 4 }] })),
+      async ({ admin, topic }: Sensors) => void (await admin.createPartitions({ topicPartitions: [{ topic, count: 4 }] })),
       /has 4 partitions, and had 3 when epoch 1 began/,
     ],
   ] as const)
@@ -145,9 +137,7 @@ suite("sensors", { concurrency: true }, () => {
       const consumer = await sensors.consumer();
       await sensors.produce(Array.from({ length: 30 }, (_, id) => message(id)));
       await until("they are there, and committed", async () =>
-        (await topicState(sensors.admin, sensors.topic, sensors.shop.env.SENSORS_GROUP ?? "")).every(
-          ({ committed }) => committed === 10n,
-        ),
+        (await topicState(sensors.admin, sensors.topic, sensors.shop.env.SENSORS_GROUP ?? "")).every(({ committed }) => committed === 10n),
       );
       await change(sensors);
       let id = 100;
@@ -311,9 +301,7 @@ suite("sensors", { concurrency: true }, () => {
     await shop.admin`delete from sensor_readings where id = 4000`;
     assert.match(
       stderr,
-      new RegExp(
-        `step=done swapped=${database}\\.sensor_readings epoch=3 before=${rebuildOf(sensors)}\\.sensor_readings`,
-      ),
+      new RegExp(`step=done swapped=${database}\\.sensor_readings epoch=3 before=${rebuildOf(sensors)}\\.sensor_readings`),
     );
     reading = false;
     await readers;
@@ -396,20 +384,15 @@ suite("sensors", { concurrency: true }, () => {
 
     const plugin = { class: "io.debezium.connector.postgresql.PostgresConnector", version: "3.3.2.Final" };
     proxy.fault(/^GET .*connector-plugins/, async ({ response }) => void response.end(JSON.stringify([plugin])));
-    const old =
-      "Kafka Connect (CONNECT_URL) has Debezium 3.3.2.Final for Postgres; the least is 3.6.1. Install it at each worker";
+    const old = "Kafka Connect (CONNECT_URL) has Debezium 3.3.2.Final for Postgres; the least is 3.6.1. Install it at each worker";
     for (const script of [connector, consumerScript]) await fails(shop, script, 2, [old], { CONNECT_URL: proxy.url });
     const checked = await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors", CONNECT_URL: proxy.url });
     assert.ok(checked.stdout.includes(`FAIL  sensors: Debezium's version: ${old}`), checked.stdout);
 
     const nowhere = "http://127.0.0.1:1";
-    await fails(
-      shop,
-      connector,
-      1,
-      [/^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m],
-      { CONNECT_URL: nowhere },
-    );
+    await fails(shop, connector, 1, [/^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m], {
+      CONNECT_URL: nowhere,
+    });
     const wrong = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");
     await fails(shop, connector, 1, [/^error: .*password authentication failed for user "etl_replicator"/m], {
       REPLICATION_DATABASE_URL: wrong,
@@ -417,13 +400,9 @@ suite("sensors", { concurrency: true }, () => {
     await fails(shop, connector, 2, [`SENSORS_TOPIC shop.readings must end with .public.sensor_readings`], {
       SENSORS_TOPIC: "shop.readings",
     });
-    await fails(
-      shop,
-      connector,
-      1,
-      [/^error: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers: .* For the local stack: make up$/m],
-      { KAFKA_BROKERS: "127.0.0.1:1" },
-    );
+    await fails(shop, connector, 1, [/^error: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers: .* For the local stack: make up$/m], {
+      KAFKA_BROKERS: "127.0.0.1:1",
+    });
 
     await shop.admin`alter publication etl_sensors drop table public.etl_heartbeat`;
     await shop.admin`alter table sensor_readings replica identity default`;

@@ -47,8 +47,7 @@ async function committed({ admin, shop, topic }: Sensors): Promise<number> {
 async function arrived(sensors: Sensors, rows: number, consumer: Process): Promise<void> {
   const { admin, shop, topic } = sensors;
   const state = () => topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
-  const all = async (): Promise<boolean> =>
-    (await state()).every(({ lag }) => lag === 0) && (await countRows(sensors)) === rows;
+  const all = async (): Promise<boolean> => (await state()).every(({ lag }) => lag === 0) && (await countRows(sensors)) === rows;
   await until(`${rows} rows, and no lag`, all, 180).catch(async (error: Error) => {
     const offsets = (await state()).map(({ committed, end }) => `${committed} of ${end}`);
     consumer.child.kill("SIGKILL");
@@ -142,8 +141,7 @@ async function createKafkaLine(broker = ""): Promise<KafkaLine> {
           continue;
         }
         refused.push(key);
-        if (loading)
-          client.write(Buffer.from([0, 0, 0, 4 + known.loading.length, ...request.subarray(8, 12), ...known.loading]));
+        if (loading) client.write(Buffer.from([0, 0, 0, 4 + known.loading.length, ...request.subarray(8, 12), ...known.loading]));
         else client.resetAndDestroy();
       }
       return Buffer.concat(passed);
@@ -322,10 +320,7 @@ suite("faults", { concurrency: 8 }, () => {
   });
 
   const broken: Record<string, [breaking: string, says: RegExp]> = {
-    "the table is dropped": [
-      "DROP TABLE sensor_readings SYNC",
-      /^error: .*sensor_readings' .* doesn't exist.* Next: make doctor;/m,
-    ],
+    "the table is dropped": ["DROP TABLE sensor_readings SYNC", /^error: .*sensor_readings' .* doesn't exist.* Next: make doctor;/m],
     "a view is broken": [
       "ALTER TABLE sensor_readings_view MODIFY QUERY SELECT throwIf(op = 'c', 'broken by hand') AS id FROM sensor_changes",
       /^error: .*broken by hand/m,
@@ -346,8 +341,7 @@ suite("faults", { concurrency: 8 }, () => {
       assert.match(stderr, says);
       assert.equal(await committed(sensors), 10);
       // Repaired, it resumes where it was: the runbook's step, EtlSensorsDown.
-      if (!breaking.startsWith("DROP DATABASE"))
-        await shop.clickhouse.command({ query: "DROP TABLE etl_migrations SYNC" });
+      if (!breaking.startsWith("DROP DATABASE")) await shop.clickhouse.command({ query: "DROP TABLE etl_migrations SYNC" });
       await shop.succeed(migrate);
       await sensors.catchUp();
       assert.equal(await countRows(sensors), what === "a view is broken" ? 20 : 10);
@@ -423,10 +417,7 @@ suite("faults", { concurrency: 8 }, () => {
     const { port } = new URL(await consumer.url);
     await says(
       1,
-      new RegExp(
-        `^error: METRICS_PORT ${port}: .*EADDRINUSE.*\\. Is another consumer running here\\? Choose another port$`,
-        "m",
-      ),
+      new RegExp(`^error: METRICS_PORT ${port}: .*EADDRINUSE.*\\. Is another consumer running here\\? Choose another port$`, "m"),
       { METRICS_PORT: port },
     );
     await stop(consumer);
@@ -489,8 +480,7 @@ suite("faults", { concurrency: 8 }, () => {
     const put = { method: "PUT", headers: { "content-type": "application/json" }, body };
     await until("it is put", async () => (await fetch(`${url}/config`, put)).ok);
     await shop.admin`insert into sensor_readings (id, metric, recorded_at) values (2, repeat('y', 12000000), '2024-01-01Z')`;
-    const failed = async (): Promise<boolean> =>
-      (await (await fetch(`${url}/status`)).text()).includes("RecordTooLarge");
+    const failed = async (): Promise<boolean> => (await (await fetch(`${url}/status`)).text()).includes("RecordTooLarge");
     await until("the task has failed", failed, 90);
     await using proxy = await createProxy(shop.env.CONNECT_URL);
     proxy.fault(/^PUT .*\/config$/, async ({ response }) => void response.end("{}")); // as if the file allowed no more
@@ -500,10 +490,7 @@ suite("faults", { concurrency: 8 }, () => {
       stderr,
       /RecordTooLargeException[\s\S]*The largest rows of public\.sensor_readings: id=2 of 12,000,\d+ bytes, id=1 of 11,500,/,
     );
-    assert.match(
-      stderr,
-      /Raise max\.message\.bytes, max\.request\.size and buffer\.memory in schemas\/debezium\/sensor_readings\.json/,
-    );
+    assert.match(stderr, /Raise max\.message\.bytes, max\.request\.size and buffer\.memory in schemas\/debezium\/sensor_readings\.json/);
     const status = await shop.run("scripts/ops/status.ts", {});
     assert.match(status.stdout, /^sensors: Debezium's connector does not run\. Next: make connector$/m);
     // A topic that an older version made takes less: make connector raises that too.
@@ -513,8 +500,7 @@ suite("faults", { concurrency: 8 }, () => {
       { name: "retention.ms", value: "77777777" },
     ];
     await sensors.admin.alterConfigs({ validateOnly: false, resources: [{ ...of, configEntries }] });
-    const told =
-      /kafka: .*the topic takes messages of 1,000,000 bytes, and the connector may send 67,108,864\. Run: make connector/;
+    const told = /kafka: .*the topic takes messages of 1,000,000 bytes, and the connector may send 67,108,864\. Run: make connector/;
     assert.match((await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors" })).stdout, told);
     await sensors.connector();
     await sensors.equal();
@@ -530,8 +516,7 @@ suite("faults", { concurrency: 8 }, () => {
     const { shop, topic } = sensors;
     await using kafka = await createKafkaLine(shop.env.KAFKA_BROKERS);
     const env = { KAFKA_BROKERS: kafka.address };
-    const refuses = (request: keyof typeof kafkaRequests) =>
-      until(`${request} is refused twice`, () => kafka.refused(request) > 1);
+    const refuses = (request: keyof typeof kafkaRequests) => until(`${request} is refused twice`, () => kafka.refused(request) > 1);
     const starting = sensors.consumer(env);
     await refuses("findCoordinator");
     kafka.answers(true);
@@ -669,11 +654,7 @@ suite("faults", { concurrency: 8 }, () => {
       `  column public.sensor_readings.${column}: expected one for ${type} (ClickHouse's sensor_readings), found ${found}`;
 
     const source: Record<string, [change: string, undo: string, says: string[]]> = {
-      "a dropped column": [
-        "drop value",
-        "add value double precision",
-        [expected("value", "Nullable(Float64)", "no such column")],
-      ],
+      "a dropped column": ["drop value", "add value double precision", [expected("value", "Nullable(Float64)", "no such column")]],
       "a renamed and a retyped column": [
         "rename metric to kind; alter table sensor_readings alter recorded_at type timestamp",
         "rename kind to metric; alter table sensor_readings alter recorded_at type timestamptz",
@@ -685,9 +666,7 @@ suite("faults", { concurrency: 8 }, () => {
       "a replica identity that is not full": [
         "replica identity default",
         "replica identity full",
-        [
-          "  table sensor_readings: its changes lack the old row. Run as its owner: alter table sensor_readings replica identity full;",
-        ],
+        ["  table sensor_readings: its changes lack the old row. Run as its owner: alter table sensor_readings replica identity full;"],
       ],
       "a table that is not there": ["rename to aside", "", [expected("id", "Int64", "no such column")]],
     };
@@ -695,9 +674,7 @@ suite("faults", { concurrency: 8 }, () => {
       test(`${what} at the source stops the consumer before it ingests`, async () => {
         await sensors.shop.admin.unsafe(`alter table sensor_readings ${change}`);
         await stops(["the source differs from ClickHouse's sensor_readings:", ...says, next]);
-        await sensors.shop.admin.unsafe(
-          undo ? `alter table sensor_readings ${undo}` : "alter table aside rename to sensor_readings",
-        );
+        await sensors.shop.admin.unsafe(undo ? `alter table sensor_readings ${undo}` : "alter table aside rename to sensor_readings");
       });
 
     test("a file of schemas/clickhouse that was not applied, or was edited since, stops the consumer; migrate applies the one, and refuses the other", async () => {

@@ -9,17 +9,7 @@ import { pipeline } from "node:stream/promises";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { topicState } from "../../shared/sensors/epoch.ts";
-import {
-  createProxy,
-  ending,
-  type Fault,
-  type Gate,
-  type HttpProxy,
-  hold,
-  pass,
-  reach,
-  withhold,
-} from "../lib/faults.ts";
+import { createProxy, ending, type Fault, type Gate, type HttpProxy, hold, pass, reach, withhold } from "../lib/faults.ts";
 import { random, seed } from "../lib/random.ts";
 import { assertExact, assertSame, createSensors, type Sensors, startWriters } from "../lib/sensors.ts";
 import { createServers, type SensorsServer } from "../lib/servers.ts";
@@ -157,11 +147,9 @@ suite("sensors killed", { concurrency: true }, () => {
     const update = ({ shop }: Sensors, value: number) =>
       shop.admin`update sensor_readings set value = ${value}, sensor_id = 'S' || (id + ${value}::int) % 3 where metric = 'm'`;
     const state = ({ admin, topic, shop }: Sensors) => topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
-    const offsets = async (sensors: Sensors): Promise<bigint[]> =>
-      (await state(sensors)).map(({ committed }) => committed);
+    const offsets = async (sensors: Sensors): Promise<bigint[]> => (await state(sensors)).map(({ committed }) => committed);
     /** Messages that the group has not committed. */
-    const lag = async (sensors: Sensors): Promise<number> =>
-      (await state(sensors)).reduce((sum, partition) => sum + partition.lag, 0);
+    const lag = async (sensors: Sensors): Promise<number> => (await state(sensors)).reduce((sum, partition) => sum + partition.lag, 0);
     const written = (sensors: Sensors) => until("the update is in the topic", async () => (await lag(sensors)) >= rows);
     /** How many rows with this value ClickHouse has. */
     const arrived = async (sensors: Sensors, value: number): Promise<number> =>
@@ -254,9 +242,7 @@ suite("sensors killed", { concurrency: true }, () => {
       late.release();
       await late.done;
       await other.line(/step=assigned .* partitions=(?!0,1,2)/); // it is a member again
-      (await offsets(sensors)).forEach(
-        (offset, at) => void assert.ok(offset >= (committed[at] ?? 0n), "the offsets went back"),
-      );
+      (await offsets(sensors)).forEach((offset, at) => void assert.ok(offset >= (committed[at] ?? 0n), "the offsets went back"));
       assertSame(await sensors.readings(), await sensors.source());
       await update(sensors, 3);
       await assertExact(sensors);

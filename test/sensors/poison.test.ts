@@ -226,10 +226,8 @@ suite("poison", { concurrency: true }, () => {
   test("a mass of poison ends the consumer, without a commit: the share of the last 1,000 messages that is allowed is not exceeded", async () => {
     await using sensors = await createSensors({ connector: false, partitions: 1 });
     const { shop } = sensors;
-    const bad = (count: number): Message[] =>
-      Array.from({ length: count }, (_, index) => ({ key: keyOf(index), value: `bad ${index}` }));
-    const good = (first: number, count: number): Message[] =>
-      Array.from({ length: count }, (_, index) => created(first + index));
+    const bad = (count: number): Message[] => Array.from({ length: count }, (_, index) => ({ key: keyOf(index), value: `bad ${index}` }));
+    const good = (first: number, count: number): Message[] => Array.from({ length: count }, (_, index) => created(first + index));
     const consumer = await sensors.consumer();
     // A tenth of them, which is what SENSORS_POISON_SHARE allows unless told otherwise.
     await sensors.produce([...good(1, 900), ...bad(100)]);
@@ -327,10 +325,7 @@ suite("poison", { concurrency: true }, () => {
     for (const line of [
       /^EPOCH +PARTITION +OFFSET +PARKED_AT +REASON +KEY +BYTES +BEGINS$/m,
       new RegExp(String.raw`^1 +0 +1 +${at} +not JSON +\{"id":2\} +109 +tab\?here\?x{51}$`, "m"),
-      new RegExp(
-        String.raw`^1 +0 +2 +${at} +no key +NULL +${after({}).length} +\{"before":null,"after":\{"id":1,.*$`,
-        "m",
-      ),
+      new RegExp(String.raw`^1 +0 +2 +${at} +no key +NULL +${after({}).length} +\{"before":null,"after":\{"id":1,.*$`, "m"),
       new RegExp(String.raw`^1 +0 +3 +${at} +not JSON +\{"id":4\} +4 +\?�+A$`, "m"),
       new RegExp(`^not JSON +1 +3 +${at} +${at}$`, "m"),
       new RegExp(`^no key +1 +1 +${at} +${at}$`, "m"),
@@ -391,8 +386,7 @@ suite("poison", { concurrency: true }, () => {
       (await sensors.deadLetters()).map(({ offset, reason }) => ({ offset, reason })),
       ["0", "1", "2", "3", "4", "5"].map((offset) => ({ offset, reason: offset === "5" ? "not JSON" : "no 13 here" })),
     );
-    const values = async (): Promise<Json> =>
-      (await sensors.readings()).map(({ id, sensor_id, value }) => `${id} ${sensor_id} ${value}`);
+    const values = async (): Promise<Json> => (await sensors.readings()).map(({ id, sensor_id, value }) => `${id} ${sensor_id} ${value}`);
     assert.deepEqual(await values(), ["2 S2 14"]);
 
     // As long as they are no changes, all of them stay, with their reasons.
@@ -496,10 +490,7 @@ async function replaceReason({ shop }: Sensors, first: string): Promise<void> {
 
 /** What a stricter view would be: one for which a row whose value is 13 is no valid change. */
 const refuseThirteen = (sensors: Sensors): Promise<void> =>
-  replaceReason(
-    sensors,
-    "NOT isValidJSON(value), 'not JSON', JSONExtractInt(value, 'after', 'value') = 13, 'no 13 here',",
-  );
+  replaceReason(sensors, "NOT isValidJSON(value), 'not JSON', JSONExtractInt(value, 'after', 'value') = 13, 'no 13 here',");
 
 type Mutation = {
   op: string;
@@ -516,44 +507,9 @@ const remove = Symbol("remove");
 const anything = fc.oneof(
   fc.constant(remove),
   fc.jsonValue({ maxDepth: 3 }),
-  fc.constantFrom(
-    null,
-    0,
-    -0,
-    1,
-    -1,
-    1.5,
-    1e308,
-    2 ** 63,
-    2 ** 64,
-    "",
-    "c",
-    "null",
-    "NaN",
-    "Infinity",
-    "-Infinity",
-    "1e5",
-  ),
-  fc.constantFrom(
-    "2024-02-29T23:59:59.999999Z",
-    "2023-02-29T00:00:00Z",
-    "0001-01-01T00:00:00Z",
-    "2024-01-01",
-    "infinity",
-  ),
-  fc.constantFrom(
-    "\u0000",
-    "a\u0000b",
-    "\ud800",
-    "é😀",
-    "'",
-    "\\",
-    "\\u0000",
-    "__debezium_unavailable_value",
-    {},
-    [],
-    [[]],
-  ),
+  fc.constantFrom(null, 0, -0, 1, -1, 1.5, 1e308, 2 ** 63, 2 ** 64, "", "c", "null", "NaN", "Infinity", "-Infinity", "1e5"),
+  fc.constantFrom("2024-02-29T23:59:59.999999Z", "2023-02-29T00:00:00Z", "0001-01-01T00:00:00Z", "2024-01-01", "infinity"),
+  fc.constantFrom("\u0000", "a\u0000b", "\ud800", "é😀", "'", "\\", "\\u0000", "__debezium_unavailable_value", {}, [], [[]]),
   fc.string({ unit: "binary" }),
   fc.double(),
   fc.bigInt({ min: -(2n ** 65n), max: 2n ** 65n }).map(Number),
@@ -561,10 +517,7 @@ const anything = fc.oneof(
 const path = fc.oneof(
   fc.constantFrom("before", "after", "op", "source", "source.ts_ms").map((name) => name.split(".")),
   fc
-    .tuple(
-      fc.constantFrom("before", "after"),
-      fc.constantFrom("id", "sensor_id", "metric", "value", "recorded_at", "new"),
-    )
+    .tuple(fc.constantFrom("before", "after"), fc.constantFrom("id", "sensor_id", "metric", "value", "recorded_at", "new"))
     .map((names) => [...names] as string[]),
   fc.tuple(fc.constantFrom("before", "after"), fc.string()).map((names) => [...names] as string[]),
 );
@@ -611,11 +564,10 @@ function render({ op, fields, key, tombstone, whole, cut }: Mutation, id: number
  */
 async function assertAccounted({ shop }: Sensors, messages: Message[], first: number, ids: number): Promise<void> {
   const between = `BETWEEN ${first} AND ${first + messages.length - 1}`;
-  const read = async <T>(query: string): Promise<T[]> =>
-    await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
+  const read = async <T>(query: string): Promise<T[]> => await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
   const letters = new Set(
-    (await read<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(
-      ({ at }) => Number(at),
+    (await read<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(({ at }) =>
+      Number(at),
     ),
   );
   const rows = Map.groupBy(
@@ -631,11 +583,7 @@ async function assertAccounted({ shop }: Sensors, messages: Message[], first: nu
     // A row that moves to a time that cannot be held is dead-lettered, and gone.
     if (letters.has(offset) && rows.has(offset)) {
       const { op, after } = JSON.parse(String(value));
-      assert.deepEqual(
-        [op, typeof after.recorded_at, rows.get(offset)?.map((row) => row._deleted)],
-        ["u", "string", [1]],
-        what,
-      );
+      assert.deepEqual([op, typeof after.recorded_at, rows.get(offset)?.map((row) => row._deleted)], ["u", "string", [1]], what);
       continue;
     }
     assert.equal(Number(letters.has(offset)) + Number(rows.has(offset)), value === null ? 0 : 1, what);
@@ -643,8 +591,7 @@ async function assertAccounted({ shop }: Sensors, messages: Message[], first: nu
     const { op, before, after } = JSON.parse(String(value));
     const is = rows.get(offset)?.find(({ _deleted }) => _deleted === Number(op === "d"));
     const said = op === "d" ? before : after;
-    const number = (of: Json): string | null =>
-      of === null ? null : String(Number(String(of).replace(/inf$/, "Infinity")));
+    const number = (of: Json): string | null => (of === null ? null : String(Number(String(of).replace(/inf$/, "Infinity"))));
     assert.deepEqual(
       { ...is, value: number(is?.value) },
       {

@@ -134,14 +134,12 @@ suite("sensors", { concurrency: true }, () => {
         await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${90_010 + at}, 'wide', ${text(size / 2)}, 1, '2024-05-01Z')`;
       }
       const large = admin`id between 90000 and 90020`;
-      const before =
-        await admin`select id, md5(sensor_id || metric) as sum from sensor_readings where ${large} order by id`;
+      const before = await admin`select id, md5(sensor_id || metric) as sum from sensor_readings where ${large} order by id`;
       assert.equal(before.length, 8);
       await admin`update sensor_readings set value = 2 where ${large}`;
       await admin`update sensor_readings set recorded_at = recorded_at + interval '1 s' where ${large} and id % 2 = 0`;
       await assertExact(sensors);
-      const same =
-        await admin`select id, md5(sensor_id || metric) as sum from sensor_readings where ${large} order by id`;
+      const same = await admin`select id, md5(sensor_id || metric) as sum from sensor_readings where ${large} order by id`;
       assert.deepEqual([...same], [...before]);
       await admin`update sensor_readings set sensor_id = sensor_id || 'é', metric = 'M' || metric where ${large}`;
       await assertExact(sensors);
@@ -161,14 +159,11 @@ suite("sensors", { concurrency: true }, () => {
           const beside = column === "metric" ? "sensor_id" : "metric"; // the deletion of a row without any is a dead letter
           // Inserted, and as the values after and before an update.
           for (const first of [value, other, value])
-            await admin.unsafe(`insert into sensor_readings (id, ${column}, ${beside}) values (${id++}, ${$1}, 'x')`, [
-              first,
-            ]);
+            await admin.unsafe(`insert into sensor_readings (id, ${column}, ${beside}) values (${id++}, ${$1}, 'x')`, [first]);
           await admin.unsafe(`update sensor_readings set ${column} = ${$1} where id = ${id - 2}`, [value]);
           await admin.unsafe(`update sensor_readings set ${column} = ${$1} where id = ${id - 1}`, [other]);
         }
-      for (const one of ids)
-        await admin`insert into sensor_readings (id, sensor_id, metric) values (${one}, 'id', 'a')`;
+      for (const one of ids) await admin`insert into sensor_readings (id, sensor_id, metric) values (${one}, 'id', 'a')`;
       await admin`update sensor_readings set value = 1 where sensor_id = 'id'`;
       await assertExact(sensors);
       const [negative] = (await sensors.readings()).filter(({ value }) => value === "-0");
@@ -221,17 +216,14 @@ suite("sensors", { concurrency: true }, () => {
     await sensors.drained();
     const dead = await sensors.deadLetters();
     assert.deepEqual(
-      dead
-        .map(({ key, reason }) => [Number(JSON.parse(key ?? "").id), reason])
-        .sort(([a], [b]) => Number(a) - Number(b)),
+      dead.map(({ key, reason }) => [Number(JSON.parse(key ?? "").id), reason]).sort(([a], [b]) => Number(a) - Number(b)),
       [...beyond.keys()]
         .flatMap((at) => [1 + at, 1000 + at])
         .sort((a, b) => a - b)
         .map((id) => [id, "after.recorded_at is no time that DateTime64 holds"]),
     );
     // They are gone, since they are no longer what they were; once they have a time again, they are back.
-    const held = ({ id }: Reading): boolean =>
-      Number(id) > beyond.length && !(Number(id) >= 1000 && Number(id) < 1000 + beyond.length);
+    const held = ({ id }: Reading): boolean => Number(id) > beyond.length && !(Number(id) >= 1000 && Number(id) < 1000 + beyond.length);
     assertSame(await sensors.readings(), (await sensors.source()).filter(held));
     await admin`update sensor_readings set recorded_at = '2024-02-02Z' where not isfinite(recorded_at) or recorded_at not between '2000-01-01' and '2100-01-01'`;
     await sensors.drained();
@@ -277,20 +269,14 @@ suite("sensors", { concurrency: true }, () => {
     });
     await sensors.drained();
     const dead = await sensors.deadLetters();
-    assert.deepEqual(
-      dead.map(({ key, reason }) => [JSON.parse(key ?? "").id, /^before has only its key: /.test(reason)]).sort(),
-      [
-        [101, true],
-        [5001, true],
-      ],
-    );
+    assert.deepEqual(dead.map(({ key, reason }) => [JSON.parse(key ?? "").id, /^before has only its key: /.test(reason)]).sort(), [
+      [101, true],
+      [5001, true],
+    ]);
     await admin`alter table part_1 replica identity default`;
     const { code, stderr } = await sensors.shop.run("scripts/sensors.ts");
     assert.equal(code, 2);
-    assert.match(
-      stderr,
-      /table part_1: its changes lack the old row\. Run as its owner: alter table part_1 replica identity full;/,
-    );
+    assert.match(stderr, /table part_1: its changes lack the old row\. Run as its owner: alter table part_1 replica identity full;/);
     assert.equal((await sensors.readings()).length, (await sensors.source()).length + 1);
   });
 
@@ -308,17 +294,12 @@ suite("sensors", { concurrency: true }, () => {
     await admin`update sensor_readings set value = -1 where id <= 3`;
     const { code, stderr } = await ending(consumer, 60);
     assert.equal(code, 2, stderr);
-    assert.match(
-      stderr,
-      /column public\.sensor_readings\.recorded_at: expected one for DateTime64.*, found timestamp without time zone/,
-    );
+    assert.match(stderr, /column public\.sensor_readings\.recorded_at: expected one for DateTime64.*, found timestamp without time zone/);
     await admin`alter table sensor_readings alter recorded_at type timestamptz using recorded_at at time zone 'America/New_York'`;
     await sensors.catchUp();
     assertSame(await sensors.readings(), rows);
     const dead = (await sensors.deadLetters()).map(({ key, reason }) => `${JSON.parse(key ?? "").id} ${reason}`).sort();
-    assert.deepEqual(dead, [
-      ...[1, 100, 2, 3].map((id) => `${id} ${id === 100 ? "after" : "before"}.recorded_at is no text`),
-    ]);
+    assert.deepEqual(dead, [...[1, 100, 2, 3].map((id) => `${id} ${id === 100 ? "after" : "before"}.recorded_at is no text`)]);
   });
 
   test("a TRUNCATE becomes a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {

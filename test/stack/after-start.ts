@@ -33,7 +33,6 @@ export const afterStart: AfterStart[] = [
   {
     name: "migrate",
     needs: ["postgres", "bigquery", "s3", "clickhouse"],
-    run: async (env) =>
-      void (await promisify(execFile)(process.execPath, [join(root, "scripts/ops/migrate.ts")], { env })),
+    run: async (env) => void (await promisify(execFile)(process.execPath, [join(root, "scripts/ops/migrate.ts")], { env })),
   },
 ];

@@ -12,12 +12,7 @@ export const bigquery: Part = {
   prepare: async () => void mkdirSync(stackPath("bigquery"), { recursive: true }),
   command: (env) => {
     const { host, port } = endpoint(env.BIGQUERY_ENDPOINT ?? "");
-    const args = [
-      `--host=${host}`,
-      `--port=${port}`,
-      `--project=${env.BIGQUERY_PROJECT}`,
-      `--data-dir=${stackPath("bigquery")}`,
-    ];
+    const args = [`--host=${host}`, `--port=${port}`, `--project=${env.BIGQUERY_PROJECT}`, `--data-dir=${stackPath("bigquery")}`];
     return {
       command: python,
       // The gRPC API is not used here: port 0 is any free one.

@@ -27,18 +27,14 @@ const engine = new Session(dataDir);
 const version = engine.query("SELECT version()", "TSVRaw").trim();
 
 /** An exception as ClickHouse puts it into words; engine errors come as such text already. */
-const exception = (code: number, text: string, type: string): Error =>
-  new Error(`Code: ${code}. DB::Exception: ${text} (${type})`);
+const exception = (code: number, text: string, type: string): Error => new Error(`Code: ${code}. DB::Exception: ${text} (${type})`);
 
 /** The server's exceptionCodeToHTTPStatus, by the names of the codes. */
 const statuses: [RegExp, number][] = [
   [/^(UNKNOWN_USER|WRONG_PASSWORD|AUTHENTICATION_FAILED|ACCESS_DENIED)$/, 403],
   [/^CANNOT_PARSE_|^(BAD_ARGUMENTS|SYNTAX_ERROR|INCORRECT_DATA|TYPE_MISMATCH|DUPLICATE_COLUMN|ILLEGAL_COLUMN)$/, 400],
   [/^(THERE_IS_NO_COLUMN|CANNOT_COMPILE_REGEXP|VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE|TOO_(DEEP|BIG)_AST)$/, 400],
-  [
-    /^UNKNOWN_(TABLE|FUNCTION|IDENTIFIER|TYPE|STORAGE|DATABASE|SETTING|AGGREGATE_FUNCTION|FORMAT|DATABASE_ENGINE)$/,
-    404,
-  ],
+  [/^UNKNOWN_(TABLE|FUNCTION|IDENTIFIER|TYPE|STORAGE|DATABASE|SETTING|AGGREGATE_FUNCTION|FORMAT|DATABASE_ENGINE)$/, 404],
   [/^NOT_IMPLEMENTED$/, 501],
   [/^TIMEOUT_EXCEEDED$/, 408],
 ];
@@ -169,8 +165,7 @@ async function query(request: IncomingMessage, params: URLSearchParams, format: 
 
 async function handle(request: IncomingMessage, response: ServerResponse): Promise<void> {
   const { pathname, searchParams: params } = new URL(request.url ?? "", "http://localhost");
-  if (pathname === "/ping" || (pathname === "/" && request.method === "GET" && !params.has("query")))
-    return void response.end("Ok.\n");
+  if (pathname === "/ping" || (pathname === "/" && request.method === "GET" && !params.has("query"))) return void response.end("Ok.\n");
   response.setHeader("x-clickhouse-query-id", params.get("query_id") || randomUUID());
   response.setHeader("x-clickhouse-server-display-name", "chdb");
   response.setHeader("x-clickhouse-timezone", "UTC");

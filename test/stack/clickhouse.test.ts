@@ -33,8 +33,7 @@ async function rows<T>(query: string, query_params: Record<string, unknown> = {}
   const answer = await client.query({ query, query_params, format: "JSONEachRow" });
   return answer.json<T>();
 }
-const count = async (table: string): Promise<number> =>
-  Number((await rows<{ n: string }>(`SELECT count() AS n FROM ${table}`))[0]?.n);
+const count = async (table: string): Promise<number> => Number((await rows<{ n: string }>(`SELECT count() AS n FROM ${table}`))[0]?.n);
 
 /** Rows of (UInt64, String) as RowBinary. */
 function rowBinary(from: number, to: number): Buffer {
@@ -61,9 +60,7 @@ after(async () => {
 
 test("parameters and settings are the query's own, however many run at once", async () => {
   const tricky = "a'b\\c\n\t{x:String} é";
-  assert.deepEqual(await rows("SELECT {x:String} AS x, {n:Nullable(UInt8)} AS n", { x: tricky, n: null }), [
-    { x: tricky, n: null },
-  ]);
+  assert.deepEqual(await rows("SELECT {x:String} AS x, {n:Nullable(UInt8)} AS n", { x: tricky, n: null }), [{ x: tricky, n: null }]);
   const seen = await Promise.all(
     Array.from({ length: 50 }, async (_, i) => {
       const query = "SELECT {i:UInt32} AS i, getSetting('max_threads') AS t, sleep(0.01) AS s";
@@ -87,32 +84,17 @@ test("errors have ClickHouse's code and type", async () => {
   await assert.rejects(command("SELECT * FROM nowhere"), code("UNKNOWN_TABLE", "60"));
   await assert.rejects(command("SELEC 1"), code("SYNTAX_ERROR", "62"));
   await assert.rejects(command("SELECT 1; SELECT 2"), code("SYNTAX_ERROR", "62"));
-  await assert.rejects(
-    connection({ database: "nowhere" }).command({ query: "SELECT 1" }),
-    code("UNKNOWN_DATABASE", "81"),
-  );
-  await assert.rejects(
-    client.command({ query: "SELECT 1", clickhouse_settings: { nonsense: 1 } }),
-    code("UNKNOWN_SETTING", "115"),
-  );
-  await assert.rejects(
-    connection({ password: "wrong" }).command({ query: "SELECT 1" }),
-    code("AUTHENTICATION_FAILED", "516"),
-  );
-  await assert.rejects(
-    connection({ username: "default", password: "" }).command({ query: "SELECT 1" }),
-    /Authentication failed/,
-  );
+  await assert.rejects(connection({ database: "nowhere" }).command({ query: "SELECT 1" }), code("UNKNOWN_DATABASE", "81"));
+  await assert.rejects(client.command({ query: "SELECT 1", clickhouse_settings: { nonsense: 1 } }), code("UNKNOWN_SETTING", "115"));
+  await assert.rejects(connection({ password: "wrong" }).command({ query: "SELECT 1" }), code("AUTHENTICATION_FAILED", "516"));
+  await assert.rejects(connection({ username: "default", password: "" }).command({ query: "SELECT 1" }), /Authentication failed/);
   await assert.rejects(
     client.command({ query: "SELECT count() FROM numbers(1e12)", clickhouse_settings: { max_execution_time: 1 } }),
     code("TIMEOUT_EXCEEDED", "159"),
   );
   const wrong = await fetch(env.CLICKHOUSE_URL ?? "", { method: "POST", body: "SELECT 1" });
   assert.deepEqual([wrong.status, wrong.headers.get("x-clickhouse-exception-code")], [403, "516"]);
-  assert.match(
-    await wrong.text(),
-    /^Code: 516\. DB::Exception: default: Authentication failed.*\(AUTHENTICATION_FAILED\)/,
-  );
+  assert.match(await wrong.text(), /^Code: 516\. DB::Exception: default: Authentication failed.*\(AUTHENTICATION_FAILED\)/);
 });
 
 test("an insert with a bad row, or cut off in the middle, inserts nothing", async () => {

@@ -87,9 +87,7 @@ test("rows that were there, changes, and a row of 5 MB arrive in order", async (
   await sql`delete from readings where id = 2`;
   await sql`insert into readings values (3, 0, repeat('x', 5000000))`;
   assert.deepEqual(
-    (await messages(6)).map(
-      (message) => message && [message.op, message.after?.id ?? null, message.after?.value ?? null],
-    ),
+    (await messages(6)).map((message) => message && [message.op, message.after?.id ?? null, message.after?.value ?? null]),
     [
       ["r", 1, 1.5],
       ["c", 2, "NaN"],

@@ -16,14 +16,8 @@ export const debianPackage = (name: string, ...libraries: string[]): Install => 
   definition: () => [name, ...libraries].join(" "),
   run: async () => {
     const work = stackPath("debian", `${name}.work`);
-    for (const folder of ["lists/partial", "cache/archives/partial"])
-      mkdirSync(join(work, folder), { recursive: true });
-    const own = [
-      `Dir::State::Lists=${work}/lists`,
-      `Dir::Cache=${work}/cache`,
-      "Debug::NoLocking=1",
-      "APT::Sandbox::User=",
-    ];
+    for (const folder of ["lists/partial", "cache/archives/partial"]) mkdirSync(join(work, folder), { recursive: true });
+    const own = [`Dir::State::Lists=${work}/lists`, `Dir::Cache=${work}/cache`, "Debug::NoLocking=1", "APT::Sandbox::User="];
     const options = { cwd: work, needs: needsApt };
     await run("apt-get", ["download", name, ...libraries], options).catch(async () => {
       const settings = own.flatMap((option) => ["-o", option]);

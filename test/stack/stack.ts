@@ -36,9 +36,7 @@ export async function lockStack(): Promise<() => void> {
   for (let told = false; ; told = true) {
     const server = createServer().unref();
     const held = await new Promise<boolean>((resolve, reject) => {
-      server.once("error", (error: NodeJS.ErrnoException) =>
-        error.code === "EADDRINUSE" ? resolve(false) : reject(error),
-      );
+      server.once("error", (error: NodeJS.ErrnoException) => (error.code === "EADDRINUSE" ? resolve(false) : reject(error)));
       server.listen(`\0etl-stack-${digest(root)}`, () => resolve(true));
     });
     if (held) {

@@ -30,13 +30,7 @@ const rows = [
     const record = running(name);
     const value = variable && env[variable];
     const at = value ? Object.values(endpoint(value)).join(":") : "";
-    return [
-      name,
-      state(name, variable),
-      at,
-      record ? uptime(record.startedAt) : "",
-      existsSync(logPath(name)) ? logPath(name) : "",
-    ];
+    return [name, state(name, variable), at, record ? uptime(record.startedAt) : "", existsSync(logPath(name)) ? logPath(name) : ""];
   }),
 ];
 const widths = rows[0]?.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0))) ?? [];

@@ -36,9 +36,7 @@ async function start(part: Part, env: Env): Promise<void> {
     return await start(part, env); // it was killed before, and took a moment to be gone
   }
   const { host, port } = endpoint(env[part.variable] ?? "");
-  say(
-    `${part.name}: ${fresh ? `started in ${((Date.now() - since) / 1000).toFixed(1)} s` : "runs"} at ${host}:${port}`,
-  );
+  say(`${part.name}: ${fresh ? `started in ${((Date.now() - since) / 1000).toFixed(1)} s` : "runs"} at ${host}:${port}`);
 }
 
 async function up(): Promise<void> {

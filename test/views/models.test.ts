@@ -54,9 +54,7 @@ function table(file: string): Row[] {
   const [columns = [], ...rows] = lines;
   return rows.map((values) => {
     assert.equal(values.length, columns.length, `${file}: ${values.join("  ")}`);
-    return Object.fromEntries(
-      columns.map((column, at) => [column, values[at] === "-" ? null : (values[at] as string)]),
-    );
+    return Object.fromEntries(columns.map((column, at) => [column, values[at] === "-" ? null : (values[at] as string)]));
   });
 }
 
@@ -73,9 +71,7 @@ const canonical = (rows: Iterable<Row>): string[] =>
 
 /** Puts a table of the fixture into the source. */
 async function insert(shop: Shop, into: string): Promise<void> {
-  const rows = table(`${into}.txt`).map((row) =>
-    row.created_at ? { ...row, created_at: `${row.created_at}+00` } : row,
-  );
+  const rows = table(`${into}.txt`).map((row) => (row.created_at ? { ...row, created_at: `${row.created_at}+00` } : row));
   const columns = shop.admin(Object.keys(rows[0] ?? {}));
   await shop.admin`
     insert into ${shop.admin(into)} (${columns})
@@ -86,9 +82,7 @@ async function insert(shop: Shop, into: string): Promise<void> {
 async function build(shop: Shop): Promise<void> {
   for (const step of steps) {
     await Promise.all(
-      step.map(([name, sql]) =>
-        shop.query(sql).catch((error: Error) => assert.fail(`views/${name}.sql: ${error.message}`)),
-      ),
+      step.map(([name, sql]) => shop.query(sql).catch((error: Error) => assert.fail(`views/${name}.sql: ${error.message}`))),
     );
   }
 }
@@ -207,10 +201,7 @@ const faults: Record<string, string[]> = {
     without("TRUE"),
   ],
   weekly_revenue__over: [more(week("2021-02-08"), "week = DATE_TRUNC(CURRENT_DATE(), WEEK(MONDAY))")],
-  weekly_revenue__statuses: [
-    `orders:${set("id = 9", "status = 'cancelled'")}`,
-    `orders:${set("id = 9", "status = NULL")}`,
-  ],
+  weekly_revenue__statuses: [`orders:${set("id = 9", "status = 'cancelled'")}`, `orders:${set("id = 9", "status = NULL")}`],
   weekly_revenue__orders: [
     set(week("2020-12-28"), "revenue = revenue + NUMERIC '0.01'"),
     set(week("2020-12-28"), "order_count = order_count + 1"),
@@ -261,10 +252,7 @@ const faults: Record<string, string[]> = {
     set(week("2020-12-28"), "new_users = 2"),
     set(week("2020-12-28"), "won_back_users = 3"),
   ],
-  weekly_users__new_once: [
-    set(week("2020-12-28"), "new_users = 2", "returning_users = 1"),
-    without(week("2020-12-28")),
-  ],
+  weekly_users__new_once: [set(week("2020-12-28"), "new_users = 2", "returning_users = 1"), without(week("2020-12-28"))],
   repeat_rate__weeks: [without(week("2021-02-01")), more(week("2021-02-01"), "week = DATE '2021-01-18'")],
   repeat_rate__orders: [
     set(week("2021-02-01"), "user_count = 8", "repeat_share = NUMERIC '0.25'"),
@@ -413,16 +401,14 @@ for (const [model, columns] of Object.entries(keys)) {
 suite("the models", { concurrency: true }, () => {
   test("each has a header, at least two checks with one, and no column named like a table", () => {
     assert.equal(names.length, 12);
-    for (const [file, sql] of [...models, ...checks])
-      assert.match(sql, /^-- \S.*\n(--.*\n)*(CREATE|WITH|SELECT)\b/, file);
+    for (const [file, sql] of [...models, ...checks]) assert.match(sql, /^-- \S.*\n(--.*\n)*(CREATE|WITH|SELECT)\b/, file);
     for (const [name, sql] of models) {
       assert.match(sql, new RegExp(`\nCREATE OR REPLACE TABLE ${name} \\(\n`));
       assert.match(sql, /\n-- Grain: /, name);
       const own = [...checks].filter(([check]) => modelOf(check) === name);
       assert.ok(own.length >= 2, `${name} has ${own.length} checks`);
       // What names a table is taken for a table when the order is found.
-      for (const table of [...names, "orders", "users"])
-        assert.doesNotMatch(sql, new RegExp(`(^  |AS )${table}\\b`, "m"));
+      for (const table of [...names, "orders", "users"]) assert.doesNotMatch(sql, new RegExp(`(^  |AS )${table}\\b`, "m"));
     }
     // A check belongs to the last model that it names, which is the one that its file names.
     for (const [check, sql] of checks) {

@@ -40,10 +40,7 @@ function models(files: Record<string, string>): void {
   for (const [name, sql] of Object.entries(files)) {
     const file = join(scratch.folder, "views", `${name}.sql`);
     mkdirSync(dirname(file), { recursive: true });
-    writeFileSync(
-      file,
-      /^(SELECT|WITH)/.test(sql) && !name.includes("/") ? `CREATE OR REPLACE TABLE ${name}\nAS\n${sql};\n` : sql,
-    );
+    writeFileSync(file, /^(SELECT|WITH)/.test(sql) && !name.includes("/") ? `CREATE OR REPLACE TABLE ${name}\nAS\n${sql};\n` : sql);
   }
 }
 
@@ -59,9 +56,7 @@ const published = async (...names: string[]) =>
   await Promise.all(names.map(async (name) => [await get(`/${warehouse}/tables/${name}`), await rowsOf(name)]));
 const builds = async (): Promise<string[]> => {
   const { datasets } = await get("?all=true");
-  const ids: string[] = datasets.map(
-    (one: { datasetReference: { datasetId: string } }) => one.datasetReference.datasetId,
-  );
+  const ids: string[] = datasets.map((one: { datasetReference: { datasetId: string } }) => one.datasetReference.datasetId);
   return ids.filter((id) => id.startsWith(`${warehouse}_build_`));
 };
 const run = (variables?: Env): Promise<Result> => shop.run(script, variables);
@@ -103,25 +98,15 @@ await test("the tables that a model reads are found behind FROM and JOIN, not in
   const reads = (sql: string): string => tablesRead(sql, known).join();
   assert.equal(reads("SELECT x FROM a -- FROM b\n# FROM b\n/* FROM b\nJOIN c */ WHERE y = 'it''s FROM b'"), "a");
   assert.equal(
-    reads(
-      `SELECT "FROM b", '''\n' FROM c''', r"\\" FROM \`a\` join b USING (x) CROSS JOIN\n-- the c\nc AS q, UNNEST(d) AS e`,
-    ),
+    reads(`SELECT "FROM b", '''\n' FROM c''', r"\\" FROM \`a\` join b USING (x) CROSS JOIN\n-- the c\nc AS q, UNNEST(d) AS e`),
     "a,b,c",
   );
+  assert.equal(reads("SELECT count(*) AS orders, d, a.b FROM a WHERE c IN (1, 2) GROUP BY d, c ORDER BY orders, b"), "a");
   assert.equal(
-    reads("SELECT count(*) AS orders, d, a.b FROM a WHERE c IN (1, 2) GROUP BY d, c ORDER BY orders, b"),
-    "a",
-  );
-  assert.equal(
-    reads(
-      "WITH q AS (SELECT * FROM a), z AS (SELECT 1) SELECT (SELECT max(c) FROM c), d FROM (b LEFT JOIN q ON f(x, d)) JOIN orders",
-    ),
+    reads("WITH q AS (SELECT * FROM a), z AS (SELECT 1) SELECT (SELECT max(c) FROM c), d FROM (b LEFT JOIN q ON f(x, d)) JOIN orders"),
     "a,b,c,orders",
   );
-  assert.equal(
-    reads("SELECT EXTRACT(WEEK FROM x), d FROM (SELECT b, c FROM a UNION ALL SELECT b, d FROM orders)"),
-    "a,orders",
-  );
+  assert.equal(reads("SELECT EXTRACT(WEEK FROM x), d FROM (SELECT b, c FROM a UNION ALL SELECT b, d FROM orders)"), "a,orders");
   assert.equal(reads("SELECT * FROM x.a JOIN `x.b` JOIN `x`.c JOIN orders_2 JOIN d"), "d");
 });
 
@@ -163,11 +148,7 @@ SELECT day, store_id, COUNT(*) AS order_count FROM days GROUP BY day, store_id;
     assert.equal(table.description, "Orders; a day and store.");
     const about = table.schema.fields.map(({ description }: { description?: string }) => description);
     assert.deepEqual(about, ["The day; its 'key'.", "The store.", undefined]);
-    assert.deepEqual(
-      await builds(),
-      [`${warehouse}_build_${(await lastRun(shop)).run_id}`],
-      "those of earlier runs are dropped",
-    );
+    assert.deepEqual(await builds(), [`${warehouse}_build_${(await lastRun(shop)).run_id}`], "those of earlier runs are dropped");
     assert.match(
       stdout,
       /^MODEL +ROWS +CHECKS +BYTES_BILLED +SECONDS +PUBLISHED\nzero +10 +1 +[1-9]\S+ +\S+ +yes\nfirst +1 +1 +[1-9]\S+ +\S+ +yes\n$/,
@@ -216,14 +197,10 @@ await test("a check that fails publishes nothing of its model and of what needs 
   const { expirationTime, creationTime } = await get(`/${left}/tables/bad`);
   assert.ok(Number(expirationTime) > Number(creationTime));
   const pushed = await metrics();
-  assert.ok(
-    (pushed[""]?.etl_last_failure_timestamp_seconds ?? 0) > (pushed[""]?.etl_last_success_timestamp_seconds ?? 0),
-  );
+  assert.ok((pushed[""]?.etl_last_failure_timestamp_seconds ?? 0) > (pushed[""]?.etl_last_success_timestamp_seconds ?? 0));
   for (const name of kept) {
-    const {
-      etl_model_last_failure_timestamp_seconds: failed = 0,
-      etl_model_last_success_timestamp_seconds: succeeded = 0,
-    } = pushed[name] ?? {};
+    const { etl_model_last_failure_timestamp_seconds: failed = 0, etl_model_last_success_timestamp_seconds: succeeded = 0 } =
+      pushed[name] ?? {};
     assert.ok(failed > succeeded && succeeded > 0, name);
   }
   assert.equal(pushed.good?.etl_model_last_failure_timestamp_seconds, undefined);
@@ -268,8 +245,7 @@ await test("two statements, another table's name, no CREATE, a check of nothing,
     2,
     [
       ...["two", "named", "dataset", "plain"].map(
-        (name) =>
-          `views/${name}.sql must hold one statement: CREATE OR REPLACE TABLE ${name} … AS SELECT …, without a dataset`,
+        (name) => `views/${name}.sql must hold one statement: CREATE OR REPLACE TABLE ${name} … AS SELECT …, without a dataset`,
       ),
       "views/checks/nothing.sql reads no model",
       "views/checks/deletes.sql must hold one statement: a SELECT",
@@ -316,20 +292,13 @@ await test("a published table keeps what is its own: row access policies, policy
   assert.equal(policies.rowAccessPolicies.length, 1);
 
   models(
-    create(
-      'id INT64 OPTIONS (description = "The id, again."), added INT64 OPTIONS (description = "New."), secret STRING',
-      "2, 3, 'b'",
-    ),
+    create('id INT64 OPTIONS (description = "The id, again."), added INT64 OPTIONS (description = "New."), secret STRING', "2, 3, 'b'"),
   );
   await shop.succeed(script);
   assert.deepEqual(await rowsOf("own"), [{ id: "2", secret: "b", added: "3" }]);
   const now = await get(table);
   assert.deepEqual(
-    now.schema.fields.map(({ name, description, policyTags }: Record<string, unknown>) => [
-      name,
-      description,
-      policyTags,
-    ]),
+    now.schema.fields.map(({ name, description, policyTags }: Record<string, unknown>) => [name, description, policyTags]),
     [
       ["id", "The id, again.", undefined],
       ["secret", "By hand.", policyTags],
@@ -391,10 +360,7 @@ await test("ONLY builds that model and what it and its checks need; the pipeline
   assert.deepEqual(await published("other"), other);
   const after = await metrics();
   assert.deepEqual(after[""], before);
-  assert.ok(
-    (after.top?.etl_model_last_success_timestamp_seconds ?? 0) >
-      (after.other?.etl_model_last_success_timestamp_seconds ?? 0),
-  );
+  assert.ok((after.top?.etl_model_last_success_timestamp_seconds ?? 0) > (after.other?.etl_model_last_success_timestamp_seconds ?? 0));
 });
 
 await test("what a run is billed is logged and pushed, for each model and in all; no statement may be billed more than MAX_BYTES_BILLED", async () => {
@@ -421,9 +387,7 @@ await test("what a run is billed is logged and pushed, for each model and in all
   const before = await published("billed");
   const { stderr } = await fails(
     1,
-    [
-      /billed: views\/billed\.sql: .*bytes billed.* Let it read less, or run: make views ONLY=billed MAX_BYTES_BILLED=20971520$/m,
-    ],
+    [/billed: views\/billed\.sql: .*bytes billed.* Let it read less, or run: make views ONLY=billed MAX_BYTES_BILLED=20971520$/m],
     { MAX_BYTES_BILLED: String(least) },
   );
   assert.match(stderr, /step=model model=billed .*bytes_billed=0 /);
@@ -457,9 +421,7 @@ await test("an interval of ops/alerts.yml that cannot be read, or is not there, 
   const rules = (change: (text: string) => string): Disposable => scratch.edit("ops/alerts.yml", change);
   {
     using _ = rules((text) => text.replace("expr: vector(3600)", "expr: 60 * vector(60)"));
-    await fails(1, [
-      "error: ops/alerts.yml has 4 etl_expected_interval_seconds, of which 3 can be read. Write each as",
-    ]);
+    await fails(1, ["error: ops/alerts.yml has 4 etl_expected_interval_seconds, of which 3 can be read. Write each as"]);
   }
   using _ = rules((text) => text.replace("{ pipeline: orders }", "{ pipeline: other }"));
   await fails(1, [/error: orders is stale: its watermark is \S+ old, its interval in ops\/alerts\.yml 0s\. /]);
@@ -506,9 +468,7 @@ await test("two runs at once: the second says who holds the lock, exits 0; ONLY 
   const second = await shop.succeed(script);
   assert.match(
     second.stderr,
-    new RegExp(
-      `step=skipped because="another run holds the lock" holder=${run_id} host=\\S+ pid=${going.child.pid} .*since=\\S+$`,
-    ),
+    new RegExp(`step=skipped because="another run holds the lock" holder=${run_id} host=\\S+ pid=${going.child.pid} .*since=\\S+$`),
   );
   const waits = shop.start(script, { ONLY: "locked" });
   await waits.line(new RegExp(`step=waiting because="another run holds the lock" holder=${run_id} `));
@@ -516,10 +476,7 @@ await test("two runs at once: the second says who holds the lock, exits 0; ONLY 
   going.child.kill("SIGTERM");
   const stopped = await ending(going);
   assert.equal(stopped.code, 1);
-  assert.match(
-    stopped.stderr,
-    /error: stopped by SIGTERM\. No chunk is half applied; each published table is whole, .*Next: make views$/,
-  );
+  assert.match(stopped.stderr, /error: stopped by SIGTERM\. No chunk is half applied; each published table is whole, .*Next: make views$/);
   assert.ok(proxy.requests.some((line) => /_locked_build_1\/cancel$/.test(line)));
   assert.equal((await ending(waits)).code, 0);
   assert.deepEqual(await rowsOf("locked"), [{ v: "2" }]);
@@ -556,11 +513,7 @@ await test("killed with SIGKILL at random points, every published table is whole
       const [row] = await shop.query(
         `SELECT COUNT(*) AS n, COUNT(DISTINCT n) AS d, MIN(version) AS v, MAX(version) AS w FROM ${warehouse}.${name}`,
       );
-      assert.deepEqual(
-        [row?.n, row?.d, row?.v],
-        ["500", "500", row?.w],
-        `${name} is not whole: ${JSON.stringify(row)}`,
-      );
+      assert.deepEqual([row?.n, row?.d, row?.v], ["500", "500", row?.w], `${name} is not whole: ${JSON.stringify(row)}`);
       assert.ok(Number(row?.v) >= (versions[name] ?? 0) && Number(row?.v) <= version, `${name} went back to ${row?.v}`);
       versions[name] = Number(row?.v);
     }

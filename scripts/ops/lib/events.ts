@@ -2,15 +2,7 @@
 import { createHash } from "node:crypto";
 import { createGunzip } from "node:zlib";
 import { type Env, UsageError } from "../../../shared/env.ts";
-import {
-  addDays,
-  addTotals,
-  daysBetween,
-  eachDay,
-  type Manifest,
-  type Part,
-  readManifest,
-} from "../../../shared/events/archive.ts";
+import { addDays, addTotals, daysBetween, eachDay, type Manifest, type Part, readManifest } from "../../../shared/events/archive.ts";
 import { type Bucket, bucketVariables, get } from "../../../shared/events/s3.ts";
 import { progress, thousands } from "../../../shared/log.ts";
 import { pipelineVariables, type Run } from "../../../shared/run.ts";
@@ -50,11 +42,7 @@ export async function readBack(
 }
 
 /** Reads a day by its manifest. Where that is replaced meanwhile, and its parts deleted, reads the new one. */
-export async function readDay(
-  bucket: Bucket,
-  day: string,
-  read: (manifest: Manifest) => Promise<void>,
-): Promise<Manifest | undefined> {
+export async function readDay(bucket: Bucket, day: string, read: (manifest: Manifest) => Promise<void>): Promise<Manifest | undefined> {
   for (let etag = ""; ; ) {
     const found = await readManifest(bucket, day);
     if (!found) return undefined;
@@ -80,8 +68,7 @@ export async function* readPart(bucket: Bucket, part: Part): AsyncGenerator<Buff
   const object = await get(bucket, part.key, part.bytes);
   if (!object) throw damaged(bucket, part.key, "it does not exist");
   const check = <F extends keyof Part>(field: F, found: Part[F]): void => {
-    if (found !== part[field])
-      throw damaged(bucket, part.key, `expected ${field} ${part[field]} (its manifest), found ${found}`);
+    if (found !== part[field]) throw damaged(bucket, part.key, `expected ${field} ${part[field]} (its manifest), found ${found}`);
   };
   check("bytes", object.body.length);
   check("sha256", createHash("sha256").update(object.body).digest("hex"));

@@ -18,15 +18,8 @@ import {
   namesOf,
   sourceTable,
 } from "../../../shared/sensors/connector.ts";
-import {
-  type Admin,
-  ConfigResourceTypes,
-  ConfigSource,
-  connectKafka,
-  createTopic,
-  withAdmin,
-} from "../../../shared/sensors/kafka.ts";
-import { checkSession, connect } from "../../../shared/session.ts";
+import { type Admin, ConfigResourceTypes, ConfigSource, connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
+import { checkSession, openSession } from "../../../shared/session.ts";
 
 export const connectorVariables = {
   ...connectVariables,
@@ -60,7 +53,7 @@ export function connectorConfig(env: ConnectorEnv): Record<string, string> {
  * @throws UsageError that lists it.
  */
 export async function checkReplication(env: ConnectorEnv): Promise<void> {
-  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
+  await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
   const faults = await source.unsafe(readFileSync(join(root, "sql/replication_checks.sql"), "utf8"));
   if (faults.length)
@@ -77,11 +70,9 @@ export async function checkReplication(env: ConnectorEnv): Promise<void> {
 export async function checkSlot(env: ConnectorEnv): Promise<void> {
   const stored = await askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets");
   if (!stored?.offsets.length) return; // it begins with a snapshot
-  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
+  await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   const { slot } = namesOf(env);
-  const [found] = await source<
-    { wal: string }[]
-  >`select wal_status as wal from pg_replication_slots where slot_name = ${slot}`;
+  const [found] = await source<{ wal: string }[]>`select wal_status as wal from pg_replication_slots where slot_name = ${slot}`;
   if (found && found.wal !== "lost") return;
   throw new UsageError(
     `slot ${slot} ${found ? "has lost WAL that the connector has not read" : "is gone from the source"}, and with it the changes ` +
@@ -156,8 +147,7 @@ export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
   return !/^\$\{/.test(config?.["database.password"] ?? "${");
 }
 
-const failureOf = ({ connector, tasks }: ConnectorStatus) =>
-  [connector, ...tasks].find(({ state }) => state === "FAILED");
+const failureOf = ({ connector, tasks }: ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
 
 /** Whether the connector and its task run. @param patient a failure is not the last word yet. @throws Error with a failure's trace. */
 async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
@@ -173,7 +163,7 @@ async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
 
 /** A change carries the old row and the new: which rows are the largest at the source, and what lets them pass. */
 async function nextOfLargeRow(env: ConnectorEnv): Promise<string> {
-  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 300 });
+  await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 300 });
   const rows = await source<{ id: string; bytes: number }[]>`
     select id::text, octet_length(r::text) as bytes from public.sensor_readings r order by bytes desc limit 3`;
   const largest = rows.map(({ id, bytes }) => `id=${id} of ${thousands(bytes)} bytes`).join(", ");
@@ -241,7 +231,7 @@ export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Pr
 export async function forgetProgress(env: ConnectorEnv): Promise<void> {
   await askConnect(env, "DELETE", "/offsets");
   const { slot } = namesOf(env);
-  await using source = connect(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
+  await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
   const drop = async (): Promise<boolean> => {
     await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;

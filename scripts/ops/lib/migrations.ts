@@ -30,8 +30,7 @@ export async function migratePostgres(etl: Sql, step: Step = silently): Promise<
 }
 
 /** A statement ends with a semicolon at the end of a line. */
-export const statementsOf = (sql: string): string[] =>
-  sql.split(/;[ \t]*$/m).filter((statement) => /^\w/m.test(statement));
+export const statementsOf = (sql: string): string[] => sql.split(/;[ \t]*$/m).filter((statement) => /^\w/m.test(statement));
 
 /**
  * Applies schemas/clickhouse. ClickHouse has no transactions for this: a file that was killed halfway is applied again, so each of its

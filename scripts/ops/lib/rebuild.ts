@@ -4,7 +4,7 @@ import { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../../shared/sensors/clickhouse.ts";
 import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
 import { type Admin, connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
-import { checkSession, connect } from "../../../shared/session.ts";
+import { checkSession, openSession } from "../../../shared/session.ts";
 import { connectorVariables, waitUntil } from "./kafka-connect.ts";
 
 /** What a rebuild fills, and a swap exchanges. */
@@ -15,7 +15,7 @@ export async function openRebuild(application: string) {
   const variables = { ETL_DATABASE_URL: required(postgresUrl), ...clickhouseVariables, ...kafkaVariables };
   const env = readEnv({ ...variables, ...connectorVariables });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
-  const etl = connect(env.ETL_DATABASE_URL, { application: `etl:${application}`, timeoutSeconds: 30 });
+  const etl = openSession(env.ETL_DATABASE_URL, { application: `etl:${application}`, timeoutSeconds: 30 });
   await checkSession("ETL_DATABASE_URL", etl);
   const broker = connectKafka(env, "etl-resnapshot");
   const ask = <T>(question: (admin: Admin) => Promise<T>): Promise<T> => withAdmin(broker, env, question);
@@ -43,15 +43,9 @@ async function checkGroupIsEmpty(admin: Admin, groupId: string): Promise<void> {
     const members = groups[0]?.members ?? [];
     const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
     if (members.some(({ clientId }) => clientId !== "etl-resnapshot"))
-      throw new UsageError(
-        `the group ${groupId} has ${members.length} consumers (${who}). Stop them first: systemctl stop etl-sensors`,
-      );
+      throw new UsageError(`the group ${groupId} has ${members.length} consumers (${who}). Stop them first: systemctl stop etl-sensors`);
     return !members.length;
   };
   // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
-  await waitUntil(
-    empty,
-    40,
-    () => `another make resnapshot is at work on the group ${groupId}. Run this again when it has ended`,
-  );
+  await waitUntil(empty, 40, () => `another make resnapshot is at work on the group ${groupId}. Run this again when it has ended`);
 }

@@ -3,7 +3,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { type Field, unmappable } from "../../../shared/bigquery/types.ts";
 import { root, UsageError } from "../../../shared/env.ts";
-import { connect } from "../../../shared/session.ts";
+import { openSession } from "../../../shared/session.ts";
 import type { Column } from "../../../shared/source.ts";
 
 export interface SourceColumn extends Column {
@@ -28,12 +28,10 @@ export interface SourceTable {
 /** @throws UsageError where there is no such table. */
 export async function readTable(url: string, table: string, cursor = "", key = ""): Promise<SourceTable> {
   const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
-  await using source = connect(url, { application: "etl:new", timeoutSeconds: 30, settings });
+  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
   const [found] = await source.unsafe<SourceTable[]>(readFileSync(join(root, "sql/table.sql"), "utf8"));
   if (found) return found;
-  throw new UsageError(
-    `the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`,
-  );
+  throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
 }
 
 /** In the order in which they are tried: the first that holds every value of the column. */
@@ -56,13 +54,7 @@ const inLine = (value: unknown): string =>
     .replaceAll(/\n\s*/g, " ");
 
 /** A contract's file: a line for each of its parts, and for each field. */
-export function formatContract({
-  schema,
-  ...parts
-}: {
-  schema: { fields: object[] };
-  [part: string]: unknown;
-}): string {
+export function formatContract({ schema, ...parts }: { schema: { fields: object[] }; [part: string]: unknown }): string {
   const fields = schema.fields.map((field) => `      ${inLine(field)}`).join(",\n");
   const { source, description, ...others } = parts;
   const line = ([name, value]: [string, unknown]): string => `  "${name}": ${inLine(value)}`;

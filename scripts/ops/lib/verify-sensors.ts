@@ -44,8 +44,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
   const settings = "SETTINGS join_use_nulls = 1";
   const create = (name: string, query: string) =>
     client.command({ query: `CREATE TABLE ${at(name)} ENGINE = MergeTree ORDER BY id AS ${query} ${settings}` });
-  const versions = (some = "1"): string =>
-    `SELECT id, max(_version) AS version FROM sensor_readings WHERE ${some} GROUP BY id`;
+  const versions = (some = "1"): string => `SELECT id, max(_version) AS version FROM sensor_readings WHERE ${some} GROUP BY id`;
   const differing = `
     SELECT id, multiIf(count() > 1, 'twice', NOT max(in_table), 'missing', NOT max(in_source), 'extra', 'different') AS kind,
       arrayStringConcat(any(columns), ', ') AS columns FROM (${joined(columns, at("source"))}) GROUP BY id HAVING max(differs)`;
@@ -93,8 +92,7 @@ const deadIds = "SELECT JSONExtractInt(ifNull(key, ''), 'id') FROM sensor_dead_l
 
 async function dropTables(client: ClickHouseClient, which: string): Promise<void> {
   const query = `SELECT name FROM system.tables WHERE database = currentDatabase() AND ${which}`;
-  for (const { name } of await select<{ name: string }>(client, query))
-    await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
+  for (const { name } of await select<{ name: string }>(client, query)) await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
 }
 
 /** Loads all readings of the source, from one snapshot. A time that DateTime64 cannot hold comes as NULL. @returns how many. */
@@ -105,9 +103,7 @@ async function loadSource(
   table: string,
   columns: clickhouse.Column[],
 ): Promise<number> {
-  const defined = columns.map(
-    ({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${clickhouse.plainType(type)})`}`,
-  );
+  const defined = columns.map(({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${clickhouse.plainType(type)})`}`);
   await client.command({ query: `CREATE TABLE ${table} (${defined.join(", ")}) ENGINE = MergeTree ORDER BY id` });
   const time = (name: string): string =>
     `case when "${name}" >= '1900-01-01Z' and "${name}" < '2300-01-01Z'
@@ -147,12 +143,7 @@ function joined(columns: clickhouse.Column[], source: string): string {
 }
 
 /** Waits until what the source has committed by now is in the topic, and all of that is inserted. */
-async function awaitArrival(
-  { source, signal }: Run,
-  env: SensorsEnv,
-  differences: number,
-  fill?: () => Promise<void>,
-): Promise<void> {
+async function awaitArrival({ source, signal }: Run, env: SensorsEnv, differences: number, fill?: () => Promise<void>): Promise<void> {
   const broker = connectKafka(env, "etl-verify");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP));
   const { slot } = namesOf(env);
@@ -160,9 +151,7 @@ async function awaitArrival(
   const wait = async (done: () => Promise<boolean>, otherwise: string): Promise<void> => {
     for (; !(await done()); await delay(1000, undefined, { signal }))
       if (performance.now() > deadline)
-        throw new Error(
-          `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s ${otherwise}`,
-        );
+        throw new Error(`${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s ${otherwise}`);
   };
   const [now] = await source<{ lsn: string }[]>`select pg_current_wal_lsn()::text as lsn`;
   const decoded = async (): Promise<boolean> => {
@@ -173,7 +162,6 @@ async function awaitArrival(
   await wait(decoded, `Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`);
   await fill?.();
   const ends = await where();
-  const inserted = async (): Promise<boolean> =>
-    (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));
+  const inserted = async (): Promise<boolean> => (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));
   await wait(inserted, "its messages are not in ClickHouse. Next: is a consumer running? systemctl status etl-sensors");
 }

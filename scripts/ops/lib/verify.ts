@@ -74,9 +74,7 @@ export async function eachPipeline(
   });
   const failures: string[] = [];
   for (const pipeline of wanted) {
-    const working = stopped
-      ? Promise.reject(new Error(`it was not begun: ${stopped}. Next: make ${command}`))
-      : work(pipeline);
+    const working = stopped ? Promise.reject(new Error(`it was not begun: ${stopped}. Next: make ${command}`)) : work(pipeline);
     const failure = await working.catch((error: Error) => {
       if (wanted.length === 1) throw error;
       return `${pipeline}: ${error.message}`;
@@ -102,9 +100,7 @@ export interface Both {
 export async function distrusted({ pipeline, etl, source }: Run): Promise<string | undefined> {
   const stored = await readWatermark(etl, pipeline);
   if (stored) return await distrust(source, pipeline, stored, await readBound(source));
-  throw new UsageError(
-    `${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`,
-  );
+  throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
 }
 
 /**
@@ -113,12 +109,7 @@ export async function distrusted({ pipeline, etl, source }: Run): Promise<string
  * @param columns which are loaded and compared; the key and the cursor are enough to find rows that the source no longer has.
  * @throws UsageError as a run does, and where a key comes twice.
  */
-export async function beside<T>(
-  run: Run,
-  env: VerifyEnv,
-  columns: "all" | "key",
-  work: (both: Both) => Promise<T>,
-): Promise<T> {
+export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key", work: (both: Both) => Promise<T>): Promise<T> {
   const contract = readContract(run.pipeline);
   const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
   const needed = [...contract.key, contract.source.cursor];
