@@ -15,14 +15,12 @@
  *   make doctor                    every pipeline that has its variables
  *   make doctor PIPELINE=orders    what this one needs
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { type ApiError, type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
-import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact, root, UsageError } from "../../shared/env.ts";
+import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact, UsageError } from "../../shared/env.ts";
 import { checkArchivable, eventsSource } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import type { Fields } from "../../shared/log.ts";
@@ -38,6 +36,7 @@ import { checkReadings } from "../../shared/sensors/consumer.ts";
 import { topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
+import { readSelect } from "../../shared/source.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark, type Target } from "../../shared/watermark.ts";
 import { checkMessageBytes, checkReplication, connectorVariables, showsPassword } from "./lib/kafka-connect.ts";
@@ -127,8 +126,7 @@ async function openChecked(check: Check, variable: string, url: string, settings
 /** The checks of sql/doctor.sql. */
 async function checkCatalogue(check: Check, sql: Sql, part: "source" | "metadata" | "replication"): Promise<void> {
   await sql`select set_config('etl.part', ${part}, false)`;
-  const questions = readFileSync(join(root, "sql/doctor.sql"), "utf8");
-  const answers = await sql.unsafe<{ check: string; ok: boolean; remedy: string }[]>(questions);
+  const answers = await sql.unsafe<{ check: string; ok: boolean; remedy: string }[]>(readSelect("doctor"));
   for (const { check: name, ok, remedy } of answers) await check(name, () => (ok ? remedy : Promise.reject(new Error(remedy))));
 }
 

@@ -16,7 +16,7 @@ import { flag, oneOf, optional, readEnv, required, text, UsageError } from "../.
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { pipelineVariables } from "../../shared/run.ts";
-import { applyEdits } from "./lib/edits.ts";
+import { after, applyEdits } from "./lib/edits.ts";
 import { fieldOf, formatContract, readTable } from "./lib/source-table.ts";
 
 await main(import.meta, async () => {
@@ -39,37 +39,18 @@ await main(import.meta, async () => {
     );
   const { ident, type, declared } = column;
   const added = `alter table ${path} add column if not exists ${ident} ${type === "enum" ? "text" : declared};`;
-  applyEdits(
-    [
-      {
-        file,
-        has: `"name": "${name}"`,
-        change: (json) => {
-          const contract = JSON.parse(json);
-          contract.schema.fields.push(field);
-          return formatContract(contract);
-        },
-      },
-      { file: `sql/${pipeline}.sql`, has: `  ${ident},\n`, change: (sql) => addToSelect(sql, ident) },
-      { file: "test/data/schema.sql", has: added, change: (sql) => `${sql}\n${added}\n` },
-    ],
-    env.DRY_RUN,
-  );
+  const addField = (json: string): string => {
+    const contract = JSON.parse(json);
+    contract.schema.fields.push(field);
+    return formatContract(contract);
+  };
+  const edits = [
+    { file, has: `"name": "${name}"`, change: addField },
+    after(`sql/${pipeline}.sql`, ` ${ident},\n`, /^select\s+/im, () => `${ident},\n  `),
+    after("test/data/schema.sql", added, /$/, () => `\n${added}\n`),
+  ];
+  applyEdits(edits, env.DRY_RUN);
   process.stdout.write(
     `Then: make migrate ${pipeline}\nRows that do not change keep NULL until: make ${pipeline} FROM=2000-01-01 TO=2100-01-01\n`,
   );
 });
-
-/** Puts the column before the last one of the outer SELECT. @throws UsageError where its FROM does not begin a line. */
-function addToSelect(sql: string, ident: string): string {
-  const lines = sql.split("\n");
-  const from = lines.findIndex((line) => /^from\b/i.test(line));
-  if (from < 1) throw new UsageError(`no line of the SELECT begins with from: add the column by hand:  ${ident},`);
-  const last = lines[from - 1] ?? "";
-  if (/^select\b/i.test(last))
-    return sql.replace(
-      last,
-      last.replace(/^select\b/i, (word) => `${word} ${ident},`),
-    );
-  return lines.toSpliced(from - 1, 0, `  ${ident},`).join("\n");
-}

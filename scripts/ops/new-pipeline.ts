@@ -23,6 +23,7 @@ import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError 
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
+import { readSelect } from "../../shared/source.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 import { fieldOf, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
 
@@ -123,10 +124,11 @@ function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
     .replace(/^( \* {3}key +).*$/m, `$1${key.join(", ")}`)
     .replace(/^( \* {3}watermark +).*$/m, `$1${cursor}, set by the database`)
     .replace(/^( \* {3}schedule +).*$/m, `$1${schedule.words}, cron`);
+  const written = (file: string, text: string): Edit => ({ file, has: "", change: () => text });
   return [
-    { file: `schemas/bigquery/${name}.json`, text: contract },
-    { file: `sql/${name}.sql`, text: `${select.join("\n")}\n` },
-    { file: `scripts/${name}.ts`, text: script },
+    written(`schemas/bigquery/${name}.json`, contract),
+    written(`sql/${name}.sql`, `${select.join("\n")}\n`),
+    written(`scripts/${name}.ts`, script),
   ];
 }
 
@@ -143,41 +145,35 @@ function edits({ name, table, cursor, key, schedule }: Plan): Edit[] {
     `create table if not exists ${path} (\n${declared.join("\n")}\n  primary key (${key.join(", ")})\n);`,
     `create index if not exists ${name}_${cursor} on ${path} (${cursor});`,
   ];
-  const edit = (file: string, has: string, found: RegExp, text: (found: string) => string): Edit => ({
-    ...{ file, has },
-    change: after(file, found, text),
-  });
   // A pipeline that never ran is an alert: where users succeed in the tests of the alerts, this one does at every minute.
   const succeeds = (series: string): string =>
     /verify/.test(series) ? renamed(series) : renamed(series).replace(/values: "[^"]*"/, 'values: "0+60x1000"');
   const succeeded = /^ +- (\{ )?series: '\w+\{.*pipeline="users".*\n( +values: .*\n)?/gm;
   const seconds = (rule: string): string => renamed(rule).replace(/\d+(?=\)$)/m, String(schedule.seconds));
   return [
-    edit("Makefile", `\n${name}: setup`, /^\.PHONY: users\n(.+\n)+\n/m, renamed),
-    edit("ops/alerts.yml", `{ pipeline: ${name} }`, /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m, seconds),
-    { file: "ops/crontab", has: ` make ${name} `, change: (crontab) => scheduleRun(crontab, name, schedule) },
-    edit("test/ops/alerts.test.yml", `pipeline="${name}"`, succeeded, succeeds),
-    edit("test/ops/alerts.weekly.test.yml", `pipeline="${name}"`, succeeded, succeeds),
-    edit("sql/roles.sql", `'${path}'`, /in array array\[[^\]]*/, () => `, '${path}'`),
-    edit("test/data/schema.sql", `table if not exists ${path} (`, /$/, () => `\n${created.join("\n")}\n`),
+    after("Makefile", `\n${name}: setup`, /^\.PHONY: users\n(.+\n)+\n/m, renamed),
+    after("ops/alerts.yml", `{ pipeline: ${name} }`, /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m, seconds),
+    after("ops/crontab", ` make ${name} `, /^.* make users .*\n/m, (line) => renamed(scheduled(line, schedule))),
+    after("test/ops/alerts.test.yml", `pipeline="${name}"`, succeeded, succeeds),
+    after("test/ops/alerts.weekly.test.yml", `pipeline="${name}"`, succeeded, succeeds),
+    after("sql/roles.sql", `'${path}'`, /in array array\[[^\]]*/, () => `, '${path}'`),
+    after("test/data/schema.sql", `table if not exists ${path} (`, /$/, () => `\n${created.join("\n")}\n`),
   ];
 }
 
-/** The line of users, at the minute that is farthest from all others. */
-function scheduleRun(crontab: string, name: string, { cron, limit }: Plan["schedule"]): string {
+/** A line of the crontab by this schedule, at the first minute that no other has. */
+function scheduled(line: string, { cron, limit }: Plan["schedule"]): string {
+  const crontab = readFileSync(join(root, "ops/crontab"), "utf8");
   const taken = Array.from(crontab.matchAll(/^(\d+) /gm), ([, minute]) => Number(minute));
-  const distance = (minute: number): number => Math.min(...taken.map((at) => Math.min((minute - at + 60) % 60, (at - minute + 60) % 60)));
-  const minute = Array.from({ length: 60 }, (_, at) => at).sort((a, b) => distance(b) - distance(a))[0];
-  const scheduled = (line: string): string =>
-    line.replace(/^(\S+ +){4}\S+/, cron.replace("M", String(minute))).replace(/-k 60 \w+/, `-k 60 ${limit}`);
-  return after("ops/crontab", /^.* make users .*\n/m, (line) => scheduled(line).replaceAll(/\busers\b/g, name))(crontab);
+  const free = Array.from({ length: 60 }, (_, minute) => minute).find((minute) => !taken.includes(minute));
+  return line.replace(/^(\S+ +){4}\S+/, cron.replace("M", String(free ?? 0))).replace(/-k 60 \w+/, `-k 60 ${limit}`);
 }
 
 /** The SQL of make doctor for what the table lacks besides grants: an index, a trigger. */
 async function readRemedies(url: string, { name, table, cursor }: Plan): Promise<string[]> {
   const settings = { "etl.part": "source", "etl.tables": [name, table.path, cursor].join(":") };
   await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
-  const checks = await source.unsafe<{ check: string; ok: boolean; remedy: string }[]>(readFileSync(join(root, "sql/doctor.sql"), "utf8"));
+  const checks = await source.unsafe<{ check: string; ok: boolean; remedy: string }[]>(readSelect("doctor"));
   const failed = checks.filter(({ check, ok }) => check.startsWith(`${name}: `) && !ok);
   return failed.map(({ remedy }) => remedy.replace(/^.*? Run[^:]*: /, ""));
 }

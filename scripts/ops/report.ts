@@ -19,6 +19,7 @@ import { optional, postgresUrl, readEnv, required, root, text } from "../../shar
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
+import { readSelect } from "../../shared/source.ts";
 import { type Cell, chart, html, Markup, table } from "./lib/html.ts";
 
 type Row = (string | number | number[] | null)[];
@@ -48,7 +49,7 @@ await main(import.meta, async () => {
   };
   await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
   await checkSession("ETL_DATABASE_URL", etl);
-  const [row] = await etl.unsafe<{ report: Report }[]>(readFileSync(join(root, "sql/report.sql"), "utf8"));
+  const [row] = await etl.unsafe<{ report: Report }[]>(readSelect("report"));
 
   // 3. The page.
   const page = render(row?.report as Report, readFileSync(join(root, "ops/report.css"), "utf8"));

@@ -19,13 +19,11 @@
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { styleText } from "node:util";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
-import { type Env, flag, isSet, optional, readEnv, root } from "../../shared/env.ts";
+import { type Env, flag, isSet, optional, readEnv } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines, watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, pipelineVariables } from "../../shared/run.ts";
@@ -36,7 +34,7 @@ import { connectVariables, isRunning, namesOf } from "../../shared/sensors/conne
 import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
-import { findUnreachable } from "../../shared/source.ts";
+import { findUnreachable, readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
@@ -93,7 +91,7 @@ await main(import.meta, async () => {
     wal: readThreshold("etl_sensors_slot_retained_bytes"),
   };
   await etl`select set_config('etl.facts', ${JSON.stringify(facts)}, false), set_config('etl.limits', ${JSON.stringify(limits)}, false)`;
-  const rows = await etl.unsafe<(Status & Shown)[]>(readFileSync(join(root, "sql/status.sql"), "utf8"));
+  const rows = await etl.unsafe<(Status & Shown)[]>(readSelect("status"));
 
   // 3. Print.
   const statuses = rows.map(({ line, said, ...status }): Status => status);

@@ -55,22 +55,21 @@ await main(import.meta, async () => {
       const archived = await verifyParts(bucket, day);
 
       // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
+      const hash = createHash("sha256");
+      await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rowsOf(day));
       const source = await readSource(run.source, day);
-      return await compareDay(run, day, archived, source, async () => {
-        const hash = createHash("sha256");
-        await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rowsOf(day));
-        for await (const piece of stream.lines) {
-          hash.update(piece);
-          progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);
-        }
-        return hash.digest("hex");
-      });
+      for await (const piece of stream.lines) {
+        hash.update(piece);
+        progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);
+      }
+      const manifest = compareDay(day, archived, { ...source, sha256: hash.digest("hex") });
+      const note = `the source has none of its ${manifest.rows} rows any more: the archive is the copy`;
+      if (!source.rows && manifest.rows) run.log("note", { day, note });
+      return manifest;
     });
-    const differences = failed.size;
-    const found = `${differences} of the days ${days[0]} to ${days.at(-1)}`;
-    const proof = { pipeline: "events", rows: run.totals.rows, differences, found, bytes_billed: 0 };
-    if (!wanted) await recordVerified(env.PUSHGATEWAY_URL, run.etl, proof);
-    if (differences) throw daysFailed(failed, days.length);
+    const found = `${failed.size} of the days ${days[0]} to ${days.at(-1)}`;
+    if (!wanted) await recordVerified(run, env.PUSHGATEWAY_URL, run.totals.rows, failed.size, found);
+    if (failed.size) throw daysFailed(failed, days.length);
   });
 });
 
@@ -127,36 +126,34 @@ async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
 }
 
 /** @throws Error that says what is wrong with the day, with the next command. */
-async function compareDay(
-  { log }: Run,
+function compareDay(
   day: string,
   { manifest, sha256, damage }: Archived,
-  source: Pick<Manifest, "rows" | "min_id" | "max_id">,
-  hashSource: () => Promise<string>,
-): Promise<Manifest> {
-  const again = `make backfill-events FROM=${day} TO=${addDays(day)}`;
+  source: Pick<Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
+): Manifest {
+  const window = `FROM=${day} TO=${addDays(day)}`;
+  const again = `make backfill-events ${window}`;
   if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
-  const both = `${source.rows} rows at the source, ${manifest.rows} in the archive`;
-  const ids = ({ min_id, max_id }: typeof source): string => `ids ${min_id} to ${max_id}`;
-  const fault = async (): Promise<string | undefined> => {
-    if (damage && source.rows < manifest.rows)
-      return (
-        `${damage}. The source has only ${source.rows} of its ${manifest.rows} rows: restore the object from the ` +
-        `bucket's versions or a copy, then: make verify-events FROM=${day} TO=${addDays(day)}`
-      );
-    if (damage) return `${damage}. Next: ${again} FORCE=1`;
-    if (source.rows > manifest.rows) return `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
-    if (!source.rows && manifest.rows)
-      log("note", { day, note: `the source has none of its ${manifest.rows} rows any more: the archive is the copy` });
-    else if (source.rows < manifest.rows)
-      return `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
-    else if ((await hashSource()) !== sha256)
-      return `its ${source.rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
-    else if (ids(source) !== ids(manifest))
-      return `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`;
-    return undefined;
-  };
-  const found = await fault();
+  const { rows } = source;
+  const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
+  const ids = ({ min_id, max_id }: Omit<typeof source, "rows" | "sha256">): string => `ids ${min_id} to ${max_id}`;
+  const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
+  // A source that has none of the day's rows any more has let the archive be the copy.
+  const rules: [fault: unknown, words: string][] = [
+    [damage && rows < manifest.rows, `${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`],
+    [damage, `${damage}. Next: ${again} FORCE=1`],
+    [rows > manifest.rows, `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`],
+    [
+      rows && rows < manifest.rows,
+      `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`,
+    ],
+    [
+      rows && source.sha256 !== sha256,
+      `its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`,
+    ],
+    [rows && ids(source) !== ids(manifest), `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`],
+  ];
+  const [, found] = rules.find(([fault]) => fault) ?? [];
   if (found) throw new Error(found);
   return manifest;
 }

@@ -46,7 +46,7 @@ await main(import.meta, async () => {
       "REPAIR=1 is not available for sensors: a change still in Kafka could overwrite the repair. Next: make resnapshot",
     );
   const sensors = (only ?? "sensors") === "sensors" && readEnv({ ...clickhouseVariables, ...kafkaVariables });
-  const results: Record<string, string | number>[] = [];
+  const results: Record<string, string>[] = [];
   const verifying = eachPipeline("verify", only ? [only] : verified, async (pipeline) => {
     let wrong: string | undefined;
     // By hand: it says nothing of the pipeline's schedule, and waits for its lock.
@@ -55,21 +55,18 @@ await main(import.meta, async () => {
       const ofSensors = sensors && pipeline === "sensors" && compareReadings(run, { ...env, ...sensors });
       const found: Verified = await (ofSensors || verifyTable(run, env));
       const { rows, counts } = found;
-      const [differences, bytes_billed] = [total(found), run.totals.bytes_billed];
+      const differences = total(found);
       if (differences) wrong = describe(pipeline, found, env.LIMIT);
       results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
       run.log("compared", { rows, differences });
       const differing = kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
-      const proof = { pipeline, rows, differences, found: differing.join(", ") || null, bytes_billed };
-      await recordVerified(env.PUSHGATEWAY_URL, run.etl, proof);
+      await recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
     });
-    return await comparing.then(
-      () => wrong,
-      (error: Error) => {
-        if (!wrong) throw error;
-        return `${pipeline}: ${error.message}\n${wrong}`; // stopped after it was compared
-      },
-    );
+    await comparing.catch((error: Error) => {
+      if (!wrong) throw error;
+      wrong = `${pipeline}: ${error.message}\n${wrong}`; // stopped after it was compared
+    });
+    return wrong;
   });
   await verifying.finally(() => results.length && process.stdout.write(`${table(results)}\n`));
 });
@@ -84,16 +81,14 @@ async function verifyTable(run: Run, env: VerifyEnv & { REPAIR: boolean }): Prom
   if (reason) run.log("warning", { warning: reason });
 
   // 3. Compare; with REPAIR=1 repair, and compare again.
-  if (env.REPAIR)
-    return await beside(run, env, "all", async (both) => {
-      const found = await both.compare();
-      if (!total(found)) return { ...found, repaired: 0 };
-      const repaired = await both.repair();
-      run.totals.rows += repaired;
-      return { ...(await both.compare()), repaired };
-    });
-  const found = await beside(run, env, "all", (both) => both.compare());
-  if (!found.counts.missing) return found;
+  const found = await beside(run, env, "all", async ({ compare, repair }): Promise<Verified> => {
+    const first = await compare();
+    if (!env.REPAIR) return first;
+    const repaired = total(first) ? await repair() : 0;
+    run.totals.rows += repaired;
+    return { ...(repaired ? await compare() : first), repaired };
+  });
+  if (env.REPAIR || !found.counts.missing) return found;
   run.log("again", { because: "rows are missing, which a sweep or a repair beside this may have removed" });
   return await beside(run, env, "all", (both) => both.compare());
 }

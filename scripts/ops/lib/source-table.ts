@@ -1,10 +1,8 @@
 /** A table of the source, by its catalogue, and what becomes of it: the fields of a contract, and their file. */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { type Field, unmappable } from "../../../shared/bigquery/types.ts";
-import { root, UsageError } from "../../../shared/env.ts";
+import { UsageError } from "../../../shared/env.ts";
 import { openSession } from "../../../shared/session.ts";
-import type { Column } from "../../../shared/source.ts";
+import { type Column, readSelect } from "../../../shared/source.ts";
 
 export interface SourceColumn extends Column {
   /** As SQL writes its name. */
@@ -29,7 +27,7 @@ export interface SourceTable {
 export async function readTable(url: string, table: string, cursor = "", key = ""): Promise<SourceTable> {
   const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
   await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
-  const [found] = await source.unsafe<SourceTable[]>(readFileSync(join(root, "sql/table.sql"), "utf8"));
+  const [found] = await source.unsafe<SourceTable[]>(readSelect("table"));
   if (found) return found;
   throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
 }
@@ -47,21 +45,8 @@ export function fieldOf(column: SourceColumn): Field | string {
   return fit ?? `${column.declared} has no safe mapping`;
 }
 
-/** JSON on one line, as the contracts have it. */
-const inLine = (value: unknown): string =>
-  JSON.stringify(value, null, 1)
-    .replaceAll(/\[\n\s*|\n\s*\]/g, (bracket) => bracket.trim())
-    .replaceAll(/\n\s*/g, " ");
-
-/** A contract's file: a line for each of its parts, and for each field. */
-export function formatContract({ schema, ...parts }: { schema: { fields: object[] }; [part: string]: unknown }): string {
-  const fields = schema.fields.map((field) => `      ${inLine(field)}`).join(",\n");
-  const { source, description, ...others } = parts;
-  const line = ([name, value]: [string, unknown]): string => `  "${name}": ${inLine(value)}`;
-  const lines = [
-    ...Object.entries({ source, description }).map(line),
-    `  "schema": {\n    "fields": [\n${fields}\n    ]\n  }`,
-    ...Object.entries(others).map(line),
-  ];
-  return `{\n${lines.join(",\n")}\n}\n`;
+/** A contract's file. What holds no other object is on one line, as each field. */
+export function formatContract(contract: object): string {
+  const inLine = (part: string): string => part.replaceAll(/(?<=\[)\n\s*|\n\s*(?=\])/g, "").replaceAll(/\n\s*/g, " ");
+  return `${JSON.stringify(contract, null, 2).replaceAll(/\{[^{}]*\}/g, inLine)}\n`;
 }

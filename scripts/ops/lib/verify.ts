@@ -68,19 +68,20 @@ export async function eachPipeline(
   wanted: string[],
   work: (pipeline: string) => Promise<string | undefined>,
 ): Promise<void> {
-  let stopped = ""; // a run hears of a signal until it has ended
+  let stopped: Error | undefined; // a run hears of a signal until it has ended
   onSignal((signal) => {
-    stopped = `stopped by ${signal}`;
+    stopped = new Error(`it was not begun: stopped by ${signal}. Next: make ${command}`);
   });
   const failures: string[] = [];
-  for (const pipeline of wanted) {
-    const working = stopped ? Promise.reject(new Error(`it was not begun: ${stopped}. Next: make ${command}`)) : work(pipeline);
-    const failure = await working.catch((error: Error) => {
+  for (const pipeline of wanted)
+    try {
+      if (stopped) throw stopped;
+      const wrong = await work(pipeline);
+      if (wrong) failures.push(wrong);
+    } catch (error) {
       if (wanted.length === 1) throw error;
-      return `${pipeline}: ${error.message}`;
-    });
-    if (failure) failures.push(failure);
-  }
+      failures.push(`${pipeline}: ${(error as Error).message}`);
+    }
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
