@@ -52,11 +52,16 @@ with status as (
                      else string_agg(day::text, ', ' order by day) end as days
   from (select day, case kind when 'gone' then 'missing' else kind end as state from days) d group by 1
 ), models as (
-  select distinct on (model) model, rows, checks, split_part(error, E'\n', 1) as why, (
-      select json_build_object('rows', json_agg(rows order by finished_at),
-        'published', to_char(max(finished_at) at time zone 'UTC', 'YYYY-MM-DD HH24:MI'))
-      from (select * from etl.models p where p.model = m.model and error is null order by finished_at desc limit 26) p) as past
-  from etl.models m order by model, finished_at desc
+  select distinct on (model) model, coalesce(past.rows, m.rows) as rows, checks, split_part(error, E'\n', 1) as why, trend, published
+  from etl.models m left join lateral (
+    -- Of each of the last 26 that were published a bar, as high as its rows among them.
+    select (array_agg(rows order by finished_at desc))[1] as rows,
+      to_char(max(finished_at) at time zone 'UTC', 'YYYY-MM-DD HH24:MI') as published,
+      string_agg(substr('▁▂▃▄▅▆▇█', coalesce(1 + 7 * (rows - low) / nullif(high - low, 0), 4)::int, 1), '' order by finished_at) as trend
+    from (
+      select *, min(rows) over () as low, max(rows) over () as high
+      from (select * from etl.models p where p.model = m.model and error is null order by finished_at desc limit 26) latest) p
+  ) past on true order by model, m.finished_at desc
 ), proofs as (
   select distinct on (pipeline) *, extract(epoch from now() - verified_at)::float8 as age,
     case pipeline when 'events' then 'make verify-events' else 'make verify PIPELINE=' || pipeline end as again
@@ -101,9 +106,8 @@ select json_build_object(
       coalesce((select days from stretches where state = 'failed'), 'none'),
       coalesce((select days from stretches where state = 'missing'), 'none')) from days having count(*) > 0),
   'years', (select json_agg(json_build_object('label', year, 'cells', cells) order by year) from years),
-  'models', (select json_agg(json_build_array(model, coalesce((past -> 'rows' ->> -1)::bigint, rows),
-      case when why is null then checks || ' passed' else 'failed' end, coalesce(past ->> 'published', 'never'), past -> 'rows', why)
-      order by model) from models),
+  'models', (select json_agg(json_build_array(model, rows, case when why is null then checks || ' passed' else 'failed' end,
+      coalesce(published, 'never'), trend, why) order by model) from models),
   'proofs', (select json_agg(json_build_array(pipeline, format('%s, %s ago', to_char(verified_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
       etl.duration(age)), rows, differences, found) order by pipeline) from proofs),
   'billed', (select json_agg(json_build_array('week of ' || week, to_char(coalesce(bytes, 0) / 1e6, 'FM999,999,990 "MB"'),

@@ -22,7 +22,7 @@ import { checkSession, openSession } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { type Cell, chart, html, Markup, table } from "./lib/html.ts";
 
-type Row = (string | number | number[] | null)[];
+type Row = (string | number | null)[];
 type Chart = { label: string; cells: Cell[] };
 type Pipeline = Partial<Chart> & { name: string; state: string; reasons: string[]; facts: string; runs: Row[] };
 

@@ -5,7 +5,7 @@
  * judges, and says what each key means.
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
- *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of Status below:
+ *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of sql/status.sql:
  *                        pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
  *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
@@ -38,34 +38,13 @@ import { findUnreachable, readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
-/** A row of sql/status.sql. */
-export interface Status
-  extends Record<"watermark" | "last_success" | "last_run" | "last_run_state" | "last_run_id", string | null>,
-    Record<"last_error" | "lock" | "lock_since" | "held_by", string | null>,
-    Record<"watermark_age_seconds" | "interval_seconds" | "last_success_age_seconds", number | null>,
-    Record<"last_run_age_seconds" | "rows", number | null> {
-  pipeline: string;
-  state: "ok" | "new" | "warn" | "red";
-  reasons: string[];
-  last_run_by_hand: boolean | null;
-  hold_seconds: number;
-  days: (Record<"archived" | "failed" | "running", number> & Record<"first" | "last" | "at", string>) | null;
-  sensors: Sensors | null;
-}
+type State = "ok" | "new" | "warn" | "red";
 
-interface Sensors
-  extends Record<"lag" | "consumers" | "dead_letters" | "slot_retained_bytes" | "canary_age_seconds", number | null>,
-    Record<"connector_running" | "slot_active", boolean | null> {
-  topic: string;
-  epoch: number;
-  canary_gap: string | null;
-}
-
-/** The row of the table, and the lines below it. */
-type Shown = { line: Record<string, string>; said: string[] | null };
+/** A row of sql/status.sql: the row of the table, the lines below it, and what JSON=1 prints. */
+type Row = { pipeline: string; state: State; line: Record<string, string>; said: string[] | null };
 
 /** What other servers say of a pipeline; `found` is what is wrong already. */
-type Facts = { found: { state: Status["state"]; reason: string }[]; [fact: string]: unknown };
+type Facts = { found: { state: State; reason: string }[]; [fact: string]: unknown };
 
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
@@ -91,10 +70,10 @@ await main(import.meta, async () => {
     wal: readThreshold("etl_sensors_slot_retained_bytes"),
   };
   await etl`select set_config('etl.facts', ${JSON.stringify(facts)}, false), set_config('etl.limits', ${JSON.stringify(limits)}, false)`;
-  const rows = await etl.unsafe<(Status & Shown)[]>(readSelect("status"));
+  const rows = await etl.unsafe<Row[]>(readSelect("status"));
 
   // 3. Print.
-  const statuses = rows.map(({ line, said, ...status }): Status => status);
+  const statuses = rows.map(({ line, said, ...status }) => status);
   if (env.JSON) process.stdout.write(`${JSON.stringify(statuses, null, 2)}\n`);
   else print(rows);
   process.exit(rows.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
@@ -122,7 +101,7 @@ async function readFacts(etl: Sql, source: Sql): Promise<Facts[]> {
   return facts;
 }
 
-function blame({ found }: Facts, reason: string, state: Status["state"] = "red"): void {
+function blame({ found }: Facts, reason: string, state: State = "red"): void {
   found.push({ state, reason });
 }
 
@@ -202,7 +181,7 @@ async function countDeadLetters(env: Env<typeof sensorsVariables>): Promise<numb
   return Number(row?.letters);
 }
 
-function print(rows: (Status & Shown)[]): void {
+function print(rows: Row[]): void {
   const colours = { ok: "green", new: "gray", warn: "yellow", red: "red" } as const;
   const [names = "", ...lines] = table(rows.map(({ line }) => line)).split("\n");
   // styleText: on a terminal only, and not where NO_COLOR is set.

@@ -6,10 +6,10 @@ import assert from "node:assert/strict";
 import { mkdirSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { test } from "node:test";
-import type { Status } from "../../scripts/ops/status.ts";
 import { openPage } from "../lib/browser.ts";
 import { scratchCopy } from "../lib/scratch.ts";
 import { createShop } from "../lib/shop.ts";
+import type { Status } from "../lib/status.ts";
 
 using scratch = scratchCopy();
 await using shop = await createShop({ folder: scratch.folder, clickhouse: true });

@@ -7,13 +7,13 @@ import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
 import postgres from "postgres";
-import type { Status } from "../../scripts/ops/status.ts";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { createSource } from "../data/source.ts";
 import { createLink } from "../lib/link.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { createShop, freePort, type Process, type Shop, until } from "../lib/shop.ts";
+import type { Status } from "../lib/status.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
 import { type Cluster, startCluster, stopCluster } from "../stack/postgres.ts";
 import { python } from "../stack/python.ts";
@@ -73,7 +73,7 @@ suite("with one pipeline", () => {
       [...watermarked(), "sensors", "views"].sort(),
     );
     const header = readFileSync(join(root, script), "utf8").replaceAll(/\n \* +/g, " ");
-    const documented = /Status below: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
+    const documented = /sql\/status\.sql: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
     for (const of of all) assert.deepEqual(Object.keys(of).sort(), documented, of.pipeline);
   });
 

@@ -20,13 +20,11 @@ function write(value: unknown): string {
   return text.replaceAll(/[&<>"'`]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 }
 
-/** Rows under their names; numbers at the right, and several of them as a line. @param next the command that makes the first row. */
+/** Rows under their names; numbers at the right. @param next the command that makes the first row. */
 export function table(names: string[], rows: unknown[][] | null, next = ""): Markup {
   if (!rows) return html`<p>None yet. Next: ${next}</p>`;
-  const cell = (value: unknown): Markup => {
-    if (typeof value === "number") return html`<td class="number">${value.toLocaleString("en-US")}</td>`;
-    return html`<td>${Array.isArray(value) ? sparkline(value) : value}</td>`;
-  };
+  const cell = (value: unknown): Markup =>
+    typeof value === "number" ? html`<td class="number">${value.toLocaleString("en-US")}</td>` : html`<td>${value}</td>`;
   const line = (row: unknown[]): Markup => html`<tr>${row.map(cell)}</tr>`;
   return html`<div class="scroll"><table><tr>${names.map((name) => html`<th>${name}</th>`)}</tr>${rows.map(line)}</table></div>`;
 }
@@ -60,14 +58,4 @@ export function chart(words: string, cells: Cell[], bars: boolean): Markup {
   });
   return html`<figure class="scroll"><svg class="${bars ? "bars" : "calendar"}" viewBox="0 0 720 ${tall}" role="img"
     aria-label="${words}">${drawn}</svg><figcaption>${words}</figcaption></figure>`;
-}
-
-/** A line of values, the newest at the right. */
-function sparkline(values: number[]): Markup {
-  const [most, least] = [Math.max(...values), Math.min(...values)];
-  const y = (value: number): number => (most === least ? 12 : Math.round(22 - (20 * (value - least)) / (most - least)));
-  const points = values.map((value, at) => `${Math.round((110 * at) / Math.max(1, values.length - 1))},${y(value)}`);
-  const title = values.map((value) => value.toLocaleString("en-US")).join(", ");
-  return html`<svg class="spark" viewBox="0 0 112 24" role="img" aria-label="Rows: ${title}"><title>${title}</title>
-    <polyline points="${points.join(" ")}"/><circle cx="110" cy="${y(values.at(-1) ?? 0)}" r="2"/></svg>`;
 }
