@@ -11,7 +11,7 @@ with status as (
     case when r.state = 'running' and lock is distinct from run_id then 'abandoned' else r.state end as became
   from etl.runs r left join status using (pipeline)
 ), runs as (
-  select pipeline, run_id, rows, bytes_billed, hold_seconds, error, started_at, became, 60 - age as column,
+  select pipeline, run_id, rows, bytes_billed, hold_seconds, error, started_at, became, 61 - age as column,
     to_char(started_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI') as at, split_part(error, E'\n', 1) as why,
     became || case when by_hand then ', by hand' else '' end as state,
     coalesce(round(extract(epoch from finished_at - started_at)::numeric, 1) || ' s', 'no end') as took,
@@ -24,7 +24,7 @@ with status as (
   select pipeline, format('The last %s runs of %s: %s', count(*), pipeline, (
       select string_agg(format('%s %s', count, became), ', ')
       from (select became, count(*) from runs r where r.pipeline = runs.pipeline group by 1 order by 1) counts)) as label,
-    json_agg(json_build_object('column', "column", 'row', 0, 'kind', kind, 'share', share,
+    json_agg(json_build_object('column', "column", 'row', 1, 'kind', kind, 'share', share,
       'title', format('%s %s, %s rows, %s %s', at, runs.state, to_char(rows, 'FM999,999,999,999'), took, why)) order by at) as cells,
     json_agg(json_build_array(at, runs.state, rows, took, to_char(nullif(bytes_billed, 0) / 1e6, 'FM999,999,990 "MB"'),
       etl.duration(nullif(hold_seconds, 0)), error) order by started_at desc) as runs
@@ -40,8 +40,8 @@ with status as (
   left join chunks on day = at join kinds on kinds.state = coalesce(chunks.state, 'missing')
 ), years as (
   -- A square a day, a column a week, and the months' names above.
-  select year, json_agg(json_build_object('column', (extract(doy from at)::int + extract(isodow from date_trunc('year', at))::int - 2) / 7,
-    'row', "row", 'kind', cell.kind, 'share', coalesce(share, 0), 'title', title)) as cells
+  select year, json_agg(json_build_object('column', (extract(doy from at)::int + extract(isodow from date_trunc('year', at))::int - 2) / 7 + 1,
+    'row', "row" + 1, 'kind', cell.kind, 'share', coalesce(share, 0), 'title', title)) as cells
   from days, lateral (
     values (day::timestamp, extract(isodow from day)::int, kind,
         format('%s %s, %s rows %s', day, state, to_char(rows, 'FM999,999,999,999'), why)),

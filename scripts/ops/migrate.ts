@@ -18,16 +18,16 @@
  *   make migrate DRY_RUN=1   say what would be done
  */
 import { isDeepStrictEqual } from "node:util";
-import type { ClickHouseClient } from "@clickhouse/client";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { describeField, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
 import type { Contract } from "../../shared/bigquery/types.ts";
 import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
+import { bucketExists, bucketVariables, connectS3, createBucket } from "../../shared/events/s3.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import type { ClickHouseEnv } from "../../shared/sensors/clickhouse.ts";
+import { type ClickHouseEnv, clickhouseVariables, connectClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
 import { migrateClickHouse, migratePostgres, type Step } from "./lib/migrations.ts";
 
@@ -39,10 +39,8 @@ const variables = {
 };
 
 await main(import.meta, async () => {
-  // Each library only where it is used: they load slowly.
-  const s3 = isSet("S3_BUCKET") ? await import("../../shared/events/s3.ts") : undefined;
-  const clickhouse = isSet("CLICKHOUSE_URL") ? await import("../../shared/sensors/clickhouse.ts") : undefined;
-  readEnv({ ...variables, ...s3?.bucketVariables, ...clickhouse?.clickhouseVariables }); // every fault at once
+  const [archives, captures] = [isSet("S3_BUCKET"), isSet("CLICKHOUSE_URL")];
+  readEnv({ ...variables, ...(archives && bucketVariables), ...(captures && clickhouseVariables) }); // every fault at once
   const env = readEnv(variables);
   const apply: Step = async (what, work) => {
     log({ step: env.DRY_RUN ? "would-apply" : "apply", what });
@@ -66,18 +64,17 @@ await main(import.meta, async () => {
   const refused = await migrateBigQuery(env, apply);
 
   // 4. The bucket.
-  if (s3) {
-    const bucketEnv = readEnv(s3.bucketVariables);
-    const bucket = s3.connectS3(bucketEnv);
-    if (!(await s3.bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => s3.createBucket(bucket));
+  if (archives) {
+    const bucket = connectS3(readEnv(bucketVariables));
+    if (!(await bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => createBucket(bucket));
   } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.
-  if (clickhouse) {
-    const clickhouseEnv = readEnv(clickhouse.clickhouseVariables);
-    await using client = clickhouse.connectClickHouse(clickhouseEnv);
-    await createDatabase(clickhouse.connectClickHouse(clickhouseEnv, "default"), clickhouseEnv, env.DRY_RUN);
-    await migrateClickHouse(client, await clickhouse.appliedMigrations(client), apply);
+  if (captures) {
+    const clickhouse = readEnv(clickhouseVariables);
+    await createDatabase(clickhouse, env.DRY_RUN);
+    await using client = connectClickHouse(clickhouse);
+    await migrateClickHouse(client, apply);
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
 
   if (refused.length)
@@ -88,13 +85,13 @@ await main(import.meta, async () => {
   log({ step: "done" });
 });
 
-async function createDatabase(server: ClickHouseClient, env: ClickHouseEnv, dryRun: boolean): Promise<void> {
+/** A dry run asks the server all the same, so that a wrong login is known. */
+async function createDatabase(env: ClickHouseEnv, dryRun: boolean): Promise<void> {
+  await using server = connectClickHouse(env, "default");
   const query = dryRun ? "SELECT 1 FORMAT Null" : `CREATE DATABASE IF NOT EXISTS ${env.CLICKHOUSE_DATABASE}`;
   await server.command({ query }).catch(({ message }: Error) => {
-    const { host } = new URL(env.CLICKHOUSE_URL);
-    throw new Error(`ClickHouse at ${host} (CLICKHOUSE_URL): ${message.trim()}. Next: make doctor`);
+    throw new Error(`ClickHouse at ${new URL(env.CLICKHOUSE_URL).host} (CLICKHOUSE_URL): ${message.trim()}. Next: make doctor`);
   });
-  await server.close();
 }
 
 /** Creates the datasets and tables, and adds to these what loses nothing. @returns what else differs, with what a person would do. */

@@ -52,7 +52,7 @@ await main(import.meta, async () => {
   const [row] = await etl.unsafe<{ report: Report }[]>(readSelect("report"));
 
   // 3. The page.
-  const page = render(row?.report as Report, readFileSync(join(root, "ops/report.css"), "utf8"));
+  const page = String(render(row?.report as Report, readFileSync(join(root, "ops/report.css"), "utf8")));
   const file = resolve(env.OUT);
   writeFileSync(`${file}.tmp`, page);
   renameSync(`${file}.tmp`, file);
@@ -64,7 +64,7 @@ function list(rows: Row[] | null): Markup {
   return html`<ul>${rows.map(([of, what]) => html`<li><strong>${of}</strong>: ${what}</li>`)}</ul>`;
 }
 
-function render({ at, now, week, pipelines, archive, years, models, proofs, billed }: Report, css: string): string {
+function render({ at, now, week, pipelines, archive, years, models, proofs, billed }: Report, css: string): Markup {
   const meters = billed?.map(([of, words, share]) => [of, words, html`<meter value="${share}"></meter>`]) ?? [];
   return html`<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -74,14 +74,14 @@ function render({ at, now, week, pipelines, archive, years, models, proofs, bill
 <h2>Needs a person</h2><h3>Now</h3>${list(now)}<h3>In the last seven days</h3>${list(week)}
 <h2>Pipelines</h2>${pipelines.map(renderPipeline)}
 <h2>Archive of events</h2><p>${archive ?? "None yet. Next: make events"}</p>
-${years?.map(({ label, cells }) => chart(label, cells, false))}
+${years?.map(({ label, cells }) => chart(label, cells, "calendar"))}
 <p class="soft">The stronger the colour, the more rows. A cross failed; dashes: missing, or being archived.</p>
 <h2>Models</h2>${table(["model", "rows", "checks", "last published", "rows, run by run", "why not"], models, "make views")}
 <h2>Proof that source and destination agree</h2>
 ${table(["pipeline", "verified", "rows", "differences", "found"], proofs, "make verify")}
 <h2>Bytes billed by BigQuery</h2>${table(["", "billed", ""], meters)}
 </body></html>
-`.text;
+`;
 }
 
 function renderPipeline({ name, state, facts, reasons, label = "", cells, runs }: Pipeline): Markup {
@@ -90,7 +90,7 @@ function renderPipeline({ name, state, facts, reasons, label = "", cells, runs }
     ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}
     ${
       cells &&
-      html`${chart(words, cells, true)}<details><summary>The runs as text</summary>
+      html`${chart(words, cells, "bars")}<details><summary>The runs as text</summary>
     ${table(["at", "state", "rows", "took", "billed", "watermark held", "error"], runs)}</details>`
     }</article>`;
 }

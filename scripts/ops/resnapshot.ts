@@ -13,7 +13,7 @@
  */
 import { log, progress } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { appliedMigrations, connectClickHouse } from "../../shared/sensors/clickhouse.ts";
+import { connectClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { namesOf } from "../../shared/sensors/connector.ts";
 import { beginEpoch } from "../../shared/sensors/epoch.ts";
 import * as connector from "./lib/kafka-connect.ts";
@@ -45,7 +45,7 @@ await main(import.meta, async () => {
   await server.command({ query: `DROP DATABASE IF EXISTS ${rebuild} SYNC` });
   await server.command({ query: `CREATE DATABASE ${rebuild}` });
   await using client = connectClickHouse(env, rebuild);
-  await migrateClickHouse(client, await appliedMigrations(client));
+  await migrateClickHouse(client);
   for (const table of tables) await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${number}'` });
 
   // 4. The snapshot.

@@ -14,6 +14,7 @@ import { flag, oneOf, optional, readEnv, required, timestamp, UsageError } from 
 import { main } from "../../shared/main.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, lockKey, pipelineVariables, type Run, runPipeline } from "../../shared/run.ts";
+import { queryWindow, type Window } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
@@ -48,7 +49,7 @@ await main(import.meta, async () => {
     const reason = await distrust(source, pipeline, stored, bound);
     const kept = "the destination may hold versions that the source has lost, dated later, which the upsert keeps";
     if (reason) run.log("warning", { warning: `${kept}: ${reason}` });
-    const rows = await countAgain(run, to, watermark);
+    const rows = await countAgain(run, { from: to, to: watermark });
     const rows_to_read_again = rows ?? "not counted: it takes too long";
     run.log(env.DRY_RUN ? "would-rewind" : "rewind", { from: watermark, to, rows_to_read_again });
     if (env.DRY_RUN) return;
@@ -70,19 +71,17 @@ await main(import.meta, async () => {
   });
 });
 
-/** How many rows lie in [from, to); undefined where the statement's time is not enough. */
-async function countAgain({ source, pipeline }: Run, from: string, to: string): Promise<number | undefined> {
-  return await source
-    .begin("read only", async (sql) => {
-      await sql`set local statement_timeout = '300s'`;
-      await sql`select set_config('etl.from', ${from}, true), set_config('etl.to', ${to}, true)`;
-      // Of events: every id of the first day.
-      await sql`select set_config('etl.after', '-9223372036854775809', true), set_config('etl.rows', '9223372036854775807', true)`;
-      const counting = sql.unsafe<{ rows: string }[]>(`select count(*) as rows from (${readSelect(pipeline)}) q`);
-      return Number((await counting)[0]?.rows);
-    })
-    .catch((error: { code?: string }) => {
+/** How many rows lie in [from, to); undefined where that takes longer than five minutes. */
+async function countAgain({ source, pipeline }: Run, window: Window): Promise<number | undefined> {
+  // Of events: every id of the first day.
+  await source`select set_config('etl.after', '-9223372036854775809', false), set_config('etl.rows', '9223372036854775807', false),
+    set_config('statement_timeout', '300s', false)`;
+  const counting = queryWindow<{ rows: string }>(source, window, `select count(*) as rows from (${readSelect(pipeline)}) q`);
+  return await counting.then(
+    ([counted]) => Number(counted?.rows),
+    (error: { code?: string }) => {
       if (error.code === "57014") return undefined; // query_canceled: the number is only for the reader
       throw error;
-    });
+    },
+  );
 }

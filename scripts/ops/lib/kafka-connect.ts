@@ -85,19 +85,22 @@ export async function createReadingsTopic(
   env: Env<typeof kafkaVariables>,
   config: Record<string, string>,
 ): Promise<"created" | "raised" | undefined> {
+  const { SENSORS_TOPIC: topic } = env;
   const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
-  const { undefined: _, partitions, "replication.factor": replicas, ...others } = Object.fromEntries(settings);
+  const { undefined: _, partitions, "replication.factor": replicas, ...wanted } = Object.fromEntries(settings);
+  const entries = (values: Record<string, string>) => Object.entries(values).map(([name, value]) => ({ name, value }));
   return await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
-    const bytes = others["max.message.bytes"];
-    if ((await admin.listTopics()).includes(env.SENSORS_TOPIC))
-      return (await raiseMessageBytes(admin, env.SENSORS_TOPIC, bytes)) ? "raised" : undefined;
-    const created = await createTopic(admin, {
-      topic: env.SENSORS_TOPIC,
-      numPartitions: Number(partitions),
-      replicationFactor: Number(replicas),
-      configEntries: Object.entries<string>(others).map(([name, value]) => ({ name, value })),
-    });
-    return created ? "created" : undefined;
+    if (!(await admin.listTopics()).includes(topic)) {
+      const numbers = { numPartitions: Number(partitions), replicationFactor: Number(replicas) };
+      return (await createTopic(admin, { topic, ...numbers, configEntries: entries(wanted) })) ? "created" : undefined;
+    }
+    const { own, messageBytes } = await readTopicSettings(admin, topic);
+    if (messageBytes >= Number(wanted["max.message.bytes"])) return undefined;
+    // kafkajs writes a topic's settings as a whole: those that are its own are written again as they are.
+    const configEntries = entries({ ...own, "max.message.bytes": wanted["max.message.bytes"] });
+    const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic, configEntries }];
+    await admin.alterConfigs({ validateOnly: false, resources });
+    return "raised";
   });
 }
 
@@ -112,33 +115,22 @@ export async function checkMessageBytes(admin: Admin, topic: string): Promise<vo
     );
 }
 
-/** How large a message of the topic may be, in bytes, with all of its settings. */
+/** The settings that are the topic's own, and how large a message of it may be, in bytes. */
 async function readTopicSettings(admin: Admin, topic: string) {
   const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic }];
   const described = await admin.describeConfigs({ includeSynonyms: false, resources });
   const settings = described.resources[0]?.configEntries ?? [];
-  const messageBytes = Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue);
-  return { settings, messageBytes };
-}
-
-/** kafkajs writes a topic's settings as a whole: those that are its own are written again as they are. */
-async function raiseMessageBytes(admin: Admin, topic: string, bytes: string): Promise<boolean> {
-  const { settings, messageBytes } = await readTopicSettings(admin, topic);
-  if (messageBytes >= Number(bytes)) return false;
-  const own = settings.filter(
-    ({ configName, configSource }) => configSource === ConfigSource.TOPIC_CONFIG && configName !== "max.message.bytes",
-  );
-  const configEntries = own.map(({ configName: name, configValue: value }) => ({ name, value }));
-  configEntries.push({ name: "max.message.bytes", value: bytes });
-  const resource = { type: ConfigResourceTypes.TOPIC, name: topic, configEntries };
-  await admin.alterConfigs({ validateOnly: false, resources: [resource] });
-  return true;
+  const own = settings.filter(({ configSource }) => configSource === ConfigSource.TOPIC_CONFIG);
+  return {
+    own: Object.fromEntries(own.map(({ configName, configValue }) => [configName, configValue])),
+    messageBytes: Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue),
+  };
 }
 
 /** Asks until `done` says so. @throws Error of `otherwise` after that time. */
-export async function waitUntil(done: () => Promise<boolean>, seconds: number, otherwise: () => string): Promise<void> {
+export async function waitUntil(done: () => Promise<boolean>, seconds: number, otherwise: string): Promise<void> {
   for (const deadline = performance.now() + seconds * 1000; !(await done()); await delay(200))
-    if (performance.now() > deadline) throw new Error(otherwise());
+    if (performance.now() > deadline) throw new Error(otherwise);
 }
 
 /** Whether Connect shows the database's password to everybody who may read the connector. */
@@ -195,11 +187,8 @@ export async function startConnector(env: ConnectorEnv, config: Record<string, s
   for (let seconds = 0; seconds < 15; seconds++, await delay(1000)) await runs(env, false);
 }
 
-async function awaitState(env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> {
-  const next = "Read its worker's log, then: make connector";
-  const is = `connector ${namesOf(env).connector} is not ${wanted} after 90 s`;
-  await waitUntil(done, 90, () => `${is}. ${next}`);
-}
+const awaitState = (env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> =>
+  waitUntil(done, 90, `connector ${namesOf(env).connector} is not ${wanted} after 90 s. Read its worker's log, then: make connector`);
 
 /** Stops the connector. One that does not exist is put first: Connect keeps the offsets even of one that was deleted. */
 export async function stopConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
@@ -239,5 +228,5 @@ export async function forgetProgress(env: ConnectorEnv): Promise<void> {
     return (await source`select from pg_replication_slots where slot_name = ${slot}`).count === 0;
   };
   const next = "End the session that holds it (pg_replication_slots.active_pid), then: make resnapshot";
-  await waitUntil(drop, 60, () => `slot ${slot} is still held after 60 s. ${next}`);
+  await waitUntil(drop, 60, `slot ${slot} is still held after 60 s. ${next}`);
 }

@@ -4,6 +4,7 @@
 import type { ClickHouseClient } from "@clickhouse/client";
 import type { Sql } from "postgres";
 import { type Applied, pendingMigrations } from "../../../shared/migrations.ts";
+import { appliedMigrations } from "../../../shared/sensors/clickhouse.ts";
 
 /** Says what is to be done, and does it unless this is a dry run. */
 export type Step = (what: string, work: () => Promise<unknown>) => Promise<void>;
@@ -36,10 +37,10 @@ export const statementsOf = (sql: string): string[] => sql.split(/;[ \t]*$/m).fi
  * Applies schemas/clickhouse. ClickHouse has no transactions for this: a file that was killed halfway is applied again, so each of its
  * statements must allow that.
  */
-export async function migrateClickHouse(client: ClickHouseClient, applied: Applied[], step = silently): Promise<void> {
+export async function migrateClickHouse(client: ClickHouseClient, step = silently): Promise<void> {
   const record = `CREATE TABLE IF NOT EXISTS etl_migrations
     (file String, sha256 String, applied_at DateTime('UTC') DEFAULT now()) ENGINE = MergeTree ORDER BY file`;
-  for (const { folder, file, sql, sha256 } of pendingMigrations("schemas/clickhouse", applied))
+  for (const { folder, file, sql, sha256 } of pendingMigrations("schemas/clickhouse", await appliedMigrations(client)))
     await step(`${folder}/${file}`, async () => {
       for (const query of [record, ...statementsOf(sql)]) await client.command({ query });
       await client.insert({ table: "etl_migrations", values: [{ file, sha256 }], format: "JSONEachRow" });

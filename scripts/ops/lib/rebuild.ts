@@ -47,5 +47,5 @@ async function checkGroupIsEmpty(admin: Admin, groupId: string): Promise<void> {
     return !members.length;
   };
   // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
-  await waitUntil(empty, 40, () => `another make resnapshot is at work on the group ${groupId}. Run this again when it has ended`);
+  await waitUntil(empty, 40, `another make resnapshot is at work on the group ${groupId}. Run this again when it has ended`);
 }
