@@ -41,7 +41,7 @@ with relation as (
   select format('its cursor may be NULL. Run: alter table %s alter column %s set not null;', path, ident)
   from asked join columns on name = cursor where declared = 'timestamp with time zone' and not columns.notnull
 )
-select path, comment, current_user as role,
+select path, comment,
   (select json_agg(columns order by attnum) from columns) as columns,
   (select key from asked) as key, (select coalesce(json_agg(fault), '[]') from faults) as faults,
   array_to_json(array_remove(array[

@@ -15,7 +15,6 @@
  *   make doctor                    every pipeline that has its variables
  *   make doctor PIPELINE=orders    what this one needs
  */
-import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { type ApiError, type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
@@ -39,6 +38,7 @@ import { checkSession, openSession } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark, type Target } from "../../shared/watermark.ts";
+import { answer } from "./lib/answer.ts";
 import { checkMessageBytes, checkReplication, connectorVariables, showsPassword } from "./lib/kafka-connect.ts";
 import { appliedInPostgres } from "./lib/migrations.ts";
 
@@ -49,6 +49,7 @@ const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVaria
 const session = { application: "etl:doctor", timeoutSeconds: 30 };
 /** A check that hangs must not keep the others from being printed. */
 const DEADLINE_SECONDS = 40;
+const late = `no answer within ${DEADLINE_SECONDS} s. Is it reachable from here?`;
 
 /** What only these pipelines need: a shop that has set none of it does not have them. */
 const own: Record<string, string[]> = {
@@ -80,10 +81,11 @@ await main(import.meta, async () => {
   const printed = sections.map(async ([title, needed, work]) => {
     const lines: string[] = [];
     const check: Check = async (name, inner) => {
-      const { ok, said } = await outcome(inner);
-      if (!ok) failures += 1;
-      lines.push(redact(`${ok ? "ok  " : "FAIL"}  ${title}: ${name}${said && `: ${said}`}\n`));
-      return ok;
+      const { value, error } = await answer(DEADLINE_SECONDS, late, inner);
+      const said = error?.replaceAll(/\s*\n\s*/g, "; ").replaceAll(":;", ":") ?? (typeof value === "string" ? value : "");
+      if (error) failures += 1;
+      lines.push(redact(`${error ? "FAIL" : "ok  "}  ${title}: ${name}${said && `: ${said}`}\n`));
+      return !error;
     };
     if (needed) await work(check).catch((error) => check("variables", () => Promise.reject(error)));
     return lines.join("");
@@ -95,19 +97,6 @@ await main(import.meta, async () => {
   process.stdout.write(`${failures ? fix : "all is well"}\n`);
   process.exit(failures ? 1 : 0); // a client may still be asking a server that is away
 });
-
-async function outcome(work: () => unknown): Promise<{ ok: boolean; said: string }> {
-  const late = delay(DEADLINE_SECONDS * 1000).then(() => {
-    throw new Error(`no answer within ${DEADLINE_SECONDS} s. Is it reachable from here?`);
-  });
-  try {
-    const said = await Promise.race([work(), late]);
-    return { ok: true, said: typeof said === "string" ? said : "" };
-  } catch (error) {
-    const { message, code, name } = error as Error & { code?: string };
-    return { ok: false, said: (message || code || name).replaceAll(/\s*\n\s*/g, "; ").replaceAll(":;", ":") };
-  }
-}
 
 /** Opens a session of the variable, and says how it is encrypted: in clear text, passwords and rows can be read on the way. */
 async function openChecked(check: Check, variable: string, url: string, settings = {}): Promise<Sql | undefined> {

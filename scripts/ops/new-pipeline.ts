@@ -27,22 +27,22 @@ import { readSelect } from "../../shared/source.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 import { fieldOf, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
 
+/** How the schedule is written: in words, in seconds, in the crontab (M is its minute), and as a limit of the run. */
+const schedules = {
+  "1h": { words: "hourly", seconds: 3600, cron: "M *  * * *", limit: "45m" },
+  "1d": { words: "daily", seconds: 86_400, cron: "M 3  * * *", limit: "2h" },
+  "1w": { words: "weekly", seconds: 604_800, cron: "M 4  * * 1", limit: "4h" },
+};
+
 const plain = like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only");
 const variables = {
   SOURCE_DATABASE_URL: pipelineVariables.SOURCE_DATABASE_URL,
   TABLE: required(text),
-  EVERY: required(oneOf(["1h", "1d", "1w"])),
+  EVERY: required(oneOf(Object.keys(schedules))),
   NAME: optional(like(/^[a-z]\w*$/, "must begin with a small letter, and may hold letters, digits and _ only")),
   CURSOR: optional(plain, "updated_at"),
   KEY: optional(like(/^[A-Za-z_]\w*(,[A-Za-z_]\w*)*$/, "must be columns with commas between them")),
   DRY_RUN: optional(flag, false),
-};
-
-/** How the schedule is written: in words, in seconds, in the crontab (M is its minute), and as a limit of the run. */
-const schedules: Record<string, { words: string; seconds: number; cron: string; limit: string }> = {
-  "1h": { words: "hourly", seconds: 3600, cron: "M *  * * *", limit: "45m" },
-  "1d": { words: "daily", seconds: 86_400, cron: "M 3  * * *", limit: "2h" },
-  "1w": { words: "weekly", seconds: 604_800, cron: "M 4  * * 1", limit: "4h" },
 };
 
 interface Plan {
@@ -50,7 +50,7 @@ interface Plan {
   table: SourceTable;
   cursor: string;
   key: string[];
-  schedule: { words: string; seconds: number; cron: string; limit: string };
+  schedule: (typeof schedules)["1h"];
 }
 
 await main(import.meta, async () => {
@@ -59,7 +59,7 @@ await main(import.meta, async () => {
   const path = env.TABLE.includes(".") ? env.TABLE : `public.${env.TABLE}`;
   const table = await readTable(env.SOURCE_DATABASE_URL, path, env.CURSOR, env.KEY);
   const name = env.NAME ?? table.path.replace(/^.*\./, "");
-  const schedule = schedules[env.EVERY] as Plan["schedule"];
+  const schedule = schedules[env.EVERY as keyof typeof schedules];
   const plan = { name, table, cursor: env.CURSOR, key: table.key ?? [], schedule };
 
   // 2. Refuse what could not be synced, and a name that is taken.
@@ -89,7 +89,7 @@ function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void 
   if (faults.length) throw new UsageError(`${path} cannot be synced yet:\n  ${faults.join("\n  ")}`);
 }
 
-/** The contract, what is read, and the script: that of orders, step for step. */
+/** The contract, what is read, and the script: those of orders, line for line. */
 function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
   const { path, columns, comment } = table;
   const fields = columns.map(fieldOf).filter((field): field is Field => typeof field !== "string");
@@ -107,29 +107,18 @@ function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
     return `  -- Left out: ${column.ident}, since ${why}. To sync it: ${cast}, and a STRING in the contract.`;
   });
   const listed = columns.filter((column) => typeof fieldOf(column) !== "string").map(({ ident }) => `  ${ident}`);
-  const bound = (setting: string): string => `current_setting('etl.${setting}')::timestamptz`;
-  const select = [
-    `-- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of`,
-    `-- schemas/bigquery/${name}.json. In psql:`,
-    `--   set etl."from" = '2017-01-01'; set etl."to" = '2017-01-02'; \\i sql/${name}.sql`,
-    "select",
-    ...leftOut,
-    listed.join(",\n"),
-    `from ${path}`,
-    `where ${cursor} >= ${bound("from")}`,
-    `  and ${cursor} < ${bound("to")};`,
-  ];
-  const script = readFileSync(join(root, "scripts/orders.ts"), "utf8")
-    .replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name))
+  const lists = [...leftOut, listed.join(",\n"), ""].join("\n");
+  const ofOrders = (file: string): string =>
+    readFileSync(join(root, file), "utf8").replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name));
+  const select = ofOrders("sql/orders.sql")
+    .replaceAll("updated_at", cursor)
+    .replace(/(?<=^select\n)[^;]*(?=^from )/m, () => lists);
+  const script = ofOrders("scripts/orders.ts")
     .replace(/^( \* {3}key +).*$/m, `$1${key.join(", ")}`)
     .replace(/^( \* {3}watermark +).*$/m, `$1${cursor}, set by the database`)
     .replace(/^( \* {3}schedule +).*$/m, `$1${schedule.words}, cron`);
   const written = (file: string, text: string): Edit => ({ file, has: "", change: () => text });
-  return [
-    written(`schemas/bigquery/${name}.json`, contract),
-    written(`sql/${name}.sql`, `${select.join("\n")}\n`),
-    written(`scripts/${name}.ts`, script),
-  ];
+  return [written(`schemas/bigquery/${name}.json`, contract), written(`sql/${name}.sql`, select), written(`scripts/${name}.ts`, script)];
 }
 
 /** What is added to files that exist: what users have there, with another name. */

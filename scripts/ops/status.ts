@@ -19,7 +19,6 @@
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
-import { setTimeout as delay } from "node:timers/promises";
 import { styleText } from "node:util";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
@@ -37,6 +36,7 @@ import { checkSession, openSession } from "../../shared/session.ts";
 import { findUnreachable, readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { type Bound, distrust, readBound, readWatermark } from "../../shared/watermark.ts";
+import { answer } from "./lib/answer.ts";
 
 type State = "ok" | "new" | "warn" | "red";
 
@@ -82,8 +82,7 @@ await main(import.meta, async () => {
 async function readFacts(etl: Sql, source: Sql): Promise<Facts[]> {
   const intervals = readIntervals();
   const facts: Facts[] = [];
-  const opened = checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source));
-  const bound = await answer("the source", opened);
+  const bound = await askPart("the source", () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)));
   for (const pipeline of new Set([...watermarked(), "sensors", "views", ...intervals.keys()])) {
     const { holder: lock, since: lock_since } = await describeHolder(etl, pipeline);
     const fact: Facts = { pipeline, interval_seconds: intervals.get(pipeline), lock, lock_since, found: [] };
@@ -105,16 +104,9 @@ function blame({ found }: Facts, reason: string, state: State = "red"): void {
   found.push({ state, reason });
 }
 
-/** What came within PART_SECONDS, or the error in words. */
-async function answer<T>(part: string, work: Promise<T>): Promise<{ value?: T; error?: string }> {
-  const late = delay(PART_SECONDS * 1000, undefined, { ref: false }).then(() => {
-    throw new Error(`${part} has not answered within ${PART_SECONDS} s`);
-  });
-  return await Promise.race([work, late]).then(
-    (value) => ({ value }),
-    (error: Error & { code?: string }) => ({ error: error.message || error.code || error.name }),
-  );
-}
+/** What the part gives, or the error in words. */
+const askPart = <T>(part: string, work: () => Promise<T>) =>
+  answer(PART_SECONDS, `${part} has not answered within ${PART_SECONDS} s`, work);
 
 /** What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future. */
 async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, bound: Bound): Promise<void> {
@@ -126,10 +118,10 @@ async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, b
     const { bigqueryVariables } = await import("../../shared/bigquery/client.ts");
     const contract = (await import("../../shared/bigquery/contract.ts")).readContract(pipeline);
     const { openDestination } = await import("../../shared/bigquery/load.ts");
-    const opened = await answer("BigQuery", openDestination(readEnv(bigqueryVariables), contract));
+    const opened = await askPart("BigQuery", () => openDestination(readEnv(bigqueryVariables), contract));
     if (opened.error) blame(fact, opened.error);
     target = opened.value;
-    fact.future_rows = (await answer("the source", findUnreachable(source, contract.source, []))).value?.future;
+    fact.future_rows = (await askPart("the source", () => findUnreachable(source, contract.source, []))).value?.future;
   }
   const reason = await distrust(source, pipeline, stored, bound, target);
   if (reason) blame(fact, reason);
@@ -142,19 +134,20 @@ async function askSensors(fact: Facts, etl: Sql, source: Sql): Promise<void> {
   const { slot } = namesOf(env);
   const epoch = await readEpoch(etl, topic);
   if (!epoch) return blame(fact, `no consumer of topic ${topic} ever ran (group ${group})`, "new");
-  const ask = async <T>(part: string, work: Promise<T>): Promise<T | undefined> => {
-    const { value, error } = await answer(part, work);
+  const ask = async <T>(part: string, work: () => Promise<T>): Promise<T | undefined> => {
+    const { value, error } = await askPart(part, work);
     if (error) blame(fact, `${part} is not known: ${error}`);
     return value;
   };
   const canary = await readCanary(etl, topic);
   const [kafka, dead_letters, connector_running, slots] = await Promise.all([
-    ask("Kafka", readTopic(env)),
-    ask("ClickHouse", countDeadLetters(env)),
-    ask("Kafka Connect", isRunning(env)),
+    ask("Kafka", () => readTopic(env)),
+    ask("ClickHouse", () => countDeadLetters(env)),
+    ask("Kafka Connect", () => isRunning(env)),
     ask(
       "the slot",
-      source<{ wal: string }[]>`
+      async () =>
+        await source<{ wal: string }[]>`
         select wal_status as wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
         from pg_replication_slots where slot_name = ${slot}`,
     ),

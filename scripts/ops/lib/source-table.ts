@@ -18,8 +18,7 @@ export interface SourceTable {
   /** Columns of the index that was asked for, by default of the primary key; and why the table cannot be synced by that and the cursor. */
   key: string[] | null;
   faults: string[];
-  /** The role that the pipelines read it as, and the grants that it lacks. */
-  role: string;
+  /** Those that the pipelines' role lacks. */
   grants: string[];
 }
 

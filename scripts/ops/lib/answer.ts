@@ -1,0 +1,15 @@
+/** Asking servers that may not answer, where the others' answers are worth showing all the same. */
+import { setTimeout as delay } from "node:timers/promises";
+
+/** What `work` gives within so many seconds, or its error in words. @param late what to say of one that takes longer. */
+export async function answer<T>(seconds: number, late: string, work: () => T | Promise<T>): Promise<{ value?: T; error?: string }> {
+  const over = delay(seconds * 1000).then(() => {
+    throw new Error(late);
+  });
+  try {
+    return { value: await Promise.race([work(), over]) };
+  } catch (error) {
+    const { message, code, name } = error as Error & { code?: string };
+    return { error: message || code || name };
+  }
+}
