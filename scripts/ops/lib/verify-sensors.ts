@@ -73,16 +73,10 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
     for (const { kind, n } of found) counts[kind] = Number(n);
     const differ = found.reduce((sum, { n }) => sum + Number(n), 0);
     if (!differ) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-    const shown = found.flatMap(({ kind, shown }) => shown.map(([id, columns]) => ({ kind, id: BigInt(id), columns })));
-    return {
-      rows,
-      fresh: Math.max(0, candidates - differ),
-      counts,
-      shown: shown
-        .sort((a, b) => (a.id < b.id ? -1 : 1))
-        .slice(0, env.LIMIT)
-        .map(({ kind, id, columns }) => ({ kind, name: `id=${id}`, columns: columns.split(", "), newer: false })),
-    };
+    const shown = found.flatMap(({ kind, shown }) =>
+      shown.map(([id, columns]) => ({ kind, name: `id=${id}`, columns: columns.split(", "), newer: false })),
+    );
+    return { rows, fresh: Math.max(0, candidates - differ), counts, shown };
   } finally {
     await dropTables(client, `startsWith(name, '${at("")}')`);
   }
