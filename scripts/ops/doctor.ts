@@ -37,7 +37,7 @@ import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
-import { distrust, readBound, readWatermark, type Target } from "../../shared/watermark.ts";
+import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
 import { checkMessageBytes, checkReplication, connectorVariables, showsPassword } from "./lib/kafka-connect.ts";
 import { appliedInPostgres } from "./lib/migrations.ts";
@@ -150,18 +150,17 @@ async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
 async function checkSourceDatabase(check: Check, tables: string[]): Promise<void> {
   const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
-  const sources = tables.map((pipeline) => ({
-    pipeline,
-    ...(pipeline === "events" ? eventsSource : readContract(pipeline).source),
-  }));
-  const named = sources.map(({ pipeline, table, cursor }) => [pipeline, table, cursor].join(":")).join(" ");
-  const settings = { "etl.lag_seconds": "0", "etl.tables": named };
+  const named = tables.map((pipeline) => {
+    const { table, cursor } = pipeline === "events" ? eventsSource : readContract(pipeline).source;
+    return [pipeline, table, cursor].join(":");
+  });
+  const settings = { "etl.lag_seconds": "0", "etl.tables": named.join(" ") };
   const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, settings);
   if (!source) return;
   const etl = openSession(env.ETL_DATABASE_URL, session);
   const bound = async () => (await readBound(source)).holder ?? "none holds a watermark";
   await check("open transactions can be seen", bound);
-  for (const { pipeline } of sources) {
+  for (const pipeline of tables) {
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
       const warnings: Fields[] = [];
       const log = (_step: string, fields: Fields = {}): void => void warnings.push(fields);
@@ -173,17 +172,14 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
     });
     await check(`${pipeline}: watermark`, async () => {
       const stored = await readWatermark(etl, pipeline);
-      const target = pipeline === "events" ? undefined : await openTarget(pipeline).catch(() => undefined); // its own section says why
-      const reason = stored && (await distrust(source, pipeline, stored, await readBound(source), target));
+      const open = () => (pipeline === "events" ? undefined : openDestination(readEnv(bigqueryVariables), readContract(pipeline)));
+      const target = await answer(DEADLINE_SECONDS, late, open); // why there is none, its own section says
+      const reason = stored && (await distrust(source, pipeline, stored, await readBound(source), target.value));
       if (reason) throw new Error(reason);
       return stored?.watermark ?? "none yet";
     });
   }
   await checkCatalogue(check, source, "source");
-}
-
-async function openTarget(pipeline: string): Promise<Target> {
-  return await openDestination(readEnv(bigqueryVariables), readContract(pipeline));
 }
 
 /** BigQuery checks the permissions of a dry run as those of the query itself. */
