@@ -89,7 +89,7 @@ function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void 
   if (faults.length) throw new UsageError(`${path} cannot be synced yet:\n  ${faults.join("\n  ")}`);
 }
 
-/** The contract, what is read, and the script: those of orders, line for line. */
+/** The contract, what is read, and the script: that of orders, step for step. */
 function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
   const { path, columns, comment } = table;
   const fields = columns.map(fieldOf).filter((field): field is Field => typeof field !== "string");
@@ -107,18 +107,29 @@ function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
     return `  -- Left out: ${column.ident}, since ${why}. To sync it: ${cast}, and a STRING in the contract.`;
   });
   const listed = columns.filter((column) => typeof fieldOf(column) !== "string").map(({ ident }) => `  ${ident}`);
-  const lists = [...leftOut, listed.join(",\n"), ""].join("\n");
-  const ofOrders = (file: string): string =>
-    readFileSync(join(root, file), "utf8").replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name));
-  const select = ofOrders("sql/orders.sql")
-    .replaceAll("updated_at", cursor)
-    .replace(/(?<=^select\n)[^;]*(?=^from )/m, () => lists);
-  const script = ofOrders("scripts/orders.ts")
+  const select = [
+    `-- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of`,
+    `-- schemas/bigquery/${name}.json. In psql:`,
+    `--   set etl."from" = '2017-01-01'; set etl."to" = '2017-01-02'; \\i sql/${name}.sql`,
+    "select",
+    ...leftOut,
+    listed.join(",\n"),
+    `from ${path}`,
+    `where ${cursor} >= current_setting('etl.from')::timestamptz`,
+    `  and ${cursor} < current_setting('etl.to')::timestamptz;`,
+    "",
+  ];
+  const script = readFileSync(join(root, "scripts/orders.ts"), "utf8")
+    .replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name))
     .replace(/^( \* {3}key +).*$/m, `$1${key.join(", ")}`)
     .replace(/^( \* {3}watermark +).*$/m, `$1${cursor}, set by the database`)
     .replace(/^( \* {3}schedule +).*$/m, `$1${schedule.words}, cron`);
   const written = (file: string, text: string): Edit => ({ file, has: "", change: () => text });
-  return [written(`schemas/bigquery/${name}.json`, contract), written(`sql/${name}.sql`, select), written(`scripts/${name}.ts`, script)];
+  return [
+    written(`schemas/bigquery/${name}.json`, contract),
+    written(`sql/${name}.sql`, select.join("\n")),
+    written(`scripts/${name}.ts`, script),
+  ];
 }
 
 /** What is added to files that exist: what users have there, with another name. */

@@ -19,17 +19,16 @@ export async function openRebuild(application: string) {
   await checkSession("ETL_DATABASE_URL", etl);
   const broker = connectKafka(env, "etl-resnapshot");
   const ask = <T>(question: (admin: Admin) => Promise<T>): Promise<T> => withAdmin(broker, env, question);
-  /** @throws UsageError while the group has members, which a change of its offsets would not reach. */
-  const checkIsEmpty = () => ask((admin) => waitUntil(() => isEmpty(admin, groupId), 40, busy));
   // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
   const busy = `another make resnapshot is at work on the group ${groupId}. Run this again when it has ended`;
+  const checkIsEmpty = () => ask((admin) => waitUntil(() => isEmpty(admin, groupId), 40, busy));
   await checkIsEmpty();
   const where = () => ask((admin) => topicState(admin, topic, groupId));
   const names = { topic, groupId, database, rebuild: `${database}_rebuild` };
   return { env, ...names, etl, ask, where, checkIsEmpty, epoch: await readEpoch(etl, topic) };
 }
 
-/** @throws UsageError where the group has members other than make resnapshot. */
+/** @throws UsageError where the group has consumers, which a change of its offsets would not reach. */
 async function isEmpty(admin: Admin, groupId: string): Promise<boolean> {
   const { groups } = await admin.describeGroups([groupId]);
   const members = groups[0]?.members ?? [];
