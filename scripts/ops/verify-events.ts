@@ -109,19 +109,18 @@ interface Archived {
 
 async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
   const archived: Archived = {};
-  try {
-    await readDay(bucket, day, async (manifest) => {
-      archived.manifest = manifest;
-      const hash = createHash("sha256");
-      for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
-      archived.sha256 = hash.digest("hex");
-      const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
-      if (rows !== manifest.rows) throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
-    });
-  } catch (error) {
-    if ((error as Error).name !== "Damaged") throw error;
-    archived.damage = (error as Error).message;
-  }
+  const reading = readDay(bucket, day, async (manifest) => {
+    archived.manifest = manifest;
+    const hash = createHash("sha256");
+    for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
+    archived.sha256 = hash.digest("hex");
+    const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
+    if (rows !== manifest.rows) throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+  });
+  await reading.catch((error: Error) => {
+    if (error.name !== "Damaged") throw error;
+    archived.damage = error.message;
+  });
   return archived;
 }
 

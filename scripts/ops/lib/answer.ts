@@ -1,4 +1,4 @@
-/** Asking servers that may not answer, where the others' answers are worth showing all the same. */
+/** Asking servers that may not answer, or not yet. */
 import { setTimeout as delay } from "node:timers/promises";
 
 /** What `work` gives within so many seconds, or its error in words. @param late what to say of one that takes longer. */
@@ -12,4 +12,10 @@ export async function answer<T>(seconds: number, late: string, work: () => T | P
     const { message, code, name } = error as Error & { code?: string };
     return { error: message || code || name };
   }
+}
+
+/** Asks until `done` says so. @throws Error of `otherwise` after that time. */
+export async function waitUntil(done: () => Promise<boolean>, seconds: number, otherwise: string): Promise<void> {
+  for (const deadline = performance.now() + seconds * 1000; !(await done()); await delay(200))
+    if (performance.now() > deadline) throw new Error(otherwise);
 }

@@ -23,17 +23,8 @@ export function table(names: string[], rows: unknown[][] | null, next = ""): Mar
   return html`<div class="scroll"><table><tr>${names.map((name) => html`<th>${name}</th>`)}</tr>${rows.map(line)}</table></div>`;
 }
 
-/** A run or a day: told apart by shape; or a word. */
-export interface Cell {
-  /** From 1. */
-  column: number;
-  row: number;
-  kind: "done" | "failed" | "gone" | "label";
-  /** 0 to 1: how high, or how dark. */
-  share: number;
-  /** On hover; of a label its word. */
-  title: string;
-}
+/** A run, a day or a label, as sql/report.sql writes it: told apart by shape. */
+export type Cell = { column: number; row: number; kind: "done" | "failed" | "gone" | "label"; share: number; title: string };
 
 /** Cells at their places: bars, whose heights are their shares; or a calendar of squares, whose shades are. Words under them. */
 export function chart(words: string, cells: Cell[], look: "bars" | "calendar"): Markup {

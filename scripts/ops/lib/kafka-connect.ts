@@ -20,6 +20,7 @@ import {
 } from "../../../shared/sensors/connector.ts";
 import { type Admin, ConfigResourceTypes, ConfigSource, connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../../shared/session.ts";
+import { waitUntil } from "./answer.ts";
 
 export const connectorVariables = {
   ...connectVariables,
@@ -125,12 +126,6 @@ async function readTopicSettings(admin: Admin, topic: string) {
     own: Object.fromEntries(own.map(({ configName, configValue }) => [configName, configValue])),
     messageBytes: Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue),
   };
-}
-
-/** Asks until `done` says so. @throws Error of `otherwise` after that time. */
-export async function waitUntil(done: () => Promise<boolean>, seconds: number, otherwise: string): Promise<void> {
-  for (const deadline = performance.now() + seconds * 1000; !(await done()); await delay(200))
-    if (performance.now() > deadline) throw new Error(otherwise);
 }
 
 /** Whether Connect shows the database's password to everybody who may read the connector. */

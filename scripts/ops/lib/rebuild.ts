@@ -5,7 +5,8 @@ import { clickhouseVariables } from "../../../shared/sensors/clickhouse.ts";
 import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
 import { type Admin, connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../../shared/session.ts";
-import { connectorVariables, waitUntil } from "./kafka-connect.ts";
+import { waitUntil } from "./answer.ts";
+import { connectorVariables } from "./kafka-connect.ts";
 
 /** What a rebuild fills, and a swap exchanges. */
 export const tables = ["sensor_readings", "sensor_dead_letters"];

@@ -4,22 +4,14 @@ import { UsageError } from "../../../shared/env.ts";
 import { openSession } from "../../../shared/session.ts";
 import { type Column, readSelect } from "../../../shared/source.ts";
 
-export interface SourceColumn extends Column {
-  /** As SQL writes its name. */
-  ident: string;
-  comment: string | null;
-}
+export type SourceColumn = Column & { ident: string; comment: string | null };
 
-export interface SourceTable {
-  /** As SQL writes its name, with its schema. */
+/** A row of sql/table.sql, which says what each is. */
+export interface SourceTable extends Record<"faults" | "grants", string[]> {
   path: string;
   comment: string | null;
   columns: SourceColumn[];
-  /** Columns of the index that was asked for, by default of the primary key; and why the table cannot be synced by that and the cursor. */
   key: string[] | null;
-  faults: string[];
-  /** Those that the pipelines' role lacks. */
-  grants: string[];
 }
 
 /** @throws UsageError where there is no such table. */

@@ -8,7 +8,6 @@
  * L was inserted by then, and it has to be what the source had. One whose version moved was under way.
  */
 import { Readable } from "node:stream";
-import { setTimeout as delay } from "node:timers/promises";
 import type { ClickHouseClient } from "@clickhouse/client";
 import { copyJsonLines } from "../../../shared/copy.ts";
 import type { Env } from "../../../shared/env.ts";
@@ -20,6 +19,7 @@ import * as clickhouse from "../../../shared/sensors/clickhouse.ts";
 import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
 import { topicState } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
+import { waitUntil } from "./answer.ts";
 import { type Comparison, type Kind, kinds } from "./verify.ts";
 
 const { select } = clickhouse;
@@ -137,25 +137,25 @@ function joined(columns: clickhouse.Column[], source: string): string {
 }
 
 /** Waits until what the source has committed by now is in the topic, and all of that is inserted. */
-async function awaitArrival({ source, signal }: Run, env: SensorsEnv, differences: number, fill?: () => Promise<void>): Promise<void> {
+async function awaitArrival({ source }: Run, env: SensorsEnv, differences: number, fill?: () => Promise<void>): Promise<void> {
   const broker = connectKafka(env, "etl-verify");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP));
   const { slot } = namesOf(env);
-  const deadline = performance.now() + ARRIVAL_SECONDS * 1000;
-  const wait = async (done: () => Promise<boolean>, otherwise: string): Promise<void> => {
-    for (; !(await done()); await delay(1000, undefined, { signal }))
-      if (performance.now() > deadline)
-        throw new Error(`${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s ${otherwise}`);
-  };
+  const late = `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s`;
   const [now] = await source<{ lsn: string }[]>`select pg_current_wal_lsn()::text as lsn`;
   const decoded = async (): Promise<boolean> => {
     const passed = await source`
       select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
     return passed.count > 0;
   };
-  await wait(decoded, `Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`);
+  await waitUntil(
+    decoded,
+    ARRIVAL_SECONDS,
+    `${late} Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`,
+  );
   await fill?.();
   const ends = await where();
   const inserted = async (): Promise<boolean> => (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));
-  await wait(inserted, "its messages are not in ClickHouse. Next: is a consumer running? systemctl status etl-sensors");
+  const next = "Next: is a consumer running? systemctl status etl-sensors";
+  await waitUntil(inserted, ARRIVAL_SECONDS, `${late} its messages are not in ClickHouse. ${next}`);
 }
