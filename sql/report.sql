@@ -1,6 +1,7 @@
 -- What make report shows, as one JSON document in words: etl.status, which is what make status JSON=1 printed, and what schema etl knows of
 -- the past. A table is an array of rows; a chart is an array of cells, each with its column and row (from 1), its kind, its share (0 to 1:
--- how high, or how dark), and a title to hover on, of a label its word. Times are in UTC. etl.long_hold is from how many seconds on a held watermark is an alert. In psql:
+-- how high, or how dark), and a title to hover on, of a label its word. Times are in UTC. etl.long_hold is from how many seconds on a held
+-- watermark is an alert. In psql:
 --   set etl.status = '[{"pipeline": "orders", "state": "ok", "reasons": []}]'; set etl.long_hold = '1800'; \i sql/report.sql
 with status as (
   select * from jsonb_to_recordset(current_setting('etl.status')::jsonb) as s (pipeline text, state text, reasons jsonb, watermark text,

@@ -1,6 +1,7 @@
 -- What make new-pipeline and make new-column read of a table, by the catalogue only: the role may lack every grant on it. path and a
--- column's ident are names as SQL writes them; grants are those that the role lacks. Of a new pipeline, key are the columns of a unique, non-null, immediate index, the one that was asked for,
--- by default the primary key; and faults are why it cannot be synced by that and the cursor. In psql:
+-- column's ident are names as SQL writes them; grants are those that the role lacks. Of a new pipeline, key are the columns of a unique,
+-- non-null, immediate index, the one that was asked for, by default the primary key; and faults are why it cannot be synced by that and
+-- the cursor. In psql:
 --   set etl.source = 'public.orders'; set etl.cursor = 'updated_at'; set etl.key = ''; \i sql/table.sql
 with relation as (
   select c.oid, nspname, n.oid as schema, format('%I.%I', nspname, relname) as path, obj_description(c.oid, 'pg_class') as comment
