@@ -22,7 +22,7 @@ with status as (
 ), kinds (state, kind) as (
   values ('succeeded', 'done'), ('rewound', 'done'), ('failed', 'failed'), ('abandoned', 'gone'), ('running', 'gone'), ('missing', 'gone')
 ), charts as (
-  select pipeline, format('The last %s runs of %s: %s', count(*), pipeline, (
+  select pipeline, format('Runs of %s since %s, the last 60 at most: %s', pipeline, min(at), (
       select string_agg(format('%s %s', count, became), ', ')
       from (select became, count(*) from runs r where r.pipeline = runs.pipeline group by 1 order by 1) counts)) as label,
     json_agg(json_build_object('column', "column", 'row', 1, 'kind', kind, 'share', share,
@@ -67,19 +67,26 @@ with status as (
   select distinct on (pipeline) *, extract(epoch from now() - verified_at)::float8 as age,
     case pipeline when 'events' then 'make verify-events' else 'make verify PIPELINE=' || pipeline end as again
   from etl.verifications order by pipeline, verified_at desc
-), now_wrong (part, number, of, what) as (
-  select 1, number, pipeline, reason from status, jsonb_array_elements_text(reasons) with ordinality r (reason, number) where state <> 'ok'
-  union all select 2, 0, 'model ' || model, 'was not published: ' || why from models where why is not null
-  union all select 3, 0, 'archive of ' || day, format('%s. Next: make backfill-events FROM=%s TO=%s', why, day, day + 1)
+), now_wrong (part, of, what) as (
+  -- The worst first; one line for all the pipelines that one thing holds up.
+  select case state when 'red' then 1 when 'warn' then 6 else 7 end, string_agg(pipeline, ', ' order by pipeline), split_part(reason, E'\n', 1)
+  from status, jsonb_array_elements_text(reasons) reason where state <> 'ok' group by state, reason
+  union all select 2, 'model ' || model, 'was not published: ' || why from models where why is not null
+  union all select 3, pipeline, format('differs from its source: %s. Next: %s (it names the keys, and how to repair)', found, again)
+  from proofs where differences > 0
+  union all select 4, 'archive of ' || day, format('%s. Next: make backfill-events FROM=%s TO=%s', why, day, day + 1)
   from days where state = 'failed'
-  union all select 4, 0, pipeline, format('differs from its source: %s. Next: %s', found, again) from proofs where differences > 0
-  union all select 4, 0, pipeline, format('was last verified %s ago. Next: %s', etl.duration(age), again) from proofs where age > 604800
+  union all select 5, 'archive', format('nobody archived days between %s and %s: %s. Next: make backfill-events FROM=%s TO=%s (it skips the others)',
+    min(day) - 1, max(day) + 1, count(*), min(day), max(day) + 1) from days where state = 'missing' having count(*) > 0
+  union all select 5, pipeline, format('was last verified %s ago. Next: %s', etl.duration(age), again) from proofs where age > 604800
 ), week_wrong (part, of, what) as (
-  select part, pipeline, format('%s of %s runs %s, last at %s: %s', count(*) filter (where holds), count(*), what,
-    max(at) filter (where holds), (array_agg(detail order by at desc) filter (where holds))[1])
+  select part, pipeline, format('%s of %s runs %s, %s: %s.%s', count(*) filter (where holds), count(*), what,
+    concat_ws(' to ', min(at) filter (where holds), nullif(max(at) filter (where holds), min(at) filter (where holds))),
+    (array_agg(detail order by at desc) filter (where holds))[1],
+    case when max(started_at) filter (where became = 'succeeded') > max(started_at) filter (where holds) then ' It has succeeded since.' end)
   from runs, lateral (values
     (1, 'failed', became = 'failed', why),
-    (2, 'were killed', became = 'abandoned', run_id || ' never recorded its end'),
+    (2, 'were abandoned', became = 'abandoned', 'killed, or its machine was'),
     (3, 'found the watermark held', hold_seconds > current_setting('etl.long_hold')::float8,
       'an open transaction of ' || etl.duration(hold_seconds))) event (part, what, holds, detail)
   where started_at > now() - interval '7 days' group by part, pipeline, what having bool_or(holds)
@@ -92,7 +99,7 @@ with status as (
 )
 select json_build_object(
   'at', to_char(now() at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
-  'now', (select json_agg(json_build_array(of, what) order by part, of, number) from now_wrong),
+  'now', (select json_agg(json_build_array(of, what) order by part, of) from now_wrong),
   'week', (select json_agg(json_build_array(of, what) order by part, of) from week_wrong),
   'pipelines', (select json_agg(json_build_object('name', pipeline, 'state', state, 'reasons', reasons,
       'facts', concat_ws(' · ',
@@ -107,10 +114,10 @@ select json_build_object(
       coalesce((select days from stretches where state = 'failed'), 'none'),
       coalesce((select days from stretches where state = 'missing'), 'none')) from days having count(*) > 0),
   'years', (select json_agg(json_build_object('label', year, 'cells', cells) order by year) from years),
-  'models', (select json_agg(json_build_array(model, rows, case when why is null then checks || ' passed' else 'failed' end,
+  'models', (select json_agg(json_build_array(model, rows, case when why is not null then 'failed' when checks = 0 then 'none' else checks || ' passed' end,
       coalesce(published, 'never'), trend, why) order by model) from models),
   'proofs', (select json_agg(json_build_array(pipeline, format('%s, %s ago', to_char(verified_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
       etl.duration(age)), rows, differences, found) order by pipeline) from proofs),
-  'billed', (select json_agg(json_build_array('week of ' || week, to_char(coalesce(bytes, 0) / 1e6, 'FM999,999,990 "MB"'),
+  'billed', (select json_agg(json_build_array('week of ' || week, coalesce(to_char(bytes / 1e6, 'FM999,999,990 "MB"'), 'no job'),
       coalesce(bytes, 0) / (select greatest(1, max(bytes)) from billed)) order by week desc) from billed)
 ) as report;

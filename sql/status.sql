@@ -79,7 +79,7 @@ with facts as (
         (case when last.by_hand then 'warn' else 'red' end, run = 'failed', 'its last run failed: ' || coalesce(last.error, '')),
         (case when last.by_hand then 'warn' else 'red' end, run = 'abandoned',
           format('its last run, %s, was abandoned: it was killed, and the next run resumes', last.run_id)),
-        ('warn', (days ->> 'failed')::int > 0, (days ->> 'failed') || ' days failed in a backfill or are to be archived again'),
+        ('warn', (days ->> 'failed')::int > 0, 'days that failed in a backfill, or are to be archived again: ' || (days ->> 'failed')),
         (case when f.hold_seconds > limits.hold then 'red' else 'warn' end, f.hold_seconds is not null and f.held_by is not null,
           format('its watermark is held for %s by %s', etl.duration(f.hold_seconds), f.held_by)),
         ('warn', f.future_rows > 0, to_char(f.future_rows, 'FM999,999,999,999') || ' rows of its source lie in the future'),

@@ -76,16 +76,16 @@ function render({ at, now, week, pipelines, archive, years, models, proofs, bill
 <h2>Archive of events</h2><p>${archive ?? "None yet. Next: make events"}</p>
 ${years?.map(({ label, cells }) => chart(label, cells, "calendar"))}
 <p class="soft">The stronger the colour, the more rows. A cross failed; dashes: missing, or being archived.</p>
-<h2>Models</h2>${table(["model", "rows", "checks", "last published", "rows, run by run", "why not"], models, "make views")}
+<h2>Models</h2>${table(["model", "rows", "checks", "last published", "rows, run by run", "why it was not published"], models, "make views")}
 <h2>Proof that source and destination agree</h2>
-${table(["pipeline", "verified", "rows", "differences", "found"], proofs, "make verify")}
+${table(["pipeline", "verified", "rows compared", "differences", "found"], proofs, "make verify")}
 <h2>Bytes billed by BigQuery</h2>${table(["", "billed", ""], meters)}
 </body></html>
 `;
 }
 
 function renderPipeline({ name, state, facts, reasons, label = "", cells, runs }: Pipeline): Markup {
-  const words = `${label}. Height: rows, logarithmic. A cross failed; dashes: killed, or still running.`;
+  const words = `${label}. Height: rows, logarithmic. A cross failed; dashes: abandoned (killed), or still running.`;
   return html`<article><h3>${name} <span class="${state}">${state}</span></h3><p>${facts}</p>
     ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}
     ${

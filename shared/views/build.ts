@@ -247,7 +247,7 @@ export async function reportModels(build: Build, outcomes: Outcome[]): Promise<v
   if (!failed.length) return;
   const lines = failed.map(({ model, error }) => `  ${model.name}: ${error?.message}`);
   throw new Error(
-    `${failed.length} of ${outcomes.length} models failed, and are published as they were before:\n` +
-      `${lines.join("\n")}\nThey were built in dataset ${build.dataset}. Correct them, then run: make views`,
+    `${failed.length} of ${outcomes.length} models failed; their published tables stay as they were\n` +
+      `${lines.join("\n")}\nTheir rows are in dataset ${build.dataset}. Correct the models, then run: make views`,
   );
 }

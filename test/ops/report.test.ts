@@ -66,14 +66,15 @@ await test("the page says what make status says, and what went wrong; it is text
       for (const reason of reasons) says(reason.split("\n")[0]?.replace(/held for .*/, "held for") ?? "");
     }
     for (const text of [
-      "orders: its watermark is held for",
-      `orders: 2 of 59 runs failed, last at`,
-      "orders: 1 of 59 runs were killed, last at",
-      "orders: 1 of 59 runs found the watermark held, last at",
-      "an open transaction of 1h 30m",
+      "orders, users: its watermark is held for",
+      "orders: 2 of 59 runs failed, ",
+      "orders: 1 of 59 runs were abandoned, ",
+      "orders: 1 of 59 runs found the watermark held, ",
+      "an open transaction of 1h 30m. It has succeeded since.",
       "archive of 2017-03-05: S3 answered 503",
       "Next: make backfill-events FROM=2017-03-05 TO=2017-03-06",
       "Failed: 2017-03-05. Missing: 2017-06-06.",
+      "archive: nobody archived days between 2017-06-05 and 2017-06-07: 1. Next: make backfill-events FROM=2017-06-06 TO=2017-06-07",
       "model weekly_baskets: was not published: views/weekly_baskets.sql: it has 99 rows, and the published",
       "users: differs from its source: 1 missing. Next: make verify PIPELINE=users",
       hostile.replace("\u202e", "?"),

@@ -183,7 +183,7 @@ await test("a check that fails publishes nothing of its model and of what needs 
   const before = await published(...kept);
   models(Object.fromEntries(Object.entries(files).map(([name, sql]) => [name, sql.replace("1 AS v", "2 AS v")])));
   const { stdout, stderr } = await fails(1, [
-    "error: 3 of 4 models failed, and are published as they were before:",
+    "error: 3 of 4 models failed; their published tables stay as they were",
     'bad: views/checks/bad__one.sql returned 1 rows, for example {"id":"x"}; views/checks/bad__two.sql returned 1 rows, for example {"id":"x","v":2}',
     "reads_bad: it needs bad",
     "far: it needs reads_bad",
