@@ -126,11 +126,8 @@ async function migrateBigQuery(env: Env<typeof variables>, apply: Step): Promise
     // The API takes what is left out for none: policy tags, collation, default values and rounding modes are the table's own.
     const there: TableField[] = actual.schema?.fields ?? [];
     const fields = contract.fields.map((field) => ({ ...there.find(({ name }) => name === field.name), ...field }));
-    // One request for all of them, which the last one makes.
-    for (const [at, addition] of difference.additions.entries())
-      await apply(addition, async () => {
-        if (at === difference.additions.length - 1) await table.setMetadata({ description, schema: { fields } });
-      });
+    for (const addition of difference.additions) await apply(addition, async () => {});
+    if (difference.additions.length && !env.DRY_RUN) await table.setMetadata({ description, schema: { fields } });
   }
   return refused;
 }

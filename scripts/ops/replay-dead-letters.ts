@@ -24,18 +24,13 @@ await main(import.meta, async () => {
   const epoch = (await readEpoch(etl, env.SENSORS_TOPIC))?.number ?? 0;
   const letters = "sensor_dead_letters FINAL WHERE topic = {topic: String} AND epoch = {epoch: UInt16}";
   const parameters = { topic: env.SENSORS_TOPIC, epoch, marked: 0 };
-  const count = async (some = "1"): Promise<{ n: string; latest: number }> => {
-    const query = `SELECT count() AS n, max(attempt) AS latest FROM ${letters} AND ${some}`;
-    const [found] = await select<{ n: string; latest: number }>(client, query, parameters);
-    return found ?? { n: "0", latest: 0 };
+  const count = async (some: string): Promise<{ n: number; latest: number }> => {
+    const query = `SELECT toUInt32(count()) AS n, max(attempt) AS latest FROM ${letters} AND ${some}`;
+    return (await select<{ n: number; latest: number }>(client, query, parameters))[0] ?? { n: 0, latest: 0 };
   };
-  const change = async (query: string): Promise<unknown> =>
-    await client.command({
-      query,
-      query_params: parameters,
-      clickhouse_settings: { wait_end_of_query: 1, lightweight_deletes_sync: "2" },
-    });
-  const before = await count();
+  const settings = { wait_end_of_query: 1, lightweight_deletes_sync: "2" } as const;
+  const change = (query: string) => client.command({ query, query_params: parameters, clickhouse_settings: settings });
+  const before = await count("1");
 
   // 2. Mark them: consumers write others meanwhile, which are not to be taken for replayed.
   parameters.marked = before.latest + 1;
@@ -51,7 +46,6 @@ await main(import.meta, async () => {
   const changes = await count(marked);
   const gone = `SELECT epoch, partition, offset FROM ${letters} AND ${marked}`;
   await change(`DELETE FROM sensor_dead_letters WHERE topic = {topic: String} AND (epoch, partition, offset) IN (${gone})`);
-  const left = Number((await count()).n);
-  const counts = { epoch, dead_letters: Number(before.n), now_changes: Number(changes.n), left };
-  log({ step: "replayed", ...counts, ...(left && { next: "make dead-letters" }) });
+  const left = (await count("1")).n;
+  log({ step: "replayed", epoch, dead_letters: before.n, now_changes: changes.n, left, ...(left && { next: "make dead-letters" }) });
 });
