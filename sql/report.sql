@@ -76,14 +76,15 @@ with status as (
   from proofs where differences > 0
   union all select 4, 'archive of ' || day, format('%s. Next: make backfill-events FROM=%s TO=%s', why, day, day + 1)
   from days where state = 'failed'
-  union all select 5, 'archive', format('nobody archived days between %s and %s: %s. Next: make backfill-events FROM=%s TO=%s (it skips the others)',
-    min(day) - 1, max(day) + 1, count(*), min(day), max(day) + 1) from days where state = 'missing' having count(*) > 0
+  union all select 5, 'archive', format('%s missing: %s. Next: make backfill-events FROM=%s TO=%s (days that are done are skipped)',
+    count(*), (select s.days from stretches s where s.state = 'missing'), min(day), max(day) + 1)
+  from days where state = 'missing' having count(*) > 0
   union all select 5, pipeline, format('was last verified %s ago. Next: %s', etl.duration(age), again) from proofs where age > 604800
 ), week_wrong (part, of, what) as (
-  select part, pipeline, format('%s of %s runs %s, %s: %s.%s', count(*) filter (where holds), count(*), what,
+  select part, pipeline, format('%s of %s runs %s, %s: %s%s', count(*) filter (where holds), count(*), what,
     concat_ws(' to ', min(at) filter (where holds), nullif(max(at) filter (where holds), min(at) filter (where holds))),
     (array_agg(detail order by at desc) filter (where holds))[1],
-    case when max(started_at) filter (where became = 'succeeded') > max(started_at) filter (where holds) then ' It has succeeded since.' end)
+    case when max(started_at) filter (where became = 'succeeded') > max(started_at) filter (where holds) then ' (it has succeeded since)' end)
   from runs, lateral (values
     (1, 'failed', became = 'failed', why),
     (2, 'were abandoned', became = 'abandoned', 'killed, or its machine was'),
