@@ -105,8 +105,9 @@ function blame({ found }: Facts, reason: string, state: State = "red"): void {
 }
 
 /** What the part gives, or the error in words. */
-const askPart = <T>(part: string, work: () => Promise<T>) =>
-  answer(PART_SECONDS, `${part} has not answered within ${PART_SECONDS} s`, work);
+async function askPart<T>(part: string, work: () => Promise<T>): Promise<{ value?: T; error?: string }> {
+  return await answer(PART_SECONDS, `${part} has not answered within ${PART_SECONDS} s`, work);
+}
 
 /** What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future. */
 async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, bound: Bound): Promise<void> {
