@@ -105,8 +105,8 @@ function blame({ found }: Facts, reason: string, state: State = "red"): void {
 }
 
 /** What the part gives, or the error in words. */
-function askPart<T>(part: string, work: () => Promise<T>) {
-  return answer(PART_SECONDS, `${part} has not answered within ${PART_SECONDS} s`, work);
+async function askPart<T>(part: string, work: () => Promise<T>): Promise<{ value?: T; error?: string }> {
+  return await answer(PART_SECONDS, `${part} has not answered within ${PART_SECONDS} s`, work);
 }
 
 /** What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future. */

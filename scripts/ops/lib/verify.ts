@@ -85,14 +85,11 @@ export async function eachPipeline(
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
-/** A table, and every row of its source beside it. */
-export interface Both {
-  compare(): Promise<Comparison>;
-  /** Deletes the rows that the source has not. @returns how many. */
-  deleteExtra(): Promise<number>;
-  /** Makes the table's rows what the source has. @returns rows written and deleted. */
-  repair(): Promise<number>;
-}
+/**
+ * A table, and every row of its source beside it. `deleteExtra` deletes the rows that the source has not, `repair` makes the table's rows what
+ * the source has; both return how many rows they changed.
+ */
+type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
 
 /**
  * Why the watermark cannot be trusted, in words with the next command, if it cannot.
