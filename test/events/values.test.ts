@@ -14,6 +14,7 @@ import { ending, hold, reach } from "../lib/faults.ts";
 import { seed } from "../lib/random.ts";
 import { createS3Proxy, readObject, s3Steps } from "../lib/s3.ts";
 import { createShop, type Result, type Shop } from "../lib/shop.ts";
+import { texts } from "../lib/texts.ts";
 import type { Env } from "../stack/env.ts";
 import { stackPath } from "../stack/stack.ts";
 
@@ -78,13 +79,6 @@ async function assertRestored(shop: Shop, days: string[]): Promise<void> {
   }
 }
 
-const controls = String.fromCharCode(...Array.from({ length: 31 }, (_, index) => index + 1), 127);
-const texts = [
-  ...["", " ", "'", '"', '""', "\\", '\\"', "\n", "\r\n", "\r", "\t", "\\N", "\\.", "null", "NULL", "{}", '{"id":7,"a'],
-  ...["a\u2028b\u2029c\u0085d", "\u0001\u0002", '\u0002"\u0001\n\u0001\u0001', controls, '{"a": "b"}\n{"id":1,"a"'],
-  ...["\\u0041\\x41\\n", "👩‍👩‍👧‍👦🏳️‍🌈", "e\u0301 \u00e9", "שלום \u202eabc\u202c مرحبا", "\ufeff\uffff\u{10ffff}", "z̷̢͌a̶"],
-  "ß".repeat(35_000),
-];
 const payloads = [
   ...["null", "{}", "[]", "0", "-0", "true", '""', '"null"', "[null]", '{"a": null}', '{"": {"": [null, false, {"a": []}]}}'],
   "[9223372036854775807, -9223372036854775809, 9007199254740993, 123456789012345678901234567890.12345678901234567890]",
