@@ -170,7 +170,7 @@ suite("archive", { concurrency: true }, () => {
         fc.sample(row, { seed, numRuns: id.length }).map((values, index) => ({ id: String(id[index]), ...values })),
       );
       const [from, to] = ["2017-02-01", "2017-02-04"];
-      await backfill(shop, from, to, { CHUNK_ROWS: String(1 + (seed % 150)), CONCURRENCY: "2" });
+      await backfill(shop, from, to, { CHUNK_ROWS: String(40 + (seed % 150)), CONCURRENCY: "2" });
       const { code, stderr } = await verify(shop, from, to);
       assert.equal(code, 0, stderr);
       await restore(shop, from, to);

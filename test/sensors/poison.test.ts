@@ -88,97 +88,63 @@ const noChange = "no change: op is none of c, r, u, d";
 const onlyKey = "before has only its key: is REPLICA IDENTITY FULL on the source table and each of its partitions?";
 const text = (length: number): string => "x".repeat(length);
 
-/** What comes as the value (under the key of id 1, unless a key is given), and the reason for which it is dead-lettered. */
-const poison: Record<string, { value: string | Buffer; reason: string; key?: string | null }> = {
-  "not JSON": { value: "hello", reason: "not JSON" },
-  "an empty value": { value: "", reason: "not JSON" },
-  "half an envelope": { value: after({}).slice(0, 60), reason: "not JSON" },
-  "an envelope and a half": { value: after({}) + after({}).slice(0, 9), reason: "not JSON" },
-  "JSON null": { value: "null", reason: noChange },
-  "a number": { value: "1", reason: noChange },
-  "an array of envelopes": { value: `[${after({})}]`, reason: noChange },
-  "another shape": { value: '{"a": 1}', reason: noChange },
-  "a row without an envelope": { value: JSON.stringify(row(1)), reason: noChange },
-  "an op that is no text": { value: after({}).replace('"op":"c"', '"op":{"c":1}'), reason: noChange },
-  "an op that nobody knows": { value: JSON.stringify(envelope("m", null, row(1))), reason: noChange },
-  "an insert without a row": { value: JSON.stringify(envelope("c", row(1), null)), reason: "after is no object" },
-  "a row that is an array": { value: JSON.stringify(envelope("c", null, [row(1)])), reason: "after is no object" },
-  "a delete without the old row": { value: JSON.stringify(envelope("d", null, null)), reason: "before is no object" },
-  "a delete whose old row is only a key": {
-    value: JSON.stringify(envelope("d", { ...row(1), sensor_id: null, metric: null, value: null, note: null }, null)),
-    reason: onlyKey,
-  },
-  "a change of the sorting key whose old row is only a key": {
-    value: JSON.stringify(envelope("u", { ...row(900), sensor_id: null, metric: null, value: null }, row(900))),
-    key: keyOf(900),
-    reason: onlyKey,
-  },
-  "an update without the old row": {
-    value: JSON.stringify(envelope("u", null, row(1))),
-    reason: "before is no object",
-  },
-  "an id that is text": { value: after({ id: "1" }), reason: "after.id is no 64-bit integer" },
-  "an id that is a fraction": { value: after({ id: 1.5 }), reason: "after.id is no 64-bit integer" },
-  "an id that is null": { value: after({ id: null }), reason: "after.id is no 64-bit integer" },
-  "an id beyond 64 bits": {
-    value: after({}).replace('"id":1', '"id":9223372036854775808'),
-    reason: "after.id is no 64-bit integer",
-  },
-  "no id": { value: without("id"), reason: "after.id is no 64-bit integer" },
-  "a sensor_id that is a number": {
-    value: after({ sensor_id: 5 }),
-    reason: "after.sensor_id is neither text nor null",
-  },
-  "no metric": { value: without("metric"), reason: "after.metric is neither text nor null" },
-  "a value that is text": { value: after({ value: "12" }), reason: "after.value is neither a number nor null" },
-  "no value": { value: without("value"), reason: "after.value is neither a number nor null" },
-  "a time that is a word": {
-    value: after({ recorded_at: "now" }),
-    reason: "after.recorded_at is no time that DateTime64 holds",
-  },
-  "a time that is a number": {
-    value: after({ recorded_at: 10 }),
-    reason: "after.recorded_at is no text",
-  },
-  "30 February": {
-    value: after({ recorded_at: "2024-02-30T00:00:00Z" }),
-    reason: "after.recorded_at is no time that DateTime64 holds",
-  },
-  "25 o'clock": {
-    value: after({ recorded_at: "2024-01-01T25:00:00Z" }),
-    reason: "after.recorded_at is no time that DateTime64 holds",
-  },
-  "a time that is null": {
-    value: after({ recorded_at: null }),
-    reason: "after.recorded_at is no text",
-  },
-  "a large value that Debezium does not know": {
-    value: after({ sensor_id: "__debezium_unavailable_value" }),
-    reason: "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
-  },
-  "no key": { value: after({}), key: null, reason: "no key" },
-  "an empty key": { value: after({}), key: "", reason: "the key is not the row's id" },
-  "another row's key": { value: after({}), key: keyOf(2), reason: "the key is not the row's id" },
-  "a key that is no JSON": { value: after({}), key: "1", reason: "the key is not the row's id" },
-  "an update that changes the id": {
-    value: JSON.stringify(envelope("u", row(2), row(1))),
-    reason: "an update that changes the id",
-  },
-  "a TRUNCATE": {
-    value: JSON.stringify(envelope("t", null, null)),
-    key: null,
-    reason: "TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)",
-  },
-  "a null byte": { value: after({ metric: "a b" }).replace("a b", "a\0b"), reason: "not JSON" },
-  "a null byte after the envelope": { value: `${after({})}\0`, reason: "not JSON" },
-  "5 MB of no JSON": { value: text(5_000_000), reason: "not JSON" },
-  "5 MB of JSON": { value: JSON.stringify({ text: text(5_000_000) }), reason: noChange },
-  "a key of 1 MB": { value: after({}), key: text(1_000_000), reason: "the key is not the row's id" },
-  "bytes that are no UTF-8": {
-    value: Buffer.from(after({ metric: "\u{fffd}" }).replace("\u{fffd}", "\xff\xfe"), "latin1"),
-    reason: "not JSON",
-  },
-  "100,000 brackets": { value: "[".repeat(100_000) + "]".repeat(100_000), reason: "not JSON" },
+const noInteger = "after.id is no 64-bit integer";
+const noTime = "after.recorded_at is no time that DateTime64 holds";
+const otherKey = "the key is not the row's id";
+const truncated = "TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)";
+const json = JSON.stringify;
+
+/** What comes: why it is dead-lettered, its value, and its key, if that is not id 1's. */
+const poison: Record<string, [reason: string, value: string | Buffer, key?: string | null]> = {
+  "an empty value": ["not JSON", ""],
+  "half an envelope": ["not JSON", after({}).slice(0, 60)],
+  "an envelope and a half": ["not JSON", after({}) + after({}).slice(0, 9)],
+  "a null byte": ["not JSON", after({ metric: "a b" }).replace("a b", "a\0b")],
+  "a null byte after the envelope": ["not JSON", `${after({})}\0`],
+  "bytes that are no UTF-8": ["not JSON", Buffer.from(after({ metric: "\u{fffd}" }).replace("\u{fffd}", "\xff\xfe"), "latin1")],
+  "100,000 brackets": ["not JSON", "[".repeat(100_000) + "]".repeat(100_000)],
+  "5 MB of no JSON": ["not JSON", text(5_000_000)],
+  "5 MB of JSON": [noChange, json({ text: text(5_000_000) })],
+  "JSON null": [noChange, "null"],
+  "an array of envelopes": [noChange, `[${after({})}]`],
+  "a row without an envelope": [noChange, json(row(1))],
+  "an op that is no text": [noChange, after({}).replace('"op":"c"', '"op":{"c":1}')],
+  "an op that nobody knows": [noChange, json(envelope("m", null, row(1)))],
+  "an insert without a row": ["after is no object", json(envelope("c", row(1), null))],
+  "a row that is an array": ["after is no object", json(envelope("c", null, [row(1)]))],
+  "a delete without the old row": ["before is no object", json(envelope("d", null, null))],
+  "an update without the old row": ["before is no object", json(envelope("u", null, row(1)))],
+  "a delete whose old row is only a key": [
+    onlyKey,
+    json(envelope("d", { ...row(1), sensor_id: null, metric: null, value: null, note: null }, null)),
+  ],
+  "a change of the sorting key whose old row is only a key": [
+    onlyKey,
+    json(envelope("u", { ...row(900), sensor_id: null, metric: null, value: null }, row(900))),
+    keyOf(900),
+  ],
+  "an id that is text": [noInteger, after({ id: "1" })],
+  "an id that is a fraction": [noInteger, after({ id: 1.5 })],
+  "an id beyond 64 bits": [noInteger, after({}).replace('"id":1', '"id":9223372036854775808')],
+  "no id": [noInteger, without("id")],
+  "a sensor_id that is a number": ["after.sensor_id is neither text nor null", after({ sensor_id: 5 })],
+  "no metric": ["after.metric is neither text nor null", without("metric")],
+  "a value that is text": ["after.value is neither a number nor null", after({ value: "12" })],
+  "no value": ["after.value is neither a number nor null", without("value")],
+  "a time that is a word": [noTime, after({ recorded_at: "now" })],
+  "30 February": [noTime, after({ recorded_at: "2024-02-30T00:00:00Z" })],
+  "25 o'clock": [noTime, after({ recorded_at: "2024-01-01T25:00:00Z" })],
+  "a time that is a number": ["after.recorded_at is no text", after({ recorded_at: 10 })],
+  "a large value that Debezium does not know": [
+    "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
+    after({ sensor_id: "__debezium_unavailable_value" }),
+  ],
+  "no key": ["no key", after({}), null],
+  "an empty key": [otherKey, after({}), ""],
+  "another row's key": [otherKey, after({}), keyOf(2)],
+  "a key of 1 MB": [otherKey, after({}), text(1_000_000)],
+  "an update that changes the id": ["an update that changes the id", json(envelope("u", row(2), row(1)))],
+  "a TRUNCATE": [truncated, json(envelope("t", null, null)), null],
 };
 
 suite("poison", { concurrency: true }, () => {
@@ -188,7 +154,7 @@ suite("poison", { concurrency: true }, () => {
     const kinds = Object.entries(poison);
     // Fewer than the hundred messages of which a share may be too much.
     assert.ok(kinds.length * 2 < 100);
-    const sent = kinds.map(([name, { value, key = keyOf(1), reason }], index) => ({
+    const sent = kinds.map(([name, [reason, value, key = keyOf(1)]], index) => ({
       name,
       partition: index % 3,
       offset: String(Math.floor(index / 3) * 2),
@@ -197,7 +163,7 @@ suite("poison", { concurrency: true }, () => {
       length: String(bytes(value).length),
       digest: digest(value),
     }));
-    for (const [index, [, { value, key = keyOf(1) }]] of kinds.entries())
+    for (const [index, [, [, value, key = keyOf(1)]]] of kinds.entries())
       await sensors.produce([
         { key, value, partition: index % 3 },
         { ...created(1000 + index), partition: index % 3 },
