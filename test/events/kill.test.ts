@@ -7,7 +7,7 @@ import { utimesSync } from "node:fs";
 import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { addDays, daysBetween, readManifest } from "../../shared/events/archive.ts";
-import { assertNoSessions, ending, type Fault, type Gate, hold, lastRun, pass, reach, withhold } from "../lib/faults.ts";
+import { assertNoSessions, ending, type Fault, type Gate, hold, kill, lastRun, pass, reach, withhold } from "../lib/faults.ts";
 import { random } from "../lib/random.ts";
 import {
   assertArchived,
@@ -18,6 +18,7 @@ import {
   readArchived,
   s3Steps,
   sourceEvents,
+  startHeld,
   strays,
   suiteOfDays,
 } from "../lib/s3.ts";
@@ -34,12 +35,6 @@ const backfill = (from: string, to: string, more: Env = {}): Env => ({
   CHUNK_ROWS: "60",
   ...more,
 });
-
-async function kill(shop: Shop, run: Process): Promise<void> {
-  run.child.kill("SIGKILL");
-  assert.equal((await ending(run)).signal, "SIGKILL");
-  await assertNoSessions(shop);
-}
 
 /** Inserts rows whose part is more than 5 MB: all have one random text, which is longer than what gzip looks back. */
 async function insertWide(shop: Shop, day: string): Promise<void> {
@@ -122,7 +117,8 @@ suite("killed", { concurrency: true }, () => {
         const run = shop.start(script, backfill(from, to, { S3_ENDPOINT: proxy.url, CONCURRENCY: concurrency, ...more }));
         await reach(run, fault.reached ?? answered.promise);
         if (how === "later") await delay(pause);
-        await kill(shop, run);
+        await kill(run);
+        await assertNoSessions(shop);
         const there = await whole();
         assert.ok(there >= done, `${there} days are archived, and ${done} were before`);
         done = there;
@@ -183,23 +179,17 @@ suite("killed", { concurrency: true }, () => {
     for (const late of ["long after", "before the next run's"]) {
       test(`before its manifest is put: the day is not done, and is archived under new keys; the manifest arrives ${late}`, async () => {
         const [shop, of] = [shopOf(), await nextDay()];
-        await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
         const [first, second] = [hold(), hold()];
-        proxy.fault(s3Steps.putManifest, first, 1);
-        proxy.fault(s3Steps.putManifest, second, 1);
-        const killed = shop.start(script, one(of, { S3_ENDPOINT: proxy.url }));
-        await reach(killed, first.reached);
-        const { run_id } = await lastRun(shop);
-        await kill(shop, killed);
+        await using killed = await startHeld(shop, script, one(of), s3Steps.putManifest, first);
+        const { id: run_id } = killed;
+        await kill(killed);
         const parts = [1, 2, 3].map((n) => `events/dt=${of}/part-000${n}-${run_id}.ndjson.gz`);
         assert.deepEqual(await objectKeys(shop, of), parts);
         const unfinished = await shop.run(verify, { FROM: of, TO: addDays(of) });
         assert.equal(unfinished.code, 1);
         assert.match(unfinished.stderr, new RegExp(`${of}: is not archived; the source has 150 rows of it`));
 
-        const next = shop.start(script, one(of, { S3_ENDPOINT: proxy.url }));
-        await reach(next, second.reached);
-        const { run_id: run } = await lastRun(shop);
+        await using next = await startHeld(shop, script, one(of), s3Steps.putManifest, second);
         const arrive = async (): Promise<void> => {
           const seen = await readManifest(shop.bucket, of);
           first.release();
@@ -214,7 +204,7 @@ suite("killed", { concurrency: true }, () => {
         if (late === "long after") await arrive();
         const { manifest } = await assertArchived(shop, of);
         if (late === "long after") {
-          assert.equal(manifest.run_id, run);
+          assert.equal(manifest.run_id, next.id);
           assert.deepEqual(await strays(shop, of), parts);
         } else {
           assert.equal(manifest.run_id, run_id);
@@ -226,12 +216,9 @@ suite("killed", { concurrency: true }, () => {
 
     test("after its manifest was stored, before it knew: the day is done, and etl.chunks is put right by the next run", async () => {
       const [shop, of] = [shopOf(), await nextDay()];
-      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-      const gate = withhold();
-      proxy.fault(s3Steps.putManifest, gate, 1);
-      const run = shop.start(script, one(of, { S3_ENDPOINT: proxy.url }));
-      await reach(run, gate.reached);
-      await kill(shop, run);
+      await using run = await startHeld(shop, script, one(of), s3Steps.putManifest, withhold());
+      await kill(run);
+      await assertNoSessions(shop);
       const { manifest, etag } = await assertArchivedClean(shop, of);
       const chunk = async (): Promise<unknown[]> =>
         Object.values(
@@ -248,14 +235,10 @@ suite("killed", { concurrency: true }, () => {
       const [shop, of] = [shopOf(), await nextDay()];
       await shop.succeed(script, one(of));
       const old = (await assertArchivedClean(shop, of)).manifest.parts.map(({ key }) => key.slice(shop.bucket.prefix.length));
-      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       const gate = hold();
-      proxy.fault(s3Steps.deleteObjects, gate, 1);
-      const run = shop.start(script, one(of, { FORCE: "1", S3_ENDPOINT: proxy.url }));
-      await reach(run, gate.reached);
-      const { run_id } = await lastRun(shop);
-      await kill(shop, run);
-      assert.equal((await assertArchived(shop, of)).manifest.run_id, run_id);
+      await using run = await startHeld(shop, script, one(of, { FORCE: "1" }), s3Steps.deleteObjects, gate);
+      await kill(run);
+      assert.equal((await assertArchived(shop, of)).manifest.run_id, run.id);
       assert.deepEqual(await verified(shop, of, addDays(of)), { stray: old, removed: [] });
       gate.release(); // and a deletion that arrives late takes nothing else
       await until("the old parts are gone", async () => (await strays(shop, of)).length === 0);
@@ -290,12 +273,9 @@ suite("killed", { concurrency: true }, () => {
           [s3Steps.deleteObjects, hold(), false],
           [s3Steps.deleteObjects, withhold(), true],
         ] as const) {
-          await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-          proxy.fault(step, gate, 1);
-          const run = shop.start(script, one(of, { FORCE: "1", S3_ENDPOINT: proxy.url }));
-          await reach(run, gate.reached);
+          await using run = await startHeld(shop, script, one(of, { FORCE: "1" }), step, gate);
           await furtherReads();
-          if (killed) await kill(shop, run);
+          if (killed) await kill(run);
           gate.release();
           if (!killed) assert.equal((await ending(run)).code, 0);
           await furtherReads();
@@ -363,10 +343,8 @@ suite("killed", { concurrency: true }, () => {
       test(`by SIGTERM in the PUT of a part, ${what}, which goes on at the server: no part is left`, async () => {
         day = addDays(day, 1);
         await insertWide(shop, day);
-        await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-        proxy.fault(s3Steps.putPart, gate, 1);
-        const run = shop.start(script, backfill(day, addDays(day), { CHUNK_ROWS: "1000", S3_ENDPOINT: proxy.url }));
-        await reach(run, gate.reached);
+        const variables = backfill(day, addDays(day), { CHUNK_ROWS: "1000" });
+        await using run = await startHeld(shop, script, variables, s3Steps.putPart, gate);
         const landed = delay(300)
           .then(gate.release)
           .then(() => delay(300)); // after the run's end, if it does not wait for it

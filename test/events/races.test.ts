@@ -11,11 +11,13 @@ import {
   assertArchived,
   assertArchivedClean,
   createS3Proxy,
+  type HeldRun,
   objectKeys,
   ofDay,
   readArchived,
   refuse,
   s3Steps,
+  startHeld,
   strays,
   suiteOfDays,
 } from "../lib/s3.ts";
@@ -138,11 +140,8 @@ suite("races", { concurrency: true }, () => {
     /** The one that comes first to its manifest's PUT waits there. The other takes the day. */
     const race = async (variables: Env): Promise<{ winner: string; stderr: string }> => {
       const shop = shopOf();
-      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       const gate = hold();
-      proxy.fault(s3Steps.putManifest, gate, 1);
-      const first = shop.start(script, { ...variables, S3_ENDPOINT: proxy.url });
-      await reach(first, gate.reached);
+      await using first = await startHeld(shop, script, variables, s3Steps.putManifest, gate);
       await loseLock(shop);
       await shop.succeed(script, variables);
       const { run_id: winner } = await lastRun(shop);
@@ -220,11 +219,8 @@ suite("races", { concurrency: true }, () => {
       const shop = shopOf();
       const day = await nextDay();
       await shop.succeed(script, backfill(day));
-      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       const gate = hold();
-      proxy.fault(s3Steps.putManifest, gate, 1);
-      const run = shop.start(script, again(day, { S3_ENDPOINT: proxy.url }));
-      await reach(run, gate.reached);
+      await using run = await startHeld(shop, script, again(day), s3Steps.putManifest, gate);
       await removeObjects(shop.bucket, [manifestKey(shop.bucket, day)]);
       gate.release();
       const { code, stderr } = await ending(run);
@@ -262,33 +258,24 @@ suite("races", { concurrency: true }, () => {
   });
 
   suiteOfDays("two runs at once", "2019-01-01", (shopOf, nextDay) => {
-    const held = async (shop: Shop, from: string, days: number): Promise<{ run: Process; release: () => Promise<void> }> => {
-      const proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-      const gate = hold();
-      proxy.fault(s3Steps.putPart, gate, 1);
-      const run = shop.start(script, backfill(from, addDays(from, days), { S3_ENDPOINT: proxy.url }));
-      await reach(run, gate.reached);
-      const release = async (): Promise<void> => {
-        gate.release();
-        const { code, stderr } = await ending(run);
-        assert.equal(code, 0, stderr);
-        await proxy[Symbol.asyncDispose]();
-      };
-      return { run, release };
+    const holder = (run: HeldRun): string =>
+      `because="another run holds the lock" holder=${run.id} host=\\S+ pid=${run.child.pid} postgres_pid=\\d+ since=\\d{4}-\\S+`;
+    const ends = async (run: Process): Promise<string> => {
+      const { code, stderr } = await ending(run);
+      assert.equal(code, 0, stderr);
+      return stderr;
     };
-    const holder = async (shop: Shop, run: Process): Promise<string> =>
-      `because="another run holds the lock" holder=${(await lastRun(shop)).run_id} host=\\S+ pid=${run.child.pid} postgres_pid=\\d+ since=\\d{4}-\\S+`;
 
     test("a second backfill waits, names the holder, and then finds the days done", async () => {
       const shop = shopOf();
       const day = await nextDay();
-      const first = await held(shop, day, 2);
+      const gate = hold();
+      await using first = await startHeld(shop, script, backfill(day, addDays(day, 2)), s3Steps.putPart, gate);
       const second = shop.start(script, backfill(day, addDays(day, 3)));
-      await second.line(new RegExp(` step=waiting ${await holder(shop, first.run)}$`));
-      await first.release();
-      const { code, stderr } = await ending(second);
-      assert.equal(code, 0, stderr);
-      assert.match(stderr, / step=days archived=1 skipped=2 failed=0/);
+      await second.line(new RegExp(` step=waiting ${holder(first)}$`));
+      gate.release();
+      await ends(first);
+      assert.match(await ends(second), / step=days archived=1 skipped=2 failed=0/);
       const runs = await Promise.all(
         daysBetween(day, addDays(day, 3)).map(async (each) => (await assertArchivedClean(shop, each)).manifest.run_id),
       );
@@ -301,13 +288,15 @@ suite("races", { concurrency: true }, () => {
       const shop = shopOf();
       const day = await nextDay();
       await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
-      const first = await held(shop, day, 1);
+      const gate = hold();
+      await using first = await startHeld(shop, script, backfill(day), s3Steps.putPart, gate);
       const recorded = await shop.admin`select * from etl.runs order by started_at`;
       const skipped = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
-      assert.match(skipped.stderr, new RegExp(`^\\S+ pipeline=events run=\\w+ step=skipped ${await holder(shop, first.run)}$`));
+      assert.match(skipped.stderr, new RegExp(`^\\S+ pipeline=events run=\\w+ step=skipped ${holder(first)}$`));
       assert.equal(gateway.requests.length, 0);
       assert.deepEqual(await shop.admin`select * from etl.runs order by started_at`, recorded);
-      await first.release();
+      gate.release();
+      await ends(first);
       assert.equal(await shop.watermark("events"), undefined);
       const { stderr } = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
       assert.match(stderr, / step=days archived=1 skipped=0 failed=0/);

@@ -9,9 +9,9 @@ import fc from "fast-check";
 import { addDays, jsonLines, type Manifest, type Part } from "../../shared/events/archive.ts";
 import { listObjects, removeObjects } from "../../shared/events/s3.ts";
 import type { Column } from "../../shared/source.ts";
-import { ending, hold, reach } from "../lib/faults.ts";
+import { ending, hold } from "../lib/faults.ts";
 import { seed } from "../lib/random.ts";
-import { createS3Proxy, readObject, s3Steps } from "../lib/s3.ts";
+import { readObject, s3Steps, startHeld } from "../lib/s3.ts";
 import { createShop, type Result, type Shop } from "../lib/shop.ts";
 import { texts } from "../lib/texts.ts";
 import type { Env } from "../stack/env.ts";
@@ -494,18 +494,15 @@ suite("archive", { concurrency: true }, () => {
     });
 
     test("a day that is archived again while it is restored: the new one is read", async () => {
-      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
       const held = hold();
-      proxy.fault(s3Steps.getPart, held, 1);
       const [FROM, TO] = [dayOf(0), dayOf(1)];
-      const run = shop.start(restorer, { FROM, TO, S3_ENDPOINT: proxy.url });
-      await reach(run, held.reached);
+      await using run = await startHeld(shop, restorer, { FROM, TO }, s3Steps.getPart, held);
       await backfill(shop, FROM, TO, { FORCE: "1", CHUNK_ROWS: "2" });
       held.release();
       const { code, stderr } = await ending(run);
       assert.equal(code, 0, stderr);
       assert.match(stderr, /step=done days=1 rows=7 bytes=\d+ failed=0 /);
-      assert.equal(proxy.requests.filter((line) => s3Steps.getManifest.test(line)).length, 2);
+      assert.equal(run.proxy.requests.filter((line) => s3Steps.getManifest.test(line)).length, 2);
       const [same] =
         await shop.admin`select count(*)::int as rows from etl.events_restored r join public.events e using (id) where r::text = e::text`;
       assert.equal(same?.rows, 7);

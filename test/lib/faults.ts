@@ -315,6 +315,21 @@ export async function ending(run: Process, seconds = 90): Promise<Result> {
   return await until("the run ends", () => result, seconds);
 }
 
+/** Kills a run that goes on until then. */
+export async function kill(run: Process): Promise<void> {
+  run.child.kill("SIGKILL");
+  const { code, signal, stderr } = await ending(run);
+  assert.equal(signal, "SIGKILL", `it had ended by itself, exit ${code}:\n${stderr}`);
+}
+
+/** Tells a consumer to stop, which it does by itself. @returns what it said. */
+export async function stop(run: Process, seconds = 30): Promise<string> {
+  run.child.kill("SIGTERM");
+  const { code, stderr } = await ending(run, seconds);
+  assert.equal(code, 0, stderr);
+  return stderr;
+}
+
 /** Waits for what a run has to come to; fails with what the run said if it ends before. */
 export async function reach<T>(run: Process, there: Promise<T>): Promise<T> {
   const ended = run.ended.then(({ stderr }) => assert.fail(`the run ended before it came there:\n${stderr}`));

@@ -16,8 +16,9 @@ import { setTimeout } from "node:timers/promises";
 import { gunzipSync } from "node:zlib";
 import { addDays, type Manifest, readManifest } from "../../shared/events/archive.ts";
 import { type Bucket, get, listObjects } from "../../shared/events/s3.ts";
-import { createProxy, type Fault, type HttpProxy } from "./faults.ts";
-import { createShop, type Shop } from "./shop.ts";
+import type { Env } from "../stack/env.ts";
+import { createProxy, type Fault, type Gate, type HttpProxy, lastRun, reach } from "./faults.ts";
+import { createShop, type Process, type Shop } from "./shop.ts";
 
 /** The requests of a run, as `METHOD path?query`, decoded. A part is one putPart. */
 export const s3Steps = {
@@ -56,6 +57,21 @@ export function breakBody(how: "reset" | "stall"): Fault {
 
 /** An HTTP server in front of the S3 server at `target` that passes everything on until told otherwise. */
 export const createS3Proxy = (target?: string): Promise<HttpProxy> => createProxy(target, { signed: true });
+
+export interface HeldRun extends Process, AsyncDisposable {
+  proxy: HttpProxy;
+  id: string;
+}
+
+/** Starts a script with a fault that waits for its first request of a step, and returns when the run is there. */
+export async function startHeld(shop: Shop, script: string, variables: Env, step: RegExp, gate: Gate): Promise<HeldRun> {
+  const proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+  proxy.fault(step, gate, 1);
+  const run = shop.start(script, { ...variables, S3_ENDPOINT: proxy.url });
+  await reach(run, gate.reached);
+  const { run_id: id } = await lastRun(shop);
+  return { ...run, proxy, id, [Symbol.asyncDispose]: proxy[Symbol.asyncDispose] };
+}
 
 /** An object's bytes. */
 export async function readObject(bucket: Bucket, key: string): Promise<Buffer> {

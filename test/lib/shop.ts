@@ -88,8 +88,9 @@ export interface Shop extends AsyncDisposable {
   watermark(pipeline?: string): Promise<string | undefined>;
   /** The bucket, below the shop's prefix. */
   bucket: Bucket;
-  /** The shop's database in ClickHouse. */
+  /** The shop's database in ClickHouse; the rows of a query there. */
   clickhouse: ClickHouseClient;
+  select<T>(sql: string): Promise<T[]>;
   /** Names of staging tables that are left in the dataset. */
   stagingTables(): Promise<string[]>;
   /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
@@ -284,6 +285,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     dataset: name,
     bucket,
     clickhouse,
+    select: async <T>(query: string) => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>(),
     connect,
     start,
     run,

@@ -10,6 +10,7 @@ import {
   createProxy,
   ending,
   hold,
+  kill,
   lastRun,
   narrow,
   pass,
@@ -21,13 +22,7 @@ import {
   widen,
   withhold,
 } from "../lib/faults.ts";
-import { type Process, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
-
-async function kill(shop: Shop, run: Process): Promise<void> {
-  run.child.kill("SIGKILL");
-  assert.equal((await ending(run)).signal, "SIGKILL");
-  await assertNoSessions(shop);
-}
+import { stepsOfPipeline, until } from "../lib/shop.ts";
 
 const killed = "a run killed";
 
@@ -45,7 +40,8 @@ stepsOfPipeline((pipeline) => {
       const watermark = await shop.watermark();
       const run = await change.startHeld(step, gate);
       if (inFlight) await copyBlocked(shop);
-      await kill(shop, run);
+      await kill(run);
+      await assertNoSessions(shop);
       assert.equal(await shop.watermark(), watermark);
       assert.deepEqual(await shop.destinationRows(), change.before);
       await assertExpiring(shop, 1);
@@ -59,7 +55,7 @@ stepsOfPipeline((pipeline) => {
     startHeld,
   }) => {
     const before = await shop.watermark();
-    await kill(shop, await startHeld(steps.mergeState, withhold()));
+    await kill(await startHeld(steps.mergeState, withhold()));
     await assertEqualRows(shop);
     assert.equal(await shop.watermark(), before);
     const { stderr } = await assertHeals(shop, changed);
@@ -79,8 +75,7 @@ stepsOfPipeline((pipeline) => {
       gate.release();
       await until("the watermark moved", async () => (await shop.watermark()) !== before);
       await until("the record waits", async () => (await sessions(shop)).some(({ wait }) => wait === "relation"));
-      run.child.kill("SIGKILL");
-      await ending(run);
+      await kill(run);
     });
     await assertNoSessions(shop);
     await assertHeals(shop, 0);
@@ -105,7 +100,7 @@ stepsOfPipeline((pipeline) => {
     const before = [await shop.watermark(), await shop.metrics()] as const;
     const run = start({ PUSHGATEWAY_URL: gateway.url });
     await reach(run, push.reached);
-    await kill(shop, run);
+    await kill(run);
     await assertEqualRows(shop);
     assert.ok(((await shop.watermark()) ?? "") > (before[0] ?? ""));
     assert.deepEqual(await shop.metrics(), before[1]);
@@ -121,7 +116,7 @@ stepsOfPipeline((pipeline) => {
     startHeld,
   }) => {
     const merge = hold();
-    await kill(shop, await startHeld(steps.merge, merge));
+    await kill(await startHeld(steps.merge, merge));
     await shop.updateRows(first, first + 39, "newer");
     await assertHeals(shop, changed);
     // The ten updated rows that were not changed again are equal in both; seen to be written, they say that the MERGE has run.
@@ -137,7 +132,7 @@ stepsOfPipeline((pipeline) => {
 
   test("a run killed in its third chunk is resumed there: what the first two moved stays moved", async ({ shop, proxy, startHeld }) => {
     proxy.fault(steps.merge, pass, 2);
-    await kill(shop, await startHeld(steps.merge, hold(), { CHUNK_ROWS: "30" }));
+    await kill(await startHeld(steps.merge, hold(), { CHUNK_ROWS: "30" }));
     await assertHeals(shop, changed - 60);
   });
 

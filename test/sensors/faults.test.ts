@@ -5,62 +5,35 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
-import type { Message } from "kafkajs";
 import { topicState } from "../../shared/sensors/epoch.ts";
 import { ConfigResourceTypes } from "../../shared/sensors/kafka.ts";
-import { createProxy, ending, type Fault, loseAnswer, reset, withhold } from "../lib/faults.ts";
+import { createProxy, ending, type Fault, loseAnswer, reset, stop, withhold } from "../lib/faults.ts";
 import { createLink, type Link, type Tap } from "../lib/link.ts";
-import { type Consumer, createSensors, kafkaAt, type Sensors } from "../lib/sensors.ts";
+import { type Consumer, created, createSensors, kafkaAt, type Sensors } from "../lib/sensors.ts";
 import { createServers } from "../lib/servers.ts";
-import { type Process, type Result, until } from "../lib/shop.ts";
+import { type Process, until } from "../lib/shop.ts";
 import { endpoint, root } from "../stack/env.ts";
 
 const soak = process.env.SOAK === "1";
 const consumerScript = "scripts/sensors.ts";
 const migrate = "scripts/ops/migrate.ts";
 
-/** Inserts of the rows with the ids first..first+count-1; about `width` bytes each. */
-const created = (first: number, count: number, width = 0): Message[] =>
-  Array.from({ length: count }, (_, index) => {
-    const id = first + index;
-    const after = {
-      id,
-      sensor_id: "w".repeat(width),
-      metric: "temp",
-      value: id,
-      recorded_at: "2024-01-01T00:00:00.000000Z",
-    };
-    const value = JSON.stringify({ before: null, after, source: { ts_ms: Date.now() }, op: "c" });
-    return { key: JSON.stringify({ id }), value };
-  });
-
-/** What the group has committed, over all partitions. */
-async function committed({ admin, shop, topic }: Sensors): Promise<number> {
-  const [of] = await admin.fetchOffsets({ groupId: shop.env.SENSORS_GROUP ?? "", topics: [topic] });
-  return (of?.partitions ?? []).reduce((sum, { offset }) => sum + Math.max(0, Number(offset)), 0);
-}
-
 /**
  * Waits until the group has no lag and that many rows are there. Not by offsets: a producer whose broker was away sends again what it
  * got no answer for. Its patience is for a group that has to be told anew who is in it: Kafka waits out sessions and rebalances.
  */
 async function arrived(sensors: Sensors, rows: number, consumer: Process): Promise<void> {
-  const { admin, shop, topic } = sensors;
-  const state = () => topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
-  const all = async (): Promise<boolean> => (await state()).every(({ lag }) => lag === 0) && (await countRows(sensors)) === rows;
+  const all = async (): Promise<boolean> => (await sensors.state()).every(({ lag }) => lag === 0) && (await countRows(sensors)) === rows;
   await until(`${rows} rows, and no lag`, all, 180).catch(async (error: Error) => {
-    const offsets = (await state()).map(({ committed, end }) => `${committed} of ${end}`);
+    const offsets = (await sensors.state()).map(({ committed, end }) => `${committed} of ${end}`);
     consumer.child.kill("SIGKILL");
     const { stderr } = await consumer.ended;
     throw new Error(`${error.message}: ${await countRows(sensors)} rows, offsets ${offsets}\n${stderr.slice(-3000)}`);
   });
 }
 
-const countRows = async ({ shop }: Sensors): Promise<number> => {
-  const query = "SELECT count() AS count FROM sensor_readings FINAL";
-  const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
-  return Number((await answer.json<{ count: string }>())[0]?.count);
-};
+const countRows = async ({ shop }: Sensors): Promise<number> =>
+  Number((await shop.select<{ count: string }>("SELECT count() AS count FROM sensor_readings FINAL"))[0]?.count);
 
 const lagOf = (metrics: Record<string, number>): number =>
   Object.entries(metrics).reduce((sum, [name, value]) => (name.startsWith("etl_sensors_lag{") ? sum + value : sum), 0);
@@ -68,13 +41,6 @@ const lagOf = (metrics: Record<string, number>): number =>
 async function healthz(consumer: Consumer): Promise<string> {
   const answer = await fetch(`${await consumer.url}/healthz`);
   return `${answer.status} ${await answer.text()}`;
-}
-
-async function stop(consumer: Process): Promise<Result> {
-  consumer.child.kill("SIGTERM");
-  const result = await ending(consumer, 20);
-  assert.equal(result.code, 0, result.stderr);
-  return result;
 }
 
 /** Starts a consumer again that has ended with 1, as its unit tells systemd to, until one is given its partitions. */
@@ -196,7 +162,7 @@ suite("faults", { concurrency: 8 }, () => {
       await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
       const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
       await sensors.produce(created(1, 1000));
-      await until("the first are committed", async () => (await committed(sensors)) === 1000);
+      await until("the first are committed", async () => (await sensors.committed()) === 1000);
       const from = performance.now();
       await begin(line);
       // 20 MB, of which a fetch takes what it can, and then the backlog.
@@ -211,12 +177,12 @@ suite("faults", { concurrency: 8 }, () => {
       const grown = ((metrics.process_resident_memory_bytes ?? 0) - before) / 2 ** 20;
       assert.ok(grown < 30, `${grown} MB more for a backlog of ${(backlog * 2.4) / 1000} MB`);
       assert.equal(lagOf(metrics), all - 1000);
-      assert.equal(await committed(sensors), 1000);
+      assert.equal(await sensors.committed(), 1000);
       await end(line);
       await arrived(sensors, all, consumer);
       assert.equal((await sensors.deadLetters()).length, 0);
       assert.match(await healthz(consumer), /^200 ok$/m);
-      const { stderr } = await stop(consumer);
+      const stderr = await stop(consumer);
       // Longer than the group's session: it was alive all the while.
       assert.equal(stderr.match(/step=assigned/g)?.length, 1, stderr);
       assert.match(stderr, new RegExp(`step=done rows=${all} .* dead_letters=0 `));
@@ -231,7 +197,7 @@ suite("faults", { concurrency: 8 }, () => {
       const env = { CLICKHOUSE_URL: line.url };
       const consumer = await sensors.consumer(env);
       await sensors.produce(created(1, 1000));
-      await until("the first are committed", async () => (await committed(sensors)) === 1000);
+      await until("the first are committed", async () => (await sensors.committed()) === 1000);
       await line[how]();
       await sensors.produce(created(1001, 1000));
       const starting = sensors.shop.start(consumerScript, env); // one that starts meanwhile waits for as long
@@ -241,7 +207,7 @@ suite("faults", { concurrency: 8 }, () => {
         assert.match(stderr, /^error: ClickHouse has not answered for 60 s \(.+\)\. .* Next: make doctor$/m);
         assert.equal(stderr.match(/step=assigned/g)?.length, run === consumer ? 1 : undefined, stderr);
       }
-      assert.equal(await committed(sensors), 1000);
+      assert.equal(await sensors.committed(), 1000);
       await line.pass();
       const again = await restarted(sensors, env);
       await arrived(sensors, 2000, again);
@@ -255,10 +221,10 @@ suite("faults", { concurrency: 8 }, () => {
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
     line.latency = 700;
     for (let first = 1; first < 6000; first += 200) await sensors.produce(created(first, 200));
-    await until("it is all there", async () => (await committed(sensors)) === 6000, 60);
+    await until("it is all there", async () => (await sensors.committed()) === 6000, 60);
     assert.equal(await countRows(sensors), 6000);
     assert.equal((await sensors.deadLetters()).length, 0);
-    const { stderr } = await stop(consumer);
+    const stderr = await stop(consumer);
     assert.doesNotMatch(stderr, /step=waiting/);
     assert.ok(Number(/ batches=(\d+)/.exec(stderr.split("step=done")[1] ?? "")?.[1]) < 15, stderr);
   });
@@ -290,12 +256,12 @@ suite("faults", { concurrency: 8 }, () => {
       sent += 10;
       await until(`after ${name}, they are committed`, async () => {
         if (consumer.child.exitCode !== null) assert.fail(`${name}: ${(await consumer.ended).stderr}`);
-        return (await committed(sensors)) === sent;
+        return (await sensors.committed()) === sent;
       });
     }
     assert.equal(await countRows(sensors), sent);
     assert.equal((await sensors.deadLetters()).length, 0);
-    const { stderr } = await stop(consumer);
+    const stderr = await stop(consumer);
     assert.equal(stderr.match(/step=waiting for=ClickHouse/g)?.length, Object.keys(passing).length, stderr);
     assert.match(stderr, new RegExp(`step=done rows=${sent} batches=${Object.keys(passing).length} dead_letters=0 `));
   });
@@ -313,19 +279,19 @@ suite("faults", { concurrency: 8 }, () => {
       const { shop } = sensors;
       const consumer = await sensors.consumer();
       await sensors.produce(created(1, 10));
-      await until("they are committed", async () => (await committed(sensors)) === 10);
+      await until("they are committed", async () => (await sensors.committed()) === 10);
       await shop.clickhouse.command({ query: breaking });
       await sensors.produce(created(11, 10));
       const { code, stderr } = await ending(consumer);
       assert.equal(code, 1, stderr);
       assert.match(stderr, says);
-      assert.equal(await committed(sensors), 10);
+      assert.equal(await sensors.committed(), 10);
       // Repaired, it resumes where it was: the runbook's step, EtlSensorsDown.
       await shop.clickhouse.command({ query: "DROP TABLE etl_migrations SYNC" });
       await shop.succeed(migrate);
       await sensors.catchUp();
       assert.equal(await countRows(sensors), what === "a view is broken" ? 20 : 10);
-      assert.equal(await committed(sensors), 20);
+      assert.equal(await sensors.committed(), 20);
     });
 
   test("SIGTERM finishes and commits the batch under way, and exits 0", async () => {
@@ -339,12 +305,12 @@ suite("faults", { concurrency: 8 }, () => {
     await sensors.produce(created(51, 50));
     for (const signal of ["SIGTERM", "SIGINT"] as const) consumer.child.kill(signal); // as timeout and make each send one
     await consumer.line(/step=stopping signal=SIG(TERM|INT)/);
-    assert.equal(await committed(sensors), 0);
+    assert.equal(await sensors.committed(), 0);
     inserted.release();
     const { code, stderr } = await ending(consumer, 10);
     assert.equal(code, 0, stderr);
     assert.match(stderr, /step=done rows=50 batches=1 /);
-    assert.equal(await committed(sensors), 50);
+    assert.equal(await sensors.committed(), 50);
   });
 
   test("SIGTERM while ClickHouse hangs exits 0 within 10 s, without a commit, and nothing is lost", async () => {
@@ -352,15 +318,15 @@ suite("faults", { concurrency: 8 }, () => {
     await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
     await sensors.produce(created(1, 10));
-    await until("they are committed", async () => (await committed(sensors)) === 10);
+    await until("they are committed", async () => (await sensors.committed()) === 10);
     line.hang();
     await sensors.produce(created(11, 10));
     await until("the lag is known", async () => lagOf(await consumer.metrics()) === 10);
-    await stop(consumer);
+    await stop(consumer, 20);
     // It has left the group, so that the next one need not wait for the end of its session.
     const { groups } = await sensors.admin.describeGroups([sensors.shop.env.SENSORS_GROUP ?? ""]);
     assert.deepEqual(groups[0]?.members, []);
-    assert.equal(await committed(sensors), 10);
+    assert.equal(await sensors.committed(), 10);
     // One that starts while ClickHouse is away waits too, and can be stopped; a second signal does not wait at all.
     const [polite, rude] = [1, 2].map(() => sensors.shop.start(consumerScript, { CLICKHOUSE_URL: line.url }));
     await until("both are at it", async () => {
@@ -409,7 +375,7 @@ suite("faults", { concurrency: 8 }, () => {
     await shop.admin.unsafe("drop table etl.topic_offsets, etl.topics");
     await sensors.produce(created(1, 1));
     await says(2, /^error: .*etl\.topics.*: the metadata tables are older than this version\. Run: make migrate$/m);
-    assert.equal(await committed(sensors), 0);
+    assert.equal(await sensors.committed(), 0);
   });
 
   test("a topic compressed by each codec is read; caught up is reached behind what an aborted transaction leaves, with no lag", async () => {
@@ -432,9 +398,8 @@ suite("faults", { concurrency: 8 }, () => {
       await transaction.send({ topic, messages: created(first, 30) });
       await transaction[end]();
       await sensors.catchUp();
-      const state = await topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
       assert.deepEqual(
-        state.map(({ lag }) => lag),
+        (await sensors.state()).map(({ lag }) => lag),
         [0, 0, 0],
       );
     };
@@ -523,7 +488,7 @@ suite("faults", { concurrency: 8 }, () => {
     await second.line(/step=assigned/);
     second.child.kill("SIGTERM");
     assert.equal((await ending(second)).code, 0);
-    const { stderr } = await stop(consumer);
+    const stderr = await stop(consumer);
     const crashes = stderr.match(/step=kafka message="Crash: KafkaJS\w+: Failed to find group coordinator"/g) ?? [];
     assert.ok(crashes.length >= 2, stderr);
   });
@@ -539,7 +504,7 @@ suite("faults", { concurrency: 8 }, () => {
       await using sensors = await createSensors({ connector: false, servers: servers.env });
       const consumer = await sensors.consumer();
       await sensors.produce(created(1, 1000));
-      await until("the first are committed", async () => (await committed(sensors)) === 1000);
+      await until("the first are committed", async () => (await sensors.committed()) === 1000);
       const rss = async (): Promise<number> => (await consumer.metrics()).process_resident_memory_bytes ?? 0;
       const before = await rss();
 
@@ -578,7 +543,7 @@ suite("faults", { concurrency: 8 }, () => {
       await arrived(sensors, 1000, consumer);
       servers.signal("kafka", "SIGSTOP");
       const starting = sensors.shop.start(consumerScript);
-      await stop(stopped); // SIGTERM: exits 0 within 10 s
+      await stop(stopped, 20); // SIGTERM: exits 0 within 10 s, and what the machine needs
       await delay(15_000);
       await servers.kill("kafka");
       for (const run of [consumer, starting]) {
@@ -609,7 +574,7 @@ suite("faults", { concurrency: 8 }, () => {
         assert.ok(typeof part === "string" ? stderr.includes(part) : part.test(stderr), `no "${part}" in:\n${stderr}`);
       assert.equal(code, 2, stderr);
       assert.doesNotMatch(stderr, /step=assigned|^\s+at /m);
-      assert.equal(await committed(sensors), 0);
+      assert.equal(await sensors.committed(), 0);
     };
     const next = `Change the source back, or sensor_readings by a new file in schemas/clickhouse; schemas/README.md, "When the schema changes".`;
     const expected = (column: string, type: string, found: string): string =>
@@ -684,12 +649,9 @@ suite("faults", { concurrency: 8 }, () => {
         /step=warning warning="public\.sensor_readings has columns that sensor_readings does not have; their values are kept in _unknown" columns=note,quality$/,
       );
       assert.equal((await consumer.metrics()).etl_sensors_unknown_source_columns, 2);
-      await until("all is committed", async () => (await committed(sensors)) === 4);
-      const answer = await shop.clickhouse.query({
-        query: "SELECT toInt32(id) AS id, _unknown FROM sensor_readings FINAL ORDER BY sensor_readings.id",
-        format: "JSONEachRow",
-      });
-      assert.deepEqual(await answer.json(), [
+      await until("all is committed", async () => (await sensors.committed()) === 4);
+      const rows = await shop.select("SELECT toInt32(id) AS id, _unknown FROM sensor_readings FINAL ORDER BY sensor_readings.id");
+      assert.deepEqual(rows, [
         ...[1, 2, 3].map((id) => ({ id, _unknown: {} })),
         { id: 50, _unknown: { note: '"a \\"b\\""', quality: "3" } },
       ]);

@@ -9,7 +9,7 @@ import type { Message } from "kafkajs";
 import { statementsOf } from "../../scripts/ops/lib/migrations.ts";
 import { insertRowBinary, landingRows } from "../../shared/sensors/clickhouse.ts";
 import { createPoisonLimit } from "../../shared/sensors/consumer.ts";
-import { createProxy, ending } from "../lib/faults.ts";
+import { createProxy, ending, stop } from "../lib/faults.ts";
 import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -53,31 +53,14 @@ interface DeadLetter {
 }
 
 /** Dead letters with their values' digests: bytes that are no text would not come through JSON. */
-async function readDeadLetters({ shop }: Sensors): Promise<DeadLetter[]> {
-  const answer = await shop.clickhouse.query({
-    query: `SELECT partition, toString(offset) AS offset, reason, key, toString(length(value)) AS length, hex(SHA256(value)) AS digest
-      FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset`,
-    format: "JSONEachRow",
-  });
-  return await answer.json();
-}
-
-/** What the group has committed of each partition. */
-async function committed({ admin, shop, topic }: Sensors): Promise<string[]> {
-  const [of] = await admin.fetchOffsets({ groupId: shop.env.SENSORS_GROUP ?? "", topics: [topic] });
-  return (of?.partitions ?? []).sort((a, b) => a.partition - b.partition).map(({ offset }) => offset);
-}
+const readDeadLetters = ({ shop }: Sensors): Promise<DeadLetter[]> =>
+  shop.select(`SELECT partition, toString(offset) AS offset, reason, key, toString(length(value)) AS length, hex(SHA256(value)) AS digest
+      FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset`);
 
 const caughtUp = async (consumer: Consumer): Promise<boolean> => {
   const lags = Object.entries(await consumer.metrics()).filter(([name]) => name.startsWith("etl_sensors_lag{"));
   return lags.length > 0 && lags.every(([, lag]) => lag === 0);
 };
-
-async function stop(consumer: Consumer): Promise<void> {
-  consumer.child.kill("SIGTERM");
-  const { code, stderr } = await ending(consumer);
-  assert.equal(code, 0, stderr);
-}
 
 const after = (change: Json): string => JSON.stringify(envelope("c", null, { ...row(1), ...change }));
 const without = (column: string): string => {
@@ -197,14 +180,14 @@ suite("poison", { concurrency: true }, () => {
     const consumer = await sensors.consumer();
     // A tenth of them, which is what SENSORS_POISON_SHARE allows unless told otherwise.
     await sensors.produce([...good(1, 900), ...bad(100)]);
-    await until("they are committed", async () => (await committed(sensors))[0] === "1000");
+    await until("they are committed", async () => (await sensors.committed()) === 1000);
     await sensors.produce([...good(1001, 880), ...bad(120)]);
     const { code, stderr } = await ending(consumer);
     assert.equal(code, 1, stderr);
     const says =
       /error: 101 of the last 1,000 messages are not valid changes \(limit: SENSORS_POISON_SHARE=0\.1\)\. The last batch was not committed; the next start reads it again\. Next: make dead-letters \(says why\)$/m;
     assert.match(stderr, says);
-    assert.deepEqual(await committed(sensors), ["1000"]);
+    assert.equal(await sensors.committed(), 1000);
     const letters = (await sensors.deadLetters()).map(({ offset }) => Number(offset));
     assert.equal(letters.length, 220);
 
@@ -212,12 +195,12 @@ suite("poison", { concurrency: true }, () => {
     const again = await shop.run("scripts/sensors.ts", { UNTIL: "caught-up" });
     assert.equal(again.code, 1, again.stderr);
     assert.match(again.stderr, /error: 98 of the last 978 messages are not valid changes/);
-    assert.deepEqual(await committed(sensors), ["1000"]);
+    assert.equal(await sensors.committed(), 1000);
     assert.equal((await sensors.deadLetters()).length, 220);
 
     // Told to, it does.
     await sensors.catchUp({ SENSORS_POISON_SHARE: "0.12" });
-    assert.deepEqual(await committed(sensors), ["2000"]);
+    assert.equal(await sensors.committed(), 2000);
     assert.deepEqual(
       (await sensors.deadLetters()).map(({ offset }) => Number(offset)),
       letters,
@@ -230,7 +213,7 @@ suite("poison", { concurrency: true }, () => {
     const consumer = await sensors.consumer();
     const bad = (id: number): Message => ({ key: keyOf(id), value: "bad", partition: id % 3 });
     await sensors.produce([bad(1)]);
-    await until("it is committed", async () => (await committed(sensors)).includes("1"));
+    await until("it is committed", async () => (await sensors.committed()) === 1);
     await sensors.produce(Array.from({ length: 98 }, (_, index) => bad(index)));
     await until("all are there", () => caughtUp(consumer));
     assert.equal((await consumer.metrics()).etl_sensors_dead_letters_total, 99);
@@ -530,14 +513,13 @@ function render({ op, fields, key, tombstone, whole, cut }: Mutation, id: number
  */
 async function assertAccounted({ shop }: Sensors, messages: Message[], first: number, ids: number): Promise<void> {
   const between = `BETWEEN ${first} AND ${first + messages.length - 1}`;
-  const read = async <T>(query: string): Promise<T[]> => await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
   const letters = new Set(
-    (await read<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(({ at }) =>
+    (await shop.select<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(({ at }) =>
       Number(at),
     ),
   );
   const rows = Map.groupBy(
-    await read<Record<"at" | "id" | "sensor_id" | "metric" | "value" | "recorded_at" | "_deleted", Json>>(`
+    await shop.select<Record<"at" | "id" | "sensor_id" | "metric" | "value" | "recorded_at" | "_deleted", Json>>(`
       SELECT toString(bitAnd(_version, 0xffffffffffff)) AS at, toString(id) AS id, sensor_id, metric, toString(value) AS value,
         toString(recorded_at) AS recorded_at, _deleted
       FROM sensor_readings WHERE bitAnd(_version, 0xffffffffffff) ${between}`),

@@ -197,11 +197,8 @@ suite("sensors", { concurrency: true }, () => {
       };
       for (const message of [change(2, 0, 22), change(1, 1_000_000, 11), change(1, 2 ** 40, 12)])
         await clickhouse.command({ query: `INSERT INTO sensor_landing FORMAT JSONEachRow ${message}` });
-      const answer = await clickhouse.query({
-        query: "SELECT value FROM sensor_readings FINAL WHERE sensor_id = 'epochs'",
-        format: "JSONEachRow",
-      });
-      assert.deepEqual(await answer.json(), [{ value: 22 }]);
+      const rows = await sensors.shop.select("SELECT value FROM sensor_readings FINAL WHERE sensor_id = 'epochs'");
+      assert.deepEqual(rows, [{ value: 22 }]);
     });
   });
 
