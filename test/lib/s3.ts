@@ -81,8 +81,8 @@ export async function readObject(bucket: Bucket, key: string): Promise<Buffer> {
 export interface ArchivedDay {
   manifest: Manifest;
   etag: string;
-  /** The rows of its parts, in their order. */
-  rows: { id: number; created_at: string }[];
+  /** The rows of its parts, in their order; ids as text, since they may be beyond 2^53. */
+  rows: { id: string; created_at: string }[];
 }
 
 /**
@@ -102,7 +102,7 @@ export async function readArchived({ bucket }: Shop, day: string): Promise<Archi
         const lines = raw.toString().split("\n").slice(0, -1);
         const [sha256, sha256_raw] = [packed, raw].map((bytes) => createHash("sha256").update(bytes).digest("hex"));
         assert.deepEqual({ key: part.key, rows: lines.length, bytes: packed.length, sha256, sha256_raw }, part);
-        rows.push(...lines.map((line) => JSON.parse(line)));
+        rows.push(...lines.map((line) => JSON.parse(line.replace(/^\{"id":(-?\d+)/, '{"id":"$1"'))));
       }
       return { manifest, etag, rows };
     } catch (error) {
@@ -118,7 +118,7 @@ export async function sourceEvents({ admin }: Shop, from: string, to: string): P
   return await admin.begin(async (sql) => {
     await sql`set local timezone = 'UTC'`;
     const rows = await sql<{ row: ArchivedDay["rows"][0] }[]>`
-      select to_jsonb(e) as row from public.events e
+      select to_jsonb(e) || jsonb_build_object('id', id::text) as row from public.events e
       where created_at >= ${`${from}Z`}::text::timestamptz and created_at < ${`${to}Z`}::text::timestamptz order by created_at, id`;
     return rows.map(({ row }) => row);
   });
