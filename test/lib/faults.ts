@@ -384,13 +384,11 @@ export async function lastRun(shop: Shop): Promise<{ run_id: string; state: stri
 
 /** So many staging tables were left by the last run, each with an expiry, as BigQuery tells it, of at most a day. */
 export async function assertExpiring(shop: Shop, left: number): Promise<void> {
-  const { BIGQUERY_ENDPOINT, BIGQUERY_PROJECT } = shop.env;
   const { run_id } = await lastRun(shop);
   const tables = (await shop.stagingTables()).filter((table) => table.includes(run_id));
   assert.equal(tables.length, left, `${tables}`);
   for (const table of tables) {
-    const response = await fetch(`${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${BIGQUERY_PROJECT}/datasets/${shop.dataset}/tables/${table}`);
-    const { expirationTime, creationTime } = (await response.json()) as Record<string, string>;
+    const { expirationTime, creationTime } = await shop.api(`/datasets/${shop.dataset}/tables/${table}`);
     const hours = (Number(expirationTime) - Number(creationTime)) / 3_600_000;
     assert.ok(hours > 23 && hours <= 24, `${table} expires ${hours} h after it was made`);
   }

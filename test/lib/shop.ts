@@ -80,6 +80,9 @@ export interface Shop extends AsyncDisposable {
   insertEvents(day: string, count: number): Promise<void>;
   /** Sets the text column of the rows with the ids first..last. */
   updateRows(first: number, last: number, text: string): Promise<void>;
+  /** BigQuery's REST API, at a path below the project; undefined where there is nothing. Throws what else it answers than an OK. */
+  // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
+  api(path: string, method?: string, body?: object): Promise<any>;
   /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds, an array as JSON. */
   query(sql: string): Promise<Record<string, string | null>[]>;
   /** Every row of a pipeline's table, as the source and as the destination have it, in one comparable form, by key. */
@@ -96,8 +99,6 @@ export interface Shop extends AsyncDisposable {
   /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
   metrics(pipeline?: string): Promise<Record<string, number>>;
 }
-
-const apiOf = (env: Env): string => `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`;
 
 /** ClickHouse, as an environment says. */
 export const connectClickHouse = (env: Env): ClickHouseClient =>
@@ -234,22 +235,26 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     }
   };
 
+  const api: Shop["api"] = async (path, method = "GET", body) => {
+    const url = `${base.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${base.BIGQUERY_PROJECT}${path}`;
+    const headers = { "content-type": "application/json" };
+    const answer = await fetch(url, { method, ...(body && { headers, body: JSON.stringify(body) }) });
+    if (answer.status === 404 && method === "GET") return undefined;
+    const text = await answer.text();
+    if (!answer.ok) throw new Error(`${method} ${path} failed: ${text.slice(0, 2000)}`);
+    return text && JSON.parse(text);
+  };
+
   const query = async (sql: string): Promise<Record<string, string | null>[]> => {
-    const response = await fetch(`${apiOf(base)}/queries`, {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify({
-        query: sql,
-        useLegacySql: false,
-        maxResults: 1_000_000,
-        timeoutMs: 60_000,
-        defaultDataset: { projectId: base.BIGQUERY_PROJECT, datasetId: name },
-        formatOptions: { useInt64Timestamp: true },
-      }),
+    const answer = await api("/queries", "POST", {
+      query: sql,
+      useLegacySql: false,
+      maxResults: 1_000_000,
+      timeoutMs: 60_000,
+      defaultDataset: { projectId: base.BIGQUERY_PROJECT, datasetId: name },
+      formatOptions: { useInt64Timestamp: true },
     });
-    // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-    const answer = (await response.json()) as any;
-    if (!response.ok || !answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
+    if (!answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
     const names: string[] = (answer.schema?.fields ?? []).map((field: { name: string }) => field.name);
     const rows: { f: { v: unknown }[] }[] = answer.rows ?? [];
     if (String(rows.length) !== String(answer.totalRows ?? rows.length)) throw new Error("query: more than one page of rows");
@@ -263,7 +268,6 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     const forms: Record<string, (column: string) => string> = {
       TIMESTAMP: (column) => `(extract(epoch from ${column}) * 1000000)::bigint::text`,
       NUMERIC: (column) => `trim_scale(${column})::text`,
-      JSON: (column) => `${column}::jsonb::text`,
     };
     const columns = fields.map(({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`);
     const rows = await admin.unsafe(`select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`);
@@ -285,6 +289,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     dataset: name,
     bucket,
     clickhouse,
+    api,
     select: async <T>(query: string) => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>(),
     connect,
     start,
@@ -307,8 +312,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       return row?.at;
     },
     stagingTables: async () => {
-      const response = await fetch(`${apiOf(base)}/datasets/${name}/tables?maxResults=1000`);
-      const { tables = [] } = (await response.json()) as { tables?: { tableReference: { tableId: string } }[] };
+      const { tables = [] }: { tables?: { tableReference: { tableId: string } }[] } = await api(`/datasets/${name}/tables?maxResults=1000`);
       return tables.map(({ tableReference }) => tableReference.tableId).filter((table) => table.includes("_staging_"));
     },
     metrics: async (of = pipeline) => {
@@ -325,10 +329,9 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
       await server.unsafe(`drop database if exists ${name} with (force)`);
       await server.end();
-      const response = await fetch(`${apiOf(base)}/datasets?all=true`);
-      const { datasets } = (await response.json()) as { datasets: { datasetReference: { datasetId: string } }[] };
+      const { datasets }: { datasets: { datasetReference: { datasetId: string } }[] } = await api("/datasets?all=true");
       for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
-        if (datasetId.startsWith(name)) await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
+        if (datasetId.startsWith(name)) await api(`/datasets/${datasetId}?deleteContents=true`, "DELETE");
       await removeObjects(
         bucket,
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
@@ -403,20 +406,9 @@ function canonical(row: Record<string, unknown>, fields: { name: string; type: s
   const form = ({ name, type }: { name: string; type: string }): string | null => {
     const value = row[name] as string | null;
     if (value === null || value === undefined) return null;
-    if (type === "NUMERIC") return value.includes(".") ? value.replace(/\.?0+$/, "") : value;
-    return type === "JSON" ? JSON.stringify(sorted(JSON.parse(value))) : value;
+    return type === "NUMERIC" && value.includes(".") ? value.replace(/\.?0+$/, "") : value;
   };
   return Object.fromEntries(fields.map((field) => [field.name, form(field)]));
-}
-
-function sorted(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(sorted);
-  if (value === null || typeof value !== "object") return value;
-  return Object.fromEntries(
-    Object.entries(value)
-      .sort(([a], [b]) => (a < b ? -1 : 1))
-      .map(([key, inner]) => [key, sorted(inner)]),
-  );
 }
 
 /**

@@ -13,13 +13,8 @@ stepsOfPipeline((pipeline) => {
   });
   after(() => shop?.[Symbol.asyncDispose]());
 
-  const at = (): string => `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets/${shop.dataset}`;
-  const request = async (method: string, path: string, body?: object): Promise<unknown> => {
-    const headers = { "content-type": "application/json" };
-    const answer = await fetch(at() + path, { method, headers, ...(body && { body: JSON.stringify(body) }) });
-    assert.ok(answer.ok, `${method} ${path}: ${await answer.clone().text()}`);
-    return await answer.json();
-  };
+  // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
+  const request = (method: string, path: string, body?: object): Promise<any> => shop.api(`/datasets/${shop.dataset}${path}`, method, body);
   const table = `/tables/${pipeline}`;
   const assertSynced = async (): Promise<void> => {
     await shop.succeed(shop.script);
@@ -103,10 +98,7 @@ stepsOfPipeline((pipeline) => {
     await request("PATCH", "", { defaultTableExpirationMs: "86400000", defaultPartitionExpirationMs: "86400000" });
     await shop.query(`DROP TABLE ${pipeline}`);
     await shop.succeed("scripts/ops/migrate.ts");
-    const made = (await request("GET", table)) as {
-      expirationTime?: string;
-      timePartitioning?: { expirationMs?: string };
-    };
+    const made = await request("GET", table);
     assert.deepEqual([made.expirationTime, made.timePartitioning?.expirationMs], [undefined, undefined]);
     await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: "0001-01-01" });
     await assertSynced();
@@ -118,17 +110,17 @@ stepsOfPipeline((pipeline) => {
   });
 
   test("what migrate adds leaves what is not the contract's: policy tags, collation, default values, labels", async () => {
-    const { schema } = (await request("GET", table)) as { schema: { fields: Record<string, unknown>[] } };
+    const fields: Record<string, unknown>[] = (await request("GET", table)).schema.fields;
     const own = {
       policyTags: { names: ["projects/p/locations/us/taxonomies/1/policyTags/2"] },
       collation: "und:ci",
       defaultValueExpression: "'none'",
     };
-    const fields = schema.fields.map((field) => (field.name === shop.text ? { ...field, ...own, description: "Another." } : field));
-    await request("PATCH", table, { schema: { fields }, labels: { team: "shop" } });
+    const described = fields.map((field) => (field.name === shop.text ? { ...field, ...own, description: "Another." } : field));
+    await request("PATCH", table, { schema: { fields: described }, labels: { team: "shop" } });
     const { stderr } = await shop.succeed("scripts/ops/migrate.ts");
     assert.match(stderr, new RegExp(`describe \\S+\\.${shop.text}`));
-    const after = (await request("GET", table)) as { labels: unknown; schema: { fields: Record<string, unknown>[] } };
+    const after: { labels: unknown; schema: { fields: Record<string, unknown>[] } } = await request("GET", table);
     const { description, ...field } = after.schema.fields.find(({ name }) => name === shop.text) ?? {};
     assert.notEqual(description, "Another.");
     assert.deepEqual({ ...own, ...field }, field);
