@@ -93,7 +93,7 @@ test("what Google says to try again is tried again, also with the token's server
   assert.ok(!isTransient(new SourceError("canceling statement due to statement timeout")));
 });
 
-// Two halves at a time, each with its shop: most of these tests wait, for a deadline or before an attempt.
+// Three parts at a time, each with its shop: most of these tests wait, for a deadline or before an attempt.
 stepsOfPipeline((pipeline) => {
   suite("silence, and the source", { concurrency: 1 }, () => {
     const test = sharedShop({ pipeline });
@@ -186,7 +186,7 @@ stepsOfPipeline((pipeline) => {
     });
   });
 
-  suite("errors", { concurrency: 1 }, () => {
+  suite("errors for a moment", { concurrency: 1 }, () => {
     const test = sharedShop({ pipeline });
 
     suite("the destination fails for a moment, and the run succeeds", () => {
@@ -252,6 +252,10 @@ stepsOfPipeline((pipeline) => {
         await assertExpiring(shop, 1);
       });
     });
+  });
+
+  suite("errors for good", { concurrency: 1 }, () => {
+    const test = sharedShop({ pipeline });
 
     suite("the destination fails for good: seven attempts, up to 32 s apart, then exit 1, and nothing moves", () => {
       test("every upload, in one way after another", async (change) => {
@@ -296,4 +300,4 @@ stepsOfPipeline((pipeline) => {
       await assertHeals(shop, changed);
     });
   });
-}, 2);
+}, 3);
