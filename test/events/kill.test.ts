@@ -214,23 +214,6 @@ suite("killed", { concurrency: true }, () => {
       });
     }
 
-    test("after its manifest was stored, before it knew: the day is done, and etl.chunks is put right by the next run", async () => {
-      const [shop, of] = [shopOf(), await nextDay()];
-      await using run = await startHeld(shop, script, one(of), s3Steps.putManifest, withhold());
-      await kill(run);
-      await assertNoSessions(shop);
-      const { manifest, etag } = await assertArchivedClean(shop, of);
-      const chunk = async (): Promise<unknown[]> =>
-        Object.values(
-          (await shop.admin`select state, rows::int, run_id from etl.chunks where chunk_from = ${`${of}Z`}::text::timestamptz`)[0] ?? {},
-        );
-      assert.deepEqual(await chunk(), []);
-      const { stderr } = await shop.succeed(script, one(of));
-      assert.match(stderr, / step=days archived=0 skipped=1 failed=0/);
-      assert.deepEqual(await chunk(), ["succeeded", 150, manifest.run_id]);
-      assert.equal((await assertArchivedClean(shop, of)).etag, etag);
-    });
-
     test("in a re-archive, after the new manifest and before the old parts are deleted: the day verifies, the old parts are strays", async () => {
       const [shop, of] = [shopOf(), await nextDay()];
       await shop.succeed(script, one(of));
