@@ -9,7 +9,7 @@ import { assertArchivedClean } from "../lib/s3.ts";
 import { connectBucket, createShop, lowestPeaks, type Result } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 
-const [shop, memoryShop] = await Promise.all([createShop(), createShop()]);
+const [shop, memoryShop] = await Promise.all([createShop({ bigquery: false }), createShop({ bigquery: false })]);
 after(() => Promise.all([shop, memoryShop].map((one) => one[Symbol.asyncDispose]())));
 
 const script = "scripts/ops/backfill-events.ts";

@@ -73,7 +73,7 @@ function archiveSuite(name: string, tests: (test: (name: string, body: (one: Cas
     let shop: Shop;
     let next = "2017-01-01";
     before(async () => {
-      shop = await createShop({ pushgateway: name === "the source" });
+      shop = await createShop({ bigquery: false, pushgateway: name === "the source" });
     });
     after(() => shop?.[Symbol.asyncDispose]());
     tests((name, body) =>

@@ -68,7 +68,7 @@ suite("killed", { concurrency: true }, () => {
     const below = random();
     const [days, kills] = soak ? [100, 50] : [20, 10];
     const [from, to] = ["2017-02-01", addDays("2017-02-01", days)];
-    await using shop = await createShop();
+    await using shop = await createShop({ bigquery: false });
     for (const day of daysBetween(from, to)) await shop.insertEvents(day, 50 + below(250));
     // A day without rows, one of exactly two parts, and one where many rows share the timestamps at which parts are cut.
     await shop.admin`delete from public.events where created_at >= ${"2017-02-04Z"}::text::timestamptz and created_at < ${"2017-02-05Z"}::text::timestamptz`;
@@ -276,7 +276,7 @@ suite("killed", { concurrency: true }, () => {
     let shop: Shop;
     let day = "2019-01-01";
     before(async () => {
-      shop = await createShop();
+      shop = await createShop({ bigquery: false });
     });
     after(() => shop[Symbol.asyncDispose]());
 

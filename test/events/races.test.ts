@@ -283,7 +283,7 @@ suite("races", { concurrency: true }, () => {
     let shop: Shop;
     let today: string;
     before(async () => {
-      shop = await createShop();
+      shop = await createShop({ bigquery: false });
       today = new Date().toISOString().slice(0, 10);
       for (const ago of [5, 4, 3, 2, 1, 0]) await shop.insertEvents(addDays(today, -ago), 70);
     });

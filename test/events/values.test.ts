@@ -92,7 +92,7 @@ suite("archive", { concurrency: true }, () => {
   suite("values", { concurrency: 1 }, () => {
     let shop: Shop;
     before(async () => {
-      shop = await createShop();
+      shop = await createShop({ bigquery: false });
     });
     after(() => shop?.[Symbol.asyncDispose]());
     const days = ["2017-01-01", "2017-01-02", "2017-01-03"];
@@ -192,7 +192,7 @@ suite("archive", { concurrency: true }, () => {
   });
 
   test("a row whose created_at moved to another day is named where both days are restored, and the commands repair it", async () => {
-    await using shop = await createShop();
+    await using shop = await createShop({ bigquery: false });
     const [first, second, end] = ["2017-01-01", "2017-01-02", "2017-01-03"] as const;
     await shop.insertEvents(first, 3);
     await backfill(shop, first, second);
@@ -211,7 +211,7 @@ suite("archive", { concurrency: true }, () => {
   });
 
   test("a row that the source refuses is named by its key, and the day is archived once it is corrected", async () => {
-    await using shop = await createShop({ encoding: "SQL_ASCII" }); // an old database takes any byte
+    await using shop = await createShop({ bigquery: false, encoding: "SQL_ASCII" }); // an old database takes any byte
     const [FROM, TO] = ["2017-01-01", "2017-01-02"];
     await shop.insertEvents(FROM, 40);
     await shop.admin`update public.events set type = 'caf' || chr(233) where id = 37`;
@@ -231,7 +231,7 @@ suite("archive", { concurrency: true }, () => {
   suite("the source's columns", { concurrency: 1 }, () => {
     let shop: Shop;
     before(async () => {
-      shop = await createShop({ pushgateway: true });
+      shop = await createShop({ bigquery: false, pushgateway: true });
       await shop.insertEvents("2017-01-01", 3);
     });
     after(() => shop?.[Symbol.asyncDispose]());
@@ -412,7 +412,7 @@ suite("archive", { concurrency: true }, () => {
     let whole: Buffer;
 
     before(async () => {
-      shop = await createShop();
+      shop = await createShop({ bigquery: false });
       for (let day = dayOf(0); day < end; day = addDays(day)) await shop.insertEvents(day, 7);
       await backfill(shop, dayOf(0), end, { CHUNK_ROWS: "3", CONCURRENCY: "4" });
       const intact = await verify(shop, dayOf(0), end);

@@ -164,7 +164,7 @@ export function suiteOfDays(
     let shop: Shop | undefined;
     let day = first;
     before(async () => {
-      shop = await createShop();
+      shop = await createShop({ bigquery: false });
     });
     after(() => shop?.[Symbol.asyncDispose]());
     const there = (): Shop => shop ?? assert.fail("no shop");

@@ -12,7 +12,7 @@ import { type PartitionState, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, createTopic, type Kafka } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
 import { random } from "./random.ts";
-import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import { connectClickHouse, createReadings, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** The broker at host:port, without TLS and login. */
 export const kafkaAt = (broker: string): Kafka =>
@@ -112,7 +112,7 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
   const clickhouse = servers ? connectClickHouse(Object.assign(created.env, servers)) : created.clickhouse;
   const select = async <T>(query: string): Promise<T[]> => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
   const shop = { ...created, clickhouse, select };
-  if (servers) await shop.succeed("scripts/ops/migrate.ts");
+  if (servers) await createReadings(shop.env);
   const { SENSORS_TOPIC: topic = "", SENSORS_GROUP: group = "", CONNECT_URL = "", KAFKA_BROKERS = "" } = shop.env;
   const database = shop.env.CLICKHOUSE_DATABASE ?? "";
   const kafka = kafkaAt(KAFKA_BROKERS);

@@ -12,7 +12,7 @@ import { createInterface } from "node:readline";
 import { suite } from "node:test";
 import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { migratePostgres } from "../../scripts/ops/lib/migrations.ts";
+import { migrateClickHouse, migratePostgres } from "../../scripts/ops/lib/migrations.ts";
 import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
@@ -126,6 +126,8 @@ export interface ShopOptions {
   lag?: number;
   /** With its database in ClickHouse. */
   clickhouse?: boolean;
+  /** false: nothing in BigQuery, for tests of events or sensors alone. */
+  bigquery?: boolean;
   /** The encoding of its source database, if not UTF8. */
   encoding?: string;
   /** A Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop). */
@@ -138,6 +140,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     folder = root,
     lag = 0,
     clickhouse: wantsClickHouse = false,
+    bigquery = true,
     pushgateway = false,
     encoding = "UTF8",
   } = options;
@@ -168,6 +171,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   else {
     await server.unsafe(`create database ${name} template template0 encoding ${encoding} locale 'C'`);
     await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
+    await migrateMetadata(env.ETL_DATABASE_URL);
   }
   const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];
@@ -221,7 +225,8 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     return result;
   };
   // The bucket is all shops', and there already. There are more than a hundred shops: what migrate leaves out is worth it.
-  await succeed("scripts/ops/migrate.ts", { S3_BUCKET: "", ...(wantsClickHouse ? {} : { CLICKHOUSE_URL: "" }) });
+  if (bigquery) await succeed("scripts/ops/migrate.ts", { S3_BUCKET: "", ...(wantsClickHouse ? {} : { CLICKHOUSE_URL: "" }) });
+  else if (wantsClickHouse) await createReadings(env);
 
   const insertRows = async (first: number, last: number, into = pipeline): Promise<void> => {
     const day = admin`timestamptz '2017-01-01' + i * interval '1 minute'`;
@@ -359,13 +364,28 @@ async function templateDatabase(server: Sql, base: Env): Promise<string> {
     await server.unsafe(`drop database if exists ${name}_new with (force)`);
     await server.unsafe(`create database ${name}_new`);
     await createSource(at(base.STACK_ADMIN_DATABASE_URL), []);
-    const etl = postgres(at(base.ETL_DATABASE_URL), { max: 1, onnotice: () => {} });
-    await migratePostgres(etl);
-    await etl.end();
+    await migrateMetadata(at(base.ETL_DATABASE_URL));
     await server.unsafe(`alter database ${name}_new rename to ${name}`);
   }
   await server`select pg_advisory_unlock(hashtext(${name}))`;
   return name;
+}
+
+/** Schema etl, as make migrate makes it. */
+async function migrateMetadata(url = ""): Promise<void> {
+  const etl = postgres(url, { max: 1, onnotice: () => {} });
+  await migratePostgres(etl);
+  await etl.end();
+}
+
+/** The database of an environment in ClickHouse, as make migrate makes it, without a process. */
+export async function createReadings(env: Env): Promise<void> {
+  const server = connectClickHouse({ ...env, CLICKHOUSE_DATABASE: "default" });
+  await server.command({ query: `CREATE DATABASE ${env.CLICKHOUSE_DATABASE}` });
+  await server.close();
+  const client = connectClickHouse(env);
+  await migrateClickHouse(client, []);
+  await client.close();
 }
 
 async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {

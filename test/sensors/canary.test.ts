@@ -27,7 +27,7 @@ const status = async ({ shop }: Sensors): Promise<Judged> => {
 
 /** A shop at that source, with a consumer that has seen a canary. */
 async function begin(source: TestCluster | undefined): Promise<{ sensors: Sensors; consumer: Consumer }> {
-  const sensors = await createSensors({ ...(source && { servers: source.variables }) });
+  const sensors = await createSensors({ bigquery: false, ...(source && { servers: source.variables }) });
   const consumer = await sensors.consumer();
   await until("a canary has come", async () => (await seen(sensors))?.seen, 60);
   return { sensors, consumer };

@@ -85,7 +85,7 @@ async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promis
 
 suite("sensors", { concurrency: true }, () => {
   test("a topic that was created again stops the consumer; after a resnapshot nothing loses to old versions, and deleted rows are gone", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop, topic } = sensors;
     await insert(sensors, 1, 300);
     const first = await sensors.consumer();
@@ -127,7 +127,7 @@ suite("sensors", { concurrency: true }, () => {
     ],
   ] as const)
     test(`a topic that ${what} stops the consumer that runs, with nothing inserted`, async () => {
-      await using sensors = await createSensors({ connector: false });
+      await using sensors = await createSensors({ bigquery: false, connector: false });
       const consumer = await sensors.consumer();
       await sensors.produce(spread(0, 30));
       await until("they are there, and committed", async () => (await sensors.committed()) === 30);
@@ -152,7 +152,7 @@ suite("sensors", { concurrency: true }, () => {
     });
 
   test("messages that expired unread, and an offset that somebody set ahead, stop the consumer and are named; the lag counts them", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { shop, topic, admin } = sensors;
     const { SENSORS_GROUP: groupId = "" } = shop.env;
     await sensors.produce(spread(1, 30));
@@ -174,7 +174,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a second snapshot within an epoch, after Connect has lost its offsets, stops the consumer; a resnapshot repairs what it left", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     await insert(sensors, 1, 1000);
     const consumer = await sensors.consumer();
@@ -204,7 +204,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a consumer that joins while another commits a partition for the first time does not take its offset for a lost one", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { shop, topic } = sensors;
     const { CLICKHOUSE_DATABASE: database = "" } = shop.env;
     const where = sensors.state;
@@ -223,7 +223,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a rebuild: readers see a whole table at every instant, others are refused meanwhile, a swap done twice is done once", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop, topic } = sensors;
     const { CLICKHOUSE_DATABASE: database = "" } = shop.env;
     await insert(sensors, 1, 2000);
@@ -297,7 +297,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test(`a resnapshot and a swap that are killed anywhere and run again end in the source's table`, async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const below = random();
     await insert(sensors, 1, 500);
@@ -335,7 +335,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("make connector may be repeated, and says what is wrong: Connect, password, publication, replica identity, topic, a failed task", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
     const name = `etl-${prefix}-sensor_readings`;

@@ -158,7 +158,7 @@ suite("faults", { concurrency: 8 }, () => {
   for (const [name, { begin, end }] of Object.entries(outages))
     test(`ClickHouse ${name}: no dead letter and nothing lost, the lag rises, the memory does not, and it resumes by itself`, async () => {
       const all = 9000 + backlog;
-      await using sensors = await createSensors({ connector: false });
+      await using sensors = await createSensors({ bigquery: false, connector: false });
       await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
       const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
       await sensors.produce(created(1, 1000));
@@ -192,7 +192,7 @@ suite("faults", { concurrency: 8 }, () => {
 
   for (const how of ["refuse", "hang"] as const)
     test(`ClickHouse away for longer than a minute (${how}): exit 1, nothing committed; started again, it ends exact`, async () => {
-      await using sensors = await createSensors({ connector: false });
+      await using sensors = await createSensors({ bigquery: false, connector: false });
       await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
       const env = { CLICKHOUSE_URL: line.url };
       const consumer = await sensors.consumer(env);
@@ -216,7 +216,7 @@ suite("faults", { concurrency: 8 }, () => {
     });
 
   test("a slow ClickHouse is waited for: batches are larger instead, no dead letter and nothing lost", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
     line.latency = 700;
@@ -246,7 +246,7 @@ suite("faults", { concurrency: 8 }, () => {
   };
 
   test("overload, and what a load balancer says for a server, is waited out: the same batch comes again", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     await using proxy = await createProxy(sensors.shop.env.CLICKHOUSE_URL);
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: proxy.url });
     let sent = 0;
@@ -275,7 +275,7 @@ suite("faults", { concurrency: 8 }, () => {
   };
   for (const [what, [breaking, says]] of Object.entries(broken))
     test(`any other error of ClickHouse ends the consumer, with nothing committed: ${what}`, async () => {
-      await using sensors = await createSensors({ connector: false, partitions: 1 });
+      await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
       const { shop } = sensors;
       const consumer = await sensors.consumer();
       await sensors.produce(created(1, 10));
@@ -295,7 +295,7 @@ suite("faults", { concurrency: 8 }, () => {
     });
 
   test("SIGTERM finishes and commits the batch under way, and exits 0", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     await using proxy = await createProxy(sensors.shop.env.CLICKHOUSE_URL);
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: proxy.url });
     const inserted = withhold();
@@ -314,7 +314,7 @@ suite("faults", { concurrency: 8 }, () => {
   });
 
   test("SIGTERM while ClickHouse hangs exits 0 within 10 s, without a commit, and nothing is lost", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
     const consumer = await sensors.consumer({ CLICKHOUSE_URL: line.url });
     await sensors.produce(created(1, 10));
@@ -347,7 +347,7 @@ suite("faults", { concurrency: 8 }, () => {
   });
 
   test("UNTIL=caught-up ends at once on an empty topic; what is not there is named, with what makes it: the topic, the tables, the metadata; a port that is taken", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { shop, topic } = sensors;
     const says = async (code: number, text: string | RegExp, variables = {}): Promise<void> => {
       const run = await ending(shop.start(consumerScript, { UNTIL: "caught-up", ...variables }), 60);
@@ -379,7 +379,7 @@ suite("faults", { concurrency: 8 }, () => {
   });
 
   test("a topic compressed by each codec is read; caught up is reached behind what an aborted transaction leaves, with no lag", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { admin, topic, shop } = sensors;
     const of = { type: ConfigResourceTypes.TOPIC, name: topic };
     for (const [at, value] of ["gzip", "zstd", "lz4", "snappy"].entries()) {
@@ -412,7 +412,7 @@ suite("faults", { concurrency: 8 }, () => {
   });
 
   test("a change of 23 MB arrives; of one that is larger than Kafka takes make connector names the row, again and again, until it passes", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const consumer = await sensors.consumer();
     await shop.admin`insert into sensor_readings (id, metric, recorded_at) values (1, repeat('x', 11500000), '2024-01-01Z')`;
@@ -456,7 +456,7 @@ suite("faults", { concurrency: 8 }, () => {
   });
 
   test("a coordinator that does not answer, at the start and later, or that still loads its groups, is waited out", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { shop, topic } = sensors;
     await using kafka = await createKafkaLine(shop.env.KAFKA_BROKERS);
     const env = { KAFKA_BROKERS: kafka.address };
@@ -501,7 +501,7 @@ suite("faults", { concurrency: 8 }, () => {
     after(() => servers?.[Symbol.asyncDispose]());
 
     test("Kafka hangs, is killed and comes back, and is not there at the start: no dead letter and nothing lost, it resumes by itself", async () => {
-      await using sensors = await createSensors({ connector: false, servers: servers.env });
+      await using sensors = await createSensors({ bigquery: false, connector: false, servers: servers.env });
       const consumer = await sensors.consumer();
       await sensors.produce(created(1, 1000));
       await until("the first are committed", async () => (await sensors.committed()) === 1000);
@@ -537,7 +537,7 @@ suite("faults", { concurrency: 8 }, () => {
     });
 
     test("Kafka away for longer than a minute, hanging, then killed: exit 1, nothing committed; started again, it ends exact", async () => {
-      await using sensors = await createSensors({ connector: false, servers: servers.env });
+      await using sensors = await createSensors({ bigquery: false, connector: false, servers: servers.env });
       const [consumer, stopped] = [await sensors.consumer(), await sensors.consumer()];
       await sensors.produce(created(1, 1000));
       await arrived(sensors, 1000, consumer);

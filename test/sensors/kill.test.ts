@@ -51,7 +51,7 @@ suite("sensors killed", { concurrency: true }, () => {
   test("at random points, as are Kafka, Connect and ClickHouse, while applications write: exact, and the consumers that live wait it out", async (t) => {
     const below = random(seed);
     await using servers = await createServers();
-    await using sensors = await createSensors({ servers: servers.env });
+    await using sensors = await createSensors({ bigquery: false, servers: servers.env });
     const consumers: Process[] = [await sensors.consumer(), await sensors.consumer()];
     const writers = startWriters(sensors, seed);
 
@@ -83,7 +83,7 @@ suite("sensors killed", { concurrency: true }, () => {
 
   test("rows of a COPY, and of one INSERT, all arrive, whatever restarts the connector among them", async (t) => {
     const below = random(seed);
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const consumer = await sensors.consumer();
     const name = `etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
@@ -119,7 +119,7 @@ suite("sensors killed", { concurrency: true }, () => {
     const rows = 300;
     /** Rows of a source that are in ClickHouse; no consumer runs. */
     const begin = async (): Promise<Sensors> => {
-      const sensors = await createSensors();
+      const sensors = await createSensors({ bigquery: false });
       await sensors.shop.admin`
         insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
         select i, 'S' || i % 3, 'm', 0, '2024-01-01Z' from generate_series(1, ${rows}::int) i`;

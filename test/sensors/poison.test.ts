@@ -132,7 +132,7 @@ const poison: Record<string, [reason: string, value: string | Buffer, key?: stri
 
 suite("poison", { concurrency: true }, () => {
   test("each kind of poison is dead-lettered with its reason, place, key and bytes; what is around it arrives", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const consumer = await sensors.consumer();
     const kinds = Object.entries(poison);
     // Fewer than the hundred messages of which a share may be too much.
@@ -173,7 +173,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("a mass of poison ends the consumer, without a commit: the share of the last 1,000 messages that is allowed is not exceeded", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop } = sensors;
     const bad = (count: number): Message[] => Array.from({ length: count }, (_, index) => ({ key: keyOf(index), value: `bad ${index}` }));
     const good = (first: number, count: number): Message[] => Array.from({ length: count }, (_, index) => created(first + index));
@@ -209,7 +209,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("bad messages of a quiet hour do not end the consumer, though they are all that came", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const consumer = await sensors.consumer();
     const bad = (id: number): Message => ({ key: keyOf(id), value: "bad", partition: id % 3 });
     await sensors.produce([bad(1)]);
@@ -257,7 +257,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("dead letters are listed with where, when, why and how they begin, for people and for programs", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     const none = await shop.succeed(deadLettersScript);
     assert.equal(none.stdout, `no dead letters of ${topic}\n`);
@@ -315,7 +315,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("a replay re-ingests what is a change by now, none of which wins over newer data, and reports the rest; one that comes meanwhile stays", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     const consumer = await sensors.consumer();
     await refuseThirteen(sensors);
@@ -378,7 +378,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("a dead letter of an older epoch is listed, and not replayed", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     await sensors.produce([{ key: keyOf(1), value: "old" }]);
     await sensors.catchUp();
@@ -395,7 +395,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("fuzzed envelopes never make an insert fail: each becomes its row or a dead letter", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { clickhouse } = sensors.shop;
     let next = 1;
     await fc.assert(

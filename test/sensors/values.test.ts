@@ -20,7 +20,7 @@ suite("sensors", { concurrency: true }, () => {
   suite("FINAL is the source, row by row", { concurrency: 1 }, () => {
     let sensors: Sensors;
     before(async () => {
-      sensors = await createSensors();
+      sensors = await createSensors({ bigquery: false });
       await sensors.consumer();
     });
     after(() => sensors[Symbol.asyncDispose]());
@@ -203,7 +203,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a time that ClickHouse cannot hold is dead-lettered with its reason, and never arrives as another", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { admin } = sensors.shop;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'good', i, '2024-01-01Z' from generate_series(1, 20) i`;
     await sensors.consumer();
@@ -229,7 +229,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("of a partitioned table each change arrives, also of a partition that is new; an old row that is only a key is a dead letter", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { admin } = sensors.shop;
     await admin
       .unsafe(`
@@ -279,7 +279,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a column that is retyped while a consumer runs stops it, and what came meanwhile is dead-lettered: no row is hours off, none is twice", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { admin } = sensors.shop;
     await admin`
       insert into sensor_readings (id, sensor_id, value, recorded_at)
@@ -301,7 +301,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a TRUNCATE becomes a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { admin } = sensors.shop;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'before', i, '2024-01-01Z' from generate_series(1, 20) i`;
     await sensors.consumer();
