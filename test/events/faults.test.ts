@@ -205,7 +205,7 @@ suite("archive", { concurrency: true }, () => {
     });
 
     test("403 to a day's last part: not tried again, and the parts before it are gone again", async (one) => {
-      one.proxy.fault(ofDay(one.day, /part-0003-/), refuse(403, "AccessDenied"));
+      one.proxy.fault(ofDay(one.day, /^PUT .*part-0003-/), refuse(403, "AccessDenied"));
       const result = await one.run({}, 2);
       await assertDayFailed(one, result, `${partOf(one, 3)}: AccessDenied 403 answered 403 by the test`, 2);
       assert.equal(one.proxy.requests.filter((line) => /^PUT .*part-0003-/.test(line)).length, 1);

@@ -118,7 +118,7 @@ export async function sourceEvents({ admin }: Shop, from: string, to: string): P
   return await admin.begin(async (sql) => {
     await sql`set local timezone = 'UTC'`;
     const rows = await sql<{ row: ArchivedDay["rows"][0] }[]>`
-      select to_jsonb(e) || jsonb_build_object('id', id::text) as row from public.events e
+      select jsonb_strip_nulls(to_jsonb(e)) || jsonb_build_object('id', id::text) as row from public.events e
       where created_at >= ${`${from}Z`}::text::timestamptz and created_at < ${`${to}Z`}::text::timestamptz order by created_at, id`;
     return rows.map(({ row }) => row);
   });
