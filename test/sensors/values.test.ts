@@ -37,30 +37,32 @@ suite("sensors", { concurrency: true }, () => {
       await assertExact(sensors);
     });
 
-    for (const { column, other } of [
-      { column: "sensor_id", other: "'B'" },
-      { column: "sensor_id", other: "null" },
-      { column: "metric", other: "''" },
-      { column: "recorded_at", other: "recorded_at + interval '1 microsecond'" },
-    ])
-      test(`after ${column} moved to ${other} and back, in one transaction and in three, and stayed away in between`, async () => {
-        const { admin } = sensors.shop;
-        await admin`delete from sensor_readings where id between 30001 and 30004`;
-        await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select i, 'A', 'm', 1, '2024-01-01Z' from generate_series(30001, 30004) i`;
+    test("after each column of the sorting key moved away and back, in one transaction and in three, and stayed away in between", async () => {
+      const { admin } = sensors.shop;
+      const moves = [
+        ["sensor_id", "'B'"],
+        ["sensor_id", "null"],
+        ["metric", "''"],
+        ["recorded_at", "recorded_at + interval '1 microsecond'"],
+      ] as const;
+      await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select i, 'A', 'm', 1, '2024-01-01Z' from generate_series(30000, 30039) i`;
+      const move = async (at: number, id: number, steps: string, sql: Sql | TransactionSql = admin): Promise<void> => {
+        const [column, other] = moves[at] ?? moves[0];
         const there = `update sensor_readings set ${column} = ${other}, value = value + 1 where id = `;
         const back = `update sensor_readings set ${column} = old.${column}, value = sensor_readings.value + 1 from (select 'A' as sensor_id, 'm' as metric, '2024-01-01Z'::timestamptz as recorded_at) old where id = `;
-        await admin.begin(async (sql) => {
-          await sql.unsafe(`${there}30001`);
-          await sql.unsafe(`${back}30001`);
-        });
-        for (const step of [there, back, there, back, there, back]) await admin.unsafe(`${step}30002`);
-        for (const step of [there, back, there]) await admin.unsafe(`${step}30003`);
-        await admin.unsafe(`${there}30004`);
-        await assertExact(sensors);
-        await admin.unsafe(`${back}30004`);
-        await admin`delete from sensor_readings where id = 30003`;
-        await assertExact(sensors);
-      });
+        for (const step of steps.split(" ")) await sql.unsafe(`${step === "there" ? there : back}${30_000 + 10 * at + id}`);
+      };
+      for (const at of moves.keys()) {
+        await admin.begin((sql) => move(at, 1, "there back", sql));
+        await move(at, 2, "there back there back there back");
+        await move(at, 3, "there back there");
+        await move(at, 4, "there");
+      }
+      await assertExact(sensors);
+      for (const at of moves.keys()) await move(at, 4, "back");
+      await admin`delete from sensor_readings where id between 30000 and 30039 and id % 10 = 3`;
+      await assertExact(sensors);
+    });
 
     test("after rows were deleted and inserted again under the same keys, and primary keys went round in a circle", async () => {
       const { admin } = sensors.shop;
