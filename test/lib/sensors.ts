@@ -107,11 +107,11 @@ export interface SensorsOptions extends ShopOptions {
 
 export async function createSensors(options: SensorsOptions = {}): Promise<Sensors> {
   const { connector = true, partitions = 3, servers } = options;
-  const created = await createShop({ ...options, clickhouse: !options.servers });
+  const plain = await createShop({ ...options, clickhouse: !options.servers });
   // What the shop starts gets this same object.
-  const clickhouse = servers ? connectClickHouse(Object.assign(created.env, servers)) : created.clickhouse;
+  const clickhouse = servers ? connectClickHouse(Object.assign(plain.env, servers)) : plain.clickhouse;
   const select = async <T>(query: string): Promise<T[]> => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
-  const shop = { ...created, clickhouse, select };
+  const shop = { ...plain, clickhouse, select };
   if (servers) await createReadings(shop.env);
   const { SENSORS_TOPIC: topic = "", SENSORS_GROUP: group = "", CONNECT_URL = "", KAFKA_BROKERS = "" } = shop.env;
   const database = shop.env.CLICKHOUSE_DATABASE ?? "";
