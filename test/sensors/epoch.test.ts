@@ -83,7 +83,7 @@ async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promis
   );
 }
 
-suite("sensors", { concurrency: true }, () => {
+suite("sensors", { concurrency: 4 }, () => {
   test("a topic that was created again stops the consumer; after a resnapshot nothing loses to old versions, and deleted rows are gone", async () => {
     await using sensors = await createSensors({ bigquery: false });
     const { shop, topic } = sensors;

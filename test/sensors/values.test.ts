@@ -16,7 +16,7 @@ import { root } from "../stack/env.ts";
 
 const soak = process.env.SOAK === "1";
 
-suite("sensors", { concurrency: true }, () => {
+suite("sensors", { concurrency: 4 }, () => {
   suite("FINAL is the source, row by row", { concurrency: 1 }, () => {
     let sensors: Sensors;
     before(async () => {
