@@ -315,6 +315,21 @@ export async function ending(run: Process, seconds = 90): Promise<Result> {
   return await until("the run ends", () => result, seconds);
 }
 
+/** Kills a run that goes on until then. */
+export async function kill(run: Process): Promise<void> {
+  run.child.kill("SIGKILL");
+  const { code, signal, stderr } = await ending(run);
+  assert.equal(signal, "SIGKILL", `it had ended by itself, exit ${code}:\n${stderr}`);
+}
+
+/** Tells a consumer to stop, which it does by itself. @returns what it said. */
+export async function stop(run: Process, seconds = 30): Promise<string> {
+  run.child.kill("SIGTERM");
+  const { code, stderr } = await ending(run, seconds);
+  assert.equal(code, 0, stderr);
+  return stderr;
+}
+
 /** Waits for what a run has to come to; fails with what the run said if it ends before. */
 export async function reach<T>(run: Process, there: Promise<T>): Promise<T> {
   const ended = run.ended.then(({ stderr }) => assert.fail(`the run ended before it came there:\n${stderr}`));
@@ -369,13 +384,11 @@ export async function lastRun(shop: Shop): Promise<{ run_id: string; state: stri
 
 /** So many staging tables were left by the last run, each with an expiry, as BigQuery tells it, of at most a day. */
 export async function assertExpiring(shop: Shop, left: number): Promise<void> {
-  const { BIGQUERY_ENDPOINT, BIGQUERY_PROJECT } = shop.env;
   const { run_id } = await lastRun(shop);
   const tables = (await shop.stagingTables()).filter((table) => table.includes(run_id));
   assert.equal(tables.length, left, `${tables}`);
   for (const table of tables) {
-    const response = await fetch(`${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${BIGQUERY_PROJECT}/datasets/${shop.dataset}/tables/${table}`);
-    const { expirationTime, creationTime } = (await response.json()) as Record<string, string>;
+    const { expirationTime, creationTime } = await shop.api(`/datasets/${shop.dataset}/tables/${table}`);
     const hours = (Number(expirationTime) - Number(creationTime)) / 3_600_000;
     assert.ok(hours > 23 && hours <= 24, `${table} expires ${hours} h after it was made`);
   }

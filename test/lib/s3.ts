@@ -16,8 +16,9 @@ import { setTimeout } from "node:timers/promises";
 import { gunzipSync } from "node:zlib";
 import { addDays, type Manifest, readManifest } from "../../shared/events/archive.ts";
 import { type Bucket, get, listObjects } from "../../shared/events/s3.ts";
-import { createProxy, type Fault, type HttpProxy } from "./faults.ts";
-import { createShop, type Shop } from "./shop.ts";
+import type { Env } from "../stack/env.ts";
+import { createProxy, type Fault, type Gate, type HttpProxy, lastRun, reach } from "./faults.ts";
+import { createShop, type Process, type Shop } from "./shop.ts";
 
 /** The requests of a run, as `METHOD path?query`, decoded. A part is one putPart. */
 export const s3Steps = {
@@ -57,6 +58,21 @@ export function breakBody(how: "reset" | "stall"): Fault {
 /** An HTTP server in front of the S3 server at `target` that passes everything on until told otherwise. */
 export const createS3Proxy = (target?: string): Promise<HttpProxy> => createProxy(target, { signed: true });
 
+export interface HeldRun extends Process, AsyncDisposable {
+  proxy: HttpProxy;
+  id: string;
+}
+
+/** Starts a script with a fault that waits for its first request of a step, and returns when the run is there. */
+export async function startHeld(shop: Shop, script: string, variables: Env, step: RegExp, gate: Gate): Promise<HeldRun> {
+  const proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+  proxy.fault(step, gate, 1);
+  const run = shop.start(script, { ...variables, S3_ENDPOINT: proxy.url });
+  await reach(run, gate.reached);
+  const { run_id: id } = await lastRun(shop);
+  return { ...run, proxy, id, [Symbol.asyncDispose]: proxy[Symbol.asyncDispose] };
+}
+
 /** An object's bytes. */
 export async function readObject(bucket: Bucket, key: string): Promise<Buffer> {
   return (await get(bucket, key))?.body ?? assert.fail(`no object ${key}`);
@@ -65,8 +81,8 @@ export async function readObject(bucket: Bucket, key: string): Promise<Buffer> {
 export interface ArchivedDay {
   manifest: Manifest;
   etag: string;
-  /** The rows of its parts, in their order. */
-  rows: { id: number; created_at: string }[];
+  /** The rows of its parts, in their order; ids as text, since they may be beyond 2^53. */
+  rows: { id: string; created_at: string }[];
 }
 
 /**
@@ -86,7 +102,7 @@ export async function readArchived({ bucket }: Shop, day: string): Promise<Archi
         const lines = raw.toString().split("\n").slice(0, -1);
         const [sha256, sha256_raw] = [packed, raw].map((bytes) => createHash("sha256").update(bytes).digest("hex"));
         assert.deepEqual({ key: part.key, rows: lines.length, bytes: packed.length, sha256, sha256_raw }, part);
-        rows.push(...lines.map((line) => JSON.parse(line)));
+        rows.push(...lines.map((line) => JSON.parse(line.replace(/^\{"id":(-?\d+)/, '{"id":"$1"'))));
       }
       return { manifest, etag, rows };
     } catch (error) {
@@ -102,7 +118,7 @@ export async function sourceEvents({ admin }: Shop, from: string, to: string): P
   return await admin.begin(async (sql) => {
     await sql`set local timezone = 'UTC'`;
     const rows = await sql<{ row: ArchivedDay["rows"][0] }[]>`
-      select to_jsonb(e) as row from public.events e
+      select jsonb_strip_nulls(to_jsonb(e)) || jsonb_build_object('id', id::text) as row from public.events e
       where created_at >= ${`${from}Z`}::text::timestamptz and created_at < ${`${to}Z`}::text::timestamptz order by created_at, id`;
     return rows.map(({ row }) => row);
   });
@@ -148,7 +164,7 @@ export function suiteOfDays(
     let shop: Shop | undefined;
     let day = first;
     before(async () => {
-      shop = await createShop();
+      shop = await createShop({ bigquery: false });
     });
     after(() => shop?.[Symbol.asyncDispose]());
     const there = (): Shop => shop ?? assert.fail("no shop");

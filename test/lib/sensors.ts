@@ -8,11 +8,11 @@ import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import type { Admin, Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
-import { topicState } from "../../shared/sensors/epoch.ts";
+import { type PartitionState, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, createTopic, type Kafka } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
 import { random } from "./random.ts";
-import { connectClickHouse, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import { connectClickHouse, createReadings, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
 
 /** The broker at host:port, without TLS and login. */
 export const kafkaAt = (broker: string): Kafka =>
@@ -26,6 +26,15 @@ export const kafkaAt = (broker: string): Kafka =>
     },
     "test",
   );
+
+/** Messages of inserts of the rows with the ids first..first+count-1, about `width` bytes each. */
+export const created = (first: number, count: number, width = 0): Message[] =>
+  Array.from({ length: count }, (_, index) => {
+    const id = first + index;
+    const after = { id, sensor_id: "w".repeat(width), metric: "temp", value: id, recorded_at: "2024-01-01T00:00:00.000000Z" };
+    const value = JSON.stringify({ before: null, after, source: { ts_ms: Date.now() }, op: "c" });
+    return { key: JSON.stringify({ id }), value };
+  });
 
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
@@ -41,6 +50,9 @@ export interface Sensors extends AsyncDisposable {
   shop: Shop;
   topic: string;
   admin: Admin;
+  /** Where the topic and the group are, by partition; what the group has committed, over all of them. */
+  state(): Promise<PartitionState[]>;
+  committed(): Promise<number>;
   /** Starts `make sensors`, and waits until the group gave it its partitions. */
   consumer(variables?: Env): Promise<Consumer>;
   /** Runs `make sensors UNTIL=caught-up` to its end and requires exit code 0. */
@@ -95,10 +107,12 @@ export interface SensorsOptions extends ShopOptions {
 
 export async function createSensors(options: SensorsOptions = {}): Promise<Sensors> {
   const { connector = true, partitions = 3, servers } = options;
-  const created = await createShop({ ...options, clickhouse: !options.servers });
+  const plain = await createShop({ ...options, clickhouse: !options.servers });
   // What the shop starts gets this same object.
-  const shop = servers ? { ...created, clickhouse: connectClickHouse(Object.assign(created.env, servers)) } : created;
-  if (servers) await shop.succeed("scripts/ops/migrate.ts");
+  const clickhouse = servers ? connectClickHouse(Object.assign(plain.env, servers)) : plain.clickhouse;
+  const select = async <T>(query: string): Promise<T[]> => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
+  const shop = { ...plain, clickhouse, select };
+  if (servers) await createReadings(shop.env);
   const { SENSORS_TOPIC: topic = "", SENSORS_GROUP: group = "", CONNECT_URL = "", KAFKA_BROKERS = "" } = shop.env;
   const database = shop.env.CLICKHOUSE_DATABASE ?? "";
   const kafka = kafkaAt(KAFKA_BROKERS);
@@ -126,11 +140,10 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
   }
 
   const readings = async (of = database): Promise<Reading[]> => {
-    const answer = await shop.clickhouse.query({
-      query: `SELECT toString(id) AS id, sensor_id, metric, toString(value) AS value, toString(recorded_at) AS recorded_at FROM ${of}.sensor_readings FINAL ORDER BY sensor_readings.id`,
-      format: "JSONEachRow",
-    });
-    return (await answer.json<Reading>()).map((row) => ({ ...row, value: number(row.value) }));
+    const rows = await select<Reading>(
+      `SELECT toString(id) AS id, sensor_id, metric, toString(value) AS value, toString(recorded_at) AS recorded_at FROM ${of}.sensor_readings FINAL ORDER BY sensor_readings.id`,
+    );
+    return rows.map((row) => ({ ...row, value: number(row.value) }));
   };
   const source = async (): Promise<Reading[]> => {
     const rows = await shop.admin<Reading[]>`
@@ -139,10 +152,14 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     return rows.map((row) => ({ ...row, value: number(row.value) }));
   };
 
+  const state = () => topicState(admin, topic, group);
+
   return {
     shop,
     topic,
     admin,
+    state,
+    committed: async () => (await state()).reduce((sum, { committed }) => sum + Math.max(0, Number(committed)), 0),
     readings,
     source,
     connector: put,
@@ -181,24 +198,17 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
         insert into public.sensor_readings (id, sensor_id, metric, recorded_at)
         values ((extract(epoch from clock_timestamp()) * 1000000)::bigint, 'marker', ${marker}, '2000-01-01Z')`;
       const query = `SELECT count() AS count FROM sensor_readings WHERE metric = '${marker}'`;
-      const there = async (): Promise<boolean> => {
-        const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
-        return Number((await answer.json<{ count: string }>())[0]?.count) > 0;
-      };
+      const there = async (): Promise<boolean> => Number((await select<{ count: string }>(query))[0]?.count) > 0;
       await until("the last row is in ClickHouse", there, seconds);
-      const ends = await topicState(admin, topic, group);
+      const ends = await state();
       const committed = async (): Promise<boolean> =>
-        (await topicState(admin, topic, group)).every(({ committed }, at) => !ends[at]?.end || committed >= ends[at].end);
+        (await state()).every(({ committed }, at) => !ends[at]?.end || committed >= ends[at].end);
       await until("its offsets are committed", committed, seconds);
     },
-    deadLetters: async () => {
-      const answer = await shop.clickhouse.query({
-        query:
-          "SELECT epoch, partition, toString(offset) AS offset, reason, key, value FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset",
-        format: "JSONEachRow",
-      });
-      return await answer.json();
-    },
+    deadLetters: () =>
+      select(
+        "SELECT epoch, partition, toString(offset) AS offset, reason, key, value FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset",
+      ),
     [Symbol.asyncDispose]: async () => {
       if (slot) {
         const url = new URL(`/connectors/etl-${database}-sensor_readings`, CONNECT_URL);

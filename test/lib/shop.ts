@@ -12,7 +12,7 @@ import { createInterface } from "node:readline";
 import { suite } from "node:test";
 import { type ClickHouseClient, ClickHouseLogLevel, createClient } from "@clickhouse/client";
 import postgres, { type Sql } from "postgres";
-import { migratePostgres } from "../../scripts/ops/lib/migrations.ts";
+import { migrateClickHouse, migratePostgres } from "../../scripts/ops/lib/migrations.ts";
 import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
@@ -80,6 +80,9 @@ export interface Shop extends AsyncDisposable {
   insertEvents(day: string, count: number): Promise<void>;
   /** Sets the text column of the rows with the ids first..last. */
   updateRows(first: number, last: number, text: string): Promise<void>;
+  /** BigQuery's REST API, at a path below the project; undefined where there is nothing. Throws what else it answers than an OK. */
+  // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
+  api(path: string, method?: string, body?: object): Promise<any>;
   /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds, an array as JSON. */
   query(sql: string): Promise<Record<string, string | null>[]>;
   /** Every row of a pipeline's table, as the source and as the destination have it, in one comparable form, by key. */
@@ -88,15 +91,14 @@ export interface Shop extends AsyncDisposable {
   watermark(pipeline?: string): Promise<string | undefined>;
   /** The bucket, below the shop's prefix. */
   bucket: Bucket;
-  /** The shop's database in ClickHouse. */
+  /** The shop's database in ClickHouse; the rows of a query there. */
   clickhouse: ClickHouseClient;
+  select<T>(sql: string): Promise<T[]>;
   /** Names of staging tables that are left in the dataset. */
   stagingTables(): Promise<string[]>;
   /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
   metrics(pipeline?: string): Promise<Record<string, number>>;
 }
-
-const apiOf = (env: Env): string => `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}`;
 
 /** ClickHouse, as an environment says. */
 export const connectClickHouse = (env: Env): ClickHouseClient =>
@@ -124,6 +126,8 @@ export interface ShopOptions {
   lag?: number;
   /** With its database in ClickHouse. */
   clickhouse?: boolean;
+  /** false: nothing in BigQuery, for tests of events or sensors alone. */
+  bigquery?: boolean;
   /** The encoding of its source database, if not UTF8. */
   encoding?: string;
   /** A Pushgateway of its own, for tests that look at the metrics (their names are the same in every shop). */
@@ -136,6 +140,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     folder = root,
     lag = 0,
     clickhouse: wantsClickHouse = false,
+    bigquery = true,
     pushgateway = false,
     encoding = "UTF8",
   } = options;
@@ -166,6 +171,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   else {
     await server.unsafe(`create database ${name} template template0 encoding ${encoding} locale 'C'`);
     await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
+    await migrateMetadata(env.ETL_DATABASE_URL);
   }
   const clickhouse = connectClickHouse(env);
   const open: Sql[] = [];
@@ -219,7 +225,8 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     return result;
   };
   // The bucket is all shops', and there already. There are more than a hundred shops: what migrate leaves out is worth it.
-  await succeed("scripts/ops/migrate.ts", { S3_BUCKET: "", ...(wantsClickHouse ? {} : { CLICKHOUSE_URL: "" }) });
+  if (bigquery) await succeed("scripts/ops/migrate.ts", { S3_BUCKET: "", ...(wantsClickHouse ? {} : { CLICKHOUSE_URL: "" }) });
+  else if (wantsClickHouse) await createReadings(env);
 
   const insertRows = async (first: number, last: number, into = pipeline): Promise<void> => {
     const day = admin`timestamptz '2017-01-01' + i * interval '1 minute'`;
@@ -233,22 +240,26 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     }
   };
 
+  const api: Shop["api"] = async (path, method = "GET", body) => {
+    const url = `${base.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${base.BIGQUERY_PROJECT}${path}`;
+    const headers = { "content-type": "application/json" };
+    const answer = await fetch(url, { method, ...(body && { headers, body: JSON.stringify(body) }) });
+    if (answer.status === 404 && method === "GET") return undefined;
+    const text = await answer.text();
+    if (!answer.ok) throw new Error(`${method} ${path} failed: ${text.slice(0, 2000)}`);
+    return text && JSON.parse(text);
+  };
+
   const query = async (sql: string): Promise<Record<string, string | null>[]> => {
-    const response = await fetch(`${apiOf(base)}/queries`, {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify({
-        query: sql,
-        useLegacySql: false,
-        maxResults: 1_000_000,
-        timeoutMs: 60_000,
-        defaultDataset: { projectId: base.BIGQUERY_PROJECT, datasetId: name },
-        formatOptions: { useInt64Timestamp: true },
-      }),
+    const answer = await api("/queries", "POST", {
+      query: sql,
+      useLegacySql: false,
+      maxResults: 1_000_000,
+      timeoutMs: 60_000,
+      defaultDataset: { projectId: base.BIGQUERY_PROJECT, datasetId: name },
+      formatOptions: { useInt64Timestamp: true },
     });
-    // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-    const answer = (await response.json()) as any;
-    if (!response.ok || !answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
+    if (!answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
     const names: string[] = (answer.schema?.fields ?? []).map((field: { name: string }) => field.name);
     const rows: { f: { v: unknown }[] }[] = answer.rows ?? [];
     if (String(rows.length) !== String(answer.totalRows ?? rows.length)) throw new Error("query: more than one page of rows");
@@ -262,7 +273,6 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     const forms: Record<string, (column: string) => string> = {
       TIMESTAMP: (column) => `(extract(epoch from ${column}) * 1000000)::bigint::text`,
       NUMERIC: (column) => `trim_scale(${column})::text`,
-      JSON: (column) => `${column}::jsonb::text`,
     };
     const columns = fields.map(({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`);
     const rows = await admin.unsafe(`select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`);
@@ -284,6 +294,8 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     dataset: name,
     bucket,
     clickhouse,
+    api,
+    select: async <T>(query: string) => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>(),
     connect,
     start,
     run,
@@ -305,8 +317,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       return row?.at;
     },
     stagingTables: async () => {
-      const response = await fetch(`${apiOf(base)}/datasets/${name}/tables?maxResults=1000`);
-      const { tables = [] } = (await response.json()) as { tables?: { tableReference: { tableId: string } }[] };
+      const { tables = [] }: { tables?: { tableReference: { tableId: string } }[] } = await api(`/datasets/${name}/tables?maxResults=1000`);
       return tables.map(({ tableReference }) => tableReference.tableId).filter((table) => table.includes("_staging_"));
     },
     metrics: async (of = pipeline) => {
@@ -323,10 +334,9 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
       await server.unsafe(`drop database if exists ${name} with (force)`);
       await server.end();
-      const response = await fetch(`${apiOf(base)}/datasets?all=true`);
-      const { datasets } = (await response.json()) as { datasets: { datasetReference: { datasetId: string } }[] };
+      const { datasets }: { datasets: { datasetReference: { datasetId: string } }[] } = await api("/datasets?all=true");
       for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
-        if (datasetId.startsWith(name)) await fetch(`${apiOf(base)}/datasets/${datasetId}?deleteContents=true`, { method: "DELETE" });
+        if (datasetId.startsWith(name)) await api(`/datasets/${datasetId}?deleteContents=true`, "DELETE");
       await removeObjects(
         bucket,
         (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
@@ -354,13 +364,28 @@ async function templateDatabase(server: Sql, base: Env): Promise<string> {
     await server.unsafe(`drop database if exists ${name}_new with (force)`);
     await server.unsafe(`create database ${name}_new`);
     await createSource(at(base.STACK_ADMIN_DATABASE_URL), []);
-    const etl = postgres(at(base.ETL_DATABASE_URL), { max: 1, onnotice: () => {} });
-    await migratePostgres(etl);
-    await etl.end();
+    await migrateMetadata(at(base.ETL_DATABASE_URL));
     await server.unsafe(`alter database ${name}_new rename to ${name}`);
   }
   await server`select pg_advisory_unlock(hashtext(${name}))`;
   return name;
+}
+
+/** Schema etl, as make migrate makes it. */
+async function migrateMetadata(url = ""): Promise<void> {
+  const etl = postgres(url, { max: 1, onnotice: () => {} });
+  await migratePostgres(etl);
+  await etl.end();
+}
+
+/** The database of an environment in ClickHouse, as make migrate makes it, without a process. */
+export async function createReadings(env: Env): Promise<void> {
+  const server = connectClickHouse({ ...env, CLICKHOUSE_DATABASE: "default" });
+  await server.command({ query: `CREATE DATABASE ${env.CLICKHOUSE_DATABASE}` });
+  await server.close();
+  const client = connectClickHouse(env);
+  await migrateClickHouse(client, []);
+  await client.close();
 }
 
 async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
@@ -401,20 +426,9 @@ function canonical(row: Record<string, unknown>, fields: { name: string; type: s
   const form = ({ name, type }: { name: string; type: string }): string | null => {
     const value = row[name] as string | null;
     if (value === null || value === undefined) return null;
-    if (type === "NUMERIC") return value.includes(".") ? value.replace(/\.?0+$/, "") : value;
-    return type === "JSON" ? JSON.stringify(sorted(JSON.parse(value))) : value;
+    return type === "NUMERIC" && value.includes(".") ? value.replace(/\.?0+$/, "") : value;
   };
   return Object.fromEntries(fields.map((field) => [field.name, form(field)]));
-}
-
-function sorted(value: unknown): unknown {
-  if (Array.isArray(value)) return value.map(sorted);
-  if (value === null || typeof value !== "object") return value;
-  return Object.fromEntries(
-    Object.entries(value)
-      .sort(([a], [b]) => (a < b ? -1 : 1))
-      .map(([key, inner]) => [key, sorted(inner)]),
-  );
 }
 
 /**

@@ -93,7 +93,7 @@ test("what Google says to try again is tried again, also with the token's server
   assert.ok(!isTransient(new SourceError("canceling statement due to statement timeout")));
 });
 
-// Two halves at a time, each with its shop: most of these tests wait, for a deadline or before an attempt.
+// Three parts at a time, each with its shop: most of these tests wait, for a deadline or before an attempt.
 stepsOfPipeline((pipeline) => {
   suite("silence, and the source", { concurrency: 1 }, () => {
     const test = sharedShop({ pipeline });
@@ -104,9 +104,7 @@ stepsOfPipeline((pipeline) => {
 
       for (const { when, step, job } of [
         { when: "the table's description", step: steps.tableGet },
-        { when: "the staging table's creation", step: steps.createStaging },
         { when: "the upload", step: steps.upload, job: "load" },
-        { when: "the load's state", step: steps.loadState, job: "load" },
         { when: "the MERGE", step: steps.merge, job: "merge" },
       ]) {
         test(when, async (change) => {
@@ -188,14 +186,12 @@ stepsOfPipeline((pipeline) => {
     });
   });
 
-  suite("errors", { concurrency: 1 }, () => {
+  suite("errors for a moment", { concurrency: 1 }, () => {
     const test = sharedShop({ pipeline });
 
     suite("the destination fails for a moment, and the run succeeds", () => {
       const attempts: { when: string; fault: Fault; times?: number; inFlight?: boolean }[] = [
         { when: "503 to the upload, twice", fault: answer(503), times: 2 },
-        { when: "503 while the upload streams", fault: answer(503, { early: true }), inFlight: true },
-        { when: "the connection reset at once in an upload", fault: reset() },
         { when: "the connection reset in mid-upload", fault: reset(200_000), inFlight: true },
         { when: "the connection lost after a load that was done", fault: loseAnswer },
         { when: "a load that is short by one line", fault: dropLines(1) },
@@ -217,31 +213,25 @@ stepsOfPipeline((pipeline) => {
         });
       }
 
-      for (const { when, step, fault } of [
-        { when: "503 to the staging table's creation", step: steps.createStaging, fault: answer(503) },
-        {
-          when: "the connection reset before the staging table was created",
-          step: steps.createStaging,
-          fault: reset(),
-        },
-        { when: "503 to the table's description", step: steps.tableGet, fault: answer(503) },
-        { when: "503 to the load's state", step: steps.loadState, fault: answer(503) },
-        { when: "503 to the MERGE", step: steps.merge, fault: answer(503) },
-        { when: "503 to the MERGE's state", step: steps.mergeState, fault: answer(503) },
-        { when: "the connection reset before the MERGE ran", step: steps.merge, fault: reset() },
-        { when: "the connection lost after the MERGE ran", step: steps.merge, fault: loseAnswer },
-        { when: "the connection lost with the MERGE's state", step: steps.mergeState, fault: loseAnswer },
-        {
-          when: "the connection lost after the staging table was created",
-          step: steps.createStaging,
-          fault: loseAnswer,
-        },
+      const { createStaging, tableGet, loadState, merge, mergeState } = steps;
+      for (const { when, at, fault } of [
+        { when: "503", at: [tableGet, createStaging, loadState, merge, mergeState], fault: answer(503) },
+        { when: "the connection reset", at: [createStaging, merge], fault: reset() },
+        { when: "the connection lost after what was asked for was done", at: [createStaging, merge, mergeState], fault: loseAnswer },
       ]) {
-        test(`${when}: the rows are right`, async ({ shop, proxy, start }) => {
+        test(`${when}, at each step but the upload: the rows are right`, async ({ shop, proxy, start }) => {
           const before = (await shop.watermark()) ?? "";
-          proxy.fault(step, fault, 1);
+          const failed: RegExp[] = [];
+          const failing =
+            (step: RegExp): Fault =>
+            async (exchange) => {
+              failed.push(step);
+              await fault(exchange);
+            };
+          for (const step of at) proxy.fault(step, failing(step), 1);
           const result = await ending(start());
           assert.equal(result.code, 0, result.stderr);
+          assert.deepEqual(new Set(failed), new Set(at));
           assert.match(result.stderr, new RegExp(`step=done rows=${changed} `));
           await assertEqualRows(shop);
           assert.ok(((await shop.watermark()) ?? "") > before);
@@ -262,6 +252,10 @@ stepsOfPipeline((pipeline) => {
         await assertExpiring(shop, 1);
       });
     });
+  });
+
+  suite("errors for good", { concurrency: 1 }, () => {
+    const test = sharedShop({ pipeline });
 
     suite("the destination fails for good: seven attempts, up to 32 s apart, then exit 1, and nothing moves", () => {
       test("every upload, in one way after another", async (change) => {
@@ -292,23 +286,18 @@ stepsOfPipeline((pipeline) => {
         });
     });
 
-    for (const { when, fault } of [
-      { when: "is refused with 503", fault: answer(503, { early: true }) },
-      { when: "loses its connection", fault: reset(200_000) },
-    ]) {
-      test(`an upload that ${when} while rows are in flight leaves no session in COPY behind`, async (change) => {
-        const { shop, proxy } = change;
-        await widen(change);
-        proxy.fault(steps.createStaging, pass, 1);
-        proxy.fault(steps.upload, fault);
-        const run = await change.startHeld(steps.createStaging, hold()); // the second attempt's, whose COPY has not begun
-        await until("no session of the first attempt", async () => (await sessions(shop)).every(({ state }) => state !== "active"), 3);
-        run.child.kill("SIGKILL");
-        await ending(run);
-        await assertNoSessions(shop);
-        await narrow(change);
-        await assertHeals(shop, changed);
-      });
-    }
+    test("an upload that is refused with 503 while rows are in flight leaves no session in COPY behind", async (change) => {
+      const { shop, proxy } = change;
+      await widen(change);
+      proxy.fault(steps.createStaging, pass, 1);
+      proxy.fault(steps.upload, answer(503, { early: true }));
+      const run = await change.startHeld(steps.createStaging, hold()); // the second attempt's, whose COPY has not begun
+      await until("no session of the first attempt", async () => (await sessions(shop)).every(({ state }) => state !== "active"), 3);
+      run.child.kill("SIGKILL");
+      await ending(run);
+      await assertNoSessions(shop);
+      await narrow(change);
+      await assertHeals(shop, changed);
+    });
   });
-}, 2);
+}, 3);

@@ -47,10 +47,9 @@ const malformed: Record<string, [value: string, says: string]> = {
 
 const window: [variables: Env, says: string][] = [
   [
-    { FROM: "2017-02-01", TO: "2017-01-01" },
-    "FROM 2017-02-01T00:00:00.000000+00 is after TO 2017-01-01T00:00:00.000000+00: a re-run needs both",
+    { FROM: "2017-01-01T00:00:00.000002Z", TO: "2017-01-01T01:00:00.000001+01" },
+    "FROM 2017-01-01T00:00:00.000002+00 is after TO 2017-01-01T00:00:00.000001+00: a re-run needs both",
   ],
-  [{ FROM: "2017-01-01T00:00:00.000002Z", TO: "2017-01-01T01:00:00.000001+01" }, "is after TO"],
   [
     { FROM: "2017-01-01" },
     "FROM was given without the other: a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01",
@@ -121,26 +120,14 @@ stepsOfPipeline((pipeline) => {
     assert.equal(stderr.match(/ Example: [A-Z_]+=\S/g)?.length, Object.keys(malformed).length);
   });
 
-  for (const [variables, says] of window) {
-    test(`${Object.entries(variables).map((pair) => pair.join("="))} is refused`, async () => {
-      await assertFails(2, variables, [says]);
-    });
-  }
-
-  test("SQL in FROM, TO and PIPELINE is refused", async () => {
-    const sql = `2017-01-01'; drop table public.${pipeline}; --`;
-    await assertFails(2, { FROM: sql, TO: sql }, ["FROM must be a time", "TO must be a time"]);
-    const name = `${pipeline}'; drop table etl.watermarks; --`;
-    await assertFails(2, { PIPELINE: name, TO: sql }, ["PIPELINE must be one of", "TO must be a time"], rewind);
+  test("FROM after TO, and one without the other, are refused", async () => {
+    for (const [variables, says] of window) await assertFails(2, variables, [says]);
   });
 
   test("an unknown argument is refused, naming it but not what follows its =", async () => {
-    const bare = await command(process.execPath, [script, "--all"], shop.env);
-    assert.match(bare.stderr, /unknown argument --all: arguments are given as variables, FROM=… TO=…; --help explains\./);
-    assert.equal(bare.code, 2);
     const given = `SOURCE_DATABASE_URL=postgres://u:${secret}@db/shop`;
     const pair = await command(process.execPath, [script, given], shop.env);
-    assert.match(pair.stderr, /unknown argument SOURCE_DATABASE_URL/);
+    assert.match(pair.stderr, /unknown argument SOURCE_DATABASE_URL=…: arguments are given as variables, FROM=… TO=…; --help explains\./);
     assert.ok(!pair.stderr.includes(secret), pair.stderr);
     assert.equal(pair.code, 2);
   });
@@ -161,7 +148,7 @@ stepsOfPipeline((pipeline) => {
   ];
   test("a source that refuses or is not there is named by its variable, with what to check", async () => {
     for (const name of ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL"]) {
-      for (const [change, ...says] of refusals)
+      for (const [change, ...says] of name === "SOURCE_DATABASE_URL" ? refusals : refusals.slice(0, 1))
         await assertFails(1, { [name]: at(change, name) }, [`cannot connect to ${name} (host `, ...says]);
     }
   });
@@ -175,7 +162,6 @@ stepsOfPipeline((pipeline) => {
       FROM: secret,
       TO: `2017-01-01 ${secret}`,
     }),
-    "in a refused login": () => ({ SOURCE_DATABASE_URL: at({ password: secret }) }),
     "that is percent-encoded, in a refused login": () => ({
       SOURCE_DATABASE_URL: at({ password: `${secret}%2F%40%22%5C` }),
     }),
@@ -183,9 +169,6 @@ stepsOfPipeline((pipeline) => {
       SOURCE_DATABASE_URL: at({ password: secret }).replace(secret, `${secret}%ZZ`),
     }),
     "in another user's name": () => ({ SOURCE_DATABASE_URL: at({ username: `${secret}%3Aodd`, password: secret }) }),
-    "of a port that nobody listens on": () => ({
-      ETL_DATABASE_URL: at({ password: secret, port: "1" }, "ETL_DATABASE_URL"),
-    }),
   };
   for (const [where, variables] of Object.entries(leaks)) {
     test(`a password ${where} is never echoed`, async () => {
@@ -207,28 +190,18 @@ stepsOfPipeline((pipeline) => {
   });
 });
 
-const impossible = [
-  ...["2017-02-29", "2017-13-01", "2017-00-10", "2017-04-31", "2017-01-01T24:00:00Z", "2017-01-01T23:60:00Z", "2017-01-01T23:59:60Z"],
-  ...["01/02/2017", "2017-1-1", "20170101", "now", "infinity", "2017-01-01T00:00:00.1234567Z", "2017-01-01 Europe/Berlin", "0000-01-01"],
-  ...["2017-01-01T00:00+99:00", "2017-01-01T00:00+05:99", "9999-12-31T23:59-01:00", "2017-01-01'; drop table orders; --", "٢٠١٧-٠١-٠١"],
-];
 test("a point in time that is none is refused", () => {
+  const impossible = [
+    ...["2017-02-29", "2017-13-01", "2017-01-01T24:00:00Z", "2017-01-01T23:60:00Z", "2017-01-01T00:00:00.1234567Z", "0000-01-01"],
+    ...["01/02/2017", "2017-1-1", "now", "infinity", "2017-01-01 Europe/Berlin", "2017-01-01T00:00+99:00", "2017-01-01T00:00+05:99"],
+    ...["9999-12-31T23:59-01:00", "2017-01-01'; drop table orders; --", "٢٠١٧-٠١-٠١"],
+  ];
   for (const value of impossible) assert.throws(() => timestamp(value), /must be a time/, value);
 });
 
 test("a point in time is the one that Postgres reads, to the microsecond", async () => {
-  const dates = ["0001-01-01", "0050-06-15", "0099-12-31", "1582-10-10", "1969-12-31", "2016-02-29", "2017-01-31", "9999-12-30"];
-  const times = [
-    "",
-    " 00:00",
-    "T23:59:59",
-    "T12:34:56.1Z",
-    " 23:59:59.999999",
-    "T00:00:00.000001-09:30",
-    "T01:02+0545",
-    "T23:59:59.5-12",
-    "T00:30:00+14:00",
-  ];
+  const dates = ["0001-01-01", "0099-12-31", "1582-10-10", "1969-12-31", "2016-02-29", "9999-12-30"];
+  const times = ["", "T23:59:59", "T12:34:56.1Z", " 23:59:59.999999", "T00:00:00.000001-09:30", "T01:02+0545", "T00:30:00+14:00"];
   const given = dates.flatMap((date) => times.map((time) => date + time)).filter((value) => !/^0001.*\+/.test(value));
   const connection = { TimeZone: "UTC" };
   const utc = postgres(localEnv().SOURCE_DATABASE_URL ?? "", { max: 1, fetch_types: false, connection });
@@ -241,16 +214,16 @@ test("a point in time is the one that Postgres reads, to the microsecond", async
   await utc.end();
 });
 
-const scripts = [...pipelines.map((name) => `scripts/${name}.ts`), rewind, "scripts/ops/migrate.ts", "scripts/ops/status.ts"];
-for (const script of scripts) {
-  test(`${script} --help prints its header and needs no environment`, async () => {
-    const { code, stdout } = await command(process.execPath, [script, "--help"], unset([...required, "ENV_FILE"]));
-    const name = script.replace(/.*\/|\.ts/g, "");
-    assert.match(stdout, new RegExp(`^${name}: .*\\n[^]*\\n *make ${name}`));
+const scripts = [...pipelines.map((name) => `scripts/${name}.ts`), rewind];
+test("--help prints a script's header and needs no environment", async () => {
+  for (const name of ["orders", "ops/migrate"]) {
+    const { code, stdout } = await command(process.execPath, [`scripts/${name}.ts`, "--help"], unset([...required, "ENV_FILE"]));
+    const target = name.replace("ops/", "");
+    assert.match(stdout, new RegExp(`^${target}: .*\\n[^]*\\n *make ${target}`));
     assert.doesNotMatch(stdout, /^ ?\*|\/\*\*/m);
     assert.equal(code, 0);
-  });
-}
+  }
+});
 
 /** Without looking for a newer lock file: `npm ci` in a copy would empty the node_modules that it is linked to. */
 const make = (args: string[], variables: Env = {}, cwd?: string): Promise<Result> =>
@@ -272,26 +245,16 @@ test("a value with shell metacharacters runs nothing, through make's command lin
   // Scripts that say what reached them, and start faster.
   for (const script of scripts)
     writeFileSync(join(copy.folder, script), "process.stdout.write([process.env.FROM, process.env.PIPELINE, ''].join('|'))");
-  const shells = [
-    `'; touch ${pwned}; '`,
-    `2017-01-01'; touch ${pwned}; '`,
-    `"; touch ${pwned}; "`,
-    `\`touch ${pwned}\``,
-    `2017-01-01\n touch ${pwned}`,
-    `| touch ${pwned} &`,
-  ];
+  const shell = `'; touch ${pwned}; ' "; touch ${pwned}; " \`touch ${pwned}\` | touch ${pwned} &\n touch ${pwned}`;
   const assertText = async (run: Promise<Result>, expected: string): Promise<void> => {
     const { code, stdout } = await run;
     assert.deepEqual([code, stdout], [0, expected]);
     assert.equal(existsSync(pwned), false, expected);
   };
   for (const target of [...pipelines, "rewind"]) {
-    for (const value of shells) {
-      await assertText(make([target, `FROM=${value}`, "PIPELINE=p"], {}, copy.folder), `${value}|p|`);
-    }
-    for (const value of [...shells, `$(shell touch ${pwned})`, `$(touch ${pwned})`, `$$(touch ${pwned})`]) {
-      await assertText(make([target], { FROM: value, PIPELINE: value }, copy.folder), `${value}|${value}|`);
-    }
+    await assertText(make([target, `FROM=${shell}`, "PIPELINE=p"], {}, copy.folder), `${shell}|p|`);
+    const value = `${shell} $(shell touch ${pwned}) $(touch ${pwned}) $$(touch ${pwned})`;
+    await assertText(make([target], { FROM: value, PIPELINE: value }, copy.folder), `${value}|${value}|`);
     await assertText(make([target, `FROM=$$(touch ${pwned})`, "PIPELINE=p"], {}, copy.folder), `$(touch ${pwned})|p|`);
   }
 });

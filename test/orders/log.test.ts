@@ -139,9 +139,8 @@ test("one run id joins log, etl.runs, BigQuery's jobs and their labels, Postgres
   assert.ok(lines.every(({ run }) => run === id));
   assert.deepEqual([...new Set(orders.names)], [`etl:orders run=${id}`]);
   assert.equal((await shop.admin`select from etl.runs where run_id = ${id} and state = 'succeeded'`).count, 1);
-  const api = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}`;
   // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-  const job = async (name: string): Promise<any> => (await fetch(`${api}/jobs/etl_orders_staging_${id}_1_1_${name}`)).json();
+  const job = (name: string): Promise<any> => shop.api(`/jobs/etl_orders_staging_${id}_1_1_${name}`);
   assert.deepEqual((await job("merge")).configuration.labels, { etl_pipeline: "orders", etl_run: id });
   // The client puts no labels on an upload's job: its id has the run's.
   const load = await job("load");

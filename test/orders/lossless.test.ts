@@ -8,38 +8,6 @@ const [wantedRuns, wantedCommits] = process.env.SOAK ? [60, 600] : [6, 60];
 stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline });
 
-  test("a row whose transaction commits after a later update was synced is picked up by the next run", async ({ shop, first }) => {
-    const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
-    await shop.succeed(shop.script);
-    const slow = shop.connect("slow writer");
-    await slow.begin(async (late) => {
-      await late`update ${table} set ${column} = 'early update, late commit' where id = ${first}`;
-      await shop.admin`update ${table} set ${column} = 'later update, synced first' where id = ${first + 1}`;
-      const { stderr } = await shop.succeed(shop.script);
-      assert.match(stderr, /step=held by="pid \d+, application \\"slow writer\\", role postgres, state idle in transaction, open for/);
-    });
-    await shop.succeed(shop.script);
-    await assertEqualRows(shop);
-  });
-
-  test("a transaction that had not written when a run passed, and writes later with its early now(), loses nothing", async ({
-    shop,
-    first,
-  }) => {
-    const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
-    await shop.admin`alter table ${table} disable trigger user`; // updated_at = now() is the other way to keep it
-    const slow = shop.connect("slow writer");
-    await slow.begin(async (late) => {
-      await late`select now()`;
-      await shop.admin`update ${table} set ${column} = 'later', updated_at = now() where id = ${first + 1}`;
-      await shop.succeed(shop.script);
-      await late`update ${table} set ${column} = 'written late', updated_at = now() where id = ${first}`;
-    });
-    await shop.admin`alter table ${table} enable trigger user`;
-    await shop.succeed(shop.script);
-    await assertEqualRows(shop);
-  });
-
   test(`with many writers that hold, commit and roll back at random, and runs in between, source and destination end equal`, async ({
     shop,
     last,

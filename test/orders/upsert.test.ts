@@ -1,9 +1,9 @@
 // The upsert: one row per key, in the newer of two versions, whatever of it changed. Needs the local stack (make up).
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { createShop, pipelines } from "../lib/shop.ts";
+import { createShop, ofSteps } from "../lib/shop.ts";
 
-for (const pipeline of pipelines) {
+for (const pipeline of ofSteps) {
   await using shop = await createShop({ pipeline });
   const { admin, table, text, script } = shop;
   await shop.insertRows(1, 8);

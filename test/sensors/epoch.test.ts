@@ -3,11 +3,12 @@
 import assert from "node:assert/strict";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
+import type { Message } from "kafkajs";
 import postgres from "postgres";
-import { type PartitionState, takeEpoch, topicState } from "../../shared/sensors/epoch.ts";
-import { answer, createProxy, ending } from "../lib/faults.ts";
+import { type PartitionState, takeEpoch } from "../../shared/sensors/epoch.ts";
+import { answer, createProxy, ending, stop } from "../lib/faults.ts";
 import { random } from "../lib/random.ts";
-import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
+import { created, createSensors, type Sensors } from "../lib/sensors.ts";
 import { type Shop, until } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 
@@ -28,17 +29,15 @@ async function fails(shop: Shop, script: string, code: number, says: (string | R
   assert.doesNotMatch(run.stderr, /^\s+at /m, "a stack trace is for programmers");
 }
 
-const stop = async (consumer: Consumer): Promise<void> => {
-  consumer.child.kill("SIGTERM");
-  const { code, stderr } = await ending(consumer);
-  assert.equal(code, 0, stderr);
-};
-
 const insert = async ({ shop }: Sensors, first: number, last: number, value = 1): Promise<void> =>
   void (await shop.admin`
     insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
     select i, 'S' || i % 3, 'temp', ${value}::float8, '2024-01-01Z'::timestamptz + i * interval '1 s'
     from generate_series(${first}::int, ${last}::int) i`);
+
+/** Inserts, each row's in the partition of its id. */
+const spread = (first: number, count: number): Message[] =>
+  created(first, count).map((message, index) => ({ ...message, partition: (first + index) % 3 }));
 
 /** Holds the connector's slot as a task does that Connect gave up waiting for. */
 async function holdSlot({ shop }: Sensors): Promise<AsyncDisposable> {
@@ -84,9 +83,9 @@ async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promis
   );
 }
 
-suite("sensors", { concurrency: true }, () => {
+suite("sensors", { concurrency: 4 }, () => {
   test("a topic that was created again stops the consumer; after a resnapshot nothing loses to old versions, and deleted rows are gone", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop, topic } = sensors;
     await insert(sensors, 1, 300);
     const first = await sensors.consumer();
@@ -128,17 +127,10 @@ suite("sensors", { concurrency: true }, () => {
     ],
   ] as const)
     test(`a topic that ${what} stops the consumer that runs, with nothing inserted`, async () => {
-      await using sensors = await createSensors({ connector: false });
-      const message = (id: number): { key: string; value: string; partition: number } => {
-        const after = { id, sensor_id: "S", metric: "m", value: 1, recorded_at: "2024-01-01T00:00:00Z" };
-        const value = JSON.stringify({ before: null, after, op: "c" });
-        return { key: JSON.stringify({ id }), value, partition: id % 3 };
-      };
+      await using sensors = await createSensors({ bigquery: false, connector: false });
       const consumer = await sensors.consumer();
-      await sensors.produce(Array.from({ length: 30 }, (_, id) => message(id)));
-      await until("they are there, and committed", async () =>
-        (await topicState(sensors.admin, sensors.topic, sensors.shop.env.SENSORS_GROUP ?? "")).every(({ committed }) => committed === 10n),
-      );
+      await sensors.produce(spread(0, 30));
+      await until("they are there, and committed", async () => (await sensors.committed()) === 30);
       await change(sensors);
       let id = 100;
       const before = await sensors.readings();
@@ -146,7 +138,7 @@ suite("sensors", { concurrency: true }, () => {
       await until(
         "the consumer ends",
         async () => {
-          await sensors.produce([message(id++)]).catch(() => {});
+          await sensors.produce(spread(id++, 1)).catch(() => {});
           await delay(200);
           return consumer.child.exitCode !== null;
         },
@@ -160,23 +152,12 @@ suite("sensors", { concurrency: true }, () => {
     });
 
   test("messages that expired unread, and an offset that somebody set ahead, stop the consumer and are named; the lag counts them", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { shop, topic, admin } = sensors;
     const { SENSORS_GROUP: groupId = "" } = shop.env;
-    const produce = (first: number): Promise<void> =>
-      sensors.produce(
-        Array.from({ length: 30 }, (_, n) => {
-          const after = { id: first + n, sensor_id: "S", metric: "m", value: 1, recorded_at: "2024-01-01T00:00:00Z" };
-          return {
-            key: JSON.stringify({ id: first + n }),
-            value: JSON.stringify({ op: "c", after }),
-            partition: n % 3,
-          };
-        }),
-      );
-    await produce(1);
+    await sensors.produce(spread(1, 30));
     await sensors.catchUp();
-    await produce(100);
+    await sensors.produce(spread(100, 30));
     const set = (offset: string) => admin.setOffsets({ groupId, topic, partitions: [{ partition: 1, offset }] });
     await set("20");
     const ahead = `partition 1 of topic ${topic} was inserted up to offset 10, but the group's offset is 20: somebody set it ahead`;
@@ -184,7 +165,7 @@ suite("sensors", { concurrency: true }, () => {
     await set("10");
     await admin.deleteTopicRecords({ topic, partitions: [{ partition: 2, offset: "15" }] });
     assert.deepEqual(
-      (await topicState(admin, topic, groupId)).map(({ lag }) => lag),
+      (await sensors.state()).map(({ lag }) => lag),
       [10, 10, 10],
     );
     const expired = `partition 2 of topic ${topic} begins at offset 15, but was inserted up to offset 10: messages expired unread (retention.ms)`;
@@ -193,7 +174,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a second snapshot within an epoch, after Connect has lost its offsets, stops the consumer; a resnapshot repairs what it left", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     await insert(sensors, 1, 1000);
     const consumer = await sensors.consumer();
@@ -223,14 +204,12 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a consumer that joins while another commits a partition for the first time does not take its offset for a lost one", async () => {
-    await using sensors = await createSensors({ connector: false });
-    const { shop, topic, admin } = sensors;
-    const { SENSORS_GROUP: group = "", CLICKHOUSE_DATABASE: database = "" } = shop.env;
-    const where = () => topicState(admin, topic, group);
+    await using sensors = await createSensors({ bigquery: false, connector: false });
+    const { shop, topic } = sensors;
+    const { CLICKHOUSE_DATABASE: database = "" } = shop.env;
+    const where = sensors.state;
     await takeEpoch(shop.admin, topic, database, where);
-    await sensors.produce([
-      { key: "{}", value: JSON.stringify({ before: null, after: { id: 1, sensor_id: "S" }, op: "c" }), partition: 0 },
-    ]);
+    await sensors.produce(spread(0, 1));
     const joining = async (): Promise<PartitionState[]> => {
       const state = await where();
       if (state.every(({ committed }) => committed < 0n)) await sensors.catchUp();
@@ -244,7 +223,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a rebuild: readers see a whole table at every instant, others are refused meanwhile, a swap done twice is done once", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop, topic } = sensors;
     const { CLICKHOUSE_DATABASE: database = "" } = shop.env;
     await insert(sensors, 1, 2000);
@@ -264,8 +243,7 @@ suite("sensors", { concurrency: true }, () => {
     const readers = (async () => {
       while (reading) {
         const query = "SELECT count() AS count FROM sensor_readings FINAL";
-        const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
-        counts.add(Number((await answer.json<{ count: string }>())[0]?.count));
+        counts.add(Number((await shop.select<{ count: string }>(query))[0]?.count));
         await delay(pause);
       }
     })();
@@ -319,7 +297,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test(`a resnapshot and a swap that are killed anywhere and run again end in the source's table`, async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const below = random();
     await insert(sensors, 1, 500);
@@ -357,7 +335,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("make connector may be repeated, and says what is wrong: Connect, password, publication, replica identity, topic, a failed task", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
     const name = `etl-${prefix}-sensor_readings`;

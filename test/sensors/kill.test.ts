@@ -8,28 +8,13 @@ import { buffer } from "node:stream/consumers";
 import { pipeline } from "node:stream/promises";
 import { suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
-import { topicState } from "../../shared/sensors/epoch.ts";
-import { createProxy, ending, type Fault, type Gate, type HttpProxy, hold, pass, reach, withhold } from "../lib/faults.ts";
+import { createProxy, type Fault, type Gate, type HttpProxy, hold, kill, pass, reach, stop, withhold } from "../lib/faults.ts";
 import { random, seed } from "../lib/random.ts";
 import { assertExact, assertSame, createSensors, type Sensors, startWriters } from "../lib/sensors.ts";
 import { createServers, type SensorsServer } from "../lib/servers.ts";
 import { type Process, until } from "../lib/shop.ts";
 
 const soak = process.env.SOAK === "1";
-
-async function kill(run: Process): Promise<void> {
-  run.child.kill("SIGKILL");
-  const { code, signal, stderr } = await ending(run);
-  assert.equal(signal, "SIGKILL", `it had ended by itself, exit ${code}:\n${stderr}`);
-}
-
-/** A consumer that is told to stop does so by itself. */
-async function stop(run: Process): Promise<string> {
-  run.child.kill("SIGTERM");
-  const { code, stderr } = await ending(run, 30);
-  assert.equal(code, 0, stderr);
-  return stderr;
-}
 
 /** ClickHouse behind a proxy. `next` is what happens to the next inserts of messages, so many of them; all else passes. */
 async function createInsertProxy(sensors: Sensors): Promise<HttpProxy & { next(fault: Fault, times?: number): void }> {
@@ -66,7 +51,7 @@ suite("sensors killed", { concurrency: true }, () => {
   test("at random points, as are Kafka, Connect and ClickHouse, while applications write: exact, and the consumers that live wait it out", async (t) => {
     const below = random(seed);
     await using servers = await createServers();
-    await using sensors = await createSensors({ servers: servers.env });
+    await using sensors = await createSensors({ bigquery: false, servers: servers.env });
     const consumers: Process[] = [await sensors.consumer(), await sensors.consumer()];
     const writers = startWriters(sensors, seed);
 
@@ -98,7 +83,7 @@ suite("sensors killed", { concurrency: true }, () => {
 
   test("rows of a COPY, and of one INSERT, all arrive, whatever restarts the connector among them", async (t) => {
     const below = random(seed);
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { shop } = sensors;
     const consumer = await sensors.consumer();
     const name = `etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
@@ -111,7 +96,7 @@ suite("sensors killed", { concurrency: true }, () => {
       }
     })();
     let id = 1;
-    for (const end = performance.now() + (soak ? 300_000 : 30_000); performance.now() < end; id += 200) {
+    for (const end = performance.now() + (soak ? 300_000 : 15_000); performance.now() < end; id += 200) {
       const lines = Array.from({ length: 100 }, (_, n) => `${id + n}\ts\tcopied\t1\t2024-01-01Z\n`).join("");
       const copy = "copy sensor_readings (id, sensor_id, metric, value, recorded_at) from stdin";
       await shop.admin.begin(async (sql) => {
@@ -134,7 +119,7 @@ suite("sensors killed", { concurrency: true }, () => {
     const rows = 300;
     /** Rows of a source that are in ClickHouse; no consumer runs. */
     const begin = async (): Promise<Sensors> => {
-      const sensors = await createSensors();
+      const sensors = await createSensors({ bigquery: false });
       await sensors.shop.admin`
         insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
         select i, 'S' || i % 3, 'm', 0, '2024-01-01Z' from generate_series(1, ${rows}::int) i`;
@@ -146,10 +131,9 @@ suite("sensors killed", { concurrency: true }, () => {
     /** Gives these rows a value, and moves their sorting keys. */
     const update = ({ shop }: Sensors, value: number) =>
       shop.admin`update sensor_readings set value = ${value}, sensor_id = 'S' || (id + ${value}::int) % 3 where metric = 'm'`;
-    const state = ({ admin, topic, shop }: Sensors) => topicState(admin, topic, shop.env.SENSORS_GROUP ?? "");
-    const offsets = async (sensors: Sensors): Promise<bigint[]> => (await state(sensors)).map(({ committed }) => committed);
+    const offsets = async (sensors: Sensors): Promise<bigint[]> => (await sensors.state()).map(({ committed }) => committed);
     /** Messages that the group has not committed. */
-    const lag = async (sensors: Sensors): Promise<number> => (await state(sensors)).reduce((sum, partition) => sum + partition.lag, 0);
+    const lag = async (sensors: Sensors): Promise<number> => (await sensors.state()).reduce((sum, partition) => sum + partition.lag, 0);
     const written = (sensors: Sensors) => until("the update is in the topic", async () => (await lag(sensors)) >= rows);
     /** How many rows with this value ClickHouse has. */
     const arrived = async (sensors: Sensors, value: number): Promise<number> =>

@@ -9,7 +9,7 @@ import type { Message } from "kafkajs";
 import { statementsOf } from "../../scripts/ops/lib/migrations.ts";
 import { insertRowBinary, landingRows } from "../../shared/sensors/clickhouse.ts";
 import { createPoisonLimit } from "../../shared/sensors/consumer.ts";
-import { createProxy, ending } from "../lib/faults.ts";
+import { createProxy, ending, stop } from "../lib/faults.ts";
 import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -53,31 +53,14 @@ interface DeadLetter {
 }
 
 /** Dead letters with their values' digests: bytes that are no text would not come through JSON. */
-async function readDeadLetters({ shop }: Sensors): Promise<DeadLetter[]> {
-  const answer = await shop.clickhouse.query({
-    query: `SELECT partition, toString(offset) AS offset, reason, key, toString(length(value)) AS length, hex(SHA256(value)) AS digest
-      FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset`,
-    format: "JSONEachRow",
-  });
-  return await answer.json();
-}
-
-/** What the group has committed of each partition. */
-async function committed({ admin, shop, topic }: Sensors): Promise<string[]> {
-  const [of] = await admin.fetchOffsets({ groupId: shop.env.SENSORS_GROUP ?? "", topics: [topic] });
-  return (of?.partitions ?? []).sort((a, b) => a.partition - b.partition).map(({ offset }) => offset);
-}
+const readDeadLetters = ({ shop }: Sensors): Promise<DeadLetter[]> =>
+  shop.select(`SELECT partition, toString(offset) AS offset, reason, key, toString(length(value)) AS length, hex(SHA256(value)) AS digest
+      FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset`);
 
 const caughtUp = async (consumer: Consumer): Promise<boolean> => {
   const lags = Object.entries(await consumer.metrics()).filter(([name]) => name.startsWith("etl_sensors_lag{"));
   return lags.length > 0 && lags.every(([, lag]) => lag === 0);
 };
-
-async function stop(consumer: Consumer): Promise<void> {
-  consumer.child.kill("SIGTERM");
-  const { code, stderr } = await ending(consumer);
-  assert.equal(code, 0, stderr);
-}
 
 const after = (change: Json): string => JSON.stringify(envelope("c", null, { ...row(1), ...change }));
 const without = (column: string): string => {
@@ -88,107 +71,73 @@ const noChange = "no change: op is none of c, r, u, d";
 const onlyKey = "before has only its key: is REPLICA IDENTITY FULL on the source table and each of its partitions?";
 const text = (length: number): string => "x".repeat(length);
 
-/** What comes as the value (under the key of id 1, unless a key is given), and the reason for which it is dead-lettered. */
-const poison: Record<string, { value: string | Buffer; reason: string; key?: string | null }> = {
-  "not JSON": { value: "hello", reason: "not JSON" },
-  "an empty value": { value: "", reason: "not JSON" },
-  "half an envelope": { value: after({}).slice(0, 60), reason: "not JSON" },
-  "an envelope and a half": { value: after({}) + after({}).slice(0, 9), reason: "not JSON" },
-  "JSON null": { value: "null", reason: noChange },
-  "a number": { value: "1", reason: noChange },
-  "an array of envelopes": { value: `[${after({})}]`, reason: noChange },
-  "another shape": { value: '{"a": 1}', reason: noChange },
-  "a row without an envelope": { value: JSON.stringify(row(1)), reason: noChange },
-  "an op that is no text": { value: after({}).replace('"op":"c"', '"op":{"c":1}'), reason: noChange },
-  "an op that nobody knows": { value: JSON.stringify(envelope("m", null, row(1))), reason: noChange },
-  "an insert without a row": { value: JSON.stringify(envelope("c", row(1), null)), reason: "after is no object" },
-  "a row that is an array": { value: JSON.stringify(envelope("c", null, [row(1)])), reason: "after is no object" },
-  "a delete without the old row": { value: JSON.stringify(envelope("d", null, null)), reason: "before is no object" },
-  "a delete whose old row is only a key": {
-    value: JSON.stringify(envelope("d", { ...row(1), sensor_id: null, metric: null, value: null, note: null }, null)),
-    reason: onlyKey,
-  },
-  "a change of the sorting key whose old row is only a key": {
-    value: JSON.stringify(envelope("u", { ...row(900), sensor_id: null, metric: null, value: null }, row(900))),
-    key: keyOf(900),
-    reason: onlyKey,
-  },
-  "an update without the old row": {
-    value: JSON.stringify(envelope("u", null, row(1))),
-    reason: "before is no object",
-  },
-  "an id that is text": { value: after({ id: "1" }), reason: "after.id is no 64-bit integer" },
-  "an id that is a fraction": { value: after({ id: 1.5 }), reason: "after.id is no 64-bit integer" },
-  "an id that is null": { value: after({ id: null }), reason: "after.id is no 64-bit integer" },
-  "an id beyond 64 bits": {
-    value: after({}).replace('"id":1', '"id":9223372036854775808'),
-    reason: "after.id is no 64-bit integer",
-  },
-  "no id": { value: without("id"), reason: "after.id is no 64-bit integer" },
-  "a sensor_id that is a number": {
-    value: after({ sensor_id: 5 }),
-    reason: "after.sensor_id is neither text nor null",
-  },
-  "no metric": { value: without("metric"), reason: "after.metric is neither text nor null" },
-  "a value that is text": { value: after({ value: "12" }), reason: "after.value is neither a number nor null" },
-  "no value": { value: without("value"), reason: "after.value is neither a number nor null" },
-  "a time that is a word": {
-    value: after({ recorded_at: "now" }),
-    reason: "after.recorded_at is no time that DateTime64 holds",
-  },
-  "a time that is a number": {
-    value: after({ recorded_at: 10 }),
-    reason: "after.recorded_at is no text",
-  },
-  "30 February": {
-    value: after({ recorded_at: "2024-02-30T00:00:00Z" }),
-    reason: "after.recorded_at is no time that DateTime64 holds",
-  },
-  "25 o'clock": {
-    value: after({ recorded_at: "2024-01-01T25:00:00Z" }),
-    reason: "after.recorded_at is no time that DateTime64 holds",
-  },
-  "a time that is null": {
-    value: after({ recorded_at: null }),
-    reason: "after.recorded_at is no text",
-  },
-  "a large value that Debezium does not know": {
-    value: after({ sensor_id: "__debezium_unavailable_value" }),
-    reason: "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
-  },
-  "no key": { value: after({}), key: null, reason: "no key" },
-  "an empty key": { value: after({}), key: "", reason: "the key is not the row's id" },
-  "another row's key": { value: after({}), key: keyOf(2), reason: "the key is not the row's id" },
-  "a key that is no JSON": { value: after({}), key: "1", reason: "the key is not the row's id" },
-  "an update that changes the id": {
-    value: JSON.stringify(envelope("u", row(2), row(1))),
-    reason: "an update that changes the id",
-  },
-  "a TRUNCATE": {
-    value: JSON.stringify(envelope("t", null, null)),
-    key: null,
-    reason: "TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)",
-  },
-  "a null byte": { value: after({ metric: "a b" }).replace("a b", "a\0b"), reason: "not JSON" },
-  "a null byte after the envelope": { value: `${after({})}\0`, reason: "not JSON" },
-  "5 MB of no JSON": { value: text(5_000_000), reason: "not JSON" },
-  "5 MB of JSON": { value: JSON.stringify({ text: text(5_000_000) }), reason: noChange },
-  "a key of 1 MB": { value: after({}), key: text(1_000_000), reason: "the key is not the row's id" },
-  "bytes that are no UTF-8": {
-    value: Buffer.from(after({ metric: "\u{fffd}" }).replace("\u{fffd}", "\xff\xfe"), "latin1"),
-    reason: "not JSON",
-  },
-  "100,000 brackets": { value: "[".repeat(100_000) + "]".repeat(100_000), reason: "not JSON" },
+const noInteger = "after.id is no 64-bit integer";
+const noTime = "after.recorded_at is no time that DateTime64 holds";
+const otherKey = "the key is not the row's id";
+const truncated = "TRUNCATE: the table has to be rebuilt from a fresh snapshot (make resnapshot)";
+const json = JSON.stringify;
+
+/** What comes: why it is dead-lettered, its value, and its key, if that is not id 1's. */
+const poison: Record<string, [reason: string, value: string | Buffer, key?: string | null]> = {
+  "an empty value": ["not JSON", ""],
+  "half an envelope": ["not JSON", after({}).slice(0, 60)],
+  "an envelope and a half": ["not JSON", after({}) + after({}).slice(0, 9)],
+  "a null byte": ["not JSON", after({ metric: "a b" }).replace("a b", "a\0b")],
+  "a null byte after the envelope": ["not JSON", `${after({})}\0`],
+  "bytes that are no UTF-8": ["not JSON", Buffer.from(after({ metric: "\u{fffd}" }).replace("\u{fffd}", "\xff\xfe"), "latin1")],
+  "100,000 brackets": ["not JSON", "[".repeat(100_000) + "]".repeat(100_000)],
+  "5 MB of no JSON": ["not JSON", text(5_000_000)],
+  "5 MB of JSON": [noChange, json({ text: text(5_000_000) })],
+  "JSON null": [noChange, "null"],
+  "an array of envelopes": [noChange, `[${after({})}]`],
+  "a row without an envelope": [noChange, json(row(1))],
+  "an op that is no text": [noChange, after({}).replace('"op":"c"', '"op":{"c":1}')],
+  "an op that nobody knows": [noChange, json(envelope("m", null, row(1)))],
+  "an insert without a row": ["after is no object", json(envelope("c", row(1), null))],
+  "a row that is an array": ["after is no object", json(envelope("c", null, [row(1)]))],
+  "a delete without the old row": ["before is no object", json(envelope("d", null, null))],
+  "an update without the old row": ["before is no object", json(envelope("u", null, row(1)))],
+  "a delete whose old row is only a key": [
+    onlyKey,
+    json(envelope("d", { ...row(1), sensor_id: null, metric: null, value: null, note: null }, null)),
+  ],
+  "a change of the sorting key whose old row is only a key": [
+    onlyKey,
+    json(envelope("u", { ...row(900), sensor_id: null, metric: null, value: null }, row(900))),
+    keyOf(900),
+  ],
+  "an id that is text": [noInteger, after({ id: "1" })],
+  "an id that is a fraction": [noInteger, after({ id: 1.5 })],
+  "an id beyond 64 bits": [noInteger, after({}).replace('"id":1', '"id":9223372036854775808')],
+  "no id": [noInteger, without("id")],
+  "a sensor_id that is a number": ["after.sensor_id is neither text nor null", after({ sensor_id: 5 })],
+  "no metric": ["after.metric is neither text nor null", without("metric")],
+  "a value that is text": ["after.value is neither a number nor null", after({ value: "12" })],
+  "no value": ["after.value is neither a number nor null", without("value")],
+  "a time that is a word": [noTime, after({ recorded_at: "now" })],
+  "30 February": [noTime, after({ recorded_at: "2024-02-30T00:00:00Z" })],
+  "25 o'clock": [noTime, after({ recorded_at: "2024-01-01T25:00:00Z" })],
+  "a time that is a number": ["after.recorded_at is no text", after({ recorded_at: 10 })],
+  "a large value that Debezium does not know": [
+    "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
+    after({ sensor_id: "__debezium_unavailable_value" }),
+  ],
+  "no key": ["no key", after({}), null],
+  "an empty key": [otherKey, after({}), ""],
+  "another row's key": [otherKey, after({}), keyOf(2)],
+  "a key of 1 MB": [otherKey, after({}), text(1_000_000)],
+  "an update that changes the id": ["an update that changes the id", json(envelope("u", row(2), row(1)))],
+  "a TRUNCATE": [truncated, json(envelope("t", null, null)), null],
 };
 
 suite("poison", { concurrency: true }, () => {
   test("each kind of poison is dead-lettered with its reason, place, key and bytes; what is around it arrives", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const consumer = await sensors.consumer();
     const kinds = Object.entries(poison);
     // Fewer than the hundred messages of which a share may be too much.
     assert.ok(kinds.length * 2 < 100);
-    const sent = kinds.map(([name, { value, key = keyOf(1), reason }], index) => ({
+    const sent = kinds.map(([name, [reason, value, key = keyOf(1)]], index) => ({
       name,
       partition: index % 3,
       offset: String(Math.floor(index / 3) * 2),
@@ -197,7 +146,7 @@ suite("poison", { concurrency: true }, () => {
       length: String(bytes(value).length),
       digest: digest(value),
     }));
-    for (const [index, [, { value, key = keyOf(1) }]] of kinds.entries())
+    for (const [index, [, [, value, key = keyOf(1)]]] of kinds.entries())
       await sensors.produce([
         { key, value, partition: index % 3 },
         { ...created(1000 + index), partition: index % 3 },
@@ -224,21 +173,21 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("a mass of poison ends the consumer, without a commit: the share of the last 1,000 messages that is allowed is not exceeded", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop } = sensors;
     const bad = (count: number): Message[] => Array.from({ length: count }, (_, index) => ({ key: keyOf(index), value: `bad ${index}` }));
     const good = (first: number, count: number): Message[] => Array.from({ length: count }, (_, index) => created(first + index));
     const consumer = await sensors.consumer();
     // A tenth of them, which is what SENSORS_POISON_SHARE allows unless told otherwise.
     await sensors.produce([...good(1, 900), ...bad(100)]);
-    await until("they are committed", async () => (await committed(sensors))[0] === "1000");
+    await until("they are committed", async () => (await sensors.committed()) === 1000);
     await sensors.produce([...good(1001, 880), ...bad(120)]);
     const { code, stderr } = await ending(consumer);
     assert.equal(code, 1, stderr);
     const says =
       /error: 101 of the last 1,000 messages are not valid changes \(limit: SENSORS_POISON_SHARE=0\.1\)\. The last batch was not committed; the next start reads it again\. Next: make dead-letters \(says why\)$/m;
     assert.match(stderr, says);
-    assert.deepEqual(await committed(sensors), ["1000"]);
+    assert.equal(await sensors.committed(), 1000);
     const letters = (await sensors.deadLetters()).map(({ offset }) => Number(offset));
     assert.equal(letters.length, 220);
 
@@ -246,12 +195,12 @@ suite("poison", { concurrency: true }, () => {
     const again = await shop.run("scripts/sensors.ts", { UNTIL: "caught-up" });
     assert.equal(again.code, 1, again.stderr);
     assert.match(again.stderr, /error: 98 of the last 978 messages are not valid changes/);
-    assert.deepEqual(await committed(sensors), ["1000"]);
+    assert.equal(await sensors.committed(), 1000);
     assert.equal((await sensors.deadLetters()).length, 220);
 
     // Told to, it does.
     await sensors.catchUp({ SENSORS_POISON_SHARE: "0.12" });
-    assert.deepEqual(await committed(sensors), ["2000"]);
+    assert.equal(await sensors.committed(), 2000);
     assert.deepEqual(
       (await sensors.deadLetters()).map(({ offset }) => Number(offset)),
       letters,
@@ -260,11 +209,11 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("bad messages of a quiet hour do not end the consumer, though they are all that came", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const consumer = await sensors.consumer();
     const bad = (id: number): Message => ({ key: keyOf(id), value: "bad", partition: id % 3 });
     await sensors.produce([bad(1)]);
-    await until("it is committed", async () => (await committed(sensors)).includes("1"));
+    await until("it is committed", async () => (await sensors.committed()) === 1);
     await sensors.produce(Array.from({ length: 98 }, (_, index) => bad(index)));
     await until("all are there", () => caughtUp(consumer));
     assert.equal((await consumer.metrics()).etl_sensors_dead_letters_total, 99);
@@ -308,7 +257,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("dead letters are listed with where, when, why and how they begin, for people and for programs", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     const none = await shop.succeed(deadLettersScript);
     assert.equal(none.stdout, `no dead letters of ${topic}\n`);
@@ -366,7 +315,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("a replay re-ingests what is a change by now, none of which wins over newer data, and reports the rest; one that comes meanwhile stays", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     const consumer = await sensors.consumer();
     await refuseThirteen(sensors);
@@ -429,7 +378,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("a dead letter of an older epoch is listed, and not replayed", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     await sensors.produce([{ key: keyOf(1), value: "old" }]);
     await sensors.catchUp();
@@ -446,7 +395,7 @@ suite("poison", { concurrency: true }, () => {
   });
 
   test("fuzzed envelopes never make an insert fail: each becomes its row or a dead letter", async () => {
-    await using sensors = await createSensors({ connector: false, partitions: 1 });
+    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { clickhouse } = sensors.shop;
     let next = 1;
     await fc.assert(
@@ -564,14 +513,13 @@ function render({ op, fields, key, tombstone, whole, cut }: Mutation, id: number
  */
 async function assertAccounted({ shop }: Sensors, messages: Message[], first: number, ids: number): Promise<void> {
   const between = `BETWEEN ${first} AND ${first + messages.length - 1}`;
-  const read = async <T>(query: string): Promise<T[]> => await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json<T>();
   const letters = new Set(
-    (await read<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(({ at }) =>
+    (await shop.select<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(({ at }) =>
       Number(at),
     ),
   );
   const rows = Map.groupBy(
-    await read<Record<"at" | "id" | "sensor_id" | "metric" | "value" | "recorded_at" | "_deleted", Json>>(`
+    await shop.select<Record<"at" | "id" | "sensor_id" | "metric" | "value" | "recorded_at" | "_deleted", Json>>(`
       SELECT toString(bitAnd(_version, 0xffffffffffff)) AS at, toString(id) AS id, sensor_id, metric, toString(value) AS value,
         toString(recorded_at) AS recorded_at, _deleted
       FROM sensor_readings WHERE bitAnd(_version, 0xffffffffffff) ${between}`),

@@ -11,15 +11,16 @@ import { ending } from "../lib/faults.ts";
 import { seed } from "../lib/random.ts";
 import { assertExact, assertSame, createSensors, type Reading, type Sensors, startWriters } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
+import { texts } from "../lib/texts.ts";
 import { root } from "../stack/env.ts";
 
 const soak = process.env.SOAK === "1";
 
-suite("sensors", { concurrency: true }, () => {
+suite("sensors", { concurrency: 4 }, () => {
   suite("FINAL is the source, row by row", { concurrency: 1 }, () => {
     let sensors: Sensors;
     before(async () => {
-      sensors = await createSensors();
+      sensors = await createSensors({ bigquery: false });
       await sensors.consumer();
     });
     after(() => sensors[Symbol.asyncDispose]());
@@ -32,34 +33,36 @@ suite("sensors", { concurrency: true }, () => {
       await admin`update sensor_readings set sensor_id = 'moved', recorded_at = recorded_at + interval '1 day' where id % 5 = 0`;
       await admin`delete from sensor_readings where id % 7 = 0`;
       await admin`update sensor_readings set id = id + 10000 where id % 11 = 0`;
-      await admin`insert into sensor_readings (id, sensor_id, metric, value) values (7, 'again', null, null), (20001, null, 'x', 'NaN'), (20002, 'é', '', '-Infinity')`;
+      await admin`insert into sensor_readings (id, sensor_id, metric, value) values (497, 'again', null, null), (20001, null, 'x', 'NaN'), (20002, 'é', '', '-Infinity')`;
       await assertExact(sensors);
     });
 
-    for (const { column, other } of [
-      { column: "sensor_id", other: "'B'" },
-      { column: "sensor_id", other: "null" },
-      { column: "metric", other: "''" },
-      { column: "recorded_at", other: "recorded_at + interval '1 microsecond'" },
-    ])
-      test(`after ${column} moved to ${other} and back, in one transaction and in three, and stayed away in between`, async () => {
-        const { admin } = sensors.shop;
-        await admin`delete from sensor_readings where id between 30001 and 30004`;
-        await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select i, 'A', 'm', 1, '2024-01-01Z' from generate_series(30001, 30004) i`;
+    test("after each column of the sorting key moved away and back, in one transaction and in three, and stayed away in between", async () => {
+      const { admin } = sensors.shop;
+      const moves = [
+        ["sensor_id", "'B'"],
+        ["sensor_id", "null"],
+        ["metric", "''"],
+        ["recorded_at", "recorded_at + interval '1 microsecond'"],
+      ] as const;
+      await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select i, 'A', 'm', 1, '2024-01-01Z' from generate_series(30000, 30039) i`;
+      const move = async (at: number, id: number, steps: string, sql: Sql | TransactionSql = admin): Promise<void> => {
+        const [column, other] = moves[at] ?? moves[0];
         const there = `update sensor_readings set ${column} = ${other}, value = value + 1 where id = `;
         const back = `update sensor_readings set ${column} = old.${column}, value = sensor_readings.value + 1 from (select 'A' as sensor_id, 'm' as metric, '2024-01-01Z'::timestamptz as recorded_at) old where id = `;
-        await admin.begin(async (sql) => {
-          await sql.unsafe(`${there}30001`);
-          await sql.unsafe(`${back}30001`);
-        });
-        for (const step of [there, back, there, back, there, back]) await admin.unsafe(`${step}30002`);
-        for (const step of [there, back, there]) await admin.unsafe(`${step}30003`);
-        await admin.unsafe(`${there}30004`);
-        await assertExact(sensors);
-        await admin.unsafe(`${back}30004`);
-        await admin`delete from sensor_readings where id = 30003`;
-        await assertExact(sensors);
-      });
+        for (const step of steps.split(" ")) await sql.unsafe(`${step === "there" ? there : back}${30_000 + 10 * at + id}`);
+      };
+      for (const at of moves.keys()) {
+        await admin.begin((sql) => move(at, 1, "there back", sql));
+        await move(at, 2, "there back there back there back");
+        await move(at, 3, "there back there");
+        await move(at, 4, "there");
+      }
+      await assertExact(sensors);
+      for (const at of moves.keys()) await move(at, 4, "back");
+      await admin`delete from sensor_readings where id between 30000 and 30039 and id % 10 = 3`;
+      await assertExact(sensors);
+    });
 
     test("after rows were deleted and inserted again under the same keys, and primary keys went round in a circle", async () => {
       const { admin } = sensors.shop;
@@ -149,7 +152,7 @@ suite("sensors", { concurrency: true }, () => {
 
     test("with every number, text, time and id that Postgres has and ClickHouse can hold", async () => {
       const { admin } = sensors.shop;
-      const columns = { sensor_id: texts, metric: texts, value: numbers, recorded_at: times };
+      const columns = { sensor_id: ["a", null, ...texts], metric: ["a", null, ...texts], value: numbers, recorded_at: times };
       const types: Record<string, string> = { value: "float8", recorded_at: "timestamptz" };
       let id = 100_000;
       for (const [column, values] of Object.entries(columns))
@@ -196,16 +199,13 @@ suite("sensors", { concurrency: true }, () => {
       };
       for (const message of [change(2, 0, 22), change(1, 1_000_000, 11), change(1, 2 ** 40, 12)])
         await clickhouse.command({ query: `INSERT INTO sensor_landing FORMAT JSONEachRow ${message}` });
-      const answer = await clickhouse.query({
-        query: "SELECT value FROM sensor_readings FINAL WHERE sensor_id = 'epochs'",
-        format: "JSONEachRow",
-      });
-      assert.deepEqual(await answer.json(), [{ value: 22 }]);
+      const rows = await sensors.shop.select("SELECT value FROM sensor_readings FINAL WHERE sensor_id = 'epochs'");
+      assert.deepEqual(rows, [{ value: 22 }]);
     });
   });
 
   test("a time that ClickHouse cannot hold is dead-lettered with its reason, and never arrives as another", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { admin } = sensors.shop;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'good', i, '2024-01-01Z' from generate_series(1, 20) i`;
     await sensors.consumer();
@@ -231,7 +231,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("of a partitioned table each change arrives, also of a partition that is new; an old row that is only a key is a dead letter", async () => {
-    await using sensors = await createSensors({ connector: false });
+    await using sensors = await createSensors({ bigquery: false, connector: false });
     const { admin } = sensors.shop;
     await admin
       .unsafe(`
@@ -281,7 +281,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a column that is retyped while a consumer runs stops it, and what came meanwhile is dead-lettered: no row is hours off, none is twice", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { admin } = sensors.shop;
     await admin`
       insert into sensor_readings (id, sensor_id, value, recorded_at)
@@ -303,7 +303,7 @@ suite("sensors", { concurrency: true }, () => {
   });
 
   test("a TRUNCATE becomes a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {
-    await using sensors = await createSensors();
+    await using sensors = await createSensors({ bigquery: false });
     const { admin } = sensors.shop;
     await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'before', i, '2024-01-01Z' from generate_series(1, 20) i`;
     await sensors.consumer();
@@ -324,128 +324,26 @@ suite("sensors", { concurrency: true }, () => {
   });
 });
 
-const texts = [
-  "a",
-  null,
-  "",
-  " ",
-  "null",
-  "NULL",
-  "\\N",
-  "\\",
-  "\\\\",
-  '"',
-  "'",
-  "''",
-  "`",
-  "\n",
-  "\r\n",
-  "\t",
-  "a\nb",
-  Array.from({ length: 31 }, (_, at) => String.fromCharCode(at + 1)).join(""),
-  "\u007f\u0080\u009f\u00a0",
-  "\u2028\u2029\ufeff\ufffe\uffff\ufffd",
-  "Zürich 東京 🌡️ 👩‍👩‍👧",
-  "e\u0301 é",
-  "\u202etfel",
-  "\\u0041",
-  '{"op":"d"}',
-  "[1]",
-  "true",
-  "0",
-  "%s {} $1 ?",
-  "</script>",
-  "\u{10ffff}",
-];
-
 const numbers = [
-  "1",
-  null,
-  "0",
-  "-0",
-  "NaN",
-  "Infinity",
-  "-Infinity",
-  "5e-324",
-  "-5e-324",
-  "2.2250738585072011e-308",
-  "2.2250738585072014e-308",
-  "1.7976931348623157e308",
-  "-1.7976931348623157e308",
-  "0.1",
-  String(0.1 + 0.2),
-  "0.30000000000000004",
-  "9223372036854775808",
-  "-9223372036854775809",
-  "1e19",
-  "2e19",
-  "1e20",
-  "-1e20",
-  "1e21",
-  "1e22",
-  "1e-7",
-  "123456789.12345679",
-  "9007199254740993",
-  "9007199254740992",
-  "4.35",
-  "9.5367431640625e-7",
-  "3.141592653589793",
-  "1e23",
-  "8.41e21",
-  "-1.5",
+  ...["1", null, "0", "-0", "NaN", "Infinity", "-Infinity", "5e-324", "2.2250738585072014e-308", "1.7976931348623157e308", "0.1", "-1.5"],
+  ...["0.30000000000000004", "9223372036854775808", "-9223372036854775809", "2e19", "1e20", "1e21", "1e22", "1e23", "1e-7", "8.41e21"],
+  ...["9007199254740993", "123456789.12345679", "4.35", "9.5367431640625e-7"],
 ];
 
 const times = [
-  "2024-01-01Z",
-  "2024-06-30 23:59:59.999999Z",
-  "2024-06-30 12:00:00.000001Z",
-  "2024-06-30 12:00:00.1Z",
-  "2024-06-30 12:00:00.123456+05:30",
-  "2024-06-30 00:30:00-11:45",
-  "2024-02-29 23:59:59.5Z",
-  "2016-12-31 23:59:60Z",
-  "1970-01-01Z",
-  "1969-12-31 23:59:59.999999Z",
-  "1969-12-31 23:59:59.000001Z",
-  "1900-01-01Z",
-  "1900-01-01 00:00:00.000001Z",
-  "1925-01-01Z",
-  "2038-01-19 03:14:08Z",
-  "2106-02-07 06:28:16Z",
-  "2262-04-11 23:47:16.854776Z",
-  "2283-11-11 23:59:59.999999Z",
-  "2299-12-31 23:59:59.999999Z",
-  "1900-01-01 00:00:00+01",
-  "1899-12-31 23:59:59.999999Z",
-  "2300-01-01 00:00:00+01",
-  "2300-01-01Z",
-  "9999-12-31 23:59:59.999999Z",
-  "0001-01-01Z",
-  "0044-03-15 12:34:56.789Z",
-  "1582-10-10Z",
-  "1700-02-28 23:59:59.999999Z",
+  ...["2024-01-01Z", "2024-06-30 23:59:59.999999Z", "2024-06-30 12:00:00.1Z", "2024-06-30 12:00:00.123456+05:30", "2024-02-29 23:59:59.5Z"],
+  ...["1970-01-01Z", "1969-12-31 23:59:59.000001Z", "1900-01-01 00:00:00+01", "1899-12-31 23:59:59.999999Z", "2106-02-07 06:28:16Z"],
+  ...["2262-04-11 23:47:16.854776Z", "2299-12-31 23:59:59.999999Z", "2300-01-01Z", "9999-12-31 23:59:59.999999Z", "0001-01-01Z"],
+  ...["1582-10-10Z", "1700-02-28 23:59:59.999999Z"],
 ];
 
 const beyond = [
   "10000-01-01Z",
-  "12024-01-01Z",
   "294276-12-31 23:59:59.999999Z",
   "0001-01-01 00:00:00+01",
   "0044-03-15 12:00:00Z BC",
-  "1901-01-01 00:00:00Z BC",
-  "4713-01-01Z BC",
   "infinity",
   "-infinity",
 ];
 
-const ids = [
-  "9223372036854775807",
-  "9223372036854775806",
-  "-9223372036854775808",
-  "-9223372036854775807",
-  "9007199254740993",
-  "-9007199254740993",
-  "0",
-  "-1",
-  "-42",
-];
+const ids = ["9223372036854775807", "-9223372036854775808", "9007199254740993", "-9007199254740993", "0", "-1"];

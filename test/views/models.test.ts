@@ -108,13 +108,6 @@ async function answers(shop: Shop): Promise<Map<string, Row[]>> {
   return found;
 }
 
-/** The table as the API describes it. */
-// biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-async function metadata({ env, dataset }: Shop, name: string): Promise<any> {
-  const url = `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}/datasets/${dataset}/tables/${name}`;
-  return (await fetch(url)).json();
-}
-
 const rowsOf = (shop: Shop, name: string): Promise<Row[]> => shop.query(`SELECT * FROM ${name}`);
 
 /**
@@ -443,7 +436,7 @@ suite("the models", { concurrency: true }, () => {
     test("each table and each column has a description, and the columns are those of the SELECT, in its order", async () => {
       await Promise.all(
         [...models].map(async ([name, sql]) => {
-          const { description, schema, timePartitioning, clustering } = await metadata(shop, name);
+          const { description, schema, timePartitioning, clustering } = await shop.api(`/datasets/${shop.dataset}/tables/${name}`);
           const fields: { name: string; description?: string }[] = schema.fields;
           assert.ok(description, name);
           for (const field of fields) assert.ok(field.description, `${name}.${field.name}`);

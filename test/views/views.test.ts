@@ -44,12 +44,7 @@ function models(files: Record<string, string>): void {
   }
 }
 
-const api = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQUERY_PROJECT}/datasets`;
-// biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-async function get(path: string): Promise<any> {
-  const response = await fetch(`${api}${path}`);
-  return response.status === 404 ? undefined : await response.json();
-}
+const get = (path: string) => shop.api(`/datasets${path}`);
 const rowsOf = (name: string) => shop.query(`SELECT * FROM ${warehouse}.${name} AS t ORDER BY TO_JSON_STRING(t)`);
 /** All that there is of a published table: also its etag and when it was last written to. */
 const published = async (...names: string[]) =>
@@ -128,14 +123,9 @@ SELECT day, store_id, COUNT(*) AS order_count FROM days GROUP BY day, store_id;
     "checks/total": "SELECT orders FROM first WHERE orders != (SELECT COUNT(*) FROM orders)",
   });
   // What is put into a dataset like this gets an expiry, also by a copy.
-  await fetch(`${api}/${warehouse}`, {
-    method: "PATCH",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ defaultTableExpirationMs: "3600000" }),
-  });
+  await shop.api(`/datasets/${warehouse}`, "PATCH", { defaultTableExpirationMs: "3600000" });
   const old = `${warehouse}_build_20200101_000000_abcdef`;
-  const body = JSON.stringify({ datasetReference: { datasetId: old }, labels: { etl_pipeline: "views" } });
-  await fetch(api, { method: "POST", headers: { "content-type": "application/json" }, body });
+  await shop.api("/datasets", "POST", { datasetReference: { datasetId: old }, labels: { etl_pipeline: "views" } });
   assert.deepEqual(await builds(), [old]);
 
   for (const version of ["the first", "the second"]) {
@@ -276,18 +266,13 @@ await test("a published table keeps what is its own: row access policies, policy
   models(create('id INT64 OPTIONS (description = "The id."), secret STRING', "1, 'a'"));
   await shop.succeed(script);
   const table = `/${warehouse}/tables/own`;
-  const send = async (method: string, path: string, body: object): Promise<void> => {
-    const headers = { "content-type": "application/json" };
-    const { ok } = await fetch(`${api}${path}`, { method, headers, body: JSON.stringify(body) });
-    assert.ok(ok, path);
-  };
   const policyTags = { names: ["projects/p/locations/us/taxonomies/1/policyTags/2"] };
   const { schema } = await get(table);
   const described = { ...schema.fields[1], description: "By hand.", policyTags };
-  await send("PATCH", table, { labels: { team: "shop" }, schema: { fields: [schema.fields[0], described] } });
+  await shop.api(`/datasets${table}`, "PATCH", { labels: { team: "shop" }, schema: { fields: [schema.fields[0], described] } });
   const policy = { policyId: "all", projectId: shop.env.BIGQUERY_PROJECT, datasetId: warehouse, tableId: "own" };
   const filter = { filterPredicate: "TRUE", grantees: ["allAuthenticatedUsers"] };
-  await send("POST", `${table}/rowAccessPolicies`, { rowAccessPolicyReference: policy, ...filter });
+  await shop.api(`/datasets${table}/rowAccessPolicies`, "POST", { rowAccessPolicyReference: policy, ...filter });
   const policies = await get(`${table}/rowAccessPolicies`);
   assert.equal(policies.rowAccessPolicies.length, 1);
 
