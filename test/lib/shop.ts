@@ -384,7 +384,7 @@ export async function createReadings(env: Env): Promise<void> {
   await server.command({ query: `CREATE DATABASE ${env.CLICKHOUSE_DATABASE}` });
   await server.close();
   const client = connectClickHouse(env);
-  await migrateClickHouse(client, []);
+  await migrateClickHouse(client);
   await client.close();
 }
 
