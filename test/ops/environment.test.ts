@@ -9,7 +9,6 @@ import { after, before, test } from "node:test";
 import { postgresUrl } from "../../shared/env.ts";
 import { createProxy, type HttpProxy } from "../lib/faults.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
-import { createServers } from "../lib/servers.ts";
 import { type Shop, until } from "../lib/shop.ts";
 
 const doctor = "scripts/ops/doctor.ts";
@@ -44,7 +43,6 @@ test("Kafka Connect and the Pushgateway with a login, below a path: connector, p
   await using connect = await behind(shop.env.CONNECT_URL);
   await using gateway = await behind(shop.env.PUSHGATEWAY_URL);
   const env = { CONNECT_URL: connect.below, PUSHGATEWAY_URL: `${gateway.below}/` };
-  const connector = new URL(`connectors/etl-${shop.dataset}-sensor_readings`, shop.env.CONNECT_URL);
   try {
     await shop.succeed("scripts/ops/connector.ts", env);
     await shop.succeed("scripts/orders.ts", env);
@@ -58,12 +56,14 @@ test("Kafka Connect and the Pushgateway with a login, below a path: connector, p
     for (const name of ["CONNECT_URL", "PUSHGATEWAY_URL"])
       assert.match(refused, new RegExp(`^FAIL .*127\\.0\\.0\\.1:\\d+ \\(${name}\\) refused the login: HTTP 401`, "m"));
   } finally {
-    await fetch(connector, { method: "DELETE" });
-    await dropSlot();
+    await removeConnector();
   }
 });
 
-async function dropSlot(): Promise<void> {
+const connector = (): URL => new URL(`connectors/etl-${shop.dataset}-sensor_readings`, shop.env.CONNECT_URL);
+
+async function removeConnector(): Promise<void> {
+  await fetch(connector(), { method: "DELETE" });
   const slot = `etl_${shop.dataset}`;
   await shop.admin`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot}`;
   await until("the slot is dropped", () =>
@@ -75,26 +75,21 @@ async function dropSlot(): Promise<void> {
 }
 
 test("the connector's password by the worker's config provider: nobody reads it at CONNECT_URL", async () => {
-  await using servers = await createServers(["kafka", "connect"]);
   const secrets = join(folder, "connect.properties");
   writeFileSync(secrets, "password=local-only\n");
-  const env = { ...servers.env, REPLICATION_PASSWORD_REFERENCE: `\${file:${secrets}:password}` };
+  const env = { REPLICATION_PASSWORD_REFERENCE: `\${file:${secrets}:password}` };
   try {
     await shop.succeed("scripts/ops/connector.ts", env);
-    const shown = await fetch(new URL(`connectors/etl-${shop.dataset}-sensor_readings`, servers.env.CONNECT_URL));
+    const shown = await fetch(connector());
     assert.doesNotMatch(await shown.text(), /local-only/);
     const { code, stdout } = await shop.run(doctor, { ...env, PIPELINE: "sensors" });
     assert.match(stdout, /^ok {4}sensors: connector \S+$/m);
     assert.equal(code, 0, stdout);
-    const wrong = await shop.run("scripts/ops/connector.ts", {
-      ...env,
-      REPLICATION_PASSWORD_REFERENCE: `\${vault:a:b}`,
-    });
+    const wrong = await shop.run("scripts/ops/connector.ts", { REPLICATION_PASSWORD_REFERENCE: `\${vault:a:b}` });
     assert.match(wrong.stderr, /refused PUT .*REPLICATION_PASSWORD_REFERENCE\? ops\/README\.md/);
     assert.equal(wrong.code, 1);
   } finally {
-    await servers.kill("connect");
-    await dropSlot();
+    await removeConnector();
   }
 });
 
