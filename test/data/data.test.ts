@@ -126,17 +126,15 @@ test("a database off this machine is refused", async () => {
   await assert.rejects(changeSource(url), /only the local stack's database/);
 });
 
-test("a load that fails half-way or at its last row leaves the table empty, and the next one loads it", async () => {
+test("a load that fails at its last row leaves the table empty, and the next one loads it", async () => {
   await sql`truncate sensor_readings`;
   // At the last row the server's words may come after the next statement was sent, and then they are in its log only.
   const refused =
     /^data: public\.sensor_readings: .*(violates check constraint "less"|Postgres refused the last rows).*; nothing of it was loaded/;
-  for (const id of [100_000, 211_061]) {
-    await sql.unsafe(`alter table sensor_readings add constraint less check (id < ${id})`);
-    await assert.rejects(loadData(scratchUrl, { only }), { message: refused });
-    assert.equal((await one("select count(*)::int as n from sensor_readings")).n, 0);
-    await sql`alter table sensor_readings drop constraint less`;
-  }
+  await sql`alter table sensor_readings add constraint less check (id < 211061)`;
+  await assert.rejects(loadData(scratchUrl, { only }), { message: refused });
+  assert.equal((await one("select count(*)::int as n from sensor_readings")).n, 0);
+  await sql`alter table sensor_readings drop constraint less`;
   assert.equal(await loadData(scratchUrl, { only }), true);
   assert.equal(await loadData(scratchUrl, { only: ["sensor_readings"] }), false);
 });
