@@ -170,14 +170,6 @@ test("up starts every part from nothing but .env.example, and two at once do not
   assert.deepEqual({ ...row }, { wal: "logical", prepared: "10", version: 18, up: true });
 });
 
-test("a wrong password is refused over TCP", async () => {
-  const url = new URL(env.STACK_ADMIN_DATABASE_URL ?? "");
-  url.password = "wrong";
-  const sql = sqlOf(url.href);
-  await assert.rejects(sql`select 1`, /password authentication failed/);
-  await sql.end();
-});
-
 test("a second up starts nothing; status shows what runs", async () => {
   const earlier = pids();
   const { code, out } = await command("up.ts");
@@ -223,7 +215,7 @@ test("waits", () => new Promise((resolve) => setTimeout(resolve, 600_000)));
   }
 });
 
-test("data survives down and up, and a SIGKILL of every server but Kafka and Connect, which have theirs in sensors/kill.test.ts", async () => {
+test("data survives down and up; a test's own cluster beside it takes settings, and is stopped too", async () => {
   const sql = sqlOf();
   await sql`create table kept (id int)`;
   await sql`insert into kept values (1)`;
@@ -245,31 +237,32 @@ test("data survives down and up, and a SIGKILL of every server but Kafka and Con
   await producer.send({ topic: "kept", messages: [{ value: "17" }] });
   await producer.disconnect();
   assert.match(await connectors("kept"), /"name":"kept"/);
-  for (const end of ["down", "kill"]) {
-    if (end === "down") {
-      const { code, out } = await command("down.ts");
-      assert.equal(code, 0, out);
-      assert.match(out, /postgres: stopped[\s\S]*/);
-      assert.match((await command("status.ts")).out, /^postgres +stopped/m);
-      assert.match((await command("down.ts")).out, /^nothing of this stack runs$/m);
-    } else for (const name of names.filter((one) => one !== "kafka" && one !== "connect")) process.kill(pid(name) ?? Number.NaN, "SIGKILL");
-    const { code, out } = await command("up.ts");
-    assert.equal(code, 0, out);
-    const again = sqlOf();
-    assert.deepEqual(
-      (await again`select id from kept`).map((row) => row.id),
-      [1],
-    );
-    await again.end();
-    assert.match(await bigquery("select n from kept.kept"), /"v": ?"17"/);
-    assert.match(await (await fetch(`${env.PUSHGATEWAY_URL}/metrics`)).text(), /kept_value\{.*job="kept"\} 17/);
-    const kept = await s3().send(new GetObjectCommand(object));
-    assert.equal(await kept.Body?.transformToString(), "17");
-    assert.deepEqual([kept.ContentType, kept.Metadata], ["text/x-kept", { run: "r1" }]);
-    assert.equal(await clickhouse("SELECT n FROM kept"), "17\n");
-    assert.equal(await kcat(env, "-C", "-e", "-t", "kept"), "17\n");
-    assert.equal(await connectors(), '["kept"]');
-  }
+  const own = { name: "own", dataDir: path(".stack/own"), url: `postgres://someone:p%40ss@127.0.0.1:${await freePort()}/own` };
+  await clusters.startCluster({ ...own, settings: { wal_level: "replica" } });
+  const beside = sqlOf(own.url);
+  const [settings] = await beside`select current_setting('wal_level') as wal, current_user::text as who`;
+  assert.deepEqual({ ...settings }, { wal: "replica", who: "someone" });
+  await beside.end();
+  assert.match((await command("status.ts")).out, /^own +running/m);
+
+  const down = await command("down.ts");
+  assert.equal(down.code, 0, down.out);
+  for (const name of [...names, "own"]) assert.match(down.out, new RegExp(`^${name}: stopped$`, "m"));
+  assert.match((await command("status.ts")).out, /^postgres +stopped/m);
+  assert.match((await command("down.ts")).out, /^nothing of this stack runs$/m);
+  const up = await command("up.ts");
+  assert.equal(up.code, 0, up.out);
+  const again = sqlOf();
+  assert.equal((await again`select id from kept`).count, 1);
+  await again.end();
+  assert.match(await bigquery("select n from kept.kept"), /"v": ?"17"/);
+  assert.match(await (await fetch(`${env.PUSHGATEWAY_URL}/metrics`)).text(), /kept_value\{.*job="kept"\} 17/);
+  const kept = await s3().send(new GetObjectCommand(object));
+  assert.equal(await kept.Body?.transformToString(), "17");
+  assert.deepEqual([kept.ContentType, kept.Metadata], ["text/x-kept", { run: "r1" }]);
+  assert.equal(await clickhouse("SELECT n FROM kept"), "17\n");
+  assert.equal(await kcat(env, "-C", "-e", "-t", "kept"), "17\n");
+  assert.equal(await connectors(), '["kept"]');
 });
 
 test("another port in the environment restarts that part there, and only that part", async () => {
@@ -281,27 +274,7 @@ test("another port in the environment restarts that part there, and only that pa
   assert.ok((await fetch(`${url}/-/ready`)).ok);
   assert.deepEqual(pids().slice(0, 2), [postgresPid, bigqueryPid]);
   assert.notEqual(pid("pushgateway"), earlier);
-});
-
-test("a test's own cluster starts beside it, takes settings, and down stops it", async () => {
-  const url = `postgres://someone:p%40ss@127.0.0.1:${await freePort()}/own`;
-  const cluster = {
-    name: "own",
-    dataDir: path(".stack/own"),
-    url,
-    settings: { wal_level: "replica" },
-    env: { TZ: "UTC" },
-  };
-  await clusters.startCluster(cluster);
-  const sql = sqlOf(url);
-  assert.deepEqual(
-    (await sql`select current_setting('wal_level') as wal, current_user::text as who`).map((row) => ({ ...row })),
-    [{ wal: "replica", who: "someone" }],
-  );
-  await sql.end();
-  assert.match((await command("status.ts")).out, /^own +running/m);
-  assert.match((await command("down.ts")).out, /^own: stopped$/m);
-  assert.equal(pid("own"), undefined);
+  await command("down.ts");
 });
 
 test("a part whose variable is empty or points elsewhere is left out, and says so", async () => {
