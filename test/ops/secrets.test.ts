@@ -187,7 +187,7 @@ for (const [what, variables] of Object.entries(faults)) {
     const work = async (): Promise<void> => {
       for (let one = queue.shift(); one; one = queue.shift()) {
         const { code } = await assertSilent(mark, one.script, {
-          RUN_TIMEOUT_SECONDS: "25",
+          RUN_TIMEOUT_SECONDS: "10",
           ...one.run,
           ...variables(),
           UNTIL: undefined,

@@ -131,24 +131,6 @@ async function clickhouse(query: string): Promise<string> {
   return (await fetch(env.CLICKHOUSE_URL ?? "", { method: "POST", headers, body: query })).text();
 }
 
-/** The names of Connect's connectors; given a name, creates that connector instead. */
-async function connectors(put?: string): Promise<string> {
-  const { username, password, hostname, port } = new URL(env.STACK_ADMIN_DATABASE_URL ?? "");
-  const config = {
-    "connector.class": "io.debezium.connector.postgresql.PostgresConnector",
-    "database.hostname": hostname,
-    "database.port": port,
-    "database.user": username,
-    "database.password": password,
-    "database.dbname": "shop",
-    "topic.prefix": "kept",
-    "plugin.name": "pgoutput",
-  };
-  const url = new URL(put ? `/connectors/${put}/config` : "/connectors", env.CONNECT_URL);
-  const headers = { "content-type": "application/json" };
-  return (await fetch(url, put ? { method: "PUT", headers, body: JSON.stringify(config) } : {})).text();
-}
-
 test("up starts every part from nothing but .env.example, and two at once do not disturb each other", async () => {
   const [first, second] = await Promise.all([command("up.ts"), command("up.ts")]);
   assert.equal(first.code, 0, first.out);
@@ -236,7 +218,6 @@ test("data survives down and up; a test's own cluster beside it takes settings, 
   await producer.connect();
   await producer.send({ topic: "kept", messages: [{ value: "17" }] });
   await producer.disconnect();
-  assert.match(await connectors("kept"), /"name":"kept"/);
   const own = { name: "own", dataDir: path(".stack/own"), url: `postgres://someone:p%40ss@127.0.0.1:${await freePort()}/own` };
   await clusters.startCluster({ ...own, settings: { wal_level: "replica" } });
   const beside = sqlOf(own.url);
@@ -262,7 +243,6 @@ test("data survives down and up; a test's own cluster beside it takes settings, 
   assert.deepEqual([kept.ContentType, kept.Metadata], ["text/x-kept", { run: "r1" }]);
   assert.equal(await clickhouse("SELECT n FROM kept"), "17\n");
   assert.equal(await kcat(env, "-C", "-e", "-t", "kept"), "17\n");
-  assert.equal(await connectors(), '["kept"]');
 });
 
 test("another port in the environment restarts that part there, and only that part", async () => {
