@@ -151,7 +151,7 @@ for (const [promise, { variable, statements }] of Object.entries(forbidden)) {
 }
 
 test("a run's sessions, its COPY and its MERGE name the run", async () => {
-  const [merged] = await rows("select run_id from etl.runs where state = 'succeeded' and rows > 0 limit 1");
+  const [merged] = await rows("select run_id from etl.runs where state = 'succeeded' and rows > 0 order by started_at desc limit 1");
   const { BIGQUERY_ENDPOINT: endpoint, BIGQUERY_PROJECT: project } = shop.env;
   const answer = await fetch(`${endpoint}/bigquery/v2/projects/${project}/jobs/etl_orders_staging_${merged?.run_id}_1_1_merge`);
   // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
