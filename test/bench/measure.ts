@@ -11,7 +11,7 @@ const sorted = (values: number[]): number[] => [...values].sort((a, b) => a - b)
 export const median = (values: number[]): number => sorted(values)[Math.floor(values.length / 2)] ?? 0;
 /** At least this share of the values is at most the result. */
 export const percentile = (values: number[], share: number): number => sorted(values)[Math.ceil(values.length * share) - 1] ?? 0;
-export const spread = (values: number[], digits = 2): string =>
+const spread = (values: number[], digits = 2): string =>
   `${median(values).toFixed(digits)} (${Math.min(...values).toFixed(digits)} to ${Math.max(...values).toFixed(digits)})`;
 
 export interface Measured {
@@ -35,25 +35,19 @@ function readProc(pid: number, file: string): string {
 const childrenOf = (pid: number): number[] => readProc(pid, `task/${pid}/children`).split(" ").filter(Boolean).map(Number);
 
 /** Kilobytes of a process and of all that it started. */
-export function resident(pid: number): number {
+function resident(pid: number): number {
   const own = Number(/^VmRSS:\s+(\d+)/m.exec(readProc(pid, "status"))?.[1] ?? 0);
   return childrenOf(pid).reduce((sum, child) => sum + resident(child), own);
 }
 
-/** CPU seconds, in user mode and in the kernel, of a process and of its children that have ended; proc(5) has the fields. */
-export function cpuOf(pid: number): { own: number; ended: number } {
+/** CPU seconds, in user mode and in the kernel, of a process and of all that it started, ended ones too; proc(5) has the fields. */
+function treeCpu(pid: number): number {
   const fields = readProc(pid, "stat")
     .replace(/^.*\) /s, "")
     .split(" ")
     .map(Number);
-  const [user = 0, system = 0, endedUser = 0, endedSystem = 0] = fields.slice(11);
-  return { own: (user + system) / 100, ended: (endedUser + endedSystem) / 100 };
-}
-
-/** CPU seconds of a process and of all that it started. */
-export function treeCpu(pid: number): number {
-  const { own, ended } = cpuOf(pid);
-  return childrenOf(pid).reduce((sum, child) => sum + treeCpu(child), own + ended);
+  const own = fields.slice(11, 15).reduce((sum, ticks) => sum + ticks, 0) / 100;
+  return childrenOf(pid).reduce((sum, child) => sum + treeCpu(child), own);
 }
 
 /** CPU seconds of the Postgres server of the stack so far: those of its backends and of its own work. */

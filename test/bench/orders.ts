@@ -1,7 +1,7 @@
 /**
  * make bench: what orders costs, each job beside the least that could do it (its floor), and with PEERS=1 beside dlt, Sling and
  * ingestr. ROWS= (default 500,000) orders, CHANGED= (default 50,000) of them in an incremental run, RUNS= (default 3) runs of each,
- * interleaved; medians are quoted. PARTS=extraction,steps,load,incremental,idle,verify does some of it. Absolute times are this
+ * interleaved; medians are quoted. PARTS=extraction,load,incremental,idle,verify does some of it. Absolute times are this
  * machine's, and noisy.
  *
  * The peers write to a Postgres server of their own rather than to the local BigQuery; so each is measured against a floor that
@@ -15,22 +15,21 @@ import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import postgres from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
-import { mergeStaging, mergeStatement, openDestination, stageChunk } from "../../shared/bigquery/load.ts";
+import { mergeStatement } from "../../shared/bigquery/load.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
 import { copyJsonLines } from "../../shared/copy.ts";
 import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
-import { table } from "../../shared/table.ts";
 import { createShop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
-import { type Contender, compare, measure, median, sourceCpu, timed } from "./measure.ts";
+import { type Contender, compare, measure, sourceCpu, timed } from "./measure.ts";
 import { dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.ts";
 import { startServer } from "./server.ts";
 
 const rows = Number(process.env.ROWS ?? 500_000);
 const changed = Math.min(rows, Number(process.env.CHANGED ?? 50_000));
-const parts = (process.env.PARTS ?? "extraction,steps,load,incremental,idle,verify").split(",");
+const parts = (process.env.PARTS ?? "extraction,load,incremental,idle,verify").split(",");
 
 if (spawnSync("psql", ["--version"]).error) throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
 await using shop = await createShop();
@@ -98,55 +97,24 @@ function extractions(): Contender[] {
 }
 
 await runPipeline("orders", env, async (run) => {
-  const described = await checkSource(run, contract);
-  select = jsonLines(contract, contract.source.select, described);
+  select = jsonLines(contract, contract.source.select, await checkSource(run, contract));
   const window = { from: "-infinity", to: "infinity" };
-  const copy = (): ReturnType<typeof copyJsonLines> => copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
-  const extraction: number[] = [];
   const extract = async () => {
     const before = sourceCpu();
     const [seconds] = await timed(async () => {
-      await using stream = await copy();
+      await using stream = await copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
       await pipeline(stream.lines, new Writable({ write: (_piece, _encoding, done) => done() }));
       if (stream.sent.rows !== rows) throw new Error(`${stream.sent.rows} rows came`);
     });
-    extraction.push(seconds);
     const megabytes = process.resourceUsage().maxRSS / 1024; // this process does nothing else before
     return { seconds, megabytes, sourceCpu: sourceCpu() - before };
   };
   if (parts.includes("extraction"))
     await compare("extraction", rows, [
-      {
-        by: "psql COPY, the same JSON, to /dev/null",
-        run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`),
-      },
+      { by: "psql COPY, the same JSON, to /dev/null", run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`) },
       { by: "ours", run: extract },
       ...extractions(),
     ]);
-
-  if (!parts.includes("steps")) return;
-  if (!extraction.length) await extract();
-  const destination = await openDestination(env, contract);
-  const url = env.SOURCE_DATABASE_URL;
-  const [load, staging] = await timed(() => stageChunk(run, url, described, destination, window, 1));
-  const [merge] = await timed(() => mergeStaging(run, destination, staging));
-  const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());
-  const total = load + merge + drop;
-  const part = (seconds: number): { seconds: string; share: string } => ({
-    seconds: seconds.toFixed(2),
-    share: `${Math.round((seconds / total) * 100)} %`,
-  });
-  process.stdout.write(
-    `\na first load as one chunk of ${thousands(rows)} rows: ${total.toFixed(1)} s, ${thousands(rows / total)} rows/s\n`,
-  );
-  process.stdout.write(
-    `${table([
-      { step: "of the load: extraction alone", ...part(median(extraction)) },
-      { step: "create staging, extract, load, check the keys", ...part(load) },
-      { step: "MERGE", ...part(merge) },
-      { step: "drop staging", ...part(drop) },
-    ])}\n`,
-  );
 });
 
 // 2. Runs, from start to exit

@@ -12,7 +12,6 @@ import { loadData, openSource, tables } from "./load.ts";
 const admin = localEnv().STACK_ADMIN_DATABASE_URL ?? "";
 const scratch = `data_test_${process.pid}`;
 const scratchUrl = Object.assign(new URL(admin), { pathname: `/${scratch}` }).href;
-const lines: string[] = [];
 const soak = process.env.SOAK === "1";
 const only = tables.filter((table) => soak || table !== "events");
 let server: postgres.Sql;
@@ -24,25 +23,13 @@ before(async () => {
   server = openSource(admin);
   await server.unsafe(`create database ${scratch} template template0`);
   sql = postgres(scratchUrl, { max: 1, onnotice: () => {} });
-  assert.equal(await loadData(scratchUrl, { only, log: (line) => lines.push(line) }), true);
+  assert.equal(await loadData(scratchUrl, { only }), true);
 });
 
 after(async () => {
   await sql?.end();
   await server.unsafe(`drop database if exists ${scratch} with (force)`);
   await server.end();
-});
-
-test("a line of progress per table", () => {
-  assert.deepEqual(
-    lines.map((line) => line.replace(/seconds=.*/, "")),
-    [
-      "data: table=users rows=2469 ",
-      "data: table=orders rows=155848 ",
-      ...(soak ? ["data: table=events rows=1471409 "] : []),
-      "data: table=sensor_readings rows=211061 ",
-    ],
-  );
 });
 
 test("every table has the rows of the data set", async () => {
@@ -126,17 +113,15 @@ test("a database off this machine is refused", async () => {
   await assert.rejects(changeSource(url), /only the local stack's database/);
 });
 
-test("a load that fails half-way or at its last row leaves the table empty, and the next one loads it", async () => {
+test("a load that fails at its last row leaves the table empty, and the next one loads it", async () => {
   await sql`truncate sensor_readings`;
   // At the last row the server's words may come after the next statement was sent, and then they are in its log only.
   const refused =
     /^data: public\.sensor_readings: .*(violates check constraint "less"|Postgres refused the last rows).*; nothing of it was loaded/;
-  for (const id of [100_000, 211_061]) {
-    await sql.unsafe(`alter table sensor_readings add constraint less check (id < ${id})`);
-    await assert.rejects(loadData(scratchUrl, { only }), { message: refused });
-    assert.equal((await one("select count(*)::int as n from sensor_readings")).n, 0);
-    await sql`alter table sensor_readings drop constraint less`;
-  }
+  await sql`alter table sensor_readings add constraint less check (id < 211061)`;
+  await assert.rejects(loadData(scratchUrl, { only }), { message: refused });
+  assert.equal((await one("select count(*)::int as n from sensor_readings")).n, 0);
+  await sql`alter table sensor_readings drop constraint less`;
   assert.equal(await loadData(scratchUrl, { only }), true);
   assert.equal(await loadData(scratchUrl, { only: ["sensor_readings"] }), false);
 });

@@ -138,25 +138,16 @@ const local = (command: string): string =>
 const logOf = (target: string): string => readFileSync(join(scratch.folder, "log", `${target}.log`), "utf8");
 
 for (const { command, target } of jobs) {
-  test(`ops/crontab: the line of ${target} does its work with cron's environment, mails nothing, and may run again at once`, async () => {
+  test(`ops/crontab: the line of ${target} does its work with cron's environment, mails nothing, and may run twice at once`, async () => {
     const { shop } = sensors;
-    const first = await cron(local(command));
-    assert.deepEqual(first, { code: 0, mail: "" }, first.code ? logOf(target) : "");
+    const ended = { code: 0, mail: "" };
+    assert.deepEqual(await Promise.all([cron(local(command)), cron(local(command))]), [ended, ended], logOf(target));
     const done: Record<string, RegExp> = {
       verify: /pipeline=orders run=\w+ step=compared rows=300 /,
       sweep: /pipeline=users run=\w+ step=swept deleted=0 /,
     };
     assert.match(logOf(target), done[target] ?? /step=done/);
     if (readIntervals().has(target)) assert.ok((await shop.metrics(target)).etl_last_success_timestamp_seconds, logOf(target));
-    const both = await Promise.all([cron(local(command)), cron(local(command))]);
-    assert.deepEqual(
-      both,
-      [
-        { code: 0, mail: "" },
-        { code: 0, mail: "" },
-      ],
-      logOf(target),
-    );
     if (target === "orders") assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   });
 }
@@ -168,7 +159,7 @@ test("ops/crontab: a timeout stops the run as SIGTERM does: recorded as failed, 
   // The source's table is locked for a change: the run waits.
   await shop.connect("locker").begin(async (locker) => {
     await locker`lock table orders in access exclusive mode`;
-    const { code } = await cron(local(command).replace(/-k 60 45m/, "-k 60 15s"));
+    const { code } = await cron(local(command).replace(/-k 60 45m/, "-k 60 8s"));
     assert.equal(code, 124, logOf("orders"));
   });
   // make, and with it timeout, ends before the run has.
@@ -188,28 +179,9 @@ test("ops/crontab: where there is no log to write, cron gets something to mail, 
   assert.match(mail, /No such file or directory/);
 });
 
-test("ops/etl-sensors.service has only what systemd knows, and its command works in its folder", async () => {
+test("ops/etl-sensors.service: its command works in its folder and environment", async () => {
   const unit = readFileSync(join(root, "ops/etl-sensors.service"), "utf8").replaceAll("/srv/etl", scratch.folder);
-  // systemd ignores, with a warning in its journal, what it does not know: systemd.unit(5), systemd.service(5), systemd.exec(5).
-  const known: Record<string, string[]> = {
-    Unit: ["Description", "Documentation", "After", "Wants", "StartLimitIntervalSec", "StartLimitBurst"],
-    Service: [
-      ...["Type", "User", "WorkingDirectory", "Environment", "EnvironmentFile", "ExecStart", "Restart", "RestartSec"],
-      ...["KillSignal", "KillMode", "TimeoutStopSec", "SuccessExitStatus", "RestartPreventExitStatus", "MemoryMax"],
-    ],
-    Install: ["WantedBy"],
-  };
-  const settings: Record<string, string> = {};
-  let section = "";
-  for (const line of unit.split("\n").filter((one) => one.trim() && !/^[#;]/.test(one))) {
-    const [, begun] = /^\[(\w+)\]$/.exec(line) ?? [];
-    section = begun ?? section;
-    if (begun) continue;
-    const [, name = "", value = ""] = /^(\w+)=(.*)$/.exec(line) ?? assert.fail(line);
-    assert.ok(known[section]?.includes(name), `[${section}] ${line}`);
-    assert.ok(!(name in settings), `twice: ${line}`);
-    settings[name] = value;
-  }
+  const settings = Object.fromEntries([...unit.matchAll(/^(\w+)=(.*)$/gm)].map(([, name, value]) => [name, value]));
   const { code, mail } = await cron(`cd ${settings.WorkingDirectory} && exec ${settings.ExecStart}`, {
     ...Object.fromEntries([settings.Environment?.split("=") as [string, string]]),
     UNTIL: "caught-up",

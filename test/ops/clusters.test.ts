@@ -1,11 +1,11 @@
 /**
  * What the runs make of a source that is another server than before, or whose clock is: on clusters of the tests' own, which
- * both pipelines read, at the same time, at each stage.
+ * the pipelines read, at the same time, at each stage.
  */
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { createCluster, type TestCluster } from "../lib/cluster.ts";
-import { createShop, pipelines, type Result, type Shop, textColumns, until } from "../lib/shop.ts";
+import { createShop, ofSteps as pipelines, type Result, type Shop, textColumns, until } from "../lib/shop.ts";
 
 let shop: Shop;
 let primary: TestCluster;
@@ -42,7 +42,7 @@ async function synced(): Promise<Record<string, string | null>> {
   return Object.fromEntries(rows.map(({ name, id, text }) => [`${name} ${id}`, text ?? null]));
 }
 
-/** For both pipelines the row of this id has arrived so. */
+/** For each pipeline the row of this id has arrived so. */
 async function assertArrived(id: number, text: string): Promise<void> {
   const rows = await synced();
   for (const pipeline of pipelines) assert.equal(rows[`${pipeline} ${id}`], text, `${pipeline} ${id}`);

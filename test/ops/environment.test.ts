@@ -9,15 +9,14 @@ import { after, before, test } from "node:test";
 import { postgresUrl } from "../../shared/env.ts";
 import { createProxy, type HttpProxy } from "../lib/faults.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
-import { createServers } from "../lib/servers.ts";
-import { type Shop, until } from "../lib/shop.ts";
+import type { Shop } from "../lib/shop.ts";
 
 const doctor = "scripts/ops/doctor.ts";
 const folder = mkdtempSync(join(tmpdir(), "etl-environment-"));
 let sensors: Sensors;
 let shop: Shop;
 before(async () => {
-  sensors = await createSensors({ connector: false, pushgateway: true });
+  sensors = await createSensors({ pushgateway: true });
   shop = sensors.shop;
   await shop.insertRows(1, 3);
 });
@@ -44,58 +43,32 @@ test("Kafka Connect and the Pushgateway with a login, below a path: connector, p
   await using connect = await behind(shop.env.CONNECT_URL);
   await using gateway = await behind(shop.env.PUSHGATEWAY_URL);
   const env = { CONNECT_URL: connect.below, PUSHGATEWAY_URL: `${gateway.below}/` };
-  const connector = new URL(`connectors/etl-${shop.dataset}-sensor_readings`, shop.env.CONNECT_URL);
-  try {
-    await shop.succeed("scripts/ops/connector.ts", env);
-    await shop.succeed("scripts/orders.ts", env);
-    assert.equal((await shop.metrics()).etl_rows, 3);
-    const { code, stdout } = await shop.run(doctor, env);
-    assert.equal(code, 0, stdout);
-    assert.match(stdout, /^ok {4}sensors: connector .*: CONNECT_URL shows its database password in clear text: see REPL/m);
-    assert.doesNotMatch(await (await fetch(`${shop.env.PUSHGATEWAY_URL}/metrics`)).text(), /pipeline="doctor"/);
-    const wrong = { CONNECT_URL: connect.below.replace("p%40ss", "wrong"), PUSHGATEWAY_URL: gateway.url };
-    const refused = (await shop.run(doctor, wrong)).stdout;
-    for (const name of ["CONNECT_URL", "PUSHGATEWAY_URL"])
-      assert.match(refused, new RegExp(`^FAIL .*127\\.0\\.0\\.1:\\d+ \\(${name}\\) refused the login: HTTP 401`, "m"));
-  } finally {
-    await fetch(connector, { method: "DELETE" });
-    await dropSlot();
-  }
+  await shop.succeed("scripts/ops/connector.ts", env);
+  await shop.succeed("scripts/orders.ts", env);
+  assert.equal((await shop.metrics()).etl_rows, 3);
+  const { code, stdout } = await shop.run(doctor, env);
+  assert.equal(code, 0, stdout);
+  assert.match(stdout, /^ok {4}sensors: connector .*: CONNECT_URL shows its database password in clear text: see REPL/m);
+  assert.doesNotMatch(await (await fetch(`${shop.env.PUSHGATEWAY_URL}/metrics`)).text(), /pipeline="doctor"/);
+  const wrong = { CONNECT_URL: connect.below.replace("p%40ss", "wrong"), PUSHGATEWAY_URL: gateway.url };
+  const refused = (await shop.run(doctor, wrong)).stdout;
+  for (const name of ["CONNECT_URL", "PUSHGATEWAY_URL"])
+    assert.match(refused, new RegExp(`^FAIL .*127\\.0\\.0\\.1:\\d+ \\(${name}\\) refused the login: HTTP 401`, "m"));
 });
 
-async function dropSlot(): Promise<void> {
-  const slot = `etl_${shop.dataset}`;
-  await shop.admin`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot}`;
-  await until("the slot is dropped", () =>
-    shop.admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`.then(
-      () => true,
-      () => false,
-    ),
-  );
-}
-
 test("the connector's password by the worker's config provider: nobody reads it at CONNECT_URL", async () => {
-  await using servers = await createServers(["kafka", "connect"]);
   const secrets = join(folder, "connect.properties");
   writeFileSync(secrets, "password=local-only\n");
-  const env = { ...servers.env, REPLICATION_PASSWORD_REFERENCE: `\${file:${secrets}:password}` };
-  try {
-    await shop.succeed("scripts/ops/connector.ts", env);
-    const shown = await fetch(new URL(`connectors/etl-${shop.dataset}-sensor_readings`, servers.env.CONNECT_URL));
-    assert.doesNotMatch(await shown.text(), /local-only/);
-    const { code, stdout } = await shop.run(doctor, { ...env, PIPELINE: "sensors" });
-    assert.match(stdout, /^ok {4}sensors: connector \S+$/m);
-    assert.equal(code, 0, stdout);
-    const wrong = await shop.run("scripts/ops/connector.ts", {
-      ...env,
-      REPLICATION_PASSWORD_REFERENCE: `\${vault:a:b}`,
-    });
-    assert.match(wrong.stderr, /refused PUT .*REPLICATION_PASSWORD_REFERENCE\? ops\/README\.md/);
-    assert.equal(wrong.code, 1);
-  } finally {
-    await servers.kill("connect");
-    await dropSlot();
-  }
+  const env = { REPLICATION_PASSWORD_REFERENCE: `\${file:${secrets}:password}` };
+  await shop.succeed("scripts/ops/connector.ts", env);
+  const shown = await fetch(new URL(`connectors/etl-${shop.dataset}-sensor_readings`, shop.env.CONNECT_URL));
+  assert.doesNotMatch(await shown.text(), /local-only/);
+  const { code, stdout } = await shop.run(doctor, { ...env, PIPELINE: "sensors" });
+  assert.match(stdout, /^ok {4}sensors: connector \S+$/m);
+  assert.equal(code, 0, stdout);
+  const wrong = await shop.run("scripts/ops/connector.ts", { REPLICATION_PASSWORD_REFERENCE: `\${vault:a:b}` });
+  assert.match(wrong.stderr, /refused PUT .*REPLICATION_PASSWORD_REFERENCE\? ops\/README\.md/);
+  assert.equal(wrong.code, 1);
 });
 
 test("what a client would ignore in a URL is refused", async () => {

@@ -1,23 +1,21 @@
 // make status: what is red, and why; retention; and a source that was restored from an older backup. Needs the local stack (make up).
 import assert from "node:assert/strict";
 import { execFile } from "node:child_process";
-import { randomBytes } from "node:crypto";
-import { cpSync, mkdirSync, readFileSync, rmSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import { promisify } from "node:util";
-import postgres from "postgres";
+import postgres, { type Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { createSource } from "../data/source.ts";
+import { createCluster } from "../lib/cluster.ts";
 import { createLink } from "../lib/link.ts";
 import { createSensors } from "../lib/sensors.ts";
-import { createShop, freePort, type Process, type Shop, until } from "../lib/shop.ts";
+import { createShop, type Process, type Shop, until } from "../lib/shop.ts";
 import type { Status } from "../lib/status.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
-import { type Cluster, startCluster, stopCluster } from "../stack/postgres.ts";
 import { python } from "../stack/python.ts";
-import { stackPath } from "../stack/stack.ts";
 
 const script = "scripts/ops/status.ts";
 
@@ -27,6 +25,15 @@ async function statusOf(shop: Shop, variables: Env = {}): Promise<Answer> {
   assert.ok(stdout, stderr);
   const all = JSON.parse(stdout) as Status[];
   return { code, of: Object.fromEntries(all.map((of) => [of.pipeline, of])) };
+}
+
+/** The table that people see: the cells of each pipeline's line, by its name, and all of it. */
+async function show(shop: Shop): Promise<{ cells: Record<string, string[]>; stdout: string; code: number | null }> {
+  const { stdout, code } = await shop.run(script);
+  const [names = "", ...lines] = (stdout.split("\n\n")[0] ?? "").trim().split("\n");
+  assert.match(names, /^PIPELINE +WATERMARK +AGE +LAST SUCCESS +EVERY +LAST RUN +ROWS +LOCK HELD BY +STATE$/);
+  const cells = lines.map((line) => line.split(/ {2,}/));
+  return { cells: Object.fromEntries(cells.map(([name = "", ...others]) => [name, others])), stdout, code };
 }
 
 /** Starts a run that waits, with its lock, for a table that somebody else has locked, until `free` is called. */
@@ -57,7 +64,7 @@ suite("with one pipeline", () => {
   let shop: Shop;
   before(async () => {
     shop = await createShop({ clickhouse: true });
-    await shop.insertRows(1, 3);
+    await shop.insertRows(1, 1234);
     await shop.succeed(shop.script);
   });
   after(() => shop?.[Symbol.asyncDispose]());
@@ -77,9 +84,63 @@ suite("with one pipeline", () => {
     for (const of of all) assert.deepEqual(Object.keys(of).sort(), documented, of.pipeline);
   });
 
+  test("of a pipeline that never ran it says so; of one that did its watermark, its last success, ages and rows", async () => {
+    const [{ cells, code }, { of }] = [await show(shop), await statusOf(shop)];
+    assert.deepEqual(cells.users, ["none", "-", "never", "1d", "never", "-", "nobody", "new"]);
+    const { watermark: none, last_success: never, last_run: neither, rows: no, held_by, state, reasons } = of.users as Status;
+    assert.deepEqual([none, never, neither, no, held_by, state, reasons], [null, null, null, null, null, "new", ["it never ran"]]);
+    const [watermark, age, success, interval, run, ...others] = cells.orders ?? [];
+    assert.equal(watermark, await shop.watermark());
+    assert.match(`${age} | ${success} | ${run}`, /^\d+s \| \d+s ago \| succeeded \d+s ago$/);
+    assert.deepEqual([code, interval, ...others], [0, "1h", "1,234", "nobody", "ok"]);
+    const orders = of.orders as Status;
+    assert.deepEqual([orders.state, orders.reasons, orders.watermark, orders.rows], ["ok", [], watermark, 1234]);
+    assert.deepEqual([orders.last_run_state, orders.last_error], ["succeeded", null]);
+    for (const name of ["watermark_age_seconds", "last_success_age_seconds", "last_run_age_seconds"] as const)
+      assert.ok(Number(orders[name]) >= 0 && Number(orders[name]) < 60, `${name}: ${orders[name]}`);
+    assert.match(String(orders.last_success), /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00$/);
+  });
+
+  test("the last failure is shown with its error, and still the last success", async () => {
+    await shop.admin`alter table orders alter created_at drop not null`;
+    assert.equal((await shop.run(shop.script)).code, 2);
+    await shop.admin`alter table orders alter created_at set not null`;
+    const [{ cells, stdout, code }, { of }] = [await show(shop), await statusOf(shop)];
+    const [watermark, , success, , run, count, , state] = cells.orders ?? [];
+    assert.deepEqual([code, watermark], [1, await shop.watermark()]);
+    assert.match(`${success} | ${run} | ${count} | ${state}`, /^\d+s ago \| failed \d+s ago \| 1,234 \| red$/);
+    const error = "column public\\.orders\\.created_at: expected TIMESTAMP REQUIRED";
+    assert.match(stdout, new RegExp(`^orders: its last run failed: .*\\n +${error}`, "m"));
+    assert.match(String(of.orders?.last_error), new RegExp(error));
+    await shop.succeed(shop.script);
+  });
+
+  test("who holds the watermark is named, and for how long; unknown, not nobody, where the role may not see it", async () => {
+    const assertHeldBy = async (held: string): Promise<void> => {
+      const [{ cells, stdout, code }, { of }] = [await show(shop), await statusOf(shop)];
+      assert.deepEqual([code, cells.orders?.at(-1)], [0, "warn"]);
+      assert.match(stdout, new RegExp(`^orders: its watermark is held for \\d+s by ${held}`, "m"));
+      assert.match(String(of.orders?.held_by), new RegExp(`^${held}`));
+      assert.ok(Number(of.orders?.hold_seconds) > 0);
+    };
+    const holder = shop.connect("nightly import");
+    await holder.unsafe("begin; create table public.imported ()");
+    await assertHeldBy('pid \\d+, application "nightly import", role postgres, state idle in transaction, open for ');
+    await holder.unsafe(`prepare transaction '${shop.dataset}'`);
+    await assertHeldBy(`prepared transaction "${shop.dataset}" of role postgres, prepared `).finally(() =>
+      holder.unsafe(`rollback prepared '${shop.dataset}'`),
+    );
+    const { orders } = (await statusOf(shop)).of;
+    assert.deepEqual([orders?.held_by, orders?.hold_seconds], [null, 0]);
+
+    const role = `${shop.dataset}_blind`;
+    await shop.admin.unsafe(`create role ${role} login password 'secret'`);
+    const url = Object.assign(new URL(shop.env.SOURCE_DATABASE_URL ?? ""), { username: role, password: "secret" });
+    const { of } = await statusOf(shop, { SOURCE_DATABASE_URL: url.href }).finally(() => shop.admin.unsafe(`drop role ${role}`));
+    assert.match(String(of.orders?.held_by), /^unknown: .*grant pg_monitor to/);
+  });
+
   test("a success older than two intervals is red and exit code 1, and a re-run by hand does not hide it", async () => {
-    const fresh = await statusOf(shop);
-    assert.deepEqual([fresh.code, fresh.of.orders?.state, fresh.of.orders?.reasons], [0, "ok", []]);
     await age(1);
     assert.equal((await statusOf(shop)).of.orders?.state, "ok");
     await age(2);
@@ -87,7 +148,6 @@ suite("with one pipeline", () => {
     const { code, of } = await statusOf(shop);
     assert.deepEqual([code, of.orders?.state, of.orders?.last_run_by_hand], [1, "red", true]);
     assert.match(of.orders?.reasons[0] ?? "", /^its last success is 3h 0m ago, and its interval 1h 0m$/);
-    assert.equal(of.users?.state, "new");
     const { stdout } = await shop.run(script);
     assert.match(stdout, /^orders: its last success is 3h 0m ago/m);
     await shop.succeed(shop.script);
@@ -159,6 +219,7 @@ suite("with one pipeline", () => {
       });
       assert.equal(code, 1);
       assert.match(of.orders?.held_by ?? "", /^unknown: cannot connect to SOURCE_DATABASE_URL .*CONNECT_TIMEOUT/);
+      assert.match(of.orders?.reasons.join() ?? "", /cannot tell which transaction holds its watermark: cannot connect to SOURCE/);
       const said = of.sensors?.reasons.join("\n") ?? "";
       for (const part of ["Kafka", "ClickHouse", "Kafka Connect"])
         assert.match(said, new RegExp(`^${part} is not known: ${part} has not answered within 5 s$`, "m"));
@@ -186,7 +247,7 @@ sys.exit(os.waitstatus_to_exitcode(status))`;
   });
 
   test("a run that succeeded deletes the history older than RETENTION_DAYS: never the latest run of a kind, nor a day that is yet to be archived", async () => {
-    await shop.admin`delete from etl.chunks`;
+    await shop.admin.unsafe("delete from etl.chunks; delete from etl.runs where state = 'failed'");
     await shop.admin`
       insert into etl.runs (run_id, pipeline, state, by_hand, host, pid, started_at)
       select format('old_%s_%s', p, i), p, case i when 2 then 'rewound' when 3 then 'running' else 'succeeded' end, i = 4, 'h', 1,
@@ -214,24 +275,17 @@ sys.exit(os.waitstatus_to_exitcode(status))`;
     await shop.succeed(shop.script, { RETENTION_DAYS: "398" });
     assert.deepEqual(await left("orders"), ["old_orders_2", "young"], "the only failed one stays");
   });
-});
 
-test("dead letters go after 400 days, also in a table that was made before", async () => {
-  await using shop = await createShop({ clickhouse: true });
-  const { clickhouse } = shop;
-  await clickhouse.command({ query: "ALTER TABLE sensor_dead_letters REMOVE TTL" });
-  await clickhouse.command({ query: "DROP TABLE etl_migrations SYNC" });
-  await shop.succeed("scripts/ops/migrate.ts");
-  await clickhouse.command({
-    query:
+  test("dead letters go after 400 days", async () => {
+    const run = (query: string) => shop.clickhouse.command({ query });
+    await run(
       "INSERT INTO sensor_dead_letters SELECT 't', 1, 0, number, 0, 'r', 'k', 'v', now64(3) - toIntervalDay(398 + number * 3) FROM numbers(2)",
+    );
+    await run("OPTIMIZE TABLE sensor_dead_letters FINAL");
+    const query = "SELECT toString(offset) AS offset FROM sensor_dead_letters";
+    const answer = await shop.clickhouse.query({ query, format: "JSONEachRow" });
+    assert.deepEqual(await answer.json(), [{ offset: "0" }]);
   });
-  await clickhouse.command({ query: "OPTIMIZE TABLE sensor_dead_letters FINAL" });
-  const answer = await clickhouse.query({
-    query: "SELECT toString(offset) AS offset FROM sensor_dead_letters",
-    format: "JSONEachRow",
-  });
-  assert.deepEqual(await answer.json(), [{ offset: "0" }]);
 });
 
 test("sensors: lag, consumers, dead letters, connector and slot; without a consumer red while messages wait", async () => {
@@ -289,126 +343,87 @@ test("sensors: lag, consumers, dead letters, connector and slot; without a consu
 });
 
 suite("a source restored from an older backup", { concurrency: true }, () => {
-  const says =
+  const next =
     /rows that were synced since may be gone there\. Next: ops\/runbook\.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=orders TO=…/;
 
+  interface Restorable {
+    variables: Env;
+    /** Works as the source's superuser. */
+    within<T>(work: (sql: Sql) => Promise<T>): Promise<T>;
+    backUp(): Promise<{ restore(): Promise<void> }>;
+  }
+
   /** The run refuses and moves nothing; status is red; after the runbook's steps source and destination are equal. */
-  async function assertNoticed(
-    shop: Shop,
-    variables: Env,
-    taken: string,
-    words: RegExp,
-    rows: () => Promise<{ id: string; text: string }[]>,
-  ): Promise<void> {
+  async function assertNoticed({ variables, within, backUp }: Restorable, says: RegExp): Promise<void> {
+    await using shop = await createShop({ clickhouse: true });
+    const insert = (first: number, last: number, text: string) =>
+      within(
+        (sql) => sql`insert into orders (id, status) select i, ${text} from generate_series(${first}::int, ${last}::int) i
+          on conflict (id) do update set status = excluded.status`,
+      );
+    await insert(1, 5, "before");
+    await shop.succeed(shop.script, variables);
+    const backup = await backUp();
+    const taken = new Date().toISOString();
+    await insert(4, 2000, "lost");
+    await shop.succeed(shop.script, variables);
+    await backup.restore();
+    await insert(9, 9, "after the restore");
+
     const state = async () => [await shop.watermark(), await shop.destinationRows()];
     const before = await state();
     const { code, stderr } = await shop.run(shop.script, variables);
-    assert.match(stderr, words);
-    assert.match(stderr, says);
+    for (const words of [says, next]) assert.match(stderr, words);
     assert.equal(code, 1);
     assert.deepEqual(await state(), before);
     const status = await statusOf(shop, variables);
     assert.deepEqual([status.code, status.of.orders?.state], [1, "red"]);
-    assert.match(status.of.orders?.reasons.join() ?? "", words);
+    assert.match(status.of.orders?.reasons.join() ?? "", says);
 
     // ops/runbook.md, "After a restore, a failover or a clock set back".
     await shop.query(`DELETE FROM orders WHERE updated_at >= TIMESTAMP '${taken}'`);
     await shop.succeed("scripts/ops/rewind.ts", { ...variables, PIPELINE: "orders", TO: "0001-01-01" });
     await shop.succeed(shop.script, variables);
-    const there = await shop.query("SELECT id, status AS text FROM orders ORDER BY orders.id");
-    assert.deepEqual(there, await rows());
+    const rows = await within((sql) => sql`select id::text, status as text from orders order by orders.id`);
+    assert.deepEqual(
+      await shop.query("SELECT id, status AS text FROM orders ORDER BY orders.id"),
+      rows.map((row) => ({ ...row })),
+    );
     assert.equal((await statusOf(shop, variables)).code, 0);
   }
 
   test("as a database made anew from it: the run stops, status is red, and the runbook's steps make both equal", async () => {
-    await using shop = await createShop({ clickhouse: true });
-    const server = shop.connect("dba");
-    const [source, backup] = [`${shop.dataset}_source`, `${shop.dataset}_backup`];
-    const to = (name: string, url = shop.env.SOURCE_DATABASE_URL) => Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
-    const variables = { SOURCE_DATABASE_URL: to(source) };
-    const insert = async (first: number, last: number, text: string): Promise<void> => {
-      const sql = postgres(to(source, shop.env.STACK_ADMIN_DATABASE_URL), { max: 1 });
-      await sql`insert into orders (id, status) select i, ${text} from generate_series(${first}::int, ${last}::int) i on conflict (id) do update set status = excluded.status`;
-      await sql.end();
+    const { SOURCE_DATABASE_URL, STACK_ADMIN_DATABASE_URL: url } = localEnv();
+    const [source, backup] = ["source", "backup"].map((name) => `test_${name}_${process.pid}`) as [string, string];
+    const at = (of?: string): string => Object.assign(new URL(of ?? ""), { pathname: `/${source}` }).href;
+    const open = async <T>(of: string, work: (sql: Sql) => Promise<T>): Promise<T> => {
+      const sql = postgres(of, { max: 1, onnotice: () => {} });
+      return await work(sql).finally(() => sql.end());
     };
-    const rows = async () => {
-      const sql = postgres(to(source, shop.env.STACK_ADMIN_DATABASE_URL), { max: 1 });
-      const found = await sql<{ id: string; text: string }[]>`select id::text, status as text from orders order by orders.id`;
-      await sql.end();
-      return found.map((row) => ({ ...row }));
-    };
+    const copy = (to: string, from: string) =>
+      open(url ?? "", async (sql) => {
+        await sql.unsafe(`drop database if exists ${to} with (force)`);
+        await sql.unsafe(`create database ${to} template ${from}`);
+      });
+    await copy(source, "template1");
     try {
-      await server.unsafe(`create database ${source}`);
-      await createSource(to(source, shop.env.STACK_ADMIN_DATABASE_URL), []);
-      await insert(1, 5, "before");
-      await shop.succeed(shop.script, variables);
-      await server.unsafe(`create database ${backup} template ${source}`);
-      const taken = new Date().toISOString();
-      await insert(4, 8, "lost");
-      await shop.succeed(shop.script, variables);
-      await server.unsafe(`drop database ${source} with (force)`);
-      await server.unsafe(`create database ${source} template ${backup}`);
-      await insert(9, 9, "after the restore");
+      await createSource(at(url), []);
+      const backUp = () => copy(backup, source).then(() => ({ restore: () => copy(source, backup) }));
+      const variables = { SOURCE_DATABASE_URL: at(SOURCE_DATABASE_URL) };
       await assertNoticed(
-        shop,
-        variables,
-        taken,
+        { variables, within: (work) => open(at(url), work), backUp },
         /is another one than the watermark \S+ was taken from \(expected .*, found .*\): it was restored or failed over/,
-        rows,
       );
     } finally {
-      for (const name of [source, backup]) await server.unsafe(`drop database if exists ${name} with (force)`);
+      for (const name of [source, backup]) await open(url ?? "", (sql) => sql.unsafe(`drop database if exists ${name} with (force)`));
     }
   });
 
   test("as a copy of its files, with the same system identifier and timeline: the same", async () => {
-    await using shop = await createShop({ clickhouse: true });
-    const name = `test-restored-${randomBytes(4).toString("hex")}`;
-    const folder = stackPath("clusters", name);
-    mkdirSync(folder, { recursive: true });
-    const url = Object.assign(new URL(localEnv().STACK_ADMIN_DATABASE_URL ?? ""), { port: String(await freePort()) });
-    const cluster: Cluster = {
-      name,
-      dataDir: join(folder, "data"),
-      url: url.href,
-      settings: { shared_buffers: "16MB", max_connections: "30" },
-    };
-    const reader = new URL(localEnv().SOURCE_DATABASE_URL ?? "");
-    const variables = { SOURCE_DATABASE_URL: Object.assign(reader, { host: url.host, pathname: url.pathname }).href };
-    const admin = postgres(cluster.url, { max: 1, fetch_types: false });
-    const insert = (first: number, last: number, text: string) => admin`
-      insert into orders (id, status) select i, ${text} from generate_series(${first}::int, ${last}::int) i on conflict (id) do update set status = excluded.status`;
-    const rows = async () =>
-      (await admin<{ id: string; text: string }[]>`select id::text, status as text from orders order by orders.id`).map((row) => ({
-        ...row,
-      }));
-    try {
-      await startCluster(cluster);
-      await createSource(cluster.url, [localEnv().SOURCE_DATABASE_URL ?? ""]);
-      await insert(1, 5, "before");
-      await shop.succeed(shop.script, variables);
-      await stopCluster(name);
-      cpSync(cluster.dataDir, join(folder, "backup"), { recursive: true });
-      const taken = new Date().toISOString();
-      await startCluster(cluster);
-      await insert(4, 2000, "lost");
-      await shop.succeed(shop.script, variables);
-      await stopCluster(name);
-      rmSync(cluster.dataDir, { recursive: true });
-      cpSync(join(folder, "backup"), cluster.dataDir, { recursive: true });
-      await startCluster(cluster);
-      await insert(9, 9, "after the restore");
-      await assertNoticed(
-        shop,
-        variables,
-        taken,
-        /went back: its WAL ends at \S+, and was at \S+ when the watermark \S+ was set: it was restored or failed over/,
-        rows,
-      );
-    } finally {
-      await admin.end({ timeout: 1 });
-      await stopCluster(name);
-      rmSync(folder, { recursive: true, force: true });
-    }
+    await using cluster = await createCluster();
+    await assertNoticed(
+      { variables: cluster.variables, within: (work) => work(cluster.admin), backUp: cluster.saveDisk },
+      /went back: its WAL ends at \S+, and was at \S+ when the watermark \S+ was set: it was restored or failed over/,
+    );
   });
 });

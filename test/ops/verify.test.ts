@@ -8,7 +8,7 @@ import fc from "fast-check";
 import { thousands } from "../../shared/log.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { loadData } from "../data/load.ts";
-import { createProxy, ending, type Gate, type HttpProxy, hold, pass, reach, steps } from "../lib/faults.ts";
+import { answer, createProxy, ending, type Gate, type HttpProxy, hold, pass, reach, steps } from "../lib/faults.ts";
 import { scratchCopy } from "../lib/scratch.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
 import { createShop, type Process, type Result, type Shop, until } from "../lib/shop.ts";
@@ -44,7 +44,7 @@ const soak = process.env.SOAK === "1";
 
 suite("orders of the real data set", () => {
   test("one changed cent among them is found, named, and repaired", async () => {
-    const all = soak ? 155_848 : 20_000;
+    const all = soak ? 155_848 : 5_000;
     await using shop = await createShop();
     await loadData(shop.env.STACK_ADMIN_DATABASE_URL ?? "", { only: ["orders"], maxRows: all });
     await shop.succeed("scripts/orders.ts");
@@ -62,20 +62,11 @@ suite("every type", () => {
   /** Columns beyond the project's: name → type in Postgres, field in BigQuery. */
   const columns: Record<string, [postgres: string, field: object, values: string[]]> = {
     note: ["text", { type: "STRING" }, ["", "-", "1:a", "é", "𝄞", "a'b\\\"\n"]],
-    fixed: ["char(5)", { type: "STRING" }, ["ab", ""]],
     ratio: ["float8", { type: "FLOAT" }, ["0", "-0", "1.1", "-1e-320", "5e-324", "1.7976931348623157e308", "2", "0.1"]],
-    small: ["float4", { type: "FLOAT" }, ["1.1", "-0", "1e-45", "16777216"]],
     precise: ["numeric(38,9)", { type: "NUMERIC" }, ["0", "1.50", "-0.000000001", "12345678901234567890.5"]],
     wide: ["numeric(38,18)", { type: "BIGNUMERIC" }, ["1.5", "100", "-0.000000000000000001"]],
-    cents: ["numeric(12,2)", { type: "NUMERIC", precision: "12", scale: "2" }, ["1.50", "-0.01", "9999999999.99", "0"]],
-    words: ["numeric", { type: "STRING" }, ["1.50", "1e3"]],
-    flag: ["bool", { type: "BOOLEAN" }, ["true", "false"]],
-    day: ["date", { type: "DATE" }, ["0001-01-01", "1969-12-31", "9999-12-31"]],
-    clock: ["time", { type: "TIME" }, ["00:00", "23:59:59.999999"]],
-    wall: ["timestamp", { type: "DATETIME" }, ["0001-01-01 00:00:00.000001", "1969-12-31 23:59:59.999999", "9999-12-31"]],
     moment: ["timestamptz", { type: "TIMESTAMP" }, ["0001-01-01 00:00:00.000001Z", "1969-12-31 23:59:59.999999Z"]],
     bytes: ["bytea", { type: "BYTES" }, ["\\x", "\\x00ff"]],
-    code: ["uuid", { type: "STRING" }, ["00000000-0000-0000-0000-00000000000a"]],
     tags: ["text[]", { type: "STRING", mode: "REPEATED" }, ["{}", '{""}', "{a,b}", '{"a,b"}']],
     sums: ["numeric(12,2)[]", { type: "NUMERIC", precision: "12", scale: "2", mode: "REPEATED" }, ["{1.50,-2}"]],
     doc: [
@@ -123,39 +114,24 @@ suite("every type", () => {
 
   const changes: [change: string, columns: string][] = [
     ["note = NULL WHERE id = 1", "note"], // NULL and ''
-    ["note = '' WHERE id = 1400", "note"],
-    ["note = '1:b' WHERE id = 3", "note"],
-    ["fixed = 'ab' WHERE id = 1", "fixed"],
     ["ratio = 5e-324 WHERE id = 2", "ratio"], // was -0, which BigQuery is given as 0
     ["ratio = 1.1000000000000003 WHERE id = 3", "ratio"],
-    ["ratio = 1e-323 WHERE id = 5", "ratio"],
     ["ratio = CAST('NaN' AS FLOAT64) WHERE id = 7", "ratio"],
     ["precise = NUMERIC '0.000000001' WHERE id = 1", "precise"],
     ["wide = BIGNUMERIC '1.500000000000000001' WHERE id = 1", "wide"],
-    ["cents = NUMERIC '9999999999.98' WHERE id = 3", "cents"],
-    ["flag = NOT flag WHERE id = 1", "flag"],
-    ["day = DATE '0001-01-02' WHERE id = 1", "day"],
-    ["clock = TIME '23:59:59.999998' WHERE id = 2", "clock"],
-    ["wall = DATETIME '0001-01-01 00:00:00.000002' WHERE id = 1", "wall"],
     ["moment = TIMESTAMP '0001-01-01 00:00:00.000002+00' WHERE id = 1", "moment"],
     ["updated_at = TIMESTAMP_ADD(updated_at, INTERVAL 1 MICROSECOND) WHERE id = 4", "updated_at"],
     ["bytes = b'' WHERE id = 2", "bytes"],
     ["doc = NULL WHERE id = 2", "doc"],
-    ["item_count = item_count + 1 WHERE id = 10", "item_count"],
-    ["small = 1.2000000476837158 WHERE id = 1", "small"],
-    ["words = '1.5' WHERE id = 1", "words"],
-    ["code = '00000000-0000-0000-0000-00000000000A' WHERE id = 1", "code"],
     ["line = 't' WHERE id = 1", "line"],
   ];
   // At the source, behind its trigger's back: the local server updates no arrays and no JSON.
   const silent: typeof changes = [
     ["tags = '{\"a,b\"}' WHERE id = 3", "tags"],
-    ["tags = '{}' WHERE id = 2", "tags"],
     ["sums = '{1.50,-2.01}' WHERE id = 1", "sums"],
     [`docs = '{"{\\"a\\": 1}","[3]"}' WHERE id = 1`, "docs"],
     [`doc = '{"b": 1.0, "a": [null, null]}' WHERE id = 2`, "doc"],
     ["doc = '18446744073709551614' WHERE id = 5", "doc"],
-    ["note = 'mine' WHERE id = 1401", "note"],
   ];
   test("changed by the least there is, is found, with its column, and repaired", async () => {
     const expected = new Map<string, string[]>();
@@ -174,44 +150,24 @@ suite("every type", () => {
     });
     await finds(shop, lines, { LIMIT: "100" });
     await finds(shop, [], repair);
-    await finds(shop, []);
     await shop.admin`alter table orders enable trigger user`;
   });
 
   test("but a JSON number that BigQuery would round: it is refused by name, by a run and by verify", async () => {
     const wide = ["12345678901234567890123456789.123456789", "18446744073709551617", "9007199254740993.0", "1e400", "1e-400"];
-    for (const number of wide)
-      for (const column of ["doc", "docs"]) {
-        const value = column === "doc" ? `{"a": [{"n": ${number}}]}` : `{"[${number}]"}`;
-        await shop.admin.unsafe(
-          `update orders set doc = null, docs = '{}' where id = 30; update orders set ${column} = '${value}' where id = 30`,
-        );
-        const { code, stderr } = await shop.run("scripts/orders.ts");
-        assert.match(stderr, new RegExp(`column ${column} of orders, row id=30: .+, which its field cannot hold`));
-        assert.equal(code, 1);
-      }
+    for (const [at, number] of wide.entries()) {
+      const [column, value] = at % 2 ? ["doc", `{"a": [{"n": ${number}}]}`] : ["docs", `{"[${number}]"}`];
+      await shop.admin.unsafe(
+        `update orders set doc = null, docs = '{}' where id = 30; update orders set ${column} = '${value}' where id = 30`,
+      );
+      const { code, stderr } = await shop.run("scripts/orders.ts");
+      assert.match(stderr, new RegExp(`column ${column} of orders, row id=30: .+, which its field cannot hold`));
+      assert.equal(code, 1);
+    }
     assert.match((await shop.run(verify, { PIPELINE: "orders" })).stderr, /column docs of orders, row id=30/);
     await shop.admin`update orders set docs = '{}' where id = 30`;
     await shop.succeed("scripts/orders.ts");
     await finds(shop, []);
-  });
-});
-
-suite("many columns", () => {
-  test("of which the last differs: it is found, and repaired", async () => {
-    const names = Array.from({ length: soak ? 1580 : 200 }, (_, i) => `column_${i}`);
-    using scratch = scratchCopy();
-    scratch.editFields("orders", (fields) => [...fields, ...names.map((name) => ({ name, type: "FLOAT", mode: "NULLABLE" }))]);
-    scratch.edit("sql/orders.sql", (text) => text.replace("updated_at\nfrom", `updated_at, ${names.join(", ")}\nfrom`));
-    await using shop = await createShop({ folder: scratch.folder });
-    await shop.admin.unsafe(`alter table orders ${names.map((name) => `add ${name} float8`).join(", ")}`);
-    await shop.insertRows(1, 3);
-    const last = names.at(-1);
-    await shop.admin.unsafe(`update orders set ${last} = 0.1`);
-    await shop.succeed("scripts/orders.ts");
-    await shop.query(`UPDATE orders SET ${last} = 0.2 WHERE id = 2`);
-    await finds(shop, [`different id=2: ${last}`]);
-    await finds(shop, [], repair);
   });
 });
 
@@ -308,23 +264,22 @@ suite("a shop's orders", () => {
     ["between source and destination", statements, comparison],
   ] as const)
     test(`what changes ${point} is no difference, whether a whole run brings it or not`, async () => {
-      const base = others ? 3200 : 3100;
-      for (const brought of [false, true]) {
-        const gate = hold();
-        const [run, proxy] = await startHeld(verify, {}, step, gate, others);
-        await using _proxy = proxy;
-        const first = base + (brought ? 10 : 0);
+      const gate = hold();
+      const [run, proxy] = await startHeld(verify, {}, step, gate, others);
+      await using _proxy = proxy;
+      for (const brought of [true, false]) {
+        const first = (others ? 3200 : 3100) + (brought ? 0 : 10);
         await shop.updateRows(first - 2000, first - 1995, "meanwhile");
         await shop.insertRows(first, first + 5);
         // Of those that are synced, one that is deleted before it reads the source is a true difference.
         await shop.admin`delete from orders where id in (${others ? first - 1994 : first}, ${first})`;
         if (brought) await sync();
-        gate.release();
-        assertFound(await run.ended, []);
-        await sync();
-        await shop.succeed("scripts/ops/sweep.ts", { PIPELINE: "orders" });
-        await finds(shop, []);
       }
+      gate.release();
+      assertFound(await run.ended, []);
+      await sync();
+      await shop.succeed("scripts/ops/sweep.ts", { PIPELINE: "orders" });
+      await finds(shop, []);
     });
 
   test("what a sweep removes between source and destination is compared again", async () => {
@@ -362,14 +317,12 @@ suite("a shop's orders", () => {
     );
     using scratch = scratchCopy();
     scratch.editFields("orders", (fields) => fields.map((field) => (field.name === "id" ? { ...field, mode: "NULLABLE" } : field)));
-    for (const script of [verify, "scripts/orders.ts", "scripts/ops/doctor.ts"]) {
-      const refused = await shop.run(join(relative(root, scratch.folder), script), { PIPELINE: "orders" });
-      assert.match(
-        `${refused.stdout}${refused.stderr}`,
-        /schemas\/bigquery\/orders\.json must be .+: field id is part of the primary key: set its mode to REQUIRED/,
-      );
-      assert.notEqual(refused.code, 0);
-    }
+    const refused = await shop.run(join(relative(root, scratch.folder), verify), { PIPELINE: "orders" });
+    assert.match(
+      refused.stderr,
+      /schemas\/bigquery\/orders\.json must be .+: field id is part of the primary key: set its mode to REQUIRED/,
+    );
+    assert.equal(refused.code, 2);
   });
 
   test("a repair waits for the lock, and says who holds it", async () => {
@@ -383,16 +336,14 @@ suite("a shop's orders", () => {
     assertFound(await run.ended, []);
   });
 
-  for (const [at, step, others] of [
-    ["the load", steps.upload, 0],
-    ["the comparison", statements, comparison],
-    ["the DELETE", statements, deletion],
-    ["the MERGE", statements, merge],
+  for (const [at, others] of [
+    ["the DELETE", deletion],
+    ["the MERGE", merge],
   ] as const)
     test(`killed before ${at} of a repair, the same command repairs it`, async () => {
       await shop.query("DELETE FROM orders WHERE id BETWEEN 50 AND 60");
       await shop.query("UPDATE orders SET item_count = -1 WHERE id BETWEEN 61 AND 70");
-      const [run, proxy] = await startHeld(verify, repair, step, hold(), others);
+      const [run, proxy] = await startHeld(verify, repair, statements, hold(), others);
       await using _proxy = proxy;
       run.child.kill("SIGKILL");
       await run.ended;
@@ -447,7 +398,6 @@ suite("a shop's orders", () => {
     assert.match(stderr, /^Newer than anything at the source: was it restored from an older backup\? ops\/runbook\.md/m);
     await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: "orders", TO: at.replace(" ", "T").replace(/\+00$/, "Z") });
     await sync();
-    await finds(shop, [...changed, `extra id=5001${newer}`, `extra id=5002${newer}`]);
     await finds(shop, [], repair);
     assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
   });
@@ -474,10 +424,10 @@ suite("a shop's orders", () => {
     assert.deepEqual([counts(users, "orders").different, counts(users, "sensors").different], ["0", "0"]);
     assert.equal(users.code, 1);
     const refused: [Variables, RegExp][] = [
-      ...["events", "nonsense"].map((PIPELINE): [Variables, RegExp] => [
-        { PIPELINE },
+      [
+        { PIPELINE: "events" },
         new RegExp(`PIPELINE must be one of ${pipelines().join(", ")}, sensors \\(of events: make verify-events FROM=… TO=…\\)`),
-      ]),
+      ],
       [
         { PIPELINE: "sensors", ...repair },
         /REPAIR=1 is not available for sensors: a change still in Kafka could overwrite the repair\. Next: make resnapshot/,
@@ -507,8 +457,10 @@ suite("a shop's orders", () => {
     assert.doesNotMatch(result.stderr, /pipeline=users/);
   });
 
-  test("a destination that does not answer is no agreement", async () => {
-    const { code, stderr } = await shop.run(verify, { PIPELINE: "orders", BIGQUERY_ENDPOINT: "http://127.0.0.1:1" });
+  test("a destination that cannot be read is no agreement", async () => {
+    await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
+    proxy.fault(steps.anything, answer(403, { reason: "accessDenied" }));
+    const { code, stderr } = await shop.run(verify, { PIPELINE: "orders", BIGQUERY_ENDPOINT: proxy.url });
     assert.match(stderr, /cannot read the destination table/);
     assert.equal(code, 1);
   });

@@ -10,26 +10,21 @@ import { type Command, checkPort } from "./process.ts";
 import { digest, type Part, stackPath } from "./stack.ts";
 
 const pom = join(import.meta.dirname, "kafka/pom.xml");
-/** After a change of the pom: `make up` fails, and leaves in .stack/kafka/libs.new what `sha256sum *.jar` is then to be kept of. */
-const sums = join(import.meta.dirname, "kafka/SHA256SUMS");
+/**
+ * SHA-256 of all jars: of a line "SUM  NAME" for each, by name. Maven itself checks only what the same repository says. After a change of
+ * the pom `make up` fails with the new one, and leaves the jars in .stack/kafka/libs.new.
+ */
+const jars = "62cf5a040781081ad4af0fdfe9b3e81b07c96d7ca2ec30ae79102672ebc5dad2";
 const libs = stackPath("kafka", "libs");
 const needsJava = "Install Java 17 or later (Debian: openjdk-17-jre-headless)";
 const needsMaven = "Install Maven 3.8 or later (Debian: maven)";
 
-/** Throws unless these are exactly the jars of SHA256SUMS: Maven itself checks only what the same repository says. */
+const sha256 = (content: string | Buffer): string => createHash("sha256").update(content).digest("hex");
+
 function verifyJars(folder: string): void {
-  const expected = readFileSync(sums, "utf8").trim().split("\n").sort();
-  const found = readdirSync(folder).map((name) => {
-    const sum = createHash("sha256")
-      .update(readFileSync(join(folder, name)))
-      .digest("hex");
-    return `${sum}  ${name}`;
-  });
-  const wrong = [
-    ...expected.filter((line) => !found.includes(line)).map((line) => `missing: ${line}`),
-    ...found.filter((line) => !expected.includes(line)).map((line) => `not expected: ${line}`),
-  ];
-  if (wrong.length) throw new Error(`kafka: ${folder} is not what ${sums} says:\n${wrong.join("\n")}`);
+  const names = readdirSync(folder).sort();
+  const found = sha256(names.map((name) => `${sha256(readFileSync(join(folder, name)))}  ${name}`).join("\n"));
+  if (found !== jars) throw new Error(`kafka: the jars in ${folder} are not those that ${import.meta.filename} names, but ${found}`);
 }
 
 /** Maven's folder of downloads: the user's own, or one in .stack/ where that cannot be written. */
@@ -45,7 +40,7 @@ function repository(): string[] {
 
 export const kafkaInstall: Install = {
   name: "kafka",
-  definition: () => readFileSync(pom, "utf8") + readFileSync(sums, "utf8"),
+  definition: () => readFileSync(pom, "utf8") + jars,
   run: async () => {
     const version = await run("java", ["--version"], { needs: needsJava });
     if (Number(version.match(/^\S+ (\d+)/)?.[1]) < 17) throw new Error(`java: ${version.split("\n")[0]}. ${needsJava}`);

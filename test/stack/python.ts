@@ -3,12 +3,16 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
-import { goDir, needsGo } from "./go.ts";
+import { downloadModule } from "./go.ts";
 import { type Install, run } from "./install.ts";
 import { say, stackDir, stackPath } from "./stack.ts";
 
 export const python = stackPath("python", "bin", "python3");
-const module = "github.com/kluctl/go-embed-python";
+const module = {
+  path: "github.com/kluctl/go-embed-python",
+  version: "v0.0.0-3.14.6-20260610-1",
+  sum: "h1:oGUS7++Wm3LgxUfD6AmJgKbKQD2wdQFO9PzyJv6T+E4=",
+};
 const locks = ["requirements.txt", "requirements-sdist.txt"].map((name) => join(import.meta.dirname, name));
 // Puts DuckDB's extensions where it looks for them (below HOME): else it would try to download them at the first use. The
 // packages' own copies (160 MB) then go.
@@ -38,9 +42,9 @@ function unpack(from: string, to: string): void {
 
 async function install(): Promise<void> {
   const arch = process.arch === "x64" ? "amd64" : process.arch;
-  const { Dir: dir } = JSON.parse(await run("go", ["mod", "download", "-json", module], { cwd: goDir, needs: needsGo }));
+  const dir = await downloadModule(module);
   const data = join(dir, "python/internal/data", `${process.platform}-${arch}`);
-  if (!existsSync(data)) throw new Error(`python: ${module} has no CPython for ${process.platform} on ${arch}`);
+  if (!existsSync(data)) throw new Error(`python: ${module.path} has no CPython for ${process.platform} on ${arch}`);
   // Under a name of its own until it is whole; what an install that was killed left behind goes first.
   for (const name of readdirSync(stackDir)) if (name.startsWith("python.")) rmSync(stackPath(name), { recursive: true });
   const fresh = stackPath(`python.${process.pid}`);
@@ -61,10 +65,6 @@ async function install(): Promise<void> {
 
 export const pythonInstall: Install = {
   name: "python",
-  definition: () => {
-    const sums = readFileSync(join(goDir, "go.sum"), "utf8").split("\n");
-    const files = [...locks, import.meta.filename].map((file) => readFileSync(file, "utf8"));
-    return [...sums.filter((line) => line.startsWith(`${module} `)), ...files].join("\n");
-  },
+  definition: () => [...locks, import.meta.filename].map((file) => readFileSync(file, "utf8")).join("\n"),
   run: install,
 };

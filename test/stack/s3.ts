@@ -4,12 +4,17 @@ import { endpoint } from "./env.ts";
 import { goProgram } from "./go.ts";
 import { type Part, stackPath } from "./stack.ts";
 
+const versitygw = {
+  path: "github.com/versity/versitygw",
+  version: "v1.8.0",
+  sum: "h1:au+wI+aybno/STsQiSm35Uu6Q6iK5MWReQxgO6SEMFc=",
+};
 const health = "/health"; // so no bucket can have this name
 
 export const s3: Part = {
   name: "s3",
   variable: "S3_ENDPOINT",
-  installs: [goProgram("versitygw", "github.com/versity/versitygw/cmd/versitygw")],
+  installs: [goProgram("versitygw", versitygw)],
   prepare: async () => void mkdirSync(stackPath("s3"), { recursive: true }),
   command: (env) => {
     const { host, port } = endpoint(env.S3_ENDPOINT ?? "");
