@@ -45,7 +45,7 @@ await main(import.meta, async () => {
       const done = await withRetry(run, isTransient, async (attempt) => {
         if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
         // Extract, load, count.
-        await using staging = await stageChunk(run, env.SOURCE_DATABASE_URL, columns, destination, chunk, attempt);
+        await using staging = await stageChunk(run, columns, destination, chunk, attempt);
         const { inserted, updated } = await mergeStaging(run, destination, staging); // upsert
         return { ...staging.sent, inserted, updated };
       });

@@ -29,24 +29,19 @@ async function askGateway(url: string, method: string, group: Record<string, str
 export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
 
 /**
- * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus.
- * @returns tells it of an event, after those before; takes at most 5 s each, and never throws.
+ * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus. Takes at
+ * most 5 s, and never throws.
  */
-export function createHeartbeat(pipeline: string, url: string): (event: "start" | "success" | "fail") => Promise<void> {
-  let before = Promise.resolve();
-  const get = async (event: string): Promise<void> => {
+export async function tellHeartbeat(url: string, pipeline: string, event: "start" | "success" | "fail"): Promise<void> {
+  if (!url) return;
+  try {
     const target = new URL(url.replaceAll("{pipeline}", pipeline));
     if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
     const { ok, status, body } = await ask("HEARTBEAT_URL", target, {}, 5);
     await body?.cancel();
     if (!ok) throw new Error(`HTTP status ${status}`);
-  };
-  return (event) => {
+  } catch (error) {
     const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
-    const told = before.then(() => (url ? get(event) : undefined));
-    before = told.catch(({ message, cause }: Error) =>
-      log({ pipeline, step: "warning", warning, error: (cause as Error | undefined)?.message || message }),
-    );
-    return before;
-  };
+    log({ pipeline, step: "warning", warning, error: (error as Error).message });
+  }
 }

@@ -1,7 +1,7 @@
 /** A row that the source or the destination refuses, for whatever reason, is named by its key. */
 import { SourceError } from "./copy.ts";
 import type { Run } from "./run.ts";
-import { quote } from "./session.ts";
+import { queryWith, quote } from "./session.ts";
 import { rowName } from "./source.ts";
 
 /** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
@@ -25,12 +25,8 @@ export async function nameRefused(
   settings: Record<string, string>,
   load: (select: string) => Promise<unknown>,
 ): Promise<Error> {
-  // In a transaction: another day of a backfill may ask at the same time, in the same session.
   const ask = async (value: string, rows: string): Promise<string | undefined> =>
-    await run.source.begin("read only", async (sql) => {
-      for (const [name, setting] of Object.entries(settings)) await sql`select set_config(${name}, ${setting}, true)`;
-      return (await sql.unsafe<{ value: string }[]>(`select ${value} as value from (${rows}) q`))[0]?.value;
-    });
+    (await queryWith<{ value: string }>(run.source, settings, `select ${value} as value from (${rows}) q`))[0]?.value;
   const part = (first: number, rows: number): string =>
     `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
   const refusal = (rows: string): Promise<Error | undefined> =>

@@ -139,9 +139,9 @@ export interface Window {
   to: string;
 }
 
-/** Rows of a query about the rows of a window. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
-export async function queryWindow<T extends object>(sql: Sql, { from, to }: Window, query: string): Promise<T[]> {
-  const set = sql`select set_config('etl.from', ${from}, false), set_config('etl.to', ${to}, false)`;
+/** Rows of a query that reads settings, such as etl.from. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
+export async function queryWith<T extends object>(sql: Sql, settings: Record<string, string>, query: string): Promise<T[]> {
+  const set = sql`select set_config(key, value, false) from jsonb_each_text(${JSON.stringify(settings)}::text::jsonb)`;
   return (await Promise.all([set, sql.unsafe<T[]>(query)]))[1]; // nothing of this session comes in between
 }
 

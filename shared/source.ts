@@ -4,7 +4,7 @@ import { join } from "node:path";
 import type { Sql } from "postgres";
 import { root, UsageError } from "./env.ts";
 import type { Run } from "./run.ts";
-import { quote } from "./session.ts";
+import { queryWith, quote } from "./session.ts";
 
 /** What a pipeline reads: a table, the column that says when a row last changed, and the SELECT of sql/NAME.sql. */
 export interface Source {
@@ -49,6 +49,9 @@ export interface Expected {
   differs(column: Column): string | undefined;
 }
 
+/** What sql/source_checks.sql returns. `found`: what the SELECT returns; `unknown`: columns of the table that are neither expected nor read. */
+type Checked = { faults: string[]; found: Column[]; unknown: string[]; key_columns: string[] };
+
 /**
  * Compares the table and its cursor column, and what the SELECT returns, with what `file` expects. A column of the table that is not
  * expected, and rows that no run reads, are a warning and a metric.
@@ -58,17 +61,21 @@ export interface Expected {
 export async function checkColumns(run: SchemaCheck, file: string, of: Source, wanted: Expected[]): Promise<Column[]> {
   const { source, pipeline } = run;
   const { table, cursor, select, key = [] } = of;
-  const known = (name: string): boolean => wanted.some((column) => column.name === name);
-  const refused: string[] = [];
-  const columns = await describe(source, `select * from ${table}`, table).catch(() => []);
-  const found = await describe(source, select, table).catch((error: Error & { code?: string }) => {
-    if (!error.code?.startsWith("42")) throw error; // a name that is not there, or may not be used
-    refused.push(`sql/${pipeline}.sql: ${error.message}`);
-    return columns.filter(({ name }) => known(name)); // the others are still worth checking, as the table has them
-  });
-  const own = found.map((column) => column.of).filter((name) => name !== null);
-  const keyColumns = found.filter(({ name }) => key.includes(name)).map((column) => column.of ?? column.name);
-  const faults = await findFaults(source, of, keyColumns, own);
+  let refused = "";
+  const described = await source
+    .unsafe(select)
+    .describe()
+    .catch((error: Error & { code?: string }) => {
+      if (!error.code?.startsWith("42")) throw error; // a name that does not exist, or may not be used
+      refused = `sql/${pipeline}.sql: ${error.message}`;
+    });
+  const settings = {
+    ...{ "etl.source": table, "etl.source_cursor": cursor, "etl.source_key": key.join() },
+    "etl.source_fields": wanted.map(({ name }) => name).join(),
+    "etl.source_select": described ? JSON.stringify(described.columns) : "",
+  };
+  const checks = readFileSync(join(root, "sql/source_checks.sql"), "utf8");
+  const [{ faults, found, unknown, key_columns }] = (await queryWith(source, settings, checks)) as [Checked];
   if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
   const fault = (column: string, expected: string, is: string): void =>
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
@@ -79,13 +86,13 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
     else if (column?.of === null && (name === cursor || key.includes(name)))
       fault(name, "a column of this table, since rows are found by it", `something else in sql/${pipeline}.sql`);
   }
-  for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  if (!faults.length) faults.push(...refused);
-  const unreachable = faults.length ? { infinite: 0, future: 0 } : await findUnreachable(source, of, keyColumns);
+  for (const { name } of found)
+    if (!wanted.some((column) => column.name === name)) fault(name, `no such field (${file})`, "it in the SELECT");
+  if (refused && !faults.length) faults.push(refused);
+  const unreachable = faults.length ? { infinite: 0, future: 0, first: null } : await findUnreachable(source, of, key_columns);
   const correct = `update ${table} set ${cursor} = now() where ${cursor}`;
   if (unreachable.infinite)
     fault(cursor, "finite times, since it is the cursor", `infinity. Run: ${correct} in ('infinity', '-infinity');`);
-  const unknown = columns.map(({ name }) => name).filter((name) => !known(name) && !own.includes(name));
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
     throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
@@ -99,44 +106,20 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
   return found;
 }
 
-async function findFaults(sql: Sql, { table, cursor }: Source, key: string[], columns: string[]): Promise<string[]> {
-  await sql`select set_config('etl.source', ${table}, false), set_config('etl.source_cursor', ${cursor}, false),
-    set_config('etl.source_key', ${key.join()}, false), set_config('etl.source_columns', ${columns.join()}, false)`;
-  const rows = await sql.unsafe<{ fault: string }[]>(readFileSync(join(root, "sql/source_checks.sql"), "utf8"));
-  return rows.map(({ fault }) => fault);
-}
-
 /** Rows whose cursor is infinite or lies in the future: how many, and the first one's key. No window ends after them. */
-export async function findUnreachable(
-  sql: Sql,
-  { table, cursor }: Source,
-  key: string[],
-): Promise<{ infinite: number; future: number; first?: string }> {
+export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: string[]) {
   const column = quote(cursor);
-  const name = key.length ? rowName(key) : `${column}::text`;
-  const [row] = await sql.unsafe<{ infinite: number; future: number; first: string }[]>(`
+  const [found] = (await sql.unsafe(`
     select count(*) filter (where not isfinite(${column}))::int as infinite, count(*) filter (where isfinite(${column}))::int as future,
-      min(${name}) as first
-    from ${table} where ${column} > clock_timestamp() or ${column} = '-infinity'`);
-  return row ?? { infinite: 0, future: 0 };
+      min(${rowName(key.length ? key : [cursor])}) as first
+    from ${table} where ${column} > clock_timestamp() or ${column} = '-infinity'`)) as [Unreachable];
+  return found;
 }
+type Unreachable = { infinite: number; future: number; first: string | null };
 
 /** SQL: a row's key as text, for example id=17. */
 export const rowName = (key: string[]): string =>
   key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
-
-/** What a SELECT returns: each column's type, and the table's column that it is, if it is one. */
-async function describe(source: Sql, select: string, table: string): Promise<Column[]> {
-  const { columns } = await source.unsafe(select).describe();
-  return await source<Column[]>`
-    select d.name, case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
-      e.oid is not null as array, format_type(t.oid, null) as sql, format_type(t.oid, a.atttypmod) as declared,
-      coalesce(a.attnotnull, false) as notnull, case when a.attrelid = to_regclass(${table}) then a.attname end as of
-    from jsonb_to_recordset(${JSON.stringify(columns)}::text::jsonb) as d (name text, type oid, "table" oid, number int)
-    join pg_type t on t.oid = d.type
-    left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
-    left join pg_attribute a on a.attrelid = d."table" and a.attnum = d.number`;
-}
 
 /** All differences of one side, in one error. */
 export const driftError = (side: string, faults: string[], next: string): UsageError =>

@@ -9,10 +9,8 @@ import { join } from "node:path";
 import type { Sql } from "postgres";
 import { root } from "./env.ts";
 import type { Run } from "./run.ts";
-import { queryWindow, quote, utc, type Window } from "./session.ts";
+import { queryWith, quote, utc, type Window } from "./session.ts";
 import type { Source } from "./source.ts";
-
-export type { Window };
 
 /** What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Null where it is not known. */
 export interface Origin {
@@ -76,18 +74,18 @@ const history = {
  * @throws Error where open transactions cannot be seen, so that no bound is safe.
  */
 export async function readBound(source: Sql): Promise<Bound> {
-  const [bound] = await source.unsafe<Bound[]>(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"));
-  if (!bound) throw new Error("sql/safe_bound.sql returned no row");
+  const [bound] = (await source.unsafe(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"))) as [Bound];
   if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
   const unknown: string[] = [];
-  const read = async (what: string): Promise<string | null> => {
-    const asked = source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`);
-    const rows = await asked.catch(({ code = "", message }: Error & { code?: string }) => {
-      if (!/^(42501|42883|0A000|55000)$/.test(code)) throw new Error(message); // not its to call, no such function, not supported
-      unknown.push(message);
-    });
-    return rows?.[0]?.value ?? null;
-  };
+  const read = (what: string): Promise<string | null> =>
+    source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`).then(
+      ([row]) => row?.value ?? null,
+      (error: Error & { code?: string }) => {
+        if (!/^(42501|42883|0A000|55000)$/.test(error.code ?? "")) throw error; // not its to call, no such function, not supported
+        unknown.push(error.message);
+        return null;
+      },
+    );
   const [system, timeline, wal] = [await read(history.system), await read(history.timeline), await read(history.wal)];
   return { ...bound, server: system && timeline && `${system}/${timeline}`, wal, unknown };
 }
@@ -98,8 +96,7 @@ export async function readBound(source: Sql): Promise<Bound> {
  * @returns why not, in words with the next command, or undefined.
  */
 export async function distrust(
-  source: Sql,
-  pipeline: string,
+  { pipeline, source }: Pick<Run, "pipeline" | "source">,
   stored: Watermark,
   bound: Bound,
   target?: Target,
@@ -133,23 +130,22 @@ export async function distrust(
 
 /** Whether a pipeline reads any row before this point. */
 async function hasRows(source: Sql, { select }: Source, to: string): Promise<boolean> {
-  return (await queryWindow(source, { from: "-infinity", to }, `select from (${select}) q limit 1`)).length > 0;
+  return (await queryWith(source, { "etl.from": "-infinity", "etl.to": to }, `select from (${select}) q limit 1`)).length > 0;
 }
+
+/** Given both, a window is read again. */
+type Asked = { FROM?: string | undefined; TO?: string | undefined };
 
 /**
  * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter, or empty: a
  * later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the next command.
  */
-export async function takeWindow(
-  run: Run,
-  { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
-  target?: Target,
-): Promise<Window & { origin: Origin }> {
+export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target): Promise<Window & { origin: Origin }> {
   const stored = await readWatermark(run.etl, run.pipeline);
   const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
   const { prepared, holder, hold_seconds } = bound;
-  const reason = stored && !FROM && (await distrust(run.source, run.pipeline, stored, bound, target));
+  const reason = stored && !FROM && (await distrust(run, stored, bound, target));
   if (reason) throw new Error(reason);
   const unknown = "the server does not say, so that a restore or a failover is not noticed";
   if (bound.unknown.length) run.log("warning", { warning: `${unknown}: ${bound.unknown.join("; ")}` });
@@ -183,7 +179,8 @@ export async function nextChunk(run: Run, { select, cursor }: Source, { from, to
       case when max(c) = current_setting('etl.from')::timestamptz then
         (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
     from head`;
-  const [cut] = await queryWindow<{ rows: number; last: string; next: string | null }>(run.source, { from, to }, query);
+  const settings = { "etl.from": from, "etl.to": to };
+  const [cut] = await queryWith<{ rows: number; last: string; next: string | null }>(run.source, settings, query);
   if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
   return { from, to: cut.last > from ? cut.last : (cut.next ?? to), rows: chunkRows };
 }

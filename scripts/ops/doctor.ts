@@ -187,7 +187,7 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
     await check(`${pipeline}: watermark`, async () => {
       const stored = await readWatermark(etl, pipeline);
       const target = pipeline === "events" ? undefined : await openTarget(pipeline).catch(() => undefined); // its own section says why
-      const reason = stored && (await distrust(source, pipeline, stored, await readBound(source), target));
+      const reason = stored && (await distrust({ pipeline, source }, stored, await readBound(source), target));
       if (reason) throw new Error(reason);
       return stored?.watermark ?? "none yet";
     });

@@ -45,7 +45,7 @@ await main(import.meta, async () => {
         `TO=${to} is after the watermark ${watermark}: a rewind goes back only, since the rows between them would never be read.`,
       );
     const bound = await readBound(source);
-    const reason = await distrust(source, pipeline, stored, bound);
+    const reason = await distrust({ pipeline, source }, stored, bound);
     const kept = "the destination may hold versions that the source has lost, dated later, which the upsert keeps";
     if (reason) run.log("warning", { warning: `${kept}: ${reason}` });
     const rows = await countAgain(run, to, watermark);

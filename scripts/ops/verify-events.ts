@@ -19,7 +19,6 @@ import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
 import {
   addDays,
   checkArchivable,
-  copyRows,
   dayPrefix,
   daysBetween,
   daysFailed,
@@ -58,7 +57,7 @@ await main(import.meta, async () => {
       const source = await readSource(run.source, day);
       return await compareDay(run, day, archived, source, async () => {
         const hash = createHash("sha256");
-        await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rowsOf(day));
+        await using stream = run.copy(lines(), rowsOf(day));
         for await (const piece of stream.lines) {
           hash.update(piece);
           progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);

@@ -1,14 +1,14 @@
 /** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
 import type { Job, QueryRowsResponse, Table } from "@google-cloud/bigquery";
-import { copyJsonLines, type RowStream } from "../copy.ts";
+import type { RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
 import type { Window } from "../session.ts";
 import type { Column } from "../source.ts";
-import { type ApiError, addBilled, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
+import { type ApiError, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
 import { checkDestination, optionFaults } from "./contract.ts";
 import { type Contract, jsonLines } from "./types.ts";
 
@@ -53,24 +53,17 @@ export interface Staging extends AsyncDisposable {
  * @param columns as checkSource returns them. @param attempt names the table, with the run and the chunk.
  * @throws UsageError where a key comes twice; Error that names the row, where the source or BigQuery refuses one, for whatever reason.
  */
-export async function stageChunk(
-  run: Run,
-  url: string,
-  columns: Column[],
-  to: Destination,
-  chunk: Window,
-  attempt: number,
-): Promise<Staging> {
+export async function stageChunk(run: Run, columns: Column[], to: Destination, chunk: Window, attempt: number): Promise<Staging> {
   const { pipeline, source, key } = to.contract;
+  const settings = { "etl.from": chunk.from, "etl.to": chunk.to };
   const stage = (part: string, select: string): Promise<Staging> => {
     const name = `${pipeline}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}${part}`;
     const lines = jsonLines(to.contract, select, columns);
-    return fillStaging(run, to, name, () => copyJsonLines(url, lines, run.session, chunk));
+    return fillStaging(run, to, name, () => run.copy(lines, settings));
   };
   return await stage("", source.select).catch(async (error: Error) => {
     if (!isRefusal(error)) throw error;
     let step = 0;
-    const settings = { "etl.from": chunk.from, "etl.to": chunk.to };
     throw await nameRefused(run, key, source.select, settings, async (select) => {
       await using _ = await stage(`_part_${++step}`, select);
     });
@@ -188,7 +181,6 @@ export async function change(run: Run, to: Destination, jobId: string, sql: stri
   const { bigquery, dataset, contract } = to;
   const query = { query: traceable(run, sql), useLegacySql: false };
   const { statistics } = await runJob(run, bigquery, jobId, { query });
-  addBilled(run, statistics);
   if (statistics.rowLevelSecurityStatistics?.rowLevelSecurityApplied)
     throw new UsageError(
       `${optionFaults(`${dataset}.${contract.pipeline}`, {}, true)}; then: make verify PIPELINE=${contract.pipeline} REPAIR=1`,
@@ -202,7 +194,7 @@ export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: D
   const query = { query: traceable(run, sql), labels: labels(run) };
   const [rows, , answer] = (await bigquery.query(query)) as unknown as QueryRowsResponse;
   const [{ statistics }] = await bigquery.job(answer?.jobReference?.jobId ?? "").getMetadata();
-  addBilled(run, statistics);
+  run.totals.bytes_billed += Number(statistics.query?.totalBytesBilled ?? 0);
   return rows as T[];
 }
 

@@ -17,7 +17,6 @@ import postgres from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStaging, mergeStatement, openDestination, stageChunk } from "../../shared/bigquery/load.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
-import { copyJsonLines } from "../../shared/copy.ts";
 import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { table } from "../../shared/table.ts";
@@ -101,7 +100,7 @@ await runPipeline("orders", env, async (run) => {
   const described = await checkSource(run, contract);
   select = jsonLines(contract, contract.source.select, described);
   const window = { from: "-infinity", to: "infinity" };
-  const copy = (): ReturnType<typeof copyJsonLines> => copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
+  const copy = () => run.copy(select, { "etl.from": "-infinity", "etl.to": "infinity" });
   const extraction: number[] = [];
   const extract = async () => {
     const before = sourceCpu();
@@ -127,8 +126,7 @@ await runPipeline("orders", env, async (run) => {
   if (!parts.includes("steps")) return;
   if (!extraction.length) await extract();
   const destination = await openDestination(env, contract);
-  const url = env.SOURCE_DATABASE_URL;
-  const [load, staging] = await timed(() => stageChunk(run, url, described, destination, window, 1));
+  const [load, staging] = await timed(() => stageChunk(run, described, destination, window, 1));
   const [merge] = await timed(() => mergeStaging(run, destination, staging));
   const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());
   const total = load + merge + drop;

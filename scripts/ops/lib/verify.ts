@@ -97,9 +97,10 @@ export interface Both {
  * Why the watermark cannot be trusted, in words with the next command, if it cannot.
  * @throws UsageError where there is none: nothing has been synced.
  */
-export async function distrusted({ pipeline, etl, source }: Run): Promise<string | undefined> {
+export async function distrusted(run: Run): Promise<string | undefined> {
+  const { pipeline, etl } = run;
   const stored = await readWatermark(etl, pipeline);
-  if (stored) return await distrust(source, pipeline, stored, await readBound(source));
+  if (stored) return await distrust(run, stored, await readBound(run.source));
   throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
 }
 
@@ -122,7 +123,7 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     const all = { from: "-infinity", to: "infinity" };
-    await using staging = await stageChunk(run, env.SOURCE_DATABASE_URL, from, to, all, attempt);
+    await using staging = await stageChunk(run, from, to, all, attempt);
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
