@@ -21,7 +21,7 @@ import { mergeStaging, openDestination, stageChunk } from "../shared/bigquery/lo
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
-import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
+import { advance, cutChunks, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "users";
 
@@ -39,9 +39,7 @@ await main(import.meta, async () => {
     const window = await takeWindow(run, env, destination);
 
     // 4. For each chunk: extract, load, count, upsert, advance.
-    for (let from = window.from; ; ) {
-      const chunk = await nextChunk(run, contract.source, { from, to: window.to }, env.CHUNK_ROWS);
-      if (!chunk) break;
+    for await (const chunk of cutChunks(run, contract.source, window, env.CHUNK_ROWS)) {
       const done = await withRetry(run, isTransient, async (attempt) => {
         if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
         // Extract, load, count.
@@ -51,7 +49,6 @@ await main(import.meta, async () => {
       });
       await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);
-      from = chunk.to;
     }
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });

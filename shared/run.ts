@@ -29,7 +29,7 @@ export const pipelineVariables = {
   TO: optional(timestamp),
 };
 
-/** Without SOURCE_DATABASE_URL the run has no source. FROM, ONLY and DRY_RUN make it one by hand. */
+/** Without SOURCE_DATABASE_URL the run has no source, and must not ask it. FROM, ONLY and DRY_RUN make it one by hand. */
 type RunEnv = Env<typeof runVariables> & Partial<Env<typeof pipelineVariables>> & { ONLY?: string | undefined; DRY_RUN?: boolean };
 
 /**
@@ -79,7 +79,7 @@ export function newRunId(at: number = Date.now()): string {
 export type Run = ReturnType<typeof createRun>;
 
 function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: Set<() => Promise<unknown>>) {
-  const { RUN_TIMEOUT_SECONDS: timeoutSeconds } = env;
+  const { RUN_TIMEOUT_SECONDS: timeoutSeconds, SOURCE_DATABASE_URL: sourceUrl = env.ETL_DATABASE_URL } = env;
   const [id, started] = [newRunId(), performance.now()];
   Object.assign(current, { pipeline, run: id });
   const session: SessionOptions = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
@@ -95,10 +95,9 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     /** A part was asked for (FROM and TO, ONLY, a dry run): the watermark and the pipeline's metrics stay as they are. */
     byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
     etl: openSession(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }) as Sql,
-    source: openSession(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }) as Sql,
+    source: openSession(sourceUrl, { ...session, settings }) as Sql,
     /** Streams the source's rows. @param settings what the SELECT reads, for example etl.from and etl.to. */
-    copy: (select: string, settings: Record<string, string>): RowStream =>
-      copyJsonLines(env.SOURCE_DATABASE_URL ?? "", select, { ...session, settings }),
+    copy: (select: string, settings: Record<string, string>): RowStream => copyJsonLines(sourceUrl, select, { ...session, settings }),
     /** Aborts at the deadline, at SIGINT or SIGTERM, and when the run has failed. */
     signal: stop.signal,
     /** Begins the deadline again: for work that has one for each of its pieces. */

@@ -26,16 +26,16 @@ export type Session = Sql & AsyncDisposable & { connection(): Socket | undefined
  * never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
 export function openSession(url: string, options: SessionOptions): Session {
-  const { host, port, ...to } = url ? parsePostgresUrl(url) : { host: "", port: 0 };
+  const { host, port, sslmode, ...login } = parsePostgresUrl(url);
   const connectSeconds = Math.min(10, options.timeoutSeconds);
   let socket: Socket | undefined;
   const session = postgres({
-    ...to,
+    ...login,
     host: [host],
     port: [port],
     ssl: false, // openSocket sees to it
     socket: async () => {
-      socket = await openSocket(parsePostgresUrl(url), connectSeconds);
+      socket = await openSocket({ host, port, sslmode }, connectSeconds);
       return socket;
     },
     max: 1,
@@ -77,13 +77,14 @@ export function openSession(url: string, options: SessionOptions): Session {
   return Object.assign(session, { connection: () => socket, [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
 }
 
+type Address = { host: string; port: number; sslmode: string };
 const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
 
 /**
  * Opens a session's connection. sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks
  * the certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-async function openSocket({ host, port, sslmode }: ReturnType<typeof parsePostgresUrl>, seconds: number): Promise<Socket> {
+async function openSocket({ host, port, sslmode }: Address, seconds: number): Promise<Socket> {
   const signal = AbortSignal.timeout(seconds * 1000);
   let socket = connectSocket(host.startsWith("/") ? { path: `${host}/.s.PGSQL.${port}` } : { host, port });
   try {

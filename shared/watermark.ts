@@ -24,9 +24,7 @@ export interface Origin {
   destination: string | null;
 }
 
-export interface Watermark extends Origin {
-  watermark: string;
-}
+export type Watermark = Origin & { watermark: string };
 
 /** One row of sql/safe_bound.sql, which says what the fields mean. */
 export interface Bound extends Omit<Origin, "destination"> {
@@ -167,11 +165,10 @@ export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target)
 }
 
 /**
- * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where that equals
- * `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
+ * Cuts [from, to) into chunks of at most `chunkRows` rows, each when the one before is done: it ends at the cursor of the row after them, and
+ * where that equals its start, at the next distinct one, since one timestamp is never split.
  */
-export async function nextChunk(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): Promise<Chunk | undefined> {
-  if (from === to) return undefined;
+export async function* cutChunks(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): AsyncGenerator<Chunk> {
   const column = quote(cursor);
   const query = `
     with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
@@ -179,10 +176,14 @@ export async function nextChunk(run: Run, { select, cursor }: Source, { from, to
       case when max(c) = current_setting('etl.from')::timestamptz then
         (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
     from head`;
-  const settings = { "etl.from": from, "etl.to": to };
-  const [cut] = await queryWith<{ rows: number; last: string; next: string | null }>(run.source, settings, query);
-  if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
-  return { from, to: cut.last > from ? cut.last : (cut.next ?? to), rows: chunkRows };
+  for (let start = from; start !== to; ) {
+    const settings = { "etl.from": start, "etl.to": to };
+    const [cut] = (await queryWith(run.source, settings, query)) as [{ rows: number; last: string; next: string | null }];
+    let end = to;
+    if (cut.rows > chunkRows) end = cut.last > start ? cut.last : (cut.next ?? to);
+    yield { from: start, to: end, rows: Math.min(cut.rows, chunkRows) };
+    start = end;
+  }
 }
 
 /**

@@ -9,8 +9,8 @@ import type { Run } from "../run.ts";
 import type { Window } from "../session.ts";
 import type { Column } from "../source.ts";
 import { type ApiError, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
-import { checkDestination, optionFaults } from "./contract.ts";
-import { type Contract, jsonLines } from "./types.ts";
+import { type Contract, checkDestination, optionFaults } from "./contract.ts";
+import { jsonLines } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
@@ -87,13 +87,7 @@ async function fillStaging(run: Run, to: Destination, name: string, open: () => 
   };
   try {
     await using stream = open(); // where it fails, its COPY ends before BigQuery is asked anything more
-    const loaded = await load(run, to, table, stream);
-    if (loaded !== stream.sent.rows) {
-      const counts = `${stream.sent.rows} rows were read from the source, and ${loaded} were loaded`;
-      throw Object.assign(new Error(`the counts differ: ${counts}; nothing was merged`), {
-        errors: [{ reason: "backendError" }],
-      });
-    }
+    await load(run, to, table, stream);
     await checkKeys(run, to, name);
     return { name, sent: stream.sent, [Symbol.asyncDispose]: drop };
   } catch (error) {
@@ -106,9 +100,9 @@ async function fillStaging(run: Run, to: Destination, name: string, open: () => 
  * Streams JSON lines into a table as one load job, whose id follows from the attempt. One request for all of them: a resumable upload
  * would have to keep what BigQuery has not confirmed, since a COPY cannot be read again from its middle; the next attempt reads all again.
  * Where uploads break off for their length, lower CHUNK_ROWS.
- * @returns the rows that the job says it wrote: a stream that ended early would be a successful short load.
+ * @throws Error, worth another attempt, where the job wrote other than what was read: a stream that ended early is a successful short load.
  */
-async function load(run: Run, to: Destination, table: Table, { lines, sent }: RowStream): Promise<number> {
+async function load(run: Run, to: Destination, table: Table, { lines, sent }: RowStream): Promise<void> {
   const jobId = `etl_${table.id}_load`;
   const upload = table.createWriteStream({
     jobId,
@@ -128,7 +122,10 @@ async function load(run: Run, to: Destination, table: Table, { lines, sent }: Ro
     }
   };
   const [{ metadata }] = await Promise.all([completed, pipeline(shown(), upload, { signal: run.signal })]);
-  return Number(metadata.statistics.load.outputRows ?? 0);
+  const loaded = Number(metadata.statistics.load.outputRows ?? 0);
+  if (loaded === sent.rows) return;
+  const differ = `the counts differ: ${sent.rows} rows were read from the source, and ${loaded} were loaded; nothing was merged`;
+  throw Object.assign(new Error(differ), { errors: [{ reason: "backendError" }] });
 }
 
 /** Rows of the staging table that share a key; the MERGE would insert each of them. */

@@ -14,9 +14,9 @@
  * A repair and a sweep compare again within the statement that writes, so they change only what differs at that moment.
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
-import { checkSource, readContract } from "../../../shared/bigquery/contract.ts";
+import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
 import { address, ask, change, mergeStatement, openDestination, stageChunk } from "../../../shared/bigquery/load.ts";
-import { apiType, type Contract, type Field } from "../../../shared/bigquery/types.ts";
+import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
