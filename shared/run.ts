@@ -8,7 +8,7 @@ import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, requ
 import { type Fields, log, progress } from "./log.ts";
 import { current, explain, onSignal } from "./main.ts";
 import { type Metrics, pushMetrics, tellHeartbeat } from "./metrics.ts";
-import { checkSession, openSession, type SessionOptions, type Window } from "./session.ts";
+import { checkSession, openSession, type SessionOptions, type Settings, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
@@ -97,7 +97,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     etl: openSession(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }) as Sql,
     source: openSession(sourceUrl, { ...session, settings }) as Sql,
     /** Streams the source's rows. @param settings what the SELECT reads, for example etl.from and etl.to. */
-    copy: (select: string, settings: Record<string, string>): RowStream => copyJsonLines(sourceUrl, select, { ...session, settings }),
+    copy: (select: string, settings: Settings): RowStream => copyJsonLines(sourceUrl, select, { ...session, settings }),
     /** Aborts at the deadline, at SIGINT or SIGTERM, and when the run has failed. */
     signal: stop.signal,
     /** Begins the deadline again: for work that has one for each of its pieces. */

@@ -9,13 +9,15 @@ import { connect as connectTls } from "node:tls";
 import postgres, { type Sql } from "postgres";
 import { parsePostgresUrl } from "./env.ts";
 
+export type Settings = Record<string, string>;
+
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
   application: string;
   /** Deadline of each statement, in seconds. */
   timeoutSeconds: number;
   /** Further settings of the session, for example etl.from and etl.to. */
-  settings?: Record<string, string>;
+  settings?: Settings;
 }
 
 /** `connection` has its socket, once it is open. */
@@ -141,7 +143,7 @@ export interface Window {
 }
 
 /** Rows of a query that reads settings, such as etl.from. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
-export async function queryWith<T extends object>(sql: Sql, settings: Record<string, string>, query: string): Promise<T[]> {
+export async function queryWith<T extends object>(sql: Sql, settings: Settings, query: string): Promise<T[]> {
   const set = sql`select set_config(key, value, false) from jsonb_each_text(${JSON.stringify(settings)}::text::jsonb)`;
   return (await Promise.all([set, sql.unsafe<T[]>(query)]))[1]; // nothing of this session comes in between
 }

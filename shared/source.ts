@@ -1,10 +1,14 @@
-/** What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. */
+/**
+ * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. A row that
+ * is refused, for whatever reason, is named by its key.
+ */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
+import { SourceError } from "./copy.ts";
 import { root, UsageError } from "./env.ts";
 import type { Run } from "./run.ts";
-import { queryWith, quote } from "./session.ts";
+import { queryWith, quote, type Settings } from "./session.ts";
 
 /** What a pipeline reads: a table, the column that says when a row last changed, and the SELECT of sql/NAME.sql. */
 export interface Source {
@@ -120,6 +124,46 @@ type Unreachable = { infinite: number; future: number; first: string | null };
 /** SQL: a row's key as text, for example id=17. */
 export const rowName = (key: string[]): string =>
   key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
+
+/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
+function isRefusal(error: unknown): boolean {
+  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
+  // Postgres's data exceptions and program limits; not those that name the row already.
+  if (error instanceof SourceError) return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
+  return errors?.some(({ reason }) => reason === "invalid") ?? false;
+}
+
+/** What is loaded: rows that are found by a key, and the settings that their SELECT reads. */
+type Rows = { key: string[]; select: string; settings: Settings };
+
+/**
+ * Where `error` says that a row was refused, loads them again in halves, in the order of their keys, until one is left: log2(n) steps.
+ * @param load loads the rows of a SELECT.
+ * @returns the error that names the row by its key, where reading it again would not help; or `error`, where it is another one.
+ */
+export async function nameRefused(error: Error, run: Run, rows: Rows, load: (select: string) => Promise<unknown>): Promise<Error> {
+  if (!isRefusal(error)) return error;
+  const { key, select, settings } = rows;
+  const ask = async (value: string, rows: string): Promise<string | undefined> =>
+    (await queryWith<{ value: string }>(run.source, settings, `select ${value} as value from (${rows}) q`))[0]?.value;
+  const part = (first: number, rows: number): string =>
+    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
+  const refusal = (rows: string): Promise<Error | undefined> =>
+    load(rows).then(
+      () => undefined,
+      (error: Error) => (isRefusal(error) ? error : Promise.reject(error)),
+    );
+  let [first, count] = [0, Number(await ask("count(*)", select))];
+  run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
+  while (count > 1) {
+    const half = Math.ceil(count / 2);
+    [first, count] = (await refusal(part(first, half))) ? [first, half] : [first + half, count - half];
+  }
+  const refused = await refusal(part(first, 1));
+  const row = await ask(rowName(key), part(first, 1));
+  const why = refused ? `is refused: ${refused.message}. Correct it at the source` : "was refused, and no longer is";
+  return new SourceError(`row ${row} of ${run.pipeline} ${why}, then: make ${run.pipeline}`);
+}
 
 /** All differences of one side, in one error. */
 export const driftError = (side: string, faults: string[], next: string): UsageError =>

@@ -4,10 +4,9 @@ import type { Job, QueryRowsResponse, Table } from "@google-cloud/bigquery";
 import type { RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
-import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
 import type { Window } from "../session.ts";
-import type { Column } from "../source.ts";
+import { type Column, nameRefused } from "../source.ts";
 import { type ApiError, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
 import { type Contract, checkDestination, optionFaults } from "./contract.ts";
 import { jsonLines } from "./types.ts";
@@ -62,9 +61,8 @@ export async function stageChunk(run: Run, columns: Column[], to: Destination, c
     return fillStaging(run, to, name, () => run.copy(lines, settings));
   };
   return await stage("", source.select).catch(async (error: Error) => {
-    if (!isRefusal(error)) throw error;
     let step = 0;
-    throw await nameRefused(run, key, source.select, settings, async (select) => {
+    throw await nameRefused(error, run, { key, settings, select: source.select }, async (select) => {
       await using _ = await stage(`_part_${++step}`, select);
     });
   });

@@ -9,10 +9,9 @@ import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
 import { type Env, flag, number, optional, redact } from "../env.ts";
 import { progress, terminal, thousands } from "../log.ts";
-import { isRefusal, nameRefused } from "../refused.ts";
 import { pipelineVariables, type Run } from "../run.ts";
 import { quote } from "../session.ts";
-import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
+import { type Column, checkColumns, nameRefused, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { duration } from "../table.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
 
@@ -172,7 +171,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   try {
     for (let after: Position | undefined = startOf(day); after; ) {
       const part: Compressed | undefined = await readPart(archive, day, after).catch(async (error: Error) => {
-        throw isRefusal(error) ? await nameRow(archive, rowsOf(day, after, env.CHUNK_ROWS)) : error;
+        throw await nameRow(archive, error, rowsOf(day, after, env.CHUNK_ROWS));
       });
       if (!part) break;
       run.signal.throwIfAborted();
@@ -241,10 +240,10 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
   return { body, is, next: full || read === env.CHUNK_ROWS ? position(last) : undefined };
 }
 
-/** @returns the error that names the row that the source refuses. */
-async function nameRow({ run, lines }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
-  return await nameRefused(run, ["id"], eventsSource.select, rows, async (select) => {
-    await using stream = run.copy(lines(select), rows);
+/** @returns the error that names the row that the source refuses, where `error` is that. */
+async function nameRow({ run, lines }: Archive, error: Error, settings: ReturnType<typeof rowsOf>): Promise<Error> {
+  return await nameRefused(error, run, { key: ["id"], settings, select: eventsSource.select }, async (select) => {
+    await using stream = run.copy(lines(select), settings);
     for await (const _ of stream.lines) run.signal.throwIfAborted();
   });
 }
