@@ -17,7 +17,7 @@
  */
 import { bigqueryVariables, isTransient } from "../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../shared/bigquery/contract.ts";
-import { mergeStaging, openDestination, stageChunk } from "../shared/bigquery/load.ts";
+import { createStaging, loadChunk, mergeStaging, openDestination } from "../shared/bigquery/load.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
@@ -42,10 +42,10 @@ await main(import.meta, async () => {
     for await (const chunk of cutChunks(run, contract.source, window, env.CHUNK_ROWS)) {
       const done = await withRetry(run, isTransient, async (attempt) => {
         if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
-        // Extract, load, count.
-        await using staging = await stageChunk(run, columns, destination, chunk, attempt);
-        const { inserted, updated } = await mergeStaging(run, destination, staging); // upsert
-        return { ...staging.sent, inserted, updated };
+        await using staging = await createStaging(run, destination, attempt);
+        const loaded = await loadChunk(run, columns, staging, chunk); // extract, load, count
+        const { inserted, updated } = await mergeStaging(run, staging); // upsert
+        return { ...loaded, inserted, updated };
       });
       await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);

@@ -15,7 +15,7 @@ import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import postgres from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
-import { mergeStaging, mergeStatement, openDestination, stageChunk } from "../../shared/bigquery/load.ts";
+import { createStaging, loadChunk, mergeStaging, mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
 import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
@@ -126,8 +126,9 @@ await runPipeline("orders", env, async (run) => {
   if (!parts.includes("steps")) return;
   if (!extraction.length) await extract();
   const destination = await openDestination(env, contract);
-  const [load, staging] = await timed(() => stageChunk(run, described, destination, window, 1));
-  const [merge] = await timed(() => mergeStaging(run, destination, staging));
+  const staging = await createStaging(run, destination, 1);
+  const [load] = await timed(() => loadChunk(run, described, staging, window));
+  const [merge] = await timed(() => mergeStaging(run, staging));
   const [drop] = await timed(async () => await staging[Symbol.asyncDispose]());
   const total = load + merge + drop;
   const part = (seconds: number): { seconds: string; share: string } => ({

@@ -15,7 +15,7 @@
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
 import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
-import { address, ask, change, mergeStatement, openDestination, stageChunk } from "../../../shared/bigquery/load.ts";
+import { address, ask, change, createStaging, loadChunk, mergeStatement, openDestination } from "../../../shared/bigquery/load.ts";
 import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
@@ -123,13 +123,14 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     const all = { from: "-infinity", to: "infinity" };
-    await using staging = await stageChunk(run, from, to, all, attempt);
+    await using staging = await createStaging(run, to, attempt);
+    const { rows } = await loadChunk(run, from, staging, all);
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
     const job = (name: string): string => `etl_${staging.name}_${name}`;
     return await work({
-      compare: async () => comparison(to.contract, staging.sent.rows, await ask<Found>(run, to, sql.compare)),
+      compare: async () => comparison(to.contract, rows, await ask<Found>(run, to, sql.compare)),
       deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
       repair: async () => {
         const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
