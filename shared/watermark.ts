@@ -121,14 +121,11 @@ export async function distrust(
     );
   if (!target) return undefined;
   const replaced = other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
-  const emptied = target.rows === 0 && (await hasRows(source, target.contract.source, stored.watermark));
+  const before = { "etl.from": "-infinity", "etl.to": stored.watermark };
+  const anyRow = `select from (${target.contract.source.select}) q limit 1`;
+  const emptied = target.rows === 0 && (await queryWith(source, before, anyRow)).length > 0;
   const missing = replaced || (emptied && `it is empty, and the source has rows before ${at}`);
   return missing ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again` : undefined;
-}
-
-/** Whether a pipeline reads any row before this point. */
-async function hasRows(source: Sql, { select }: Source, to: string): Promise<boolean> {
-  return (await queryWith(source, { "etl.from": "-infinity", "etl.to": to }, `select from (${select}) q limit 1`)).length > 0;
 }
 
 /** Given both, a window is read again. */
