@@ -39,6 +39,6 @@ export async function tellHeartbeat(url: string, pipeline: string, event: "start
     if (!ok) throw new Error(`HTTP status ${status}`);
   } catch (error) {
     const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
-    log({ pipeline, step: "warning", warning, error: (error as Error).message });
+    log({ step: "warning", warning, error: (error as Error).message });
   }
 }

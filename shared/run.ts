@@ -5,8 +5,8 @@ import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { copyJsonLines, type RowStream } from "./copy.ts";
 import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
-import { type Fields, log, progress } from "./log.ts";
-import { current, explain, onSignal } from "./main.ts";
+import { context, type Fields, log, progress } from "./log.ts";
+import { explain, onSignal } from "./main.ts";
 import { type Metrics, pushMetrics, tellHeartbeat } from "./metrics.ts";
 import { checkSession, openSession, type SessionOptions, type Settings, type Window } from "./session.ts";
 
@@ -81,7 +81,7 @@ export type Run = ReturnType<typeof createRun>;
 function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: Set<() => Promise<unknown>>) {
   const { RUN_TIMEOUT_SECONDS: timeoutSeconds, SOURCE_DATABASE_URL: sourceUrl = env.ETL_DATABASE_URL } = env;
   const [id, started] = [newRunId(), performance.now()];
-  Object.assign(current, { pipeline, run: id });
+  Object.assign(context, { pipeline, run: id });
   const session: SessionOptions = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const abort = (reason: string): void => stop.abort(new Error(`${reason}. No chunk is half applied; ${run.next}`));
@@ -109,7 +109,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
       undos.add(undo);
       return { [Symbol.dispose]: () => undos.delete(undo) };
     },
-    log: (step: string, fields: Fields = {}): void => log({ pipeline, run: id, step, ...fields }),
+    log: (step: string, fields: Fields = {}): void => log({ step, ...fields }),
     /** Seconds since the run began. */
     seconds: (): number => Math.round(performance.now() - started) / 1000,
     state: "new" as "new" | "locked" | "skipped",

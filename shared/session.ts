@@ -1,8 +1,4 @@
-/**
- * Postgres: sessions with fixed settings.
- *
- * Timestamps travel as text of a fixed width in UTC (`utc`), never as a JS Date, which holds milliseconds: two of them compare as text.
- */
+/** Postgres: sessions with fixed settings. */
 import { once } from "node:events";
 import { connect as connectSocket, isIP, type Socket } from "node:net";
 import { connect as connectTls } from "node:tls";
@@ -151,5 +147,5 @@ export async function queryWith<T extends object>(sql: Sql, settings: Settings, 
 /** An identifier as SQL writes it. */
 export const quote = (name: string): string => `"${name.replaceAll('"', '""')}"`;
 
-/** SQL: a timestamptz as text of a fixed width, with microseconds. */
+/** SQL: a timestamptz as text of a fixed width in UTC, so that two compare as text. Never a JS Date, which holds milliseconds. */
 export const utc = (sql: string): string => `to_char(${sql} at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')`;

@@ -39,12 +39,7 @@ export function readContract(pipeline: string) {
   }
 }
 
-/**
- * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the contract does
- * not know is a warning and a metric.
- * @returns the columns that the SELECT returns.
- * @throws UsageError naming column, expected and found, all of them at once.
- */
+/** Compares the source with the contract: see checkColumns. @returns the columns that the SELECT returns. @throws UsageError. */
 export function checkSource(run: SchemaCheck, { fields, file, source }: Contract): Promise<Column[]> {
   const wanted = fields.map((field) => ({
     name: field.name,
