@@ -150,11 +150,7 @@ async function push({ pipeline, metrics, totals, log, seconds }: Run, url: strin
 }
 
 /** Adds a chunk to the run's totals and prints its line. @param done what the chunk moved. */
-export function reportChunk(
-  run: Run,
-  { from, to }: Window,
-  done: { rows: number; bytes: number; inserted: number; updated: number },
-): void {
+export function reportChunk(run: Run, { from, to }: Window, done: Record<"rows" | "bytes" | "inserted" | "updated", number>): void {
   progress("");
   run.totals.rows += done.rows;
   run.totals.bytes += done.bytes;
