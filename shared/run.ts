@@ -79,7 +79,7 @@ export function newRunId(at: number = Date.now()): string {
 export type Run = ReturnType<typeof createRun>;
 
 function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: Set<() => Promise<unknown>>) {
-  const { RUN_TIMEOUT_SECONDS: timeoutSeconds, SOURCE_DATABASE_URL: sourceUrl = env.ETL_DATABASE_URL } = env;
+  const [timeoutSeconds, sourceUrl] = [env.RUN_TIMEOUT_SECONDS, env.SOURCE_DATABASE_URL || env.ETL_DATABASE_URL];
   const [id, started] = [newRunId(), performance.now()];
   Object.assign(context, { pipeline, run: id });
   const session: SessionOptions = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
