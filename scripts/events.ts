@@ -22,8 +22,8 @@ import { readEnv, root, UsageError } from "../shared/env.ts";
 import { addDays, archiveDays, archiveVariables, daysBetween, openArchive } from "../shared/events/archive.ts";
 import { main } from "../shared/main.ts";
 import { type Run, runPipeline, takeLock } from "../shared/run.ts";
-import { queryWindow } from "../shared/session.ts";
-import { advance, takeWindow, type Window } from "../shared/watermark.ts";
+import { queryWith, type Window } from "../shared/session.ts";
+import { advance, takeWindow } from "../shared/watermark.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(archiveVariables);
@@ -53,7 +53,8 @@ async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
   const query = readFileSync(join(root, "sql/older_days.sql"), "utf8");
-  const [older] = await queryWindow<{ older_days: number; next: string }>(run.source, { from, to: yesterday }, query);
+  const settings = { "etl.from": from, "etl.to": yesterday };
+  const [older] = await queryWith<{ older_days: number; next: string }>(run.source, settings, query);
   if (older?.next) run.log("first-run", { archives: yesterday, ...older });
   return [yesterday];
 }

@@ -17,11 +17,11 @@
  */
 import { bigqueryVariables, isTransient } from "../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../shared/bigquery/contract.ts";
-import { mergeStaging, openDestination, stageChunk } from "../shared/bigquery/load.ts";
+import { createStaging, loadChunk, mergeStaging, openDestination } from "../shared/bigquery/load.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
-import { advance, nextChunk, takeWindow } from "../shared/watermark.ts";
+import { advance, cutChunks, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "orders";
 
@@ -39,19 +39,16 @@ await main(import.meta, async () => {
     const window = await takeWindow(run, env, destination);
 
     // 4. For each chunk: extract, load, count, upsert, advance.
-    for (let from = window.from; ; ) {
-      const chunk = await nextChunk(run, contract.source, { from, to: window.to }, env.CHUNK_ROWS);
-      if (!chunk) break;
+    for await (const chunk of cutChunks(run, contract.source, window, env.CHUNK_ROWS)) {
       const done = await withRetry(run, isTransient, async (attempt) => {
         if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
-        // Extract, load, count.
-        await using staging = await stageChunk(run, env.SOURCE_DATABASE_URL, columns, destination, chunk, attempt);
-        const { inserted, updated } = await mergeStaging(run, destination, staging); // upsert
-        return { ...staging.sent, inserted, updated };
+        await using staging = await createStaging(run, destination, attempt);
+        const loaded = await loadChunk(run, columns, staging, chunk); // extract, load, count
+        const { inserted, updated } = await mergeStaging(run, staging); // upsert
+        return { ...loaded, inserted, updated };
       });
       await advance(run, chunk, window.origin);
       reportChunk(run, chunk, done);
-      from = chunk.to;
     }
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });

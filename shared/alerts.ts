@@ -1,6 +1,4 @@
-/**
- * What ops/alerts.yml expects: the one place where intervals and thresholds are set.
- */
+/** What ops/alerts.yml expects: the one place where intervals and thresholds are set. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { root } from "./env.ts";

@@ -1,6 +1,6 @@
 /** Postgres: COPY as a stream of JSON lines. */
 import { handled } from "./main.ts";
-import { openSession, prepareSession, type SessionOptions, type Window } from "./session.ts";
+import { openSession, prepareSession, type SessionOptions } from "./session.ts";
 
 /** The source failed, not the destination: the run ends, and the next one resumes at the watermark. */
 export class SourceError extends Error {
@@ -18,12 +18,12 @@ const NEWLINE = 10;
 const LARGE = 2 ** 20;
 
 /**
- * Streams what a SELECT of one JSON column returns for [from, to), a value a line, in one statement (so from one snapshot). JSON text
- * holds no control characters, so that as CSV with two of them for quote and delimiter it passes as it is. The lines throw a SourceError,
- * and never just end, when the server dies, is cancelled or resets the connection.
+ * Streams what a SELECT of one JSON column returns, a value a line, in one statement (so from one snapshot) of a session of its own. JSON
+ * text holds no control characters, so that as CSV with two of them for quote and delimiter it passes as it is. The lines throw a
+ * SourceError, and never just end, when the server dies, is cancelled or resets the connection.
  */
-export function copyJsonLines(url: string, select: string, options: SessionOptions, { from, to }: Window): RowStream {
-  const session = openSession(url, { ...options, settings: { ...options.settings, "etl.from": from, "etl.to": to } });
+export function copyJsonLines(url: string, select: string, options: SessionOptions): RowStream {
+  const session = openSession(url, options);
   const sent = { rows: 0, bytes: 0 };
   const copy = `/* ${options.application} */ copy (${select}) to stdout (format csv, quote e'\\x01', delimiter e'\\x02')`;
   async function* lines(): AsyncGenerator<Buffer> {

@@ -12,9 +12,12 @@ let drawn = 0;
 
 const clear = (): void => void (shown && process.stderr.write("\r\x1b[K"));
 
-/** Prints one line: ts, then the fields in their order. Text with spaces or quotes is written as JSON; undefined is left out. */
+/** Pipeline and run of this process, once there is one: they begin each line. */
+export const context: Fields = {};
+
+/** Prints one line: ts, the context, then the fields in their order. Text with spaces or quotes is written as JSON; undefined is left out. */
 export function log(fields: Fields): void {
-  const pairs = Object.entries({ ts: new Date().toISOString(), ...fields })
+  const pairs = Object.entries({ ts: new Date().toISOString(), ...context, ...fields })
     .filter(([, value]) => value !== undefined)
     // Before JSON escapes it: a secret would look different then.
     .map(([key, value]) => [key, typeof value === "string" ? redact(value) : value] as const);
@@ -24,10 +27,10 @@ export function log(fields: Fields): void {
   process.stderr.write(`${json() ? JSON.stringify(Object.fromEntries(pairs)) : line}\n${shown}`);
 }
 
-/** The error that ends a script: a sentence with what to do, of several lines where it lists things. `run`: pipeline and run, if known. */
-export function logError(error: string, run: Fields): void {
+/** The error that ends a script: a sentence with what to do, of several lines where it lists things. */
+export function logError(error: string): void {
   progress("");
-  if (json()) log({ ...run, step: "error", error });
+  if (json()) log({ step: "error", error });
   else process.stderr.write(redact(`error: ${error}\n`));
 }
 

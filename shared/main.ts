@@ -1,10 +1,7 @@
 /** The frame of every script: --help, signals, exit codes (0 done, 1 failed, 2 wrong arguments, environment or schema). */
 import { readFileSync } from "node:fs";
 import { UsageError } from "./env.ts";
-import { type Fields, json, log, logError } from "./log.ts";
-
-/** Pipeline and run of this process, once there is one: they join its last error to all else of the run. */
-export const current: Fields = {};
+import { json, log, logError } from "./log.ts";
 
 /** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
@@ -37,7 +34,7 @@ export const handled = (error: object | null | undefined): void => void (error &
 
 function fail(error: unknown): never {
   const bug = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
-  logError(bug ? String((!json() && (error as Error)?.stack) || error) : explain(error), current);
+  logError(bug ? String((!json() && (error as Error)?.stack) || error) : explain(error));
   process.exit(error instanceof UsageError || lacksMetadata(error as Error) ? 2 : 1);
 }
 

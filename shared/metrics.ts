@@ -6,16 +6,13 @@ import { log } from "./log.ts";
 export type Metrics = Record<string, number>;
 
 /**
- * Adds the values to the pipeline's group (POST): what is not named stays as it was. The registry is a new one each time, because
- * prom-client starts every gauge of a registry at 0, and pushing that would erase the last success.
+ * Adds the values to the pipeline's group (POST): what is not named stays as it was.
  * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
 export async function pushMetrics(url: string, pipeline: string, values: Metrics, within: Record<string, string> = {}): Promise<void> {
-  const { Gauge, Registry } = await import("prom-client"); // a tenth of a command's start, and most push nothing
-  const registry = new Registry();
-  for (const [name, value] of Object.entries(values)) new Gauge({ name, help: name, registers: [registry] }).set(value);
-  await askGateway(url, "POST", { pipeline, ...within }, await registry.metrics());
+  const lines = Object.entries(values).map(([name, value]) => `# TYPE ${name} gauge\n${name} ${value}\n`);
+  await askGateway(url, "POST", { pipeline, ...within }, lines.join(""));
 }
 
 async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
@@ -29,24 +26,19 @@ async function askGateway(url: string, method: string, group: Record<string, str
 export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
 
 /**
- * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus.
- * @returns tells it of an event, after those before; takes at most 5 s each, and never throws.
+ * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus. Takes at
+ * most 5 s, and never throws.
  */
-export function createHeartbeat(pipeline: string, url: string): (event: "start" | "success" | "fail") => Promise<void> {
-  let before = Promise.resolve();
-  const get = async (event: string): Promise<void> => {
+export async function tellHeartbeat(url: string, pipeline: string, event: "start" | "success" | "fail"): Promise<void> {
+  if (!url) return;
+  try {
     const target = new URL(url.replaceAll("{pipeline}", pipeline));
     if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
     const { ok, status, body } = await ask("HEARTBEAT_URL", target, {}, 5);
     await body?.cancel();
     if (!ok) throw new Error(`HTTP status ${status}`);
-  };
-  return (event) => {
+  } catch (error) {
     const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
-    const told = before.then(() => (url ? get(event) : undefined));
-    before = told.catch(({ message, cause }: Error) =>
-      log({ pipeline, step: "warning", warning, error: (cause as Error | undefined)?.message || message }),
-    );
-    return before;
-  };
+    log({ step: "warning", warning, error: (error as Error).message });
+  }
 }

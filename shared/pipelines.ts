@@ -1,6 +1,4 @@
-/**
- * Which pipelines there are.
- */
+/** Which pipelines there are. */
 import { readdirSync } from "node:fs";
 import { join } from "node:path";
 import { root, UsageError } from "./env.ts";

@@ -3,11 +3,12 @@ import { randomBytes } from "node:crypto";
 import { hostname } from "node:os";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
+import { copyJsonLines, type RowStream } from "./copy.ts";
 import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
-import { type Fields, log, progress } from "./log.ts";
-import { current, explain, onSignal } from "./main.ts";
-import { createHeartbeat, type Metrics, pushMetrics } from "./metrics.ts";
-import { checkSession, openSession, type SessionOptions, type Window } from "./session.ts";
+import { context, type Fields, log, progress } from "./log.ts";
+import { explain, onSignal } from "./main.ts";
+import { type Metrics, pushMetrics, tellHeartbeat } from "./metrics.ts";
+import { checkSession, openSession, type SessionOptions, type Settings, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
@@ -28,41 +29,8 @@ export const pipelineVariables = {
   TO: optional(timestamp),
 };
 
-/** Without SOURCE_DATABASE_URL the run has no source. FROM, ONLY and DRY_RUN make it one by hand. */
+/** Without SOURCE_DATABASE_URL the run has no source, and must not ask it. FROM, ONLY and DRY_RUN make it one by hand. */
 type RunEnv = Env<typeof runVariables> & Partial<Env<typeof pipelineVariables>> & { ONLY?: string | undefined; DRY_RUN?: boolean };
-
-export interface Run {
-  /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
-  id: string;
-  pipeline: string;
-  /** A part was asked for (FROM and TO, ONLY, a dry run): the watermark and the pipeline's metrics stay as they are. */
-  byHand: boolean;
-  /** How the run's sessions are opened; names them in pg_stat_activity. */
-  session: SessionOptions;
-  source: Sql;
-  etl: Sql;
-  /** Aborts at the deadline, at SIGINT or SIGTERM, and when the run has failed. */
-  signal: AbortSignal;
-  /** Begins the deadline again: for work that has one for each of its pieces. */
-  restartDeadline(): void;
-  /** What follows where the run is stopped, in words. */
-  next: string;
-  /** Something to undo if the run is stopped, until disposed of. */
-  onStop(undo: () => Promise<unknown>): Disposable;
-  log(step: string, fields?: Fields): void;
-  /** Seconds since the run began. */
-  seconds(): number;
-  state: "new" | "locked" | "skipped";
-  /** Sums over the chunks, and what BigQuery billed, for the report. */
-  totals: { rows: number; bytes: number; chunks: number; bytes_billed: number };
-  /** Tells HEARTBEAT_URL, after what was told before. Never throws; takes at most 5 s. */
-  tell: ReturnType<typeof createHeartbeat>;
-  /** The window and the watermark, once known, for the record. */
-  window?: Window;
-  watermark?: string;
-  /** What is pushed at the end, whether the run succeeded or failed. */
-  metrics: Metrics;
-}
 
 /**
  * Runs `body` as one run of the pipeline. Success and failure are recorded and pushed; a run that found the lock held does neither, and a
@@ -108,36 +76,52 @@ export function newRunId(at: number = Date.now()): string {
   return `${time}_${randomBytes(3).toString("hex")}`;
 }
 
-function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: Set<() => Promise<unknown>>): Run {
-  const { RUN_TIMEOUT_SECONDS: timeoutSeconds } = env;
+export type Run = ReturnType<typeof createRun>;
+
+function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: Set<() => Promise<unknown>>) {
+  const [timeoutSeconds, sourceUrl] = [env.RUN_TIMEOUT_SECONDS, env.SOURCE_DATABASE_URL || env.ETL_DATABASE_URL];
   const [id, started] = [newRunId(), performance.now()];
-  Object.assign(current, { pipeline, run: id });
-  const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
+  Object.assign(context, { pipeline, run: id });
+  const session: SessionOptions = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const abort = (reason: string): void => stop.abort(new Error(`${reason}. No chunk is half applied; ${run.next}`));
   const deadline = `the run's deadline of ${timeoutSeconds} s (RUN_TIMEOUT_SECONDS) has passed`;
   const timer = setTimeout(abort, timeoutSeconds * 1000, deadline).unref();
   onSignal((signal) => abort(`stopped by ${signal}`));
-  const run: Run = {
+  const run = {
+    /** Joins log, etl.runs, BigQuery's job labels, Postgres's application_name and the archive's S3 metadata. */
     id,
     pipeline,
+    /** A part was asked for (FROM and TO, ONLY, a dry run): the watermark and the pipeline's metrics stay as they are. */
     byHand: env.FROM !== undefined || env.ONLY !== undefined || env.DRY_RUN === true,
-    session,
-    etl: openSession(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }),
-    source: openSession(env.SOURCE_DATABASE_URL ?? "", { ...session, settings }),
+    etl: openSession(env.ETL_DATABASE_URL, { ...session, settings: { default_transaction_read_only: "off" } }) as Sql,
+    source: openSession(sourceUrl, { ...session, settings }) as Sql,
+    /** Streams the source's rows. @param settings what the SELECT reads, for example etl.from and etl.to. */
+    copy: (select: string, settings: Settings): RowStream => copyJsonLines(sourceUrl, select, { ...session, settings }),
+    /** Aborts at the deadline, at SIGINT or SIGTERM, and when the run has failed. */
     signal: stop.signal,
-    restartDeadline: () => void timer.refresh(),
+    /** Begins the deadline again: for work that has one for each of its pieces. */
+    restartDeadline: (): void => void timer.refresh(),
+    /** What follows where the run is stopped, in words. */
     next: "the next run resumes at the watermark. Next: make status",
-    onStop: (undo) => {
+    /** Something to undo if the run is stopped, until disposed of. */
+    onStop: (undo: () => Promise<unknown>): Disposable => {
       undos.add(undo);
       return { [Symbol.dispose]: () => undos.delete(undo) };
     },
-    log: (step, fields = {}) => log({ pipeline, run: id, step, ...fields }),
-    seconds: () => Math.round(performance.now() - started) / 1000,
-    state: "new",
+    log: (step: string, fields: Fields = {}): void => log({ step, ...fields }),
+    /** Seconds since the run began. */
+    seconds: (): number => Math.round(performance.now() - started) / 1000,
+    state: "new" as "new" | "locked" | "skipped",
+    /** Sums over the chunks, and what BigQuery billed, for the report. */
     totals: { rows: 0, bytes: 0, chunks: 0, bytes_billed: 0 },
-    tell: createHeartbeat(pipeline, env.HEARTBEAT_URL),
-    metrics: {},
+    /** Tells HEARTBEAT_URL. Never throws; takes at most 5 s. */
+    tell: (event: "start" | "success" | "fail"): Promise<void> => tellHeartbeat(env.HEARTBEAT_URL, pipeline, event),
+    /** The window and the watermark, once known, for the record. */
+    window: undefined as Window | undefined,
+    watermark: undefined as string | undefined,
+    /** What is pushed at the end, whether the run succeeded or failed. */
+    metrics: {} as Metrics,
   };
   return run;
 }
@@ -166,11 +150,7 @@ async function push({ pipeline, metrics, totals, log, seconds }: Run, url: strin
 }
 
 /** Adds a chunk to the run's totals and prints its line. @param done what the chunk moved. */
-export function reportChunk(
-  run: Run,
-  { from, to }: Window,
-  done: { rows: number; bytes: number; inserted: number; updated: number },
-): void {
+export function reportChunk(run: Run, { from, to }: Window, done: Record<"rows" | "bytes" | "inserted" | "updated", number>): void {
   progress("");
   run.totals.rows += done.rows;
   run.totals.bytes += done.bytes;
@@ -249,7 +229,7 @@ export async function takeLock(run: Run): Promise<boolean> {
     insert into etl.runs (run_id, pipeline, state, host, pid)
     values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
   run.state = "locked";
-  if (!run.byHand) void run.tell("start"); // the work need not wait for it
+  if (!run.byHand) await run.tell("start");
   return true;
 }
 

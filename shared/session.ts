@@ -1,13 +1,11 @@
-/**
- * Postgres: sessions with fixed settings.
- *
- * Timestamps travel as text of a fixed width in UTC (`utc`), never as a JS Date, which holds milliseconds: two of them compare as text.
- */
+/** Postgres: sessions with fixed settings. */
 import { once } from "node:events";
 import { connect as connectSocket, isIP, type Socket } from "node:net";
 import { connect as connectTls } from "node:tls";
 import postgres, { type Sql } from "postgres";
 import { parsePostgresUrl } from "./env.ts";
+
+export type Settings = Record<string, string>;
 
 export interface SessionOptions {
   /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
@@ -15,7 +13,7 @@ export interface SessionOptions {
   /** Deadline of each statement, in seconds. */
   timeoutSeconds: number;
   /** Further settings of the session, for example etl.from and etl.to. */
-  settings?: Record<string, string>;
+  settings?: Settings;
 }
 
 /** `connection` has its socket, once it is open. */
@@ -26,16 +24,16 @@ export type Session = Sql & AsyncDisposable & { connection(): Socket | undefined
  * never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
 export function openSession(url: string, options: SessionOptions): Session {
-  const { host, port, ...to } = url ? parsePostgresUrl(url) : { host: "", port: 0 };
+  const { host, port, sslmode, ...login } = parsePostgresUrl(url);
   const connectSeconds = Math.min(10, options.timeoutSeconds);
   let socket: Socket | undefined;
   const session = postgres({
-    ...to,
+    ...login,
     host: [host],
     port: [port],
     ssl: false, // openSocket sees to it
     socket: async () => {
-      socket = await openSocket(parsePostgresUrl(url), connectSeconds);
+      socket = await openSocket({ host, port, sslmode }, connectSeconds);
       return socket;
     },
     max: 1,
@@ -77,13 +75,14 @@ export function openSession(url: string, options: SessionOptions): Session {
   return Object.assign(session, { connection: () => socket, [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
 }
 
+type Address = { host: string; port: number; sslmode: string };
 const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
 
 /**
  * Opens a session's connection. sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks
  * the certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-async function openSocket({ host, port, sslmode }: ReturnType<typeof parsePostgresUrl>, seconds: number): Promise<Socket> {
+async function openSocket({ host, port, sslmode }: Address, seconds: number): Promise<Socket> {
   const signal = AbortSignal.timeout(seconds * 1000);
   let socket = connectSocket(host.startsWith("/") ? { path: `${host}/.s.PGSQL.${port}` } : { host, port });
   try {
@@ -139,14 +138,14 @@ export interface Window {
   to: string;
 }
 
-/** Rows of a query about the rows of a window. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
-export async function queryWindow<T extends object>(sql: Sql, { from, to }: Window, query: string): Promise<T[]> {
-  const set = sql`select set_config('etl.from', ${from}, false), set_config('etl.to', ${to}, false)`;
+/** Rows of a query that reads settings, such as etl.from. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
+export async function queryWith<T extends object>(sql: Sql, settings: Settings, query: string): Promise<T[]> {
+  const set = sql`select set_config(key, value, false) from jsonb_each_text(${JSON.stringify(settings)}::text::jsonb)`;
   return (await Promise.all([set, sql.unsafe<T[]>(query)]))[1]; // nothing of this session comes in between
 }
 
 /** An identifier as SQL writes it. */
 export const quote = (name: string): string => `"${name.replaceAll('"', '""')}"`;
 
-/** SQL: a timestamptz as text of a fixed width, with microseconds. */
+/** SQL: a timestamptz as text of a fixed width in UTC, so that two compare as text. Never a JS Date, which holds milliseconds. */
 export const utc = (sql: string): string => `to_char(${sql} at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')`;

@@ -1,10 +1,14 @@
-/** What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. */
+/**
+ * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. A row that
+ * is refused, for whatever reason, is named by its key.
+ */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
+import { SourceError } from "./copy.ts";
 import { root, UsageError } from "./env.ts";
 import type { Run } from "./run.ts";
-import { quote } from "./session.ts";
+import { queryWith, quote, type Settings } from "./session.ts";
 
 /** What a pipeline reads: a table, the column that says when a row last changed, and the SELECT of sql/NAME.sql. */
 export interface Source {
@@ -49,6 +53,9 @@ export interface Expected {
   differs(column: Column): string | undefined;
 }
 
+/** What sql/source_checks.sql returns. `found`: what the SELECT returns; `unknown`: columns of the table that are neither expected nor read. */
+type Checked = { faults: string[]; found: Column[]; unknown: string[]; key_columns: string[] };
+
 /**
  * Compares the table and its cursor column, and what the SELECT returns, with what `file` expects. A column of the table that is not
  * expected, and rows that no run reads, are a warning and a metric.
@@ -58,17 +65,21 @@ export interface Expected {
 export async function checkColumns(run: SchemaCheck, file: string, of: Source, wanted: Expected[]): Promise<Column[]> {
   const { source, pipeline } = run;
   const { table, cursor, select, key = [] } = of;
-  const known = (name: string): boolean => wanted.some((column) => column.name === name);
-  const refused: string[] = [];
-  const columns = await describe(source, `select * from ${table}`, table).catch(() => []);
-  const found = await describe(source, select, table).catch((error: Error & { code?: string }) => {
-    if (!error.code?.startsWith("42")) throw error; // a name that is not there, or may not be used
-    refused.push(`sql/${pipeline}.sql: ${error.message}`);
-    return columns.filter(({ name }) => known(name)); // the others are still worth checking, as the table has them
-  });
-  const own = found.map((column) => column.of).filter((name) => name !== null);
-  const keyColumns = found.filter(({ name }) => key.includes(name)).map((column) => column.of ?? column.name);
-  const faults = await findFaults(source, of, keyColumns, own);
+  let refused = "";
+  const described = await source
+    .unsafe(select)
+    .describe()
+    .catch((error: Error & { code?: string }) => {
+      if (!error.code?.startsWith("42")) throw error; // a name that does not exist, or may not be used
+      refused = `sql/${pipeline}.sql: ${error.message}`;
+    });
+  const settings = {
+    ...{ "etl.source": table, "etl.source_cursor": cursor, "etl.source_key": key.join() },
+    "etl.source_fields": wanted.map(({ name }) => name).join(),
+    "etl.source_select": described ? JSON.stringify(described.columns) : "",
+  };
+  const checks = readFileSync(join(root, "sql/source_checks.sql"), "utf8");
+  const [{ faults, found, unknown, key_columns }] = (await queryWith(source, settings, checks)) as [Checked];
   if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
   const fault = (column: string, expected: string, is: string): void =>
     void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
@@ -79,13 +90,13 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
     else if (column?.of === null && (name === cursor || key.includes(name)))
       fault(name, "a column of this table, since rows are found by it", `something else in sql/${pipeline}.sql`);
   }
-  for (const { name } of found) if (!known(name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  if (!faults.length) faults.push(...refused);
-  const unreachable = faults.length ? { infinite: 0, future: 0 } : await findUnreachable(source, of, keyColumns);
+  for (const { name } of found)
+    if (!wanted.some((column) => column.name === name)) fault(name, `no such field (${file})`, "it in the SELECT");
+  if (refused && !faults.length) faults.push(refused);
+  const unreachable = faults.length ? { infinite: 0, future: 0, first: null } : await findUnreachable(source, of, key_columns);
   const correct = `update ${table} set ${cursor} = now() where ${cursor}`;
   if (unreachable.infinite)
     fault(cursor, "finite times, since it is the cursor", `infinity. Run: ${correct} in ('infinity', '-infinity');`);
-  const unknown = columns.map(({ name }) => name).filter((name) => !known(name) && !own.includes(name));
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
     throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
@@ -99,43 +110,59 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
   return found;
 }
 
-async function findFaults(sql: Sql, { table, cursor }: Source, key: string[], columns: string[]): Promise<string[]> {
-  await sql`select set_config('etl.source', ${table}, false), set_config('etl.source_cursor', ${cursor}, false),
-    set_config('etl.source_key', ${key.join()}, false), set_config('etl.source_columns', ${columns.join()}, false)`;
-  const rows = await sql.unsafe<{ fault: string }[]>(readFileSync(join(root, "sql/source_checks.sql"), "utf8"));
-  return rows.map(({ fault }) => fault);
-}
-
 /** Rows whose cursor is infinite or lies in the future: how many, and the first one's key. No window ends after them. */
-export async function findUnreachable(
-  sql: Sql,
-  { table, cursor }: Source,
-  key: string[],
-): Promise<{ infinite: number; future: number; first?: string }> {
+export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: string[]) {
   const column = quote(cursor);
-  const name = key.length ? rowName(key) : `${column}::text`;
-  const [row] = await sql.unsafe<{ infinite: number; future: number; first: string }[]>(`
+  const [found] = (await sql.unsafe(`
     select count(*) filter (where not isfinite(${column}))::int as infinite, count(*) filter (where isfinite(${column}))::int as future,
-      min(${name}) as first
-    from ${table} where ${column} > clock_timestamp() or ${column} = '-infinity'`);
-  return row ?? { infinite: 0, future: 0 };
+      min(${rowName(key.length ? key : [cursor])}) as first
+    from ${table} where ${column} > clock_timestamp() or ${column} = '-infinity'`)) as [Unreachable];
+  return found;
 }
+type Unreachable = { infinite: number; future: number; first: string | null };
 
 /** SQL: a row's key as text, for example id=17. */
 export const rowName = (key: string[]): string =>
   key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
 
-/** What a SELECT returns: each column's type, and the table's column that it is, if it is one. */
-async function describe(source: Sql, select: string, table: string): Promise<Column[]> {
-  const { columns } = await source.unsafe(select).describe();
-  return await source<Column[]>`
-    select d.name, case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
-      e.oid is not null as array, format_type(t.oid, null) as sql, format_type(t.oid, a.atttypmod) as declared,
-      coalesce(a.attnotnull, false) as notnull, case when a.attrelid = to_regclass(${table}) then a.attname end as of
-    from jsonb_to_recordset(${JSON.stringify(columns)}::text::jsonb) as d (name text, type oid, "table" oid, number int)
-    join pg_type t on t.oid = d.type
-    left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
-    left join pg_attribute a on a.attrelid = d."table" and a.attnum = d.number`;
+/** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
+function isRefusal(error: unknown): boolean {
+  const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
+  // Postgres's data exceptions and program limits; not those that name the row already.
+  if (error instanceof SourceError) return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
+  return errors?.some(({ reason }) => reason === "invalid") ?? false;
+}
+
+/** What is loaded: rows that are found by a key, and the settings that their SELECT reads. */
+type Rows = { key: string[]; select: string; settings: Settings };
+
+/**
+ * Where `error` says that a row was refused, loads them again in halves, in the order of their keys, until one is left: log2(n) steps.
+ * @param load loads the rows of a SELECT.
+ * @returns the error that names the row by its key, where reading it again would not help; or `error`, where it is another one.
+ */
+export async function nameRefused(error: Error, run: Run, rows: Rows, load: (select: string) => Promise<unknown>): Promise<Error> {
+  if (!isRefusal(error)) return error;
+  const { key, select, settings } = rows;
+  const ask = async (value: string, rows: string): Promise<string | undefined> =>
+    (await queryWith<{ value: string }>(run.source, settings, `select ${value} as value from (${rows}) q`))[0]?.value;
+  const part = (first: number, rows: number): string =>
+    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
+  const refusal = (rows: string): Promise<Error | undefined> =>
+    load(rows).then(
+      () => undefined,
+      (error: Error) => (isRefusal(error) ? error : Promise.reject(error)),
+    );
+  let [first, count] = [0, Number(await ask("count(*)", select))];
+  run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
+  while (count > 1) {
+    const half = Math.ceil(count / 2);
+    [first, count] = (await refusal(part(first, half))) ? [first, half] : [first + half, count - half];
+  }
+  const refused = await refusal(part(first, 1));
+  const row = await ask(rowName(key), part(first, 1));
+  const why = refused ? `is refused: ${refused.message}. Correct it at the source` : "was refused, and no longer is";
+  return new SourceError(`row ${row} of ${run.pipeline} ${why}, then: make ${run.pipeline}`);
 }
 
 /** All differences of one side, in one error. */

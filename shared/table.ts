@@ -1,6 +1,4 @@
-/**
- * What a person reads on stdout: tables and durations.
- */
+/** What a person reads on stdout: tables and durations. */
 
 /** Anybody's text as part of a line: without lines of its own, and nothing that a terminal obeys. */
 const printable = (text: string): string => text.replaceAll(/\p{Cc}/gu, "?");

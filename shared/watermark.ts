@@ -9,10 +9,8 @@ import { join } from "node:path";
 import type { Sql } from "postgres";
 import { root } from "./env.ts";
 import type { Run } from "./run.ts";
-import { queryWindow, quote, utc, type Window } from "./session.ts";
+import { queryWith, quote, utc, type Window } from "./session.ts";
 import type { Source } from "./source.ts";
-
-export type { Window };
 
 /** What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Null where it is not known. */
 export interface Origin {
@@ -26,9 +24,7 @@ export interface Origin {
   destination: string | null;
 }
 
-export interface Watermark extends Origin {
-  watermark: string;
-}
+export type Watermark = Origin & { watermark: string };
 
 /** One row of sql/safe_bound.sql, which says what the fields mean. */
 export interface Bound extends Omit<Origin, "destination"> {
@@ -76,18 +72,18 @@ const history = {
  * @throws Error where open transactions cannot be seen, so that no bound is safe.
  */
 export async function readBound(source: Sql): Promise<Bound> {
-  const [bound] = await source.unsafe<Bound[]>(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"));
-  if (!bound) throw new Error("sql/safe_bound.sql returned no row");
+  const [bound] = (await source.unsafe(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"))) as [Bound];
   if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
   const unknown: string[] = [];
-  const read = async (what: string): Promise<string | null> => {
-    const asked = source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`);
-    const rows = await asked.catch(({ code = "", message }: Error & { code?: string }) => {
-      if (!/^(42501|42883|0A000|55000)$/.test(code)) throw new Error(message); // not its to call, no such function, not supported
-      unknown.push(message);
-    });
-    return rows?.[0]?.value ?? null;
-  };
+  const read = (what: string): Promise<string | null> =>
+    source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`).then(
+      ([row]) => row?.value ?? null,
+      (error: Error & { code?: string }) => {
+        if (!/^(42501|42883|0A000|55000)$/.test(error.code ?? "")) throw error; // not its to call, no such function, not supported
+        unknown.push(error.message);
+        return null;
+      },
+    );
   const [system, timeline, wal] = [await read(history.system), await read(history.timeline), await read(history.wal)];
   return { ...bound, server: system && timeline && `${system}/${timeline}`, wal, unknown };
 }
@@ -98,8 +94,7 @@ export async function readBound(source: Sql): Promise<Bound> {
  * @returns why not, in words with the next command, or undefined.
  */
 export async function distrust(
-  source: Sql,
-  pipeline: string,
+  { pipeline, source }: Pick<Run, "pipeline" | "source">,
   stored: Watermark,
   bound: Bound,
   target?: Target,
@@ -126,30 +121,26 @@ export async function distrust(
     );
   if (!target) return undefined;
   const replaced = other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
-  const emptied = target.rows === 0 && (await hasRows(source, target.contract.source, stored.watermark));
+  const before = { "etl.from": "-infinity", "etl.to": stored.watermark };
+  const anyRow = `select from (${target.contract.source.select}) q limit 1`;
+  const emptied = target.rows === 0 && (await queryWith(source, before, anyRow)).length > 0;
   const missing = replaced || (emptied && `it is empty, and the source has rows before ${at}`);
   return missing ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again` : undefined;
 }
 
-/** Whether a pipeline reads any row before this point. */
-async function hasRows(source: Sql, { select }: Source, to: string): Promise<boolean> {
-  return (await queryWindow(source, { from: "-infinity", to }, `select from (${select}) q limit 1`)).length > 0;
-}
+/** Given both, a window is read again. */
+type Asked = { FROM?: string | undefined; TO?: string | undefined };
 
 /**
  * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter, or empty: a
  * later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the next command.
  */
-export async function takeWindow(
-  run: Run,
-  { FROM, TO }: { FROM?: string | undefined; TO?: string | undefined },
-  target?: Target,
-): Promise<Window & { origin: Origin }> {
+export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target): Promise<Window & { origin: Origin }> {
   const stored = await readWatermark(run.etl, run.pipeline);
   const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
   const { prepared, holder, hold_seconds } = bound;
-  const reason = stored && !FROM && (await distrust(run.source, run.pipeline, stored, bound, target));
+  const reason = stored && !FROM && (await distrust(run, stored, bound, target));
   if (reason) throw new Error(reason);
   const unknown = "the server does not say, so that a restore or a failover is not noticed";
   if (bound.unknown.length) run.log("warning", { warning: `${unknown}: ${bound.unknown.join("; ")}` });
@@ -171,11 +162,10 @@ export async function takeWindow(
 }
 
 /**
- * Cuts the next chunk of at most `chunkRows` rows off [from, to): it ends at the cursor of the row after them, and where that equals
- * `from`, at the next distinct one, since one timestamp is never split. Undefined where nothing is left to cut.
+ * Cuts [from, to) into chunks of at most `chunkRows` rows, each when the one before is done: it ends at the cursor of the row after them, and
+ * where that equals its start, at the next distinct one, since one timestamp is never split.
  */
-export async function nextChunk(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): Promise<Chunk | undefined> {
-  if (from === to) return undefined;
+export async function* cutChunks(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): AsyncGenerator<Chunk> {
   const column = quote(cursor);
   const query = `
     with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
@@ -183,9 +173,14 @@ export async function nextChunk(run: Run, { select, cursor }: Source, { from, to
       case when max(c) = current_setting('etl.from')::timestamptz then
         (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
     from head`;
-  const [cut] = await queryWindow<{ rows: number; last: string; next: string | null }>(run.source, { from, to }, query);
-  if (!cut || cut.rows <= chunkRows) return { from, to, rows: cut?.rows ?? 0 };
-  return { from, to: cut.last > from ? cut.last : (cut.next ?? to), rows: chunkRows };
+  for (let start = from; start !== to; ) {
+    const settings = { "etl.from": start, "etl.to": to };
+    const [cut] = (await queryWith(run.source, settings, query)) as [{ rows: number; last: string; next: string | null }];
+    let end = to;
+    if (cut.rows > chunkRows) end = cut.last > start ? cut.last : (cut.next ?? to);
+    yield { from: start, to: end, rows: Math.min(cut.rows, chunkRows) };
+    start = end;
+  }
 }
 
 /**

@@ -174,7 +174,7 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
       const stored = await readWatermark(etl, pipeline);
       const open = () => (pipeline === "events" ? undefined : openDestination(readEnv(bigqueryVariables), readContract(pipeline)));
       const target = await answer(DEADLINE_SECONDS, late, open); // why there is none, its own section says
-      const reason = stored && (await distrust(source, pipeline, stored, await readBound(source), target.value));
+      const reason = stored && (await distrust({ pipeline, source }, stored, await readBound(source), target.value));
       if (reason) throw new Error(reason);
       return stored?.watermark ?? "none yet";
     });

@@ -20,8 +20,7 @@
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
-import { describeField, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
-import type { Contract } from "../../shared/bigquery/types.ts";
+import { type Contract, describeField, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
 import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { bucketExists, bucketVariables, connectS3, createBucket } from "../../shared/events/s3.ts";
 import { log } from "../../shared/log.ts";

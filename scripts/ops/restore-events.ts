@@ -14,7 +14,7 @@ import { addDays, daysFailed, midnight } from "../../shared/events/archive.ts";
 import { checkBucket, connectS3 } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { runPipeline } from "../../shared/run.ts";
-import { queryWindow } from "../../shared/session.ts";
+import { queryWith } from "../../shared/session.ts";
 import { dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 
 await main(import.meta, async () => {
@@ -36,7 +36,7 @@ await main(import.meta, async () => {
           await pipeline(readPart(bucket, part), copy);
         }
         // 2. Those in the place of the day's rows.
-        await queryWindow(etl, { from: midnight(day), to: midnight(addDays(day)) }, restore);
+        await queryWith(etl, { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) }, restore);
       }).catch((error: Error) => {
         if (error.name !== "Damaged") throw error;
         throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);

@@ -14,7 +14,7 @@ import { flag, oneOf, optional, readEnv, required, timestamp, UsageError } from 
 import { main } from "../../shared/main.ts";
 import { watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, lockKey, pipelineVariables, type Run, runPipeline } from "../../shared/run.ts";
-import { queryWindow, type Window } from "../../shared/session.ts";
+import { queryWith } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 
@@ -46,10 +46,10 @@ await main(import.meta, async () => {
         `TO=${to} is after the watermark ${watermark}: a rewind goes back only, since the rows between them would never be read.`,
       );
     const bound = await readBound(source);
-    const reason = await distrust(source, pipeline, stored, bound);
+    const reason = await distrust({ pipeline, source }, stored, bound);
     const kept = "the destination may hold versions that the source has lost, dated later, which the upsert keeps";
     if (reason) run.log("warning", { warning: `${kept}: ${reason}` });
-    const rows = await countAgain(run, { from: to, to: watermark });
+    const rows = await countAgain(run, to, watermark);
     const rows_to_read_again = rows ?? "not counted: it takes too long";
     run.log(env.DRY_RUN ? "would-rewind" : "rewind", { from: watermark, to, rows_to_read_again });
     if (env.DRY_RUN) return;
@@ -72,12 +72,11 @@ await main(import.meta, async () => {
 });
 
 /** How many rows lie in [from, to); undefined where that takes longer than five minutes. */
-async function countAgain({ source, pipeline }: Run, window: Window): Promise<number | undefined> {
+async function countAgain({ source, pipeline }: Run, from: string, to: string): Promise<number | undefined> {
   // Of events: every id of the first day.
-  await source`select set_config('etl.after', '-9223372036854775809', false), set_config('etl.rows', '9223372036854775807', false),
-    set_config('statement_timeout', '300s', false)`;
-  const counting = queryWindow<{ rows: string }>(source, window, `select count(*) as rows from (${readSelect(pipeline)}) q`);
-  return await counting.then(
+  const all = { "etl.after": "-9223372036854775809", "etl.rows": "9223372036854775807", statement_timeout: "300s" };
+  const query = `select count(*) as rows from (${readSelect(pipeline)}) q`;
+  return await queryWith<{ rows: string }>(source, { "etl.from": from, "etl.to": to, ...all }, query).then(
     ([counted]) => Number(counted?.rows),
     (error: { code?: string }) => {
       if (error.code === "57014") return undefined; // query_canceled: the number is only for the reader

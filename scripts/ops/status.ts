@@ -114,7 +114,7 @@ async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, b
   Object.assign(fact, { held_by: bound.holder, hold_seconds: bound.hold_seconds });
   const stored = await readWatermark(etl, pipeline);
   if (!stored) return;
-  let target: Parameters<typeof distrust>[4];
+  let target: Parameters<typeof distrust>[3];
   if (pipelines().includes(pipeline) && isSet("BIGQUERY_PROJECT")) {
     const { bigqueryVariables } = await import("../../shared/bigquery/client.ts");
     const contract = (await import("../../shared/bigquery/contract.ts")).readContract(pipeline);
@@ -124,7 +124,7 @@ async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, b
     target = opened.value;
     fact.future_rows = (await askPart("the source", () => findUnreachable(source, contract.source, []))).value?.future;
   }
-  const reason = await distrust(source, pipeline, stored, bound, target);
+  const reason = await distrust({ pipeline, source }, stored, bound, target);
   if (reason) blame(fact, reason);
 }
 

@@ -18,34 +18,33 @@ import type { Sql } from "postgres";
 import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
 import {
   addDays,
-  archiveVariables,
-  copyRows,
+  checkArchivable,
   dayPrefix,
   daysBetween,
   daysFailed,
   type Manifest,
   manifestKey,
-  openArchive,
   readManifest,
   readSource,
   rowsOf,
 } from "../../shared/events/archive.ts";
-import { type Bucket, listObjects, removeObjects } from "../../shared/events/s3.ts";
+import { type Bucket, checkBucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
-import { damaged, readBack, readDay, readDays, readPart } from "./lib/events.ts";
+import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 import { recordVerified } from "./lib/verified.ts";
 
 const DAY_SECONDS = 86_400;
 
 await main(import.meta, async () => {
-  const env = readEnv({ ...archiveVariables, CLEAN: optional(flag, false) });
+  const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
   const wanted = env.FROM && readDays(env, "verify-events");
   // By hand: it says nothing of the pipeline's schedule.
   await runPipeline("events", { ...env, DRY_RUN: true }, async (run) => {
-    const { bucket, lines } = await openArchive(run, env);
+    const bucket = connectS3(env);
+    const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
     const days = wanted || (await lastDays(run.etl));
     const failed = await readBack(run, "verify-events", days, async (day) => {
       // 1. What killed runs left.
@@ -56,7 +55,7 @@ await main(import.meta, async () => {
 
       // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
       const hash = createHash("sha256");
-      await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rowsOf(day));
+      await using stream = run.copy(lines(), rowsOf(day));
       const source = await readSource(run.source, day);
       for await (const piece of stream.lines) {
         hash.update(piece);

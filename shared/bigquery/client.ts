@@ -31,13 +31,6 @@ export function connectBigQuery(env: BigQueryEnv): BigQuery {
 /** A job's labels, by which it is found in the list of jobs. */
 export const labels = (run: Run): Record<string, string> => ({ etl_pipeline: run.pipeline, etl_run: run.id });
 
-/** Adds what a finished query job was billed to the run's total. Loads and copies are free. */
-export function addBilled(run: Run, statistics: { query?: { totalBytesBilled?: string } } | undefined): number {
-  const billed = Number(statistics?.query?.totalBytesBilled ?? 0);
-  run.totals.bytes_billed += billed;
-  return billed;
-}
-
 /** For what has a unique name: it exists because the client asked again when the first answer got lost. */
 export function ignoreAlreadyThere(error: { code?: number }): void {
   if (error.code !== 409) throw error;
@@ -73,7 +66,7 @@ export function remedy(error: ApiError): string {
 export type JobResource = any;
 
 /**
- * Runs a job to its end; it is cancelled where the run is stopped.
+ * Runs a job to its end, and adds what it was billed to the run's total; it is cancelled where the run is stopped.
  * @param jobId of its attempt: BigQuery runs one id once, however often it is asked.
  * @throws Error with the job's error, and what to do where trying again does not help.
  */
@@ -90,7 +83,10 @@ export async function runJob(run: Run, bigquery: BigQuery, jobId: string, config
     const [metadata] = await job.getMetadata();
     const { state, errorResult } = metadata.status ?? {};
     if (errorResult) throw Object.assign(new Error(errorResult.message), { errors: [errorResult] });
-    if (state === "DONE") return metadata;
+    if (state === "DONE") {
+      run.totals.bytes_billed += Number(metadata.statistics.query?.totalBytesBilled ?? 0); // loads and copies are free
+      return metadata;
+    }
     await delay(pause, undefined, { signal: run.signal });
   }
 }

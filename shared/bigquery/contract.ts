@@ -7,10 +7,13 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { type Column, checkColumns, driftError, readSelect, type SchemaCheck } from "../source.ts";
-import { apiType, type Contract, type Field, unmappable } from "./types.ts";
+import { type Column, checkColumns, driftError, readSelect, type SchemaCheck, type Source } from "../source.ts";
+import { apiType, type Field, unmappable } from "./types.ts";
 
-export function readContract(pipeline: string): Contract {
+export type Contract = ReturnType<typeof readContract>;
+
+/** `file` is named in messages; `key` has the columns of the primary key; `resource` creates the table. */
+export function readContract(pipeline: string) {
   const file = `schemas/bigquery/${pipeline}.json`;
   try {
     const { source, ...resource } = JSON.parse(readFileSync(join(root, file), "utf8"));
@@ -27,7 +30,8 @@ export function readContract(pipeline: string): Contract {
     if (nullable !== undefined) throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
     if (!/^\w+\.\w+$/.test(source?.table)) throw new Error("source.table must be SCHEMA.TABLE, such as public.orders");
     if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
-    return { pipeline, file, source: { ...source, key, select: readSelect(pipeline) }, fields, key, resource };
+    const from: Source = { ...source, key, select: readSelect(pipeline) };
+    return { pipeline, file, source: from, fields, key, resource: resource as TableMetadata };
   } catch (error) {
     if (error instanceof UsageError) throw error;
     const form = "a BigQuery Table resource with schema.fields and tableConstraints.primaryKey";
@@ -35,12 +39,7 @@ export function readContract(pipeline: string): Contract {
   }
 }
 
-/**
- * Compares the source with the contract: the table and its cursor column, then what the SELECT returns. A column that the contract does
- * not know is a warning and a metric.
- * @returns the columns that the SELECT returns.
- * @throws UsageError naming column, expected and found, all of them at once.
- */
+/** Compares the source with the contract: see checkColumns. @returns the columns that the SELECT returns. @throws UsageError. */
 export function checkSource(run: SchemaCheck, { fields, file, source }: Contract): Promise<Column[]> {
   const wanted = fields.map((field) => ({
     name: field.name,

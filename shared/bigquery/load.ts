@@ -1,16 +1,15 @@
 /** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
-import type { Job, QueryRowsResponse, Table } from "@google-cloud/bigquery";
-import { copyJsonLines, type RowStream } from "../copy.ts";
+import type { Job, QueryRowsResponse } from "@google-cloud/bigquery";
+import type { RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
-import { isRefusal, nameRefused } from "../refused.ts";
 import type { Run } from "../run.ts";
-import type { Window } from "../session.ts";
-import type { Column } from "../source.ts";
-import { type ApiError, addBilled, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
-import { checkDestination, optionFaults } from "./contract.ts";
-import { type Contract, jsonLines } from "./types.ts";
+import type { Settings, Window } from "../session.ts";
+import { type Column, nameRefused } from "../source.ts";
+import { type ApiError, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, labels, remedy, runJob } from "./client.ts";
+import { type Contract, checkDestination, optionFaults } from "./contract.ts";
+import { jsonLines } from "./types.ts";
 
 /** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
 const STAGING_HOURS = 24;
@@ -42,43 +41,15 @@ export async function openDestination(env: BigQueryEnv, contract: Contract) {
   return { bigquery, contract, dataset, identity, rows: Number(metadata.numRows) };
 }
 
-/** A table with the rows of one chunk. */
-export interface Staging extends AsyncDisposable {
-  name: string;
-  sent: RowStream["sent"];
-}
+export type Staging = Awaited<ReturnType<typeof createStaging>>;
 
 /**
- * Extracts, loads and counts the rows of [from, to) in a new staging table, which is dropped when the attempt ends, well or not.
- * @param columns as checkSource returns them. @param attempt names the table, with the run and the chunk.
- * @throws UsageError where a key comes twice; Error that names the row, where the source or BigQuery refuses one, for whatever reason.
+ * Creates a table for the rows of one chunk, which is dropped when the attempt ends, well or not. @param attempt names it, with the run and
+ * the chunk.
  */
-export async function stageChunk(
-  run: Run,
-  url: string,
-  columns: Column[],
-  to: Destination,
-  chunk: Window,
-  attempt: number,
-): Promise<Staging> {
-  const { pipeline, source, key } = to.contract;
-  const stage = (part: string, select: string): Promise<Staging> => {
-    const name = `${pipeline}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}${part}`;
-    const lines = jsonLines(to.contract, select, columns);
-    return fillStaging(run, to, name, () => copyJsonLines(url, lines, run.session, chunk));
-  };
-  return await stage("", source.select).catch(async (error: Error) => {
-    if (!isRefusal(error)) throw error;
-    let step = 0;
-    const settings = { "etl.from": chunk.from, "etl.to": chunk.to };
-    throw await nameRefused(run, key, source.select, settings, async (select) => {
-      await using _ = await stage(`_part_${++step}`, select);
-    });
-  });
-}
-
-async function fillStaging(run: Run, to: Destination, name: string, open: () => RowStream): Promise<Staging> {
+export async function createStaging(run: Run, to: Destination, attempt: number | string) {
   const { bigquery, dataset, contract } = to;
+  const name = `${contract.pipeline}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;
   const table = bigquery.dataset(dataset).table(name);
   const created = table.create({
     description: `Rows of run ${run.id} on their way to ${contract.pipeline}. Nothing reads it; it deletes itself.`,
@@ -92,31 +63,36 @@ async function fillStaging(run: Run, to: Destination, name: string, open: () => 
       run.log("warning", { warning, error: message });
     });
   };
-  try {
-    await using stream = open(); // where it fails, its COPY ends before BigQuery is asked anything more
-    const loaded = await load(run, to, table, stream);
-    if (loaded !== stream.sent.rows) {
-      const counts = `${stream.sent.rows} rows were read from the source, and ${loaded} were loaded`;
-      throw Object.assign(new Error(`the counts differ: ${counts}; nothing was merged`), {
-        errors: [{ reason: "backendError" }],
-      });
-    }
-    await checkKeys(run, to, name);
-    return { name, sent: stream.sent, [Symbol.asyncDispose]: drop };
-  } catch (error) {
-    await drop();
-    throw error;
-  }
+  return { to, name, table, attempt, [Symbol.asyncDispose]: drop };
 }
 
 /**
- * Streams JSON lines into a table as one load job, whose id follows from the attempt. One request for all of them: a resumable upload
- * would have to keep what BigQuery has not confirmed, since a COPY cannot be read again from its middle; the next attempt reads all again.
- * Where uploads break off for their length, lower CHUNK_ROWS.
- * @returns the rows that the job says it wrote: a stream that ended early would be a successful short load.
+ * Extracts, loads and counts the rows of [from, to). @param columns as checkSource returns them. @returns what was loaded.
+ * @throws UsageError where a key comes twice; Error that names the row, where the source or BigQuery refuses one, for whatever reason.
  */
-async function load(run: Run, to: Destination, table: Table, { lines, sent }: RowStream): Promise<number> {
-  const jobId = `etl_${table.id}_load`;
+export async function loadChunk(run: Run, columns: Column[], staging: Staging, { from, to }: Window): Promise<RowStream["sent"]> {
+  const { contract } = staging.to;
+  const settings = { "etl.from": from, "etl.to": to };
+  const fill = (table: Staging, select: string) => load(run, table, jsonLines(contract, select, columns), settings);
+  const { key, source } = contract;
+  return await fill(staging, source.select).catch(async (error: Error) => {
+    let step = 0;
+    throw await nameRefused(error, run, { key, settings, select: source.select }, async (select) => {
+      await using part = await createStaging(run, staging.to, `${staging.attempt}_part_${++step}`);
+      await fill(part, select);
+    });
+  });
+}
+
+/**
+ * Streams the JSON lines of a SELECT into the table as one load job, whose id follows from the attempt. One request for all of them: a
+ * resumable upload would have to keep what BigQuery has not confirmed, since a COPY cannot be read again from its middle; the next attempt
+ * reads all again. Where uploads break off for their length, lower CHUNK_ROWS.
+ * @throws Error, worth another attempt, where the job wrote other than what was read: a stream that ended early is a successful short load.
+ */
+async function load(run: Run, { to, name, table }: Staging, select: string, settings: Settings): Promise<RowStream["sent"]> {
+  await using stream = run.copy(select, settings); // where it fails, its COPY ends before BigQuery is asked anything more
+  const [{ lines, sent }, jobId] = [stream, `etl_${name}_load`];
   const upload = table.createWriteStream({
     jobId,
     sourceFormat: "NEWLINE_DELIMITED_JSON",
@@ -135,7 +111,11 @@ async function load(run: Run, to: Destination, table: Table, { lines, sent }: Ro
     }
   };
   const [{ metadata }] = await Promise.all([completed, pipeline(shown(), upload, { signal: run.signal })]);
-  return Number(metadata.statistics.load.outputRows ?? 0);
+  const loaded = Number(metadata.statistics.load.outputRows ?? 0);
+  const differ = `the counts differ: ${sent.rows} rows were read from the source, and ${loaded} were loaded; nothing was merged`;
+  if (loaded !== sent.rows) throw Object.assign(new Error(differ), { errors: [{ reason: "backendError" }] });
+  await checkKeys(run, to, name);
+  return sent;
 }
 
 /** Rows of the staging table that share a key; the MERGE would insert each of them. */
@@ -178,7 +158,7 @@ export function mergeStatement({ fields, key, source }: Contract, target: string
 }
 
 /** Runs the MERGE of one staging table. @returns rows inserted and updated; the others were newer at the destination. */
-export const mergeStaging = (run: Run, to: Destination, { name }: Staging): Promise<Changed> =>
+export const mergeStaging = (run: Run, { to, name }: Staging): Promise<Changed> =>
   change(run, to, `etl_${name}_merge`, mergeStatement(to.contract, address(to, to.contract.pipeline), address(to, name)));
 
 type Changed = Record<"inserted" | "updated" | "deleted", number>;
@@ -188,7 +168,6 @@ export async function change(run: Run, to: Destination, jobId: string, sql: stri
   const { bigquery, dataset, contract } = to;
   const query = { query: traceable(run, sql), useLegacySql: false };
   const { statistics } = await runJob(run, bigquery, jobId, { query });
-  addBilled(run, statistics);
   if (statistics.rowLevelSecurityStatistics?.rowLevelSecurityApplied)
     throw new UsageError(
       `${optionFaults(`${dataset}.${contract.pipeline}`, {}, true)}; then: make verify PIPELINE=${contract.pipeline} REPAIR=1`,
@@ -202,7 +181,7 @@ export async function ask<T = Record<string, unknown>>(run: Run, { bigquery }: D
   const query = { query: traceable(run, sql), labels: labels(run) };
   const [rows, , answer] = (await bigquery.query(query)) as unknown as QueryRowsResponse;
   const [{ statistics }] = await bigquery.job(answer?.jobReference?.jobId ?? "").getMetadata();
-  addBilled(run, statistics);
+  run.totals.bytes_billed += Number(statistics.query?.totalBytesBilled ?? 0);
   return rows as T[];
 }
 

@@ -2,27 +2,15 @@
  * From Postgres to BigQuery: which type goes to which, how a value is written into a JSON line, and which values have no place there. In
  * the SQL here ? is the value: a column, or an array's element. An array's elements go as its type does, into a REPEATED field.
  */
-import type { TableField, TableMetadata } from "@google-cloud/bigquery";
+import type { TableField } from "@google-cloud/bigquery";
 import { quote } from "../session.ts";
-import { type Column, rowName, type Source } from "../source.ts";
+import { type Column, rowName } from "../source.ts";
 
 /** A field of a contract. */
 export interface Field extends TableField {
   name: string;
   type: string;
   mode: string;
-}
-
-export interface Contract {
-  pipeline: string;
-  /** File name from the project's root, for messages. */
-  file: string;
-  source: Source;
-  fields: Field[];
-  /** Columns of the primary key. */
-  key: string[];
-  /** The Table resource, for creating the table. */
-  resource: TableMetadata;
 }
 
 const special = "? in ('NaN', 'Infinity', '-Infinity')";
@@ -105,12 +93,15 @@ function refusedWhere({ type, array, declared }: Column, field: Field, refuse = 
 
 const filled = (template: string, value: string): string => template.replaceAll("?", () => value);
 
+/** A contract's part that the lines are made by. */
+type LinesOf = { pipeline: string; fields: Field[]; key: string[] };
+
 /**
  * The SELECT around `select` of JSON lines, in which each field's column is written as its BigQuery type reads it. A row with a value
  * that has no place there, or none where the field is REQUIRED, raises an error that names it. Aliases begin with etl__, and no field's
  * name does: Postgres and BigQuery would take the one for the other.
  */
-export function jsonLines({ pipeline, fields, key }: Contract, select: string, columns: Column[]): string {
+export function jsonLines({ pipeline, fields, key }: LinesOf, select: string, columns: Column[]): string {
   const written = fields.map((field) => {
     const column = columns.find(({ name }) => name === field.name) as Column;
     const name = quote(field.name);

@@ -7,13 +7,11 @@ import { once } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
 import { createGzip } from "node:zlib";
 import type { Sql } from "postgres";
-import { copyJsonLines } from "../copy.ts";
 import { type Env, flag, number, optional, redact } from "../env.ts";
 import { progress, terminal, thousands } from "../log.ts";
-import { isRefusal, nameRefused } from "../refused.ts";
 import { pipelineVariables, type Run } from "../run.ts";
-import { quote, type SessionOptions } from "../session.ts";
-import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
+import { quote } from "../session.ts";
+import { type Column, checkColumns, nameRefused, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { duration } from "../table.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
 
@@ -173,7 +171,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   try {
     for (let after: Position | undefined = startOf(day); after; ) {
       const part: Compressed | undefined = await readPart(archive, day, after).catch(async (error: Error) => {
-        throw isRefusal(error) ? await nameRow(archive, rowsOf(day, after, env.CHUNK_ROWS)) : error;
+        throw await nameRow(archive, error, rowsOf(day, after, env.CHUNK_ROWS));
       });
       if (!part) break;
       run.signal.throwIfAborted();
@@ -195,17 +193,11 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   }
 }
 
-/** What sql/events.sql reads: at most so many rows of a day, from the one after `after` on. */
+/** Settings of sql/events.sql, which reads in the order of created_at and id: at most so many rows of a day, from the one after `after` on. */
 export const rowsOf = (day: string, after = startOf(day), rows = Number.MAX_SAFE_INTEGER) => ({
   ...{ "etl.from": after.created_at, "etl.to": midnight(addDays(day)) },
   ...{ "etl.after": after.id, "etl.rows": String(rows) },
 });
-
-/** Those rows as JSON lines, in the order of created_at and id. */
-export function copyRows(url: string, select: string, session: SessionOptions, settings: ReturnType<typeof rowsOf>) {
-  const { "etl.from": from, "etl.to": to } = settings;
-  return copyJsonLines(url, select, { ...session, settings }, { from, to });
-}
 
 /** `next`: its last row, where another part may follow. */
 type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Position | undefined };
@@ -217,7 +209,7 @@ type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Posi
 async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {
   const [{ run, env, lines, concurrency }, started] = [archive, performance.now()];
   const rows = rowsOf(day, after, env.CHUNK_ROWS);
-  await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rows);
+  await using stream = run.copy(lines(), rows);
   let [buffer, bytes, read] = [Buffer.alloc(0), 0, 0];
   const raw = createHash("sha256");
   const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
@@ -248,10 +240,10 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
   return { body, is, next: full || read === env.CHUNK_ROWS ? position(last) : undefined };
 }
 
-/** @returns the error that names the row that the source refuses. */
-async function nameRow({ run, env, lines }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
-  return await nameRefused(run, ["id"], eventsSource.select, rows, async (select) => {
-    await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(select), run.session, rows);
+/** @returns the error that names the row that the source refuses, where `error` is that. */
+async function nameRow({ run, lines }: Archive, error: Error, settings: ReturnType<typeof rowsOf>): Promise<Error> {
+  return await nameRefused(error, run, { key: ["id"], settings, select: eventsSource.select }, async (select) => {
+    await using stream = run.copy(lines(select), settings);
     for await (const _ of stream.lines) run.signal.throwIfAborted();
   });
 }

@@ -4,7 +4,7 @@
  */
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { addBilled, bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
@@ -87,7 +87,7 @@ export async function copyRaw(build: Build, raw: string[]): Promise<void> {
 }
 
 /**
- * Runs a statement for the model, and adds what it was billed. BigQuery refuses, without charge, one above MAX_BYTES_BILLED.
+ * Runs a statement for the model, and adds what it was billed to the model's. BigQuery refuses, without charge, one above MAX_BYTES_BILLED.
  * @throws Error that begins with the file, also where BigQuery read a table that was not found in it.
  */
 async function runStatement(
@@ -103,7 +103,8 @@ async function runStatement(
   const query = { query: sql, useLegacySql: false, defaultDataset, maximumBytesBilled, ...into };
   try {
     const done = await jobOf(build, `${model.name}_${job}`, { query });
-    build.billed.set(model.name, (build.billed.get(model.name) ?? 0) + addBilled(build.run, done.statistics));
+    const billed = Number(done.statistics.query.totalBytesBilled ?? 0);
+    build.billed.set(model.name, (build.billed.get(model.name) ?? 0) + billed);
     for (const { datasetId, tableId } of done.statistics.query.referencedTables ?? [])
       if (datasetId !== build.dataset || !reads.includes(tableId))
         throw new Error(`table ${datasetId}.${tableId} was read, but not found in the file`);

@@ -17,7 +17,6 @@ import postgres from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement } from "../../shared/bigquery/load.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
-import { copyJsonLines } from "../../shared/copy.ts";
 import { thousands } from "../../shared/log.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { createShop } from "../lib/shop.ts";
@@ -98,11 +97,11 @@ function extractions(): Contender[] {
 
 await runPipeline("orders", env, async (run) => {
   select = jsonLines(contract, contract.source.select, await checkSource(run, contract));
-  const window = { from: "-infinity", to: "infinity" };
+  const window = { "etl.from": "-infinity", "etl.to": "infinity" };
   const extract = async () => {
     const before = sourceCpu();
     const [seconds] = await timed(async () => {
-      await using stream = await copyJsonLines(env.SOURCE_DATABASE_URL, select, run.session, window);
+      await using stream = run.copy(select, window);
       await pipeline(stream.lines, new Writable({ write: (_piece, _encoding, done) => done() }));
       if (stream.sent.rows !== rows) throw new Error(`${stream.sent.rows} rows came`);
     });

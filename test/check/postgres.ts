@@ -59,6 +59,7 @@ const examples: Record<string, string> = {
   "etl.to": "2017-01-02",
   "etl.facts": "[]",
   "etl.limits": "{}",
+  "etl.source_select": "[]",
   "etl.status": "[]",
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();

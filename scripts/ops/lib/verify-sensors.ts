@@ -9,7 +9,6 @@
  */
 import { Readable } from "node:stream";
 import type { ClickHouseClient } from "@clickhouse/client";
-import { copyJsonLines } from "../../../shared/copy.ts";
 import type { Env } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import { newRunId, type Run } from "../../../shared/run.ts";
@@ -53,7 +52,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
   const canary = await readCanary(run.etl, env.SENSORS_TOPIC);
   try {
     await create("before", versions());
-    const rows = await loadSource(run, env, client, at("source"), columns);
+    const rows = await loadSource(run, client, at("source"), columns);
     const [first] = await select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
     const candidates = Number(first?.n);
     const counts = Object.fromEntries(kinds.map((kind) => [kind, 0])) as Comparison["counts"];
@@ -90,13 +89,7 @@ async function dropTables(client: ClickHouseClient, which: string): Promise<void
 }
 
 /** Loads all readings of the source, from one snapshot. A time that DateTime64 cannot hold comes as NULL. @returns how many. */
-async function loadSource(
-  run: Run,
-  env: SensorsEnv,
-  client: ClickHouseClient,
-  table: string,
-  columns: clickhouse.Column[],
-): Promise<number> {
+async function loadSource(run: Run, client: ClickHouseClient, table: string, columns: clickhouse.Column[]): Promise<number> {
   const defined = columns.map(({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${clickhouse.plainType(type)})`}`);
   await client.command({ query: `CREATE TABLE ${table} (${defined.join(", ")}) ENGINE = MergeTree ORDER BY id` });
   const time = (name: string): string =>
@@ -104,8 +97,7 @@ async function loadSource(
      then to_char("${name}", 'YYYY-MM-DD HH24:MI:SS.US') end as "${name}"`;
   const selected = columns.map(({ name, type }) => (type.startsWith("DateTime64") ? time(name) : `"${name}"`));
   const lines = `select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`;
-  const window = { from: "-infinity", to: "infinity" };
-  await using rows = await copyJsonLines(env.SOURCE_DATABASE_URL, lines, run.session, window);
+  await using rows = run.copy(lines, {});
   const pieces = async function* (): AsyncGenerator<Buffer> {
     for await (const piece of rows.lines) yield Buffer.from(piece); // its memory is used again
   };

@@ -14,9 +14,9 @@
  * A repair and a sweep compare again within the statement that writes, so they change only what differs at that moment.
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
-import { checkSource, readContract } from "../../../shared/bigquery/contract.ts";
-import { address, ask, change, mergeStatement, openDestination, stageChunk } from "../../../shared/bigquery/load.ts";
-import { apiType, type Contract, type Field } from "../../../shared/bigquery/types.ts";
+import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
+import { address, ask, change, createStaging, loadChunk, mergeStatement, openDestination } from "../../../shared/bigquery/load.ts";
+import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
@@ -95,9 +95,10 @@ type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair"
  * Why the watermark cannot be trusted, in words with the next command, if it cannot.
  * @throws UsageError where there is none: nothing has been synced.
  */
-export async function distrusted({ pipeline, etl, source }: Run): Promise<string | undefined> {
+export async function distrusted(run: Run): Promise<string | undefined> {
+  const { pipeline, etl } = run;
   const stored = await readWatermark(etl, pipeline);
-  if (stored) return await distrust(source, pipeline, stored, await readBound(source));
+  if (stored) return await distrust(run, stored, await readBound(run.source));
   throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
 }
 
@@ -120,13 +121,14 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     const all = { from: "-infinity", to: "infinity" };
-    await using staging = await stageChunk(run, env.SOURCE_DATABASE_URL, from, to, all, attempt);
+    await using staging = await createStaging(run, to, attempt);
+    const { rows } = await loadChunk(run, from, staging, all);
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
     const job = (name: string): string => `etl_${staging.name}_${name}`;
     return await work({
-      compare: async () => comparison(to.contract, staging.sent.rows, await ask<Found>(run, to, sql.compare)),
+      compare: async () => comparison(to.contract, rows, await ask<Found>(run, to, sql.compare)),
       deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
       repair: async () => {
         const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
