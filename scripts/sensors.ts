@@ -95,7 +95,7 @@ await main(import.meta, async () => {
       // 5. With each canary see whether the source's columns are still those.
       if (canaries.length) await checkSource().catch(unlessAway);
     },
-    fetch: async () => {
+    tick: async () => {
       if (!epoch) await join();
       if (!env.UNTIL) return;
       const now = await where();
