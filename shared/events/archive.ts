@@ -12,7 +12,7 @@ import { type Env, flag, number, optional, redact } from "../env.ts";
 import { progress, terminal, thousands } from "../log.ts";
 import { isRefusal, nameRefused } from "../refused.ts";
 import { pipelineVariables, type Run } from "../run.ts";
-import { quote, type SessionOptions } from "../session.ts";
+import { quote } from "../session.ts";
 import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { duration } from "../table.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
@@ -81,15 +81,12 @@ export function daysBetween(from: string, to: string): string[] {
   return days;
 }
 
-/** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
-export type JsonSelect = (select?: string) => string;
-
 /** What the days of a run are archived with. */
 export interface Archive {
   run: Run;
   env: Env<typeof archiveVariables>;
   bucket: Bucket;
-  lines: JsonSelect;
+  columns: Column[];
   /** Days at a time. */
   concurrency: number;
 }
@@ -97,24 +94,20 @@ export interface Archive {
 /** Checks the source, which must fit into etl.events_restored again, and the bucket. @throws UsageError with what to do. */
 export async function openArchive(run: Run, env: Archive["env"], concurrency = 1): Promise<Archive> {
   const bucket = connectS3(env);
-  const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
-  return { run, env, bucket, lines, concurrency };
+  const [columns] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+  return { run, env, bucket, columns, concurrency };
 }
 
 export const eventsSource: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
 
-/**
- * Compares the source with etl.events_restored, which archived days must fit into again.
- * @returns the SELECT of JSON lines.
- */
-export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<JsonSelect> {
+/** Compares the source with etl.events_restored, which archived days must fit into again. @returns the columns of sql/events.sql. */
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<Column[]> {
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
   const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
   const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
-  const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
-  return (select = eventsSource.select) => jsonLines(select, columns);
+  return await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
 }
 
 /**
@@ -150,10 +143,10 @@ const startOf = (day: string): Position => ({ created_at: midnight(day), id: "-9
 
 /** What the source has of a day. */
 export async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
-  const [row] = await source<{ rows: string; min_id: string | null; max_id: string | null }[]>`
-    select count(*) as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
+  const [row] = await source<[Pick<Manifest, "rows" | "min_id" | "max_id">]>`
+    select count(*)::float8 as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
     where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;
-  return { rows: Number(row?.rows), min_id: row?.min_id ?? null, max_id: row?.max_id ?? null };
+  return row;
 }
 
 /** Archives one day, unless that is done: extracts and puts its parts, counts, puts the manifest. @returns the day's manifest. */
@@ -185,7 +178,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
       part.body.buffer.transfer(0); // frees it at once: the collector would keep it beside the next part's
       after = part.next;
     }
-    const manifest = await countDay(archive, { day, parts }, before);
+    const manifest = await countDay(archive, day, parts, before);
     run.signal.throwIfAborted();
     committing = true; // the PUT may succeed even if its answer is lost, so keep the parts from here on
     return await publish(archive, manifest, before);
@@ -202,9 +195,9 @@ export const rowsOf = (day: string, after = startOf(day), rows = Number.MAX_SAFE
 });
 
 /** Those rows as JSON lines, in the order of created_at and id. */
-export function copyRows(url: string, select: string, session: SessionOptions, settings: ReturnType<typeof rowsOf>) {
-  const { "etl.from": from, "etl.to": to } = settings;
-  return copyJsonLines(url, select, { ...session, settings }, { from, to });
+export function copyRows(run: Run, url: string, columns: Column[], settings: ReturnType<typeof rowsOf>, select = eventsSource.select) {
+  const window = { from: settings["etl.from"], to: settings["etl.to"] };
+  return copyJsonLines(url, jsonLines(select, columns), { ...run.session, settings }, window);
 }
 
 /** `next`: its last row, where another part may follow. */
@@ -215,9 +208,8 @@ type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Posi
  * @returns undefined where there are no rows.
  */
 async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {
-  const [{ run, env, lines, concurrency }, started] = [archive, performance.now()];
-  const rows = rowsOf(day, after, env.CHUNK_ROWS);
-  await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rows);
+  const [{ run, env, columns, concurrency }, started] = [archive, performance.now()];
+  await using stream = copyRows(run, env.SOURCE_DATABASE_URL, columns, rowsOf(day, after, env.CHUNK_ROWS));
   let [buffer, bytes, read] = [Buffer.alloc(0), 0, 0];
   const raw = createHash("sha256");
   const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
@@ -249,9 +241,9 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
 }
 
 /** @returns the error that names the row that the source refuses. */
-async function nameRow({ run, env, lines }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
+async function nameRow({ run, env, columns }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
   return await nameRefused(run, ["id"], eventsSource.select, rows, async (select) => {
-    await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(select), run.session, rows);
+    await using stream = copyRows(run, env.SOURCE_DATABASE_URL, columns, rows, select);
     for await (const _ of stream.lines) run.signal.throwIfAborted();
   });
 }
@@ -271,11 +263,7 @@ function position(lines: Buffer): Position {
  * @throws Error where the parts and the source have different counts, for a stream that ended early would be a successful short part;
  * and where the day would end with fewer rows than it has, unless that was allowed.
  */
-async function countDay(
-  { run, env }: Archive,
-  { day, parts }: Pick<Manifest, "day" | "parts">,
-  before: Stored | undefined,
-): Promise<Manifest> {
+async function countDay({ run, env }: Archive, day: string, parts: Part[], before: Stored | undefined): Promise<Manifest> {
   const source = await readSource(run.source, day);
   const rows = parts.reduce((sum, part) => sum + part.rows, 0);
   const were = before?.manifest.rows ?? 0;
@@ -326,23 +314,20 @@ export async function eachDay(
   days: string[],
   failed: Map<string, string>,
   work: (day: string, started: number) => Promise<void>,
-  record = async (_day: string, _started: number, _why: string): Promise<void> => {},
   concurrency = 1,
+  record?: (day: string, started: number, why: string) => Promise<void>,
 ): Promise<void> {
   let done = 0;
   const queue = days.values();
   const worker = async (): Promise<void> => {
     for (const day of queue) {
       const started = run.seconds();
-      try {
-        await work(day, started);
-      } catch (error) {
-        if (run.signal.aborted) throw error;
-        const { message } = error as Error;
+      await work(day, started).catch(async ({ message }: Error) => {
+        run.signal.throwIfAborted();
         failed.set(day, message);
         run.log("day", { day, failed: message });
-        await record(day, started, redact(message));
-      }
+        await record?.(day, started, redact(message));
+      });
       run.restartDeadline();
       done += 1;
       const [seconds, { rows, bytes, chunks }] = [run.seconds(), run.totals];
@@ -396,9 +381,8 @@ export async function archiveDays(
     }
     if (!failed.size) await archived(midnight(addDays(day)));
   };
-  const record = (day: string, started: number, why: string): Promise<void> =>
-    recordDay(run, day, started, { run_id: run.id, rows: 0, parts: [] }, why);
-  await eachDay(run, days, failed, archiveOne, record, concurrency);
+  const nothing = { run_id: run.id, rows: 0, parts: [] };
+  await eachDay(run, days, failed, archiveOne, concurrency, (day, started, why) => recordDay(run, day, started, nothing, why));
   run.log("days", { archived: run.totals.chunks, skipped, failed: failed.size });
   if (!failed.size) return;
   const [first, ...others] = [...failed.keys()].sort();
