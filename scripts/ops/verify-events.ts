@@ -45,7 +45,7 @@ await main(import.meta, async () => {
   // By hand: it says nothing of the pipeline's schedule.
   await runPipeline("events", { ...env, DRY_RUN: true }, async (run) => {
     const bucket = connectS3(env);
-    const [columns] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+    const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
     const days = wanted || (await lastDays(run.etl));
     const failed = await readBack(run, "verify-events", days, async (day) => {
       // 1. What killed runs left.
@@ -58,7 +58,7 @@ await main(import.meta, async () => {
       const source = await readSource(run.source, day);
       return await compareDay(run, day, archived, source, async () => {
         const hash = createHash("sha256");
-        await using stream = copyRows(run, env.SOURCE_DATABASE_URL, columns, rowsOf(day));
+        await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rowsOf(day));
         for await (const piece of stream.lines) {
           hash.update(piece);
           progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);

@@ -12,7 +12,7 @@ import { type Env, flag, number, optional, redact } from "../env.ts";
 import { progress, terminal, thousands } from "../log.ts";
 import { isRefusal, nameRefused } from "../refused.ts";
 import { pipelineVariables, type Run } from "../run.ts";
-import { quote } from "../session.ts";
+import { quote, type SessionOptions } from "../session.ts";
 import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { duration } from "../table.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
@@ -81,12 +81,15 @@ export function daysBetween(from: string, to: string): string[] {
   return days;
 }
 
+/** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
+export type JsonSelect = (select?: string) => string;
+
 /** What the days of a run are archived with. */
 export interface Archive {
   run: Run;
   env: Env<typeof archiveVariables>;
   bucket: Bucket;
-  columns: Column[];
+  lines: JsonSelect;
   /** Days at a time. */
   concurrency: number;
 }
@@ -94,20 +97,24 @@ export interface Archive {
 /** Checks the source, which must fit into etl.events_restored again, and the bucket. @throws UsageError with what to do. */
 export async function openArchive(run: Run, env: Archive["env"], concurrency = 1): Promise<Archive> {
   const bucket = connectS3(env);
-  const [columns] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
-  return { run, env, bucket, columns, concurrency };
+  const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+  return { run, env, bucket, lines, concurrency };
 }
 
 export const eventsSource: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
 
-/** Compares the source with etl.events_restored, which archived days must fit into again. @returns the columns of sql/events.sql. */
-export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<Column[]> {
+/**
+ * Compares the source with etl.events_restored, which archived days must fit into again.
+ * @returns the SELECT of JSON lines.
+ */
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<JsonSelect> {
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
   const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
   const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
-  return await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
+  const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
+  return (select = eventsSource.select) => jsonLines(select, columns);
 }
 
 /**
@@ -195,9 +202,9 @@ export const rowsOf = (day: string, after = startOf(day), rows = Number.MAX_SAFE
 });
 
 /** Those rows as JSON lines, in the order of created_at and id. */
-export function copyRows(run: Run, url: string, columns: Column[], settings: ReturnType<typeof rowsOf>, select = eventsSource.select) {
-  const window = { from: settings["etl.from"], to: settings["etl.to"] };
-  return copyJsonLines(url, jsonLines(select, columns), { ...run.session, settings }, window);
+export function copyRows(url: string, select: string, session: SessionOptions, settings: ReturnType<typeof rowsOf>) {
+  const { "etl.from": from, "etl.to": to } = settings;
+  return copyJsonLines(url, select, { ...session, settings }, { from, to });
 }
 
 /** `next`: its last row, where another part may follow. */
@@ -208,8 +215,9 @@ type Compressed = { body: Buffer<ArrayBuffer>; is: Omit<Part, "key">; next: Posi
  * @returns undefined where there are no rows.
  */
 async function readPart(archive: Archive, day: string, after: Position): Promise<Compressed | undefined> {
-  const [{ run, env, columns, concurrency }, started] = [archive, performance.now()];
-  await using stream = copyRows(run, env.SOURCE_DATABASE_URL, columns, rowsOf(day, after, env.CHUNK_ROWS));
+  const [{ run, env, lines, concurrency }, started] = [archive, performance.now()];
+  const rows = rowsOf(day, after, env.CHUNK_ROWS);
+  await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(), run.session, rows);
   let [buffer, bytes, read] = [Buffer.alloc(0), 0, 0];
   const raw = createHash("sha256");
   const gzip = createGzip({ level: GZIP_LEVEL }).on("data", (piece: Buffer) => {
@@ -241,9 +249,9 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
 }
 
 /** @returns the error that names the row that the source refuses. */
-async function nameRow({ run, env, columns }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
+async function nameRow({ run, env, lines }: Archive, rows: ReturnType<typeof rowsOf>): Promise<Error> {
   return await nameRefused(run, ["id"], eventsSource.select, rows, async (select) => {
-    await using stream = copyRows(run, env.SOURCE_DATABASE_URL, columns, rows, select);
+    await using stream = copyRows(env.SOURCE_DATABASE_URL, lines(select), run.session, rows);
     for await (const _ of stream.lines) run.signal.throwIfAborted();
   });
 }
