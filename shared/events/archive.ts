@@ -53,6 +53,9 @@ export interface Manifest {
   parts: Part[];
 }
 
+/** What was done of a day, by which run. */
+type Done = Pick<Manifest, "run_id" | "rows" | "parts">;
+
 /** A manifest as S3 has it. */
 type Stored = { manifest: Manifest; etag: string };
 
@@ -355,7 +358,7 @@ export function daysFailed(failed: Map<string, string>, total: number, others = 
   return new Error(`${failed.size} of ${total} days failed${others}:\n${list.join("\n")}${next}`);
 }
 
-export function addTotals({ totals }: Run, { rows, parts }: Pick<Manifest, "rows" | "parts">): void {
+export function addTotals({ totals }: Run, { rows, parts }: Done): void {
   totals.chunks += 1;
   totals.rows += rows;
   totals.bytes += bytesOf(parts);
@@ -400,13 +403,8 @@ export async function archiveDays(
 }
 
 /** Records in etl.chunks how a day ended. Progress, for people: whether it is done, its manifest says. */
-async function recordDay(
-  run: Run,
-  day: string,
-  started: number,
-  { run_id, rows, parts }: Pick<Manifest, "run_id" | "rows" | "parts">,
-  error: string | null = null,
-): Promise<void> {
+async function recordDay(run: Run, day: string, started: number, done: Done, error: string | null = null): Promise<void> {
+  const { run_id, rows, parts } = done;
   await run.etl`
     insert into etl.chunks (pipeline, chunk_from, chunk_to, state, rows, bytes, error, run_id, started_at, finished_at)
     values (${run.pipeline}, ${midnight(day)}::text::timestamptz, ${midnight(addDays(day))}::text::timestamptz,

@@ -146,14 +146,15 @@ function refused(error: unknown): unknown {
   );
 }
 
+/** Where a message is, but for its offset. */
+export type Place = { topic: string; epoch: number; partition: number };
+type Message = { offset: string; key: Buffer | null; value: Buffer | null };
+
 /**
  * Messages of one partition as RowBinary rows of sensor_landing (schemas/clickhouse/003_sensor_landing.sql): their bytes as they are.
  * A tombstone, whose value is null, is no row.
  */
-export function landingRows(
-  { topic, epoch, partition }: { topic: string; epoch: number; partition: number },
-  messages: { offset: string; key: Buffer | null; value: Buffer | null }[],
-): Buffer {
+export function landingRows({ topic, epoch, partition }: Place, messages: Message[]): Buffer {
   const name = Buffer.from(topic);
   const sizes = messages.map(({ key, value }) => (value ? name.length + (key?.length ?? 0) + value.length + 34 : 0));
   const rows = Buffer.allocUnsafe(sizes.reduce((sum, size) => sum + size, 0));

@@ -39,17 +39,13 @@ export async function readEpoch(etl: Sql, topic: string): Promise<Epoch | undefi
   return epoch;
 }
 
+type Start = { partition: number; next: bigint };
+
 /**
  * Begins the epoch after that one: its messages are those from `from` on, and its rows belong to `database`.
  * @returns false where somebody else has begun one meanwhile.
  */
-export async function beginEpoch(
-  etl: Sql,
-  topic: string,
-  after: number,
-  database: string,
-  from: { partition: number; next: bigint }[],
-): Promise<boolean> {
+export async function beginEpoch(etl: Sql, topic: string, after: number, database: string, from: Start[]): Promise<boolean> {
   return await etl.begin(async (sql) => {
     const begun = await sql`
       insert into etl.topics as t (topic, epoch, database) values (${topic}, ${after + 1}, ${database})

@@ -90,13 +90,8 @@ export async function copyRaw(build: Build, raw: string[]): Promise<void> {
  * Runs a statement for the model, and adds what it was billed. BigQuery refuses, without charge, one above MAX_BYTES_BILLED.
  * @throws Error that begins with the file, also where BigQuery read a table that was not found in it.
  */
-async function runStatement(
-  build: Build,
-  model: Model,
-  { file, sql, reads }: Omit<Statement, "name">,
-  job: string,
-  into: object = {},
-): Promise<JobResource> {
+async function runStatement(build: Build, model: Model, statement: Omit<Statement, "name">, job: string, into = {}): Promise<JobResource> {
+  const { file, sql, reads } = statement;
   const { projectId } = build.bigquery;
   const defaultDataset = { projectId, datasetId: build.dataset };
   const maximumBytesBilled = String(build.env.MAX_BYTES_BILLED);
