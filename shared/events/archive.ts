@@ -84,15 +84,13 @@ export function daysBetween(from: string, to: string): string[] {
   return days;
 }
 
-/** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
-export type JsonSelect = (select?: string) => string;
-
 /** What the days of a run are archived with. */
 export interface Archive {
   run: Run;
   env: Env<typeof archiveVariables>;
   bucket: Bucket;
-  lines: JsonSelect;
+  /** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
+  lines: (select?: string) => string;
   /** Days at a time. */
   concurrency: number;
 }
@@ -110,12 +108,11 @@ export const eventsSource: Source = { table: "public.events", cursor: "created_a
  * Compares the source with etl.events_restored, which archived days must fit into again.
  * @returns the SELECT of JSON lines.
  */
-export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<JsonSelect> {
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<Archive["lines"]> {
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
-  const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
-  const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
+  const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: (is: Column) => (is.sql === sql ? undefined : is.sql) }));
   const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
   return (select = eventsSource.select) => jsonLines(select, columns);
 }
