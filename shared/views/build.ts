@@ -7,6 +7,7 @@ import { readIntervals } from "../alerts.ts";
 import { addBilled, bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
+import { explain } from "../main.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
 import { type Run, runVariables } from "../run.ts";
 import { duration, table } from "../table.ts";
@@ -203,7 +204,7 @@ export async function eachModel({ run, billed }: Build, models: Model[], work: (
     const done = missing.length ? Promise.reject(new Error(`it needs ${missing.join(", ")}`)) : work(model);
     const ended = await done.then(
       (rows) => ({ rows }),
-      (error: Error) => ({ error: error.message }),
+      (error: Error) => ({ error: explain(error) }),
     );
     const [bytes_billed, seconds] = [billed.get(model.name) ?? 0, Math.round(1000 * (run.seconds() - started)) / 1000];
     const outcome: Outcome = { model: model.name, rows: 0, checks: model.checks.length, bytes_billed, seconds, ...ended };
