@@ -77,7 +77,7 @@ await main(import.meta, async () => {
       const over = AbortSignal.any([abandon, lost]);
       const started = performance.now();
       const canaries = batch.messages.filter(canary.isCanary);
-      const messages = canaries.length ? batch.messages.filter((one) => !canaries.includes(one)) : batch.messages;
+      const messages = batch.messages.filter((one) => !canaries.includes(one));
       await canary.checkSnapshot(etl, topic, messages);
       // 3. Insert each batch's bytes as they are, by one insert; count its dead letters; stop where they are too many.
       const rows = clickhouse.landingRows(place, messages);
@@ -95,7 +95,7 @@ await main(import.meta, async () => {
       // 5. With each canary see whether the source's columns are still those.
       if (canaries.length) await checkSource().catch(unlessAway);
     },
-    fetch: async () => {
+    tick: async () => {
       if (!epoch) await join();
       if (!env.UNTIL) return;
       const now = await where();

@@ -24,21 +24,11 @@ import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelines } from "../shared/pipelines.ts";
 import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
-import {
-  buildModel,
-  checkFresh,
-  copyRaw,
-  createBuild,
-  eachModel,
-  publishModel,
-  reportModels,
-  runChecks,
-  viewsVariables,
-} from "../shared/views/build.ts";
+import * as views from "../shared/views/build.ts";
 import { readModels } from "../shared/views/models.ts";
 
 await main(import.meta, async () => {
-  const env = readEnv(viewsVariables);
+  const env = readEnv(views.viewsVariables);
   await runPipeline("views", env, async (run) => {
     run.next = "each published table is whole, the old one or the new one. Next: make views";
 
@@ -51,22 +41,22 @@ await main(import.meta, async () => {
     const raw = pipelines().filter((name) => statements.some(({ reads }) => reads.includes(name)));
 
     // 3. Freshness: a model of old rows would look like a new answer.
-    await checkFresh(run, raw, env.ALLOW_STALE);
+    await views.checkFresh(run, raw, env.ALLOW_STALE);
 
     // 4. The build dataset, with a copy of the raw tables: all models see the same rows, whatever is synced meanwhile.
-    const build = await createBuild(run, env);
-    await copyRaw(build, raw);
+    const build = await views.createBuild(run, env);
+    await views.copyRaw(build, raw);
 
     // 5. For each model, after those that it needs: build, check, publish.
-    const outcomes = await eachModel(build, models, async (model) => {
+    const outcomes = await views.eachModel(build, models, async (model) => {
       return await withRetry(run, isTransient, async (attempt) => {
-        await buildModel(build, model, attempt);
-        await runChecks(build, model, attempt);
-        return await publishModel(build, model, attempt);
+        await views.buildModel(build, model, attempt);
+        await views.runChecks(build, model, attempt);
+        return await views.publishModel(build, model, attempt);
       });
     });
 
     // 6. Report: the table, and the metrics of each model; runPipeline pushes the run's.
-    await reportModels(build, outcomes);
+    await views.reportModels(build, outcomes);
   });
 });

@@ -51,6 +51,9 @@ export interface Manifest {
   parts: Part[];
 }
 
+/** What was done of a day, by which run. */
+type Done = Pick<Manifest, "run_id" | "rows" | "parts">;
+
 /** A manifest as S3 has it. */
 type Stored = { manifest: Manifest; etag: string };
 
@@ -79,15 +82,13 @@ export function daysBetween(from: string, to: string): string[] {
   return days;
 }
 
-/** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
-export type JsonSelect = (select?: string) => string;
-
 /** What the days of a run are archived with. */
 export interface Archive {
   run: Run;
   env: Env<typeof archiveVariables>;
   bucket: Bucket;
-  lines: JsonSelect;
+  /** The SELECT of JSON lines around sql/events.sql, or around another one of its rows. */
+  lines: (select?: string) => string;
   /** Days at a time. */
   concurrency: number;
 }
@@ -105,12 +106,11 @@ export const eventsSource: Source = { table: "public.events", cursor: "created_a
  * Compares the source with etl.events_restored, which archived days must fit into again.
  * @returns the SELECT of JSON lines.
  */
-export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<JsonSelect> {
+export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Promise<Archive["lines"]> {
   const restored = await run.etl<{ name: string; sql: string }[]>`
     select attname as name, format_type(atttypid, null) as sql from pg_attribute
     where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped order by attnum`;
-  const differs = (sql: string) => (column: Column) => (column.sql === sql ? undefined : column.sql);
-  const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: differs(sql) }));
+  const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: (is: Column) => (is.sql === sql ? undefined : is.sql) }));
   const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
   return (select = eventsSource.select) => jsonLines(select, columns);
 }
@@ -148,10 +148,10 @@ const startOf = (day: string): Position => ({ created_at: midnight(day), id: "-9
 
 /** What the source has of a day. */
 export async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
-  const [row] = await source<{ rows: string; min_id: string | null; max_id: string | null }[]>`
-    select count(*) as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
+  const [row] = await source<[Pick<Manifest, "rows" | "min_id" | "max_id">]>`
+    select count(*)::float8 as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
     where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;
-  return { rows: Number(row?.rows), min_id: row?.min_id ?? null, max_id: row?.max_id ?? null };
+  return row;
 }
 
 /** Archives one day, unless that is done: extracts and puts its parts, counts, puts the manifest. @returns the day's manifest. */
@@ -183,7 +183,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
       part.body.buffer.transfer(0); // frees it at once: the collector would keep it beside the next part's
       after = part.next;
     }
-    const manifest = await countDay(archive, { day, parts }, before);
+    const manifest = await countDay(archive, day, parts, before);
     run.signal.throwIfAborted();
     committing = true; // the PUT may succeed even if its answer is lost, so keep the parts from here on
     return await publish(archive, manifest, before);
@@ -263,11 +263,7 @@ function position(lines: Buffer): Position {
  * @throws Error where the parts and the source have different counts, for a stream that ended early would be a successful short part;
  * and where the day would end with fewer rows than it has, unless that was allowed.
  */
-async function countDay(
-  { run, env }: Archive,
-  { day, parts }: Pick<Manifest, "day" | "parts">,
-  before: Stored | undefined,
-): Promise<Manifest> {
+async function countDay({ run, env }: Archive, day: string, parts: Part[], before: Stored | undefined): Promise<Manifest> {
   const source = await readSource(run.source, day);
   const rows = parts.reduce((sum, part) => sum + part.rows, 0);
   const were = before?.manifest.rows ?? 0;
@@ -318,23 +314,20 @@ export async function eachDay(
   days: string[],
   failed: Map<string, string>,
   work: (day: string, started: number) => Promise<void>,
-  record = async (_day: string, _started: number, _why: string): Promise<void> => {},
   concurrency = 1,
+  record?: (day: string, started: number, why: string) => Promise<void>,
 ): Promise<void> {
   let done = 0;
   const queue = days.values();
   const worker = async (): Promise<void> => {
     for (const day of queue) {
       const started = run.seconds();
-      try {
-        await work(day, started);
-      } catch (error) {
-        if (run.signal.aborted) throw error;
-        const { message } = error as Error;
+      await work(day, started).catch(async ({ message }: Error) => {
+        run.signal.throwIfAborted();
         failed.set(day, message);
         run.log("day", { day, failed: message });
-        await record(day, started, redact(message));
-      }
+        await record?.(day, started, redact(message));
+      });
       run.restartDeadline();
       done += 1;
       const [seconds, { rows, bytes, chunks }] = [run.seconds(), run.totals];
@@ -354,7 +347,7 @@ export function daysFailed(failed: Map<string, string>, total: number, others = 
   return new Error(`${failed.size} of ${total} days failed${others}:\n${list.join("\n")}${next}`);
 }
 
-export function addTotals({ totals }: Run, { rows, parts }: Pick<Manifest, "rows" | "parts">): void {
+export function addTotals({ totals }: Run, { rows, parts }: Done): void {
   totals.chunks += 1;
   totals.rows += rows;
   totals.bytes += bytesOf(parts);
@@ -388,9 +381,8 @@ export async function archiveDays(
     }
     if (!failed.size) await archived(midnight(addDays(day)));
   };
-  const record = (day: string, started: number, why: string): Promise<void> =>
-    recordDay(run, day, started, { run_id: run.id, rows: 0, parts: [] }, why);
-  await eachDay(run, days, failed, archiveOne, record, concurrency);
+  const nothing = { run_id: run.id, rows: 0, parts: [] };
+  await eachDay(run, days, failed, archiveOne, concurrency, (day, started, why) => recordDay(run, day, started, nothing, why));
   run.log("days", { archived: run.totals.chunks, skipped, failed: failed.size });
   if (!failed.size) return;
   const [first, ...others] = [...failed.keys()].sort();
@@ -400,13 +392,8 @@ export async function archiveDays(
 }
 
 /** Records in etl.chunks how a day ended. Progress, for people: whether it is done, its manifest says. */
-async function recordDay(
-  run: Run,
-  day: string,
-  started: number,
-  { run_id, rows, parts }: Pick<Manifest, "run_id" | "rows" | "parts">,
-  error: string | null = null,
-): Promise<void> {
+async function recordDay(run: Run, day: string, started: number, done: Done, error: string | null = null): Promise<void> {
+  const { run_id, rows, parts } = done;
   await run.etl`
     insert into etl.chunks (pipeline, chunk_from, chunk_to, state, rows, bytes, error, run_id, started_at, finished_at)
     values (${run.pipeline}, ${midnight(day)}::text::timestamptz, ${midnight(addDays(day))}::text::timestamptz,

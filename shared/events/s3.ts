@@ -4,15 +4,7 @@
 import { addAbortSignal, type Readable } from "node:stream";
 import { buffer } from "node:stream/consumers";
 import { setTimeout as delay } from "node:timers/promises";
-import {
-  CreateBucketCommand,
-  DeleteObjectsCommand,
-  GetObjectCommand,
-  ListObjectsV2Command,
-  PutObjectCommand,
-  paginateListObjectsV2,
-  S3Client,
-} from "@aws-sdk/client-s3";
+import * as s3 from "@aws-sdk/client-s3";
 import { type Env, like, name, optional, required, secret, serverUrl, text, UsageError } from "../env.ts";
 
 const bucketName = like(/^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$/, "may hold 3 to 63 lower-case letters, digits, . and - only");
@@ -31,7 +23,7 @@ export const bucketVariables = {
 };
 
 export interface Bucket {
-  client: S3Client;
+  client: s3.S3Client;
   name: string;
   /** Stands before every key: empty, or ends with a slash. */
   prefix: string;
@@ -47,7 +39,7 @@ interface S3Error extends Error {
 const deadline = (bytes: number): number => 20_000 + Math.round(bytes / 100);
 
 export function connectS3(env: Pick<Env<typeof bucketVariables>, "S3_ENDPOINT" | "S3_BUCKET" | "S3_PREFIX" | "AWS_REGION">): Bucket {
-  const client = new S3Client({
+  const client = new s3.S3Client({
     region: env.AWS_REGION,
     ...(env.S3_ENDPOINT && { endpoint: env.S3_ENDPOINT, forcePathStyle: true }),
     responseChecksumValidation: "WHEN_REQUIRED", // the manifest has the SHA-256, and says what differs
@@ -69,7 +61,7 @@ async function naming<T>({ name }: Bucket, key: string, work: Promise<T>): Promi
 /** @returns false where the bucket does not exist. @throws UsageError where it may not be used, with what to do. */
 export async function bucketExists(bucket: Bucket): Promise<boolean> {
   // Not HeadBucket: its errors have no text.
-  const list = new ListObjectsV2Command({ Bucket: bucket.name, Prefix: `${bucket.prefix}events/`, MaxKeys: 1 });
+  const list = new s3.ListObjectsV2Command({ Bucket: bucket.name, Prefix: `${bucket.prefix}events/`, MaxKeys: 1 });
   return await bucket.client.send(list).then(
     () => true,
     (error: S3Error) => {
@@ -90,7 +82,7 @@ export async function checkBucket(bucket: Bucket): Promise<void> {
 
 /** In the client's region. */
 export async function createBucket(bucket: Bucket): Promise<void> {
-  await naming(bucket, "", bucket.client.send(new CreateBucketCommand({ Bucket: bucket.name })));
+  await naming(bucket, "", bucket.client.send(new s3.CreateBucketCommand({ Bucket: bucket.name })));
 }
 
 /**
@@ -99,7 +91,7 @@ export async function createBucket(bucket: Bucket): Promise<void> {
  */
 export async function get(bucket: Bucket, key: string, bytes = 0): Promise<{ body: Buffer; etag: string } | undefined> {
   const read = async (attempt: number): Promise<{ body: Buffer; etag: string }> => {
-    const { Body, ETag = "" } = await bucket.client.send(new GetObjectCommand({ Bucket: bucket.name, Key: key }));
+    const { Body, ETag = "" } = await bucket.client.send(new s3.GetObjectCommand({ Bucket: bucket.name, Key: key }));
     const signal = AbortSignal.timeout(deadline(bytes));
     try {
       return { body: await buffer(addAbortSignal(signal, Body as Readable)), etag: ETag };
@@ -128,11 +120,9 @@ export async function put(
   metadata: Record<string, string>,
 ): Promise<boolean> {
   const condition = seen === undefined ? { IfNoneMatch: "*" } : { IfMatch: seen };
-  const type = { ContentType: typeof body === "string" ? "application/json" : "application/gzip" };
-  const object = { Bucket: bucket.name, Key: key, Body: body, Metadata: metadata, ...type };
-  const sent = bucket.client.send(new PutObjectCommand({ ...object, ...condition }), {
-    requestTimeout: deadline(body.length),
-  });
+  const ContentType = typeof body === "string" ? "application/json" : "application/gzip";
+  const object = { Bucket: bucket.name, Key: key, Body: body, Metadata: metadata, ContentType };
+  const sent = bucket.client.send(new s3.PutObjectCommand({ ...object, ...condition }), { requestTimeout: deadline(body.length) });
   return await naming(bucket, key, sent).then(
     () => true,
     async (error: S3Error) => {
@@ -150,7 +140,7 @@ export async function put(
 export async function removeObjects(bucket: Bucket, keys: string[]): Promise<void> {
   for (let first = 0; first < keys.length; first += 1000) {
     const Objects = keys.slice(first, first + 1000).map((Key) => ({ Key }));
-    const request = new DeleteObjectsCommand({ Bucket: bucket.name, Delete: { Objects, Quiet: true } });
+    const request = new s3.DeleteObjectsCommand({ Bucket: bucket.name, Delete: { Objects, Quiet: true } });
     const { Errors: [fault] = [] } = await naming(bucket, keys[first] ?? "", bucket.client.send(request));
     if (fault) throw new Error(`s3://${bucket.name}/${fault.Key}: not deleted: ${fault.Code} ${fault.Message}`);
   }
@@ -158,7 +148,7 @@ export async function removeObjects(bucket: Bucket, keys: string[]): Promise<voi
 
 /** The objects whose keys start with `prefix`, in the order of their keys. */
 export async function* listObjects(bucket: Bucket, prefix: string): AsyncGenerator<{ key: string; modified: Date }> {
-  const pages = paginateListObjectsV2({ client: bucket.client }, { Bucket: bucket.name, Prefix: prefix });
+  const pages = s3.paginateListObjectsV2({ client: bucket.client }, { Bucket: bucket.name, Prefix: prefix });
   for await (const { Contents = [] } of pages)
     for (const { Key, LastModified } of Contents) if (Key && LastModified) yield { key: Key, modified: LastModified };
 }

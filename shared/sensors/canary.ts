@@ -27,10 +27,10 @@ interface Message {
   value: Buffer | null;
 }
 // In JSON a quote inside of text is escaped: no row's text can hold these bytes.
-const [ofCanary, ofSnapshot] = ['"table":"etl_heartbeat"', '"op":"r"'].map((text) => Buffer.from(text));
+const holds = ({ value }: Message, bytes: string): boolean => value?.includes(bytes) ?? false;
 export const isCanary = (message: Message): boolean =>
-  (message.value?.includes(ofCanary as Buffer) ?? false) && sourceOf(message).table === "etl_heartbeat";
-const isRead = ({ value }: Message): boolean => value?.includes(ofSnapshot as Buffer) ?? false;
+  holds(message, '"table":"etl_heartbeat"') && sourceOf(message).table === "etl_heartbeat";
+const isRead = (message: Message): boolean => holds(message, '"op":"r"');
 
 /**
  * Compares the snapshot that messages belong to with the epoch's, which is its first; each message of one has the same WAL position. Before

@@ -100,6 +100,7 @@ function isRetryable(error: unknown): boolean {
 }
 
 const RETRY_SECONDS = 60;
+const uncommitted = "The batch was not committed; the next start reads it again.";
 
 /**
  * Repeats `work` until the server is up and takes it, for a minute at most.
@@ -127,33 +128,29 @@ export async function retryUntilUp<T>(
       if (minute.aborted)
         throw new Error(
           `${server} has not answered for ${RETRY_SECONDS} s (${last?.message.trim().slice(0, 300) ?? "no answer at all"}). ` +
-            "The batch was not committed; the next start reads it again. Next: make doctor",
+            `${uncommitted} Next: make doctor`,
         );
-      if (!isRetryable(error)) throw refused(error);
+      if (!isRetryable(error)) {
+        const next = "Next: make doctor; ops/runbook.md#etlsensorsdown says how to get a dropped table back";
+        if (error instanceof ClickHouseError)
+          error.message = `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). ${uncommitted} ${next}`;
+        throw error;
+      }
       last = error as Error;
       onWait(server, last);
       await delay(Math.min(5000, 250 * 2 ** attempt), undefined, { signal: over }).catch(() => {});
     }
 }
 
-function refused(error: unknown): unknown {
-  if (!(error instanceof ClickHouseError)) return error;
-  return new Error(
-    `ClickHouse refused: ${error.message.trim()} (code ${error.code}, ${error.type}). The batch was not ` +
-      "committed; the next start reads it again. Next: make doctor; ops/runbook.md#etlsensorsdown says how to get a " +
-      `dropped table back`,
-    { cause: error },
-  );
-}
+/** Where a message is, but for its offset. */
+export type Place = { topic: string; epoch: number; partition: number };
+type Message = { offset: string; key: Buffer | null; value: Buffer | null };
 
 /**
  * Messages of one partition as RowBinary rows of sensor_landing (schemas/clickhouse/003_sensor_landing.sql): their bytes as they are.
  * A tombstone, whose value is null, is no row.
  */
-export function landingRows(
-  { topic, epoch, partition }: { topic: string; epoch: number; partition: number },
-  messages: { offset: string; key: Buffer | null; value: Buffer | null }[],
-): Buffer {
+export function landingRows({ topic, epoch, partition }: Place, messages: Message[]): Buffer {
   const name = Buffer.from(topic);
   const sizes = messages.map(({ key, value }) => (value ? name.length + (key?.length ?? 0) + value.length + 34 : 0));
   const rows = Buffer.allocUnsafe(sizes.reduce((sum, size) => sum + size, 0));

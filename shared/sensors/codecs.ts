@@ -1,11 +1,8 @@
-/** The codecs of compressed topics that kafkajs does not have: zstd, lz4, snappy. Nothing here is ever compressed. */
+/** The codecs of compressed topics that kafkajs does not have: snappy, lz4, zstd. Nothing here is ever compressed. */
 import { promisify } from "node:util";
 import { zstdDecompress } from "node:zlib";
-import kafkajs from "kafkajs";
 import { decompressFrame } from "lz4-napi";
 import { uncompressSync } from "snappy";
-
-const { CompressionCodecs, CompressionTypes } = kafkajs;
 
 /** Java's clients and brokers write blocks behind their sizes, after a header of 16 bytes (xerial's); others write one block. */
 async function unsnappy(data: Buffer): Promise<Buffer> {
@@ -16,13 +13,7 @@ async function unsnappy(data: Buffer): Promise<Buffer> {
   return Buffer.concat(blocks);
 }
 
-/** Teaches kafkajs to read them. */
-export function installCodecs(): void {
-  const reads = (decompress: (data: Buffer) => Promise<Buffer>) => () => ({
-    decompress,
-    compress: () => Promise.reject(new Error("not used")),
-  });
-  CompressionCodecs[CompressionTypes.ZSTD] = reads(promisify(zstdDecompress));
-  CompressionCodecs[CompressionTypes.LZ4] = reads(decompressFrame);
-  CompressionCodecs[CompressionTypes.Snappy] = reads(unsnappy);
-}
+const compress = () => Promise.reject(new Error("not used"));
+const reads = (decompress: (data: Buffer) => Promise<Buffer>) => () => ({ compress, decompress });
+/** By Kafka's numbers for them. */
+export const codecs = { 2: reads(unsnappy), 3: reads(decompressFrame), 4: reads(promisify(zstdDecompress)) };

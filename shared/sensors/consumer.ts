@@ -7,7 +7,7 @@ import { like, number, optional, postgresUrl, required, UsageError } from "../en
 import { log, thousands } from "../log.ts";
 import { onSignal } from "../main.ts";
 import { checkSession, openSession } from "../session.ts";
-import { type Column, plainType, select } from "./clickhouse.ts";
+import { type Column, type Place, plainType, select } from "./clickhouse.ts";
 import { sourceTable } from "./connector.ts";
 
 export const consumerVariables = {
@@ -56,16 +56,11 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, wanted
         `the source back, or sensor_readings by a new file in schemas/clickhouse; schemas/README.md, "When the schema ` +
         `changes".`,
     );
-  const unknown = found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
-  return unknown;
+  return found.map(({ name }) => name).filter((name) => !wanted.some((column) => column.name === name));
 }
 
 /** Which of a batch's messages are dead letters: their indices. */
-export async function findDeadLetters(
-  client: ClickHouseClient,
-  place: { topic: string; epoch: number; partition: number },
-  messages: { offset: string }[],
-): Promise<number[]> {
+export async function findDeadLetters(client: ClickHouseClient, place: Place, messages: { offset: string }[]): Promise<number[]> {
   if (!messages.length) return [];
   const letters = await select<{ offset: string }>(
     client,

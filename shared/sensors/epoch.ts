@@ -39,17 +39,13 @@ export async function readEpoch(etl: Sql, topic: string): Promise<Epoch | undefi
   return epoch;
 }
 
+type Start = { partition: number; next: bigint };
+
 /**
  * Begins the epoch after that one: its messages are those from `from` on, and its rows belong to `database`.
  * @returns false where somebody else has begun one meanwhile.
  */
-export async function beginEpoch(
-  etl: Sql,
-  topic: string,
-  after: number,
-  database: string,
-  from: { partition: number; next: bigint }[],
-): Promise<boolean> {
+export async function beginEpoch(etl: Sql, topic: string, after: number, database: string, from: Start[]): Promise<boolean> {
   return await etl.begin(async (sql) => {
     const begun = await sql`
       insert into etl.topics as t (topic, epoch, database) values (${topic}, ${after + 1}, ${database})
@@ -82,16 +78,12 @@ export async function takeEpoch(etl: Sql, topic: string, database: string, where
   const before = await inserted(etl, topic);
   const partitions = await where();
   const after = await inserted(etl, topic);
-  const faults = partitions.flatMap((state) => {
-    const [next = 0n, latest = 0n] = [before, after].map((offsets) => offsets.get(state.partition));
-    const fault = faultOf(state, next, latest);
-    return fault ? [`partition ${state.partition} of topic ${topic} ${fault}`] : [];
-  });
-  if (before.size !== partitions.length)
-    faults.unshift(`topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`);
-  if (faults.length)
+  const others = `topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`;
+  const faults = partitions.map((one) => faultOf(topic, one, before.get(one.partition) ?? 0n, after.get(one.partition) ?? 0n));
+  const fault = before.size === partitions.length ? faults.find(Boolean) : others;
+  if (fault)
     throw new UsageError(
-      `${faults[0]}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: ` +
+      `${fault}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: ` +
         `make resnapshot (a new epoch, and the table from a fresh snapshot; scripts/README.md, "Rebuilding the table")`,
     );
   return epoch.number;
@@ -104,13 +96,13 @@ async function inserted(etl: Sql, topic: string): Promise<Map<number, bigint>> {
 }
 
 /** Why a partition that was inserted up to `next`, and by now up to `latest`, cannot be read on. */
-function faultOf({ low, end, committed }: PartitionState, next: bigint, latest: bigint): string | undefined {
-  const was = "was inserted up to offset";
-  if (end < next) return `ends at offset ${end}, but ${was} ${next}: the topic was created again`;
-  if (low > next) return `begins at offset ${low}, but ${was} ${next}: messages expired unread (retention.ms)`;
+function faultOf(topic: string, { partition, low, end, committed }: PartitionState, next: bigint, latest: bigint): string | undefined {
+  const [of, was] = [`partition ${partition} of topic ${topic}`, "was inserted up to offset"];
+  if (end < next) return `${of} ends at offset ${end}, but ${was} ${next}: the topic was created again`;
+  if (low > next) return `${of} begins at offset ${low}, but ${was} ${next}: messages expired unread (retention.ms)`;
   if (committed < 0n && next > 0n)
-    return `${was} ${next}, but the group has none: the topic was created again, or the group's offset expired`;
-  if (committed > latest) return `${was} ${latest}, but the group's offset is ${committed}: somebody set it ahead`;
+    return `${of} ${was} ${next}, but the group has none: the topic was created again, or the group's offset expired`;
+  if (committed > latest) return `${of} ${was} ${latest}, but the group's offset is ${committed}: somebody set it ahead`;
   return undefined;
 }
 

@@ -8,29 +8,29 @@ import kafkajs, { type Admin, type Batch, type Consumer, type EachBatchPayload, 
 import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
 import { brokerConfig, isCertificate, type KafkaEnv, namedFault } from "./broker.ts";
-import { installCodecs } from "./codecs.ts";
+import { codecs } from "./codecs.ts";
 
 export type { Admin, Kafka };
 export const { ConfigResourceTypes, ConfigSource } = kafkajs;
 
 type TopicEnv = KafkaEnv & { SENSORS_TOPIC: string };
+type GroupEnv = TopicEnv & { SENSORS_GROUP: string };
 
+type Logged = { log: { message: string; error?: string } };
 /** It logs rebalances and leader elections as errors; both are normal. */
 const normal = /rebalanc|ListOffsets.* not the leader|KafkaJSPartialMessage/i;
+const logEntry = ({ log: { message, error } }: Logged) => normal.test(`${message} ${error}`) || log({ step: "kafka", message, error });
 
 /** @param application names the client in the broker's logs. */
 export function connectKafka(env: KafkaEnv, application: string): Kafka {
-  installCodecs();
+  Object.assign(kafkajs.CompressionCodecs, codecs);
   return new kafkajs.Kafka({
     ...(brokerConfig(env) as { brokers: string[] }), // its type of a login is one for each mechanism
     clientId: application,
     connectionTimeout: 5000,
     retry: { initialRetryTime: 200, maxRetryTime: 5000, retries: 7 }, // some 20 s
     logLevel: kafkajs.logLevel.WARN,
-    logCreator:
-      () =>
-      ({ log: { message, error } }) =>
-        normal.test(`${message} ${error}`) || log({ step: "kafka", message, error }),
+    logCreator: () => logEntry,
   });
 }
 
@@ -57,8 +57,8 @@ export async function committedOffsets(admin: Admin, topic: string, groupId: str
 }
 
 /**
- * Creates a topic, and waits until its leaders know that they lead it, a moment after the controller has made it: kafkajs's waitForLeaders
- * takes that moment for an error, and its producer sends again what some leaders took. @returns false where it exists already.
+ * Creates a topic, and waits until its leaders know that they lead it, a moment later: kafkajs's waitForLeaders takes that moment for an
+ * error, and its producer sends again what some leaders took. @returns false where it exists already.
  */
 export async function createTopic(admin: Admin, config: ITopicConfig): Promise<boolean> {
   const created = await admin.createTopics({ topics: [config], waitForLeaders: false });
@@ -83,9 +83,9 @@ const typeOf = (error: Error): string => (error as { type?: string }).type ?? ""
 function isTransient(error: Error): boolean {
   if (isCertificate(error)) return false;
   const lost = /KafkaJS(Connection|NumberOfRetries|BrokerNot|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
-  const types = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
-  if (lost.test(`${error.name} ${error.message}`) || types.test(typeOf(error))) return true;
-  return error.cause instanceof Error && isTransient(error.cause);
+  const moved = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
+  const { name, message, cause } = error;
+  return lost.test(`${name} ${message}`) || moved.test(typeOf(error)) || (cause instanceof Error && isTransient(cause));
 }
 
 function explained(error: Error, env: TopicEnv): Error {
@@ -102,8 +102,8 @@ interface Work {
   join(): Promise<void>;
   /** One without messages is what a transaction leaves. `signal` aborts where the group gives the partition to another consumer. */
   batch(batch: Messages, signal: AbortSignal): Promise<void>;
-  /** After each answer of the broker, an empty one too. */
-  fetch(): Promise<void>;
+  /** Every second, as long as this is a member of the group. */
+  tick(): Promise<void>;
 }
 
 const away = "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start resumes at what was committed. Next: make doctor";
@@ -114,9 +114,8 @@ const away = "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start re
  * `batch` has resolved. Where it throws, reading ends without a commit.
  * @throws what ended the reading, if that was an error: also Kafka's absence for a minute.
  */
-export async function consume(kafka: Kafka, env: TopicEnv & { SENSORS_GROUP: string }, signal: AbortSignal, work: Work): Promise<void> {
-  const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId } = env;
-  const [consumer, admin] = [createConsumer(kafka, groupId, () => !leaving), kafka.admin()];
+export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, work: Work): Promise<void> {
+  const [consumer, admin] = [kafka.consumer({ groupId: env.SENSORS_GROUP, ...settings }), kafka.admin()];
   const { promise: over, resolve, reject } = Promise.withResolvers<void>();
   let leaving = false;
   /** The first call counts: what fails while this leaves is not an error any more. */
@@ -126,35 +125,27 @@ export async function consume(kafka: Kafka, env: TopicEnv & { SENSORS_GROUP: str
   };
   using _leave = addAbortListener(signal, () => leave());
   const watch = setTimeout(() => leave(new Error(away)), 60_000);
-  consumer.on("consumer.heartbeat", () => void watch.refresh());
-  /** By partition: the offset that was committed here, since the group gave it out. */
-  const reached = new Map<number, bigint>();
-  consumer.on("consumer.group_join", ({ payload }) => {
+  consumer.on("consumer.heartbeat", () => {
     watch.refresh();
-    reached.clear();
-    const partitions = payload.memberAssignment[topic]?.join();
+    work.tick().catch((error: Error) => isTransient(error) || leave(error));
+  });
+  consumer.on("consumer.group_join", ({ payload: { memberAssignment } }) => {
+    watch.refresh();
+    const [topic, partitions] = [env.SENSORS_TOPIC, memberAssignment[env.SENSORS_TOPIC]?.join()];
     log({ step: "assigned", topic, partitions: partitions || "none: there are more consumers than partitions" });
   });
-  consumer.on("consumer.fetch", () => {
-    watch.refresh();
-    work.fetch().catch((error: Error) => isTransient(error) || leave(error));
-  });
-  const retryLater = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(read));
-  // With restart kafkajs resumes by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
-  consumer.on("consumer.crash", ({ payload: { error, restart } }) => restart || retryLater(error));
-  const eachBatch = createMover(consumer, { topic, groupId, admin, reached, work }, () => leaving, leave);
+  const eachBatch = createMover(consumer, admin, env, work, leave);
   const read = async (): Promise<void> => {
-    try {
-      await Promise.all([consumer.connect(), admin.connect()]);
-      await consumer.subscribe({ topics: [topic], fromBeginning: true });
-      if (leaving) return;
-      const partitionsConsumedConcurrently = 3; // while one batch is inserted, another is made ready
-      await consumer.run({ autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently, eachBatch });
-    } catch (error) {
-      retryLater(error as Error);
-    }
+    await Promise.all([consumer.connect(), admin.connect()]);
+    await consumer.subscribe({ topics: [env.SENSORS_TOPIC], fromBeginning: true });
+    if (leaving) return;
+    const partitionsConsumedConcurrently = 3; // while one batch is inserted, another is made ready
+    await consumer.run({ autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently, eachBatch });
   };
-  void read();
+  const start = (): Promise<unknown> => read().catch(startAgain);
+  const startAgain = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(start));
+  consumer.on("consumer.crash", ({ payload }) => startAgain(payload.error));
+  void start();
   await over.finally(async () => {
     clearTimeout(watch);
     // Waits for the batch under way, but not for a broker that is away: the group then finds out by itself.
@@ -163,80 +154,67 @@ export async function consume(kafka: Kafka, env: TopicEnv & { SENSORS_GROUP: str
   });
 }
 
-const createConsumer = (kafka: Kafka, groupId: string, restartOnFailure: () => boolean) =>
-  kafka.consumer({
-    groupId,
-    allowAutoTopicCreation: false,
-    sessionTimeout: 15_000,
-    rebalanceTimeout: 30_000,
-    heartbeatInterval: 1000,
-    // The broker gathers: it answers at 1 MB, or after a second with what there is. A batch is one insert.
-    minBytes: 1_000_000,
-    maxWaitTimeInMs: 1000,
-    maxBytesPerPartition: 6_000_000,
-    maxBytes: 18_000_000,
-    metadataMaxAge: 30_000,
-    retry: { restartOnFailure: async () => restartOnFailure() },
-  });
-
-interface Mover {
-  topic: string;
-  groupId: string;
-  admin: Admin;
-  reached: Map<number, bigint>;
-  work: Work;
-}
-type Commit = (offset: string) => Promise<void>;
+const settings = {
+  allowAutoTopicCreation: false,
+  sessionTimeout: 15_000,
+  rebalanceTimeout: 30_000,
+  heartbeatInterval: 1000,
+  // The broker gathers: it answers at 1 MB, or after a second with what there is. A batch is one insert.
+  minBytes: 1_000_000,
+  maxWaitTimeInMs: 1000,
+  maxBytesPerPartition: 6_000_000,
+  maxBytes: 18_000_000,
+  metadataMaxAge: 30_000,
+  // consume() reads again by itself: a group's coordinator that does not answer is final to kafkajs (its issue 1630).
+  retry: { restartOnFailure: async () => false },
+};
 
 /** What kafkajs calls with each batch. @param fail gets what is to end the reading. */
-function createMover(consumer: Consumer, mover: Mover, isLeaving: () => boolean, fail: (error: Error) => void) {
-  const { topic } = mover;
+function createMover(consumer: Consumer, admin: Admin, env: GroupEnv, work: Work, fail: (error: Error) => void) {
+  const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId } = env;
+  /** By partition: the offset that was committed here, since the group gave it out. */
+  const reached = new Map<number, bigint>();
+  consumer.on("consumer.group_join", () => reached.clear());
+
+  const move = async (batch: Messages, commit: (offset: string) => Promise<void>, heartbeat = async () => {}): Promise<void> => {
+    const [partition, first] = [batch.partition, batch.firstOffset() ?? "0"];
+    // Kafka deletes a group's offsets with their topic: without them this is another topic, which may be as long as the old one was.
+    const committed = (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
+    if (committed !== reached.get(partition) || committed !== BigInt(first)) await work.join();
+    if (committed < 0n) await commit(first); // so that from the first insert on there is one
+    const lost = new AbortController();
+    const heartbeats = setInterval(() => heartbeat().catch((error: Error) => lost.abort(error)), 1000);
+    try {
+      await work.batch(batch, lost.signal);
+    } finally {
+      clearInterval(heartbeats);
+    }
+    const next = BigInt(batch.lastOffset()) + 1n;
+    await commit(String(next));
+    reached.set(partition, next);
+  };
+
   // What is left of an aborted transaction, and the end of each, comes as no batch: its offset is passed and committed all the same.
   let passed = Promise.resolve();
   consumer.on("consumer.end_batch_process", ({ payload: { batchSize, partition, firstOffset, lastOffset } }) => {
     if (batchSize) return;
     const empty = { partition, messages: [], firstOffset: () => firstOffset, lastOffset: () => lastOffset };
-    const commit: Commit = (offset) => consumer.commitOffsets([{ topic, partition, offset }]);
-    const moved = passed.then(() => moveBatch(empty, mover, commit, async () => {}));
-    passed = moved.catch((error: Error) => void (isTransient(error) || fail(error)));
+    const commit = (offset: string) => consumer.commitOffsets([{ topic, partition, offset }]);
+    passed = passed.then(() => move(empty, commit)).catch((error: Error) => void (isTransient(error) || fail(error)));
   });
-  return async (payload: EachBatchPayload): Promise<void> => {
-    await passed;
-    const { batch, heartbeat, commitOffsetsIfNecessary, resolveOffset } = payload;
-    if (isLeaving() || !payload.isRunning() || payload.isStale()) return;
-    const { partition } = batch;
-    // consumer.commitOffsets would silently do nothing once the consumer is being stopped.
-    const commit: Commit = (offset) => commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition, offset }] }] });
-    await moveBatch(batch, mover, commit, heartbeat).then(
-      () => resolveOffset(batch.lastOffset()),
-      (error: Error) => {
-        if (isTransient(error)) throw error; // the batch comes again, to whoever has the partition then
-        fail(error);
-      },
-    );
-  };
-}
 
-async function moveBatch(
-  batch: Messages,
-  { topic, groupId, admin, reached, work }: Mover,
-  commit: Commit,
-  heartbeat: () => Promise<void>,
-): Promise<void> {
-  const { partition } = batch;
-  const first = batch.firstOffset() ?? "0";
-  // Kafka deletes a group's offsets with their topic: without them this is another topic, which may be as long as the old one was.
-  const committed = (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
-  if (committed !== reached.get(partition) || committed !== BigInt(first)) await work.join();
-  if (committed < 0n) await commit(first); // so that from the first insert on there is one
-  const lost = new AbortController();
-  const heartbeats = setInterval(() => heartbeat().catch((error: Error) => lost.abort(error)), 1000);
-  try {
-    await work.batch(batch, lost.signal);
-  } finally {
-    clearInterval(heartbeats);
-  }
-  const next = BigInt(batch.lastOffset()) + 1n;
-  await commit(String(next));
-  reached.set(partition, next);
+  return async ({ batch, heartbeat, commitOffsetsIfNecessary, resolveOffset, isRunning, isStale }: EachBatchPayload): Promise<void> => {
+    await passed;
+    if (!isRunning() || isStale()) return;
+    // consumer.commitOffsets would silently do nothing once the consumer is being stopped.
+    const commit = (offset: string) =>
+      commitOffsetsIfNecessary({ topics: [{ topic, partitions: [{ partition: batch.partition, offset }] }] });
+    try {
+      await move(batch, commit, heartbeat);
+      resolveOffset(batch.lastOffset());
+    } catch (error) {
+      if (isTransient(error as Error)) throw error; // the batch comes again, to whoever has the partition then
+      fail(error as Error);
+    }
+  };
 }

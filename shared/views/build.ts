@@ -7,6 +7,7 @@ import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
+import { explain } from "../main.ts";
 import { type Metrics, pushMetrics } from "../metrics.ts";
 import { type Run, runVariables } from "../run.ts";
 import { duration, table } from "../table.ts";
@@ -90,13 +91,8 @@ export async function copyRaw(build: Build, raw: string[]): Promise<void> {
  * Runs a statement for the model, and adds what it was billed to the model's. BigQuery refuses, without charge, one above MAX_BYTES_BILLED.
  * @throws Error that begins with the file, also where BigQuery read a table that was not found in it.
  */
-async function runStatement(
-  build: Build,
-  model: Model,
-  { file, sql, reads }: Omit<Statement, "name">,
-  job: string,
-  into: object = {},
-): Promise<JobResource> {
+async function runStatement(build: Build, model: Model, statement: Omit<Statement, "name">, job: string, into = {}): Promise<JobResource> {
+  const { file, sql, reads } = statement;
   const { projectId } = build.bigquery;
   const defaultDataset = { projectId, datasetId: build.dataset };
   const maximumBytesBilled = String(build.env.MAX_BYTES_BILLED);
@@ -187,19 +183,17 @@ function parts({ schema, timePartitioning: time, rangePartitioning, clustering }
 }
 
 /** What became of a model: rows, bytes billed for its statements and checks, and why it was not published. */
-export interface Outcome {
-  model: Model;
+interface Outcome {
+  model: string;
   rows: number;
-  bytes: number;
+  checks: number;
+  bytes_billed: number;
   seconds: number;
-  error?: Error;
+  error?: string;
 }
 
 /** A model's line in the log, and in the table. */
-function describe({ model, rows, bytes, seconds, error }: Outcome) {
-  const published = error ? `no: ${error.message.split("\n")[0]}` : "yes";
-  return { model: model.name, rows, checks: model.checks.length, bytes_billed: bytes, seconds, published };
-}
+const describe = ({ error, ...outcome }: Outcome) => ({ ...outcome, published: error ? `no: ${error.split("\n")[0]}` : "yes" });
 
 /** Does `work`, which returns rows, for each model once those that it needs are published. A failure holds back only those that need it. */
 export async function eachModel({ run, billed }: Build, models: Model[], work: (model: Model) => Promise<number>): Promise<Outcome[]> {
@@ -207,14 +201,14 @@ export async function eachModel({ run, billed }: Build, models: Model[], work: (
   const one = async (model: Model): Promise<Outcome> => {
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
     const started = run.seconds();
-    const missing = needed.flatMap((need) => (need?.error ? need.model.name : []));
+    const missing = needed.flatMap((need) => (need?.error ? need.model : []));
     const done = missing.length ? Promise.reject(new Error(`it needs ${missing.join(", ")}`)) : work(model);
     const ended = await done.then(
       (rows) => ({ rows }),
-      (error: Error) => ({ rows: 0, error }),
+      (error: Error) => ({ error: explain(error) }),
     );
-    const [bytes, seconds] = [billed.get(model.name) ?? 0, Math.round(1000 * (run.seconds() - started)) / 1000];
-    const outcome: Outcome = { model, ...ended, bytes, seconds };
+    const [bytes_billed, seconds] = [billed.get(model.name) ?? 0, Math.round(1000 * (run.seconds() - started)) / 1000];
+    const outcome: Outcome = { model: model.name, rows: 0, checks: model.checks.length, bytes_billed, seconds, ...ended };
     run.log("model", describe(outcome));
     return outcome;
   };
@@ -226,27 +220,26 @@ export async function eachModel({ run, billed }: Build, models: Model[], work: (
 export async function reportModels(build: Build, outcomes: Outcome[]): Promise<void> {
   const { run, env } = build;
   process.stdout.write(`${table(outcomes.map(describe))}\n`);
-  const history = outcomes.map(({ error, ...outcome }) => ({ ...describe(outcome), error: error?.message }));
   await run.etl`
     insert into etl.models (run_id, model, rows, checks, bytes_billed, seconds, error)
-    select ${run.id}, model, rows, checks, bytes_billed, seconds, error from jsonb_to_recordset(${JSON.stringify(history)}::text::jsonb)
+    select ${run.id}, model, rows, checks, bytes_billed, seconds, error from jsonb_to_recordset(${JSON.stringify(outcomes)}::text::jsonb)
       as m (model text, rows bigint, checks int, bytes_billed bigint, seconds real, error text)`;
   const failed = outcomes.filter(({ error }) => error);
   run.totals.chunks = outcomes.length - failed.length;
   for (const { rows } of outcomes) run.totals.rows += rows;
   const now = Date.now() / 1000;
-  const pushed = outcomes.map(({ model, rows, bytes, seconds, error }) => {
+  const pushed = outcomes.map(({ model, rows, bytes_billed: bytes, seconds, error }) => {
     const published = { etl_model_rows: rows, etl_model_bytes: bytes, etl_model_duration_seconds: seconds };
     const values: Metrics = error
       ? { etl_model_last_failure_timestamp_seconds: now }
       : { etl_model_last_success_timestamp_seconds: now, ...published };
-    return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model: model.name });
+    return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model });
   });
   await Promise.all(pushed).catch(({ message: error }: Error) => {
     run.log("warning", { warning: "the models' metrics were not pushed; the run itself is not affected", error });
   });
   if (!failed.length) return;
-  const lines = failed.map(({ model, error }) => `  ${model.name}: ${error?.message}`);
+  const lines = failed.map(({ model, error }) => `  ${model}: ${error}`);
   throw new Error(
     `${failed.length} of ${outcomes.length} models failed; their published tables stay as they were\n` +
       `${lines.join("\n")}\nTheir rows are in dataset ${build.dataset}. Correct the models, then run: make views`,
