@@ -134,6 +134,15 @@ suite("the canary", { concurrency: true }, () => {
     assert.equal((await sensors.readings()).length, 10);
   });
 
+  test("the replicator's password changed: stale, though the connector may say RUNNING", async () => {
+    await using source = await createCluster(logical);
+    const { sensors, consumer } = await begin(source);
+    await using _ = sensors;
+    await source.admin`alter role etl_replicator password 'another'`;
+    await source.admin`select pg_terminate_backend(pid) from pg_stat_activity where usename = 'etl_replicator'`;
+    await goesStale(sensors, consumer, source.admin, false);
+  });
+
   test("a source restored from a copy of its disk, whose slot is behind what Debezium stored: a gap, or stale", async () => {
     await using source = await createCluster(logical);
     const { sensors, consumer } = await begin(source);
