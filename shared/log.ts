@@ -15,7 +15,7 @@ const clear = (): void => void (shown && process.stderr.write("\r\x1b[K"));
 /** Pipeline and run of this process, once there is one: they begin each line. */
 export const context: Fields = {};
 
-/** Prints one line: ts, the context, then the fields in their order. Text with spaces or quotes is written as JSON; undefined is left out. */
+/** Prints one line: ts, the context, the fields in their order. Text with spaces or quotes is written as JSON; undefined is left out. */
 export function log(fields: Fields): void {
   const pairs = Object.entries({ ts: new Date().toISOString(), ...context, ...fields })
     .filter(([, value]) => value !== undefined)

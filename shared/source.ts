@@ -1,6 +1,6 @@
 /**
- * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. A row that
- * is refused, for whatever reason, is named by its key.
+ * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. A row
+ * that is refused, for whatever reason, is named by its key.
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -53,7 +53,7 @@ export interface Expected {
   differs(column: Column): string | undefined;
 }
 
-/** What sql/source_checks.sql returns. `found`: what the SELECT returns; `unknown`: columns of the table that are neither expected nor read. */
+/** What sql/source_checks.sql returns. `found`: what the SELECT returns; `unknown`: the table's columns neither expected nor read. */
 type Checked = { faults: string[]; found: Column[]; unknown: string[]; key_columns: string[] };
 
 /**

@@ -162,8 +162,8 @@ export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target)
 }
 
 /**
- * Cuts [from, to) into chunks of at most `chunkRows` rows, each when the one before is done: it ends at the cursor of the row after them, and
- * where that equals its start, at the next distinct one, since one timestamp is never split.
+ * Cuts [from, to) into chunks of at most `chunkRows` rows, each when the one before is done: it ends at the cursor of the row after them,
+ * and where that equals its start, at the next distinct one, since one timestamp is never split.
  */
 export async function* cutChunks(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): AsyncGenerator<Chunk> {
   const column = quote(cursor);

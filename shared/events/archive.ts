@@ -193,7 +193,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
   }
 }
 
-/** Settings of sql/events.sql, which reads in the order of created_at and id: at most so many rows of a day, from the one after `after` on. */
+/** Settings of sql/events.sql, which reads by created_at and id: at most so many rows of a day, from the one after `after` on. */
 export const rowsOf = (day: string, after = startOf(day), rows = Number.MAX_SAFE_INTEGER) => ({
   ...{ "etl.from": after.created_at, "etl.to": midnight(addDays(day)) },
   ...{ "etl.after": after.id, "etl.rows": String(rows) },
