@@ -115,7 +115,8 @@ const away = "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start re
  * @throws what ended the reading, if that was an error: also Kafka's absence for a minute.
  */
 export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, work: Work): Promise<void> {
-  const [consumer, admin] = [kafka.consumer({ groupId: env.SENSORS_GROUP, ...settings }), kafka.admin()];
+  const retry = { restartOnFailure: async () => !leaving };
+  const [consumer, admin] = [kafka.consumer({ groupId: env.SENSORS_GROUP, ...settings, retry }), kafka.admin()];
   const { promise: over, resolve, reject } = Promise.withResolvers<void>();
   let leaving = false;
   /** The first call counts: what fails while this leaves is not an error any more. */
@@ -144,7 +145,8 @@ export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, 
   };
   const start = (): Promise<unknown> => read().catch(startAgain);
   const startAgain = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(start));
-  consumer.on("consumer.crash", ({ payload }) => startAgain(payload.error));
+  // With restart kafkajs resumes by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
+  consumer.on("consumer.crash", ({ payload: { error, restart } }) => restart || startAgain(error));
   void start();
   await over.finally(async () => {
     clearTimeout(watch);
@@ -165,8 +167,6 @@ const settings = {
   maxBytesPerPartition: 6_000_000,
   maxBytes: 18_000_000,
   metadataMaxAge: 30_000,
-  // consume() reads again by itself: a group's coordinator that does not answer is final to kafkajs (its issue 1630).
-  retry: { restartOnFailure: async () => false },
 };
 
 /** What kafkajs calls with each batch. @param fail gets what is to end the reading. */
