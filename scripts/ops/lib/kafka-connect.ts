@@ -172,7 +172,7 @@ export async function startConnector(env: ConnectorEnv, config: Record<string, s
   await awaitState(env, "RUNNING", () => runs(env, performance.now() - started < 5000));
   // What a task has failed of may come again a moment after it runs.
   if (!before || !failureOf(before)) return;
-  for (let seconds = 0; seconds < 15; seconds++, await delay(1000)) await runs(env, false);
+  for (let seconds = 0; seconds < 30; seconds++, await delay(1000)) await runs(env, false);
 }
 
 const awaitState = (env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> =>
