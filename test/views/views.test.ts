@@ -177,7 +177,7 @@ await test("a check that fails publishes nothing of its model and of what needs 
     'bad: views/checks/bad__one.sql returned 1 rows, for example {"id":"x"}; views/checks/bad__two.sql returned 1 rows, for example {"id":"x","v":2}',
     "reads_bad: it needs bad",
     "far: it needs reads_bad",
-    /They were built in dataset \w+\. Correct them, then run: make views/,
+    /Their rows are in dataset \w+\. Correct the models, then run: make views/,
   ]);
   assert.deepEqual(await published(...kept), before);
   assert.deepEqual(await rowsOf("good"), [{ v: "2" }]);
