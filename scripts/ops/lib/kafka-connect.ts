@@ -136,11 +136,17 @@ export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
 
 const failureOf = ({ connector, tasks }: ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
 
-/** Not read here: of a large table it takes long. */
-const nextOfLargeRow =
-  "A change carries the old row and the new. Raise max.message.bytes, max.request.size and buffer.memory in " +
-  `${file}, then: make connector. Deleting the row is not enough: its change is in the WAL (make resnapshot). Which rows are the ` +
-  `largest, the source says: select id, octet_length(r::text) as bytes from ${sourceTable} r order by bytes desc limit 3;`;
+/** A change carries the old row and the new: which rows are the largest at the source, and what lets them pass. */
+async function nextOfLargeRow(env: ConnectorEnv): Promise<string> {
+  const statement = `select id::text, octet_length(r::text) as bytes from ${sourceTable} r order by bytes desc limit 3`;
+  await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 60 });
+  const rows = await source.unsafe<{ id: string; bytes: number }[]>(statement).catch(() => []); // of a large table it takes too long
+  const largest = rows.map(({ id, bytes }) => `id=${id} of ${thousands(bytes)} bytes`).join(", ");
+  return (
+    `The largest rows of ${sourceTable}: ${largest || `ask the source: ${statement};`}. Raise max.message.bytes, max.request.size and ` +
+    `buffer.memory in ${file}, then: make connector. Deleting the row is not enough: its change is in the WAL (make resnapshot)`
+  );
+}
 
 /** Whether the connector and its task run. @param patient a failure is not the last word yet. @throws Error with a failure's trace. */
 async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
@@ -150,7 +156,7 @@ async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
   const words = failed.trace?.trim().replaceAll(/\n\tat .*/g, "") ?? "";
   let next = "Fix it, then: make connector";
   if (/replication slot/i.test(words)) next = "Where the slot is gone, so are the changes since: make resnapshot";
-  if (words.includes("RecordTooLargeException")) next = nextOfLargeRow;
+  if (words.includes("RecordTooLargeException")) next = await nextOfLargeRow(env);
   throw new Error(`connector ${namesOf(env).connector} failed:\n${words}\n${next}`);
 }
 
