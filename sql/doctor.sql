@@ -95,7 +95,8 @@ with tables as (
     else format('%1$s has no trigger that sets %2$s before each insert and update of a row. Run as its owner: '
       'create or replace function %3$s() returns trigger language plpgsql as '
       '$x$begin new.%2$I := clock_timestamp(); return new; end$x$; '
-      'create or replace trigger set_%2$s before insert or update on %1$s for each row execute function %3$s();', path, cursor, function) end
+      'create or replace trigger set_%2$s before insert or update on %1$s for each row execute function %3$s();',
+      path, cursor, function) end
   from tables join triggers using (name), lateral (
     select (inserts or exists (select from dated where dated.name = tables.name)) and (updates or name = 'events') as ok) judged
   union all

@@ -41,13 +41,15 @@ declare
 begin
   for part in
     select oid from pg_class where relreplident <> 'f'
-      and (oid = to_regclass('public.sensor_readings') or oid in (select relid from pg_partition_tree(to_regclass('public.sensor_readings'))))
+      and (oid = to_regclass('public.sensor_readings')
+        or oid in (select relid from pg_partition_tree(to_regclass('public.sensor_readings'))))
   loop
     execute format('alter table %s replica identity full', part);
   end loop;
 end
 $$;
-create or replace function public.etl_identify_partition() returns event_trigger language plpgsql as 'begin perform public.etl_identify(); end';
+create or replace function public.etl_identify_partition() returns event_trigger language plpgsql
+  as 'begin perform public.etl_identify(); end';
 select public.etl_identify(); -- where this fails, run the file as the table's owner
 do $$
 begin

@@ -1,12 +1,15 @@
--- What keeps Debezium from reading the source, a row a fault. Run it as the role of REPLICATION_DATABASE_URL. In psql: \i sql/replication_checks.sql
+-- What keeps Debezium from reading the source, a row a fault. Run it as the role of REPLICATION_DATABASE_URL. In psql:
+--   \i sql/replication_checks.sql
 with needed (name, privileges) as (
   values ('public.sensor_readings', array['select']), ('public.etl_heartbeat', array['select', 'insert', 'update'])
 )
-select format('wal_level is %s: alter system set wal_level = logical; and restart the server (managed: by its parameters)', current_setting('wal_level')) as fault
+select format('wal_level is %s: alter system set wal_level = logical; and restart the server (managed: by its parameters)',
+  current_setting('wal_level')) as fault
 where current_setting('wal_level') <> 'logical'
 union all
 select format('role %s may not replicate', rolname) from pg_roles where rolname = current_user
-  and not (rolreplication or rolsuper or coalesce(pg_has_role(to_regrole('rds_replication'), 'member'), false)) -- Amazon's stands for the attribute
+  and not (rolreplication or rolsuper
+    or coalesce(pg_has_role(to_regrole('rds_replication'), 'member'), false)) -- Amazon's stands for the attribute
 union all
 select format('table %s does not exist', name) from needed where to_regclass(name) is null
 union all

@@ -41,7 +41,8 @@ with status as (
   left join chunks on day = at join kinds on kinds.state = coalesce(chunks.state, 'missing')
 ), years as (
   -- A square a day, a column a week, and the months' names above.
-  select year, json_agg(json_build_object('column', (extract(doy from at)::int + extract(isodow from date_trunc('year', at))::int - 2) / 7 + 1,
+  select year, json_agg(json_build_object(
+    'column', (extract(doy from at)::int + extract(isodow from date_trunc('year', at))::int - 2) / 7 + 1,
     'row', "row" + 1, 'kind', cell.kind, 'share', coalesce(share, 0), 'title', title)) as cells
   from days, lateral (
     values (day::timestamp, extract(isodow from day)::int, kind,
@@ -69,7 +70,8 @@ with status as (
   from etl.verifications order by pipeline, verified_at desc
 ), now_wrong (part, of, what) as (
   -- The worst first; one line for all the pipelines that one thing holds up.
-  select case state when 'red' then 1 when 'warn' then 6 else 7 end, string_agg(pipeline, ', ' order by pipeline), split_part(reason, E'\n', 1)
+  select case state when 'red' then 1 when 'warn' then 6 else 7 end, string_agg(pipeline, ', ' order by pipeline),
+    split_part(reason, E'\n', 1)
   from status, jsonb_array_elements_text(reasons) reason where state <> 'ok' group by state, reason
   union all select 2, 'model ' || model, 'was not published: ' || why from models where why is not null
   union all select 3, pipeline, format('differs from its source: %s. Next: %s (it names the keys, and how to repair)', found, again)
@@ -84,7 +86,8 @@ with status as (
   select part, pipeline, format('%s of %s runs %s, %s: %s%s', count(*) filter (where holds), count(*), what,
     concat_ws(' to ', min(at) filter (where holds), nullif(max(at) filter (where holds), min(at) filter (where holds))),
     (array_agg(detail order by at desc) filter (where holds))[1],
-    case when max(started_at) filter (where became = 'succeeded') > max(started_at) filter (where holds) then ' (it has succeeded since)' end)
+    case when max(started_at) filter (where became = 'succeeded') > max(started_at) filter (where holds)
+      then ' (it has succeeded since)' end)
   from runs, lateral (values
     (1, 'failed', became = 'failed', why),
     (2, 'were abandoned', became = 'abandoned', 'killed, or its machine was'),
@@ -115,7 +118,8 @@ select json_build_object(
       coalesce((select days from stretches where state = 'failed'), 'none'),
       coalesce((select days from stretches where state = 'missing'), 'none')) from days having count(*) > 0),
   'years', (select json_agg(json_build_object('label', year, 'cells', cells) order by year) from years),
-  'models', (select json_agg(json_build_array(model, rows, case when why is not null then 'failed' when checks = 0 then 'none' else checks || ' passed' end,
+  'models', (select json_agg(json_build_array(model, rows,
+      case when why is not null then 'failed' when checks = 0 then 'none' else checks || ' passed' end,
       coalesce(published, 'never'), trend, why) order by model) from models),
   'proofs', (select json_agg(json_build_array(pipeline, format('%s, %s ago', to_char(verified_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
       etl.duration(age)), rows, differences, found) order by pipeline) from proofs),

@@ -229,7 +229,8 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   process.stdout.write(`\n${table([...hits].map(([fault, times]) => ({ fault, hits: times })))}\n`);
   process.stdout.write(`\n${table([...tally].map(([job, counts]) => ({ job, ...counts })))}\n`);
   say(
-    `chaos: SEED=${seed}: passed. ${thousands(total)} rows checked, ${thousands(writers.count.committed)} transactions (${JSON.stringify(writers.count)})`,
+    `chaos: SEED=${seed}: passed. ${thousands(total)} rows checked, ${thousands(writers.count.committed)} transactions ` +
+      `(${JSON.stringify(writers.count)})`,
   );
 }
 

@@ -27,7 +27,8 @@ await main(import.meta, async () => {
     client,
     `SELECT epoch, partition, offset, parked_at, reason, ifNull(left(key, 40), 'NULL') AS key, length(value) AS bytes,
        replaceRegexpAll(toValidUTF8(left(value, 60)), '[[:cntrl:]]', '?') AS begins
-     FROM sensor_dead_letters FINAL WHERE topic = {topic: String} ORDER BY parked_at DESC, epoch DESC, partition, offset LIMIT {limit: UInt32}`,
+     FROM sensor_dead_letters FINAL WHERE topic = {topic: String}
+     ORDER BY parked_at DESC, epoch DESC, partition, offset LIMIT {limit: UInt32}`,
     { topic, limit },
   );
   if (env.JSON) process.stdout.write(`${JSON.stringify({ reasons, letters })}\n`);

@@ -5,7 +5,7 @@
  * judges, and says what each key means.
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
- *   make status JSON=1   the same for programs, on stdout: one array with an object for each pipeline, each with every key of sql/status.sql:
+ *   make status JSON=1   the same for programs, on stdout: an object for each pipeline, each with every key of sql/status.sql:
  *                        pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
  *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,

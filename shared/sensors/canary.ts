@@ -48,7 +48,8 @@ export async function checkSnapshot(etl: Sql, topic: string, messages: Message[]
     if (other)
       throw new UsageError(
         `a second snapshot (WAL position ${lsn}, the first: ${Math.abs(Number(other.snapshot_lsn))}) has begun in epoch ` +
-          `${other.epoch} of ${topic}: Debezium started again, and rows deleted meanwhile would stay. Stop all consumers, then run: make resnapshot`,
+          `${other.epoch} of ${topic}: Debezium started again, and rows deleted meanwhile would stay. ` +
+          "Stop all consumers, then run: make resnapshot",
       );
   }
 }

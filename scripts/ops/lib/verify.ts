@@ -86,8 +86,8 @@ export async function eachPipeline(
 }
 
 /**
- * A table, and every row of its source beside it. `deleteExtra` deletes the rows that the source has not, `repair` makes the table's rows what
- * the source has; both return how many rows they changed.
+ * A table, and every row of its source beside it. `deleteExtra` deletes the rows that the source has not, `repair` makes the table's rows
+ * what the source has; both return how many rows they changed.
  */
 type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
 
