@@ -78,9 +78,11 @@ with status as (
   from proofs where differences > 0
   union all select 4, 'archive of ' || day, format('%s. Next: make backfill-events FROM=%s TO=%s', why, day, day + 1)
   from days where state = 'failed'
-  union all select 5, 'archive', format('%s missing: %s. Next: make backfill-events FROM=%s TO=%s (days that are done are skipped)',
-    count(*), (select s.days from stretches s where s.state = 'missing'), min(day), max(day) + 1)
-  from days where state = 'missing' having count(*) > 0
+  union all select 5, 'archive', format('%s missing, from %s on. Next: make backfill-events FROM=%s TO=%s', count(*), min(day), min(day),
+    max(day) + 1)
+  -- A month and more between two archived days is a time that nobody asked for.
+  from (select day, day - row_number() over (order by day)::int as hole from days where state = 'missing') holes
+  group by hole having count(*) <= 31
   union all select 5, pipeline, format('was last verified %s ago. Next: %s', etl.duration(age), again) from proofs where age > 604800
 ), week_wrong (part, of, what) as (
   select part, pipeline, format('%s of %s runs %s, %s: %s%s', count(*) filter (where holds), count(*), what,

@@ -5,6 +5,7 @@
  */
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
+import { constants, copyFileSync, existsSync } from "node:fs";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { promisify } from "node:util";
@@ -23,6 +24,9 @@ import { say } from "./stack/stack.ts";
 
 const env = localEnv(process.env.DEMO_ENV_FILE);
 const admin = env.STACK_ADMIN_DATABASE_URL ?? "";
+
+// The commands that it ends with read .env.
+if (!existsSync(join(root, ".env"))) copyFileSync(join(root, ".env.example"), join(root, ".env"), constants.COPYFILE_EXCL);
 
 /**
  * Runs a command of the project, showing what it says. Returns the fields of its last line.

@@ -30,12 +30,12 @@ WITH sales AS (
   FROM orders
   GROUP BY week, store
 ),
-stores AS (
+opened AS (
   SELECT store, MIN(week) AS first_week FROM sales GROUP BY store
 )
 SELECT
   r.week,
-  stores.store AS store_id,
+  opened.store AS store_id,
   IFNULL(s.order_count, 0) AS order_count,
   IFNULL(s.returned_count, 0) AS returned_count,
   IFNULL(s.gross_revenue, 0) AS gross_revenue,
@@ -43,5 +43,5 @@ SELECT
   IFNULL(s.gross_revenue - s.refunds, 0) AS revenue,
   ROUND(CAST(IFNULL(s.gross_revenue - s.refunds, 0) / NULLIF(r.revenue, 0) AS NUMERIC), 4) AS revenue_share
 FROM weekly_revenue AS r
-JOIN stores ON stores.first_week <= r.week
-LEFT JOIN sales AS s ON s.week = r.week AND s.store = stores.store;
+JOIN opened ON opened.first_week <= r.week
+LEFT JOIN sales AS s ON s.week = r.week AND s.store = opened.store;

@@ -26,7 +26,7 @@ CREATE OR REPLACE TABLE weekly_summary (
 )
 OPTIONS (description = "One row of key figures per complete ISO week, from the other models.")
 AS
-WITH stores AS (
+WITH store_counts AS (
   SELECT week, COUNTIF(order_count > 0 AND store_id <> -1) AS store_count
   FROM weekly_store_revenue
   GROUP BY week
@@ -50,7 +50,7 @@ SELECT
   ROUND(CAST((m.revenue - m.previous_revenue) / NULLIF(m.previous_revenue, 0) AS NUMERIC), 4) AS revenue_change,
   m.refunds,
   ROUND(CAST(m.discount / NULLIF(m.revenue + m.discount, 0) AS NUMERIC), 4) AS discount_share,
-  IFNULL(stores.store_count, 0) AS store_count,
+  IFNULL(store_counts.store_count, 0) AS store_count,
   b.items_per_basket,
   b.basket_value,
   u.active_users,
@@ -61,7 +61,7 @@ SELECT
   ROUND(CAST(i.known_revenue / NULLIF(m.revenue, 0) AS NUMERIC), 4) AS known_income_share,
   IFNULL(churn.churned_count, 0) AS churned_count
 FROM money AS m
-LEFT JOIN stores ON stores.week = m.week
+LEFT JOIN store_counts ON store_counts.week = m.week
 LEFT JOIN weekly_baskets AS b ON b.week = m.week
 LEFT JOIN weekly_users AS u ON u.week = m.week
 LEFT JOIN repeat_rate AS r ON r.week = m.week

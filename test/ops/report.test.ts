@@ -74,7 +74,7 @@ await test("the page says what make status says, and what went wrong; it is text
       "archive of 2017-03-05: S3 answered 503",
       "Next: make backfill-events FROM=2017-03-05 TO=2017-03-06",
       "Failed: 2017-03-05. Missing: 2017-06-06.",
-      "archive: 1 missing: 2017-06-06. Next: make backfill-events FROM=2017-06-06 TO=2017-06-07",
+      "archive: 1 missing, from 2017-06-06 on. Next: make backfill-events FROM=2017-06-06 TO=2017-06-07",
       "model weekly_baskets: was not published: views/weekly_baskets.sql: it has 99 rows, and the published",
       "users: differs from its source: 1 missing. Next: make verify PIPELINE=users",
       hostile.replace("\u202e", "?"),
