@@ -97,7 +97,10 @@ test("a row that another run brings back between the last look and the deletion 
   const [run, proxy] = await startHeld(steps.merge, gate); // its only job that writes
   await using _proxy = proxy;
   await insert(30);
-  await shop.admin`select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'etl:orders%' and pid in (select pid from pg_locks where locktype = 'advisory')`;
+  const lost = await shop.admin`
+    select pg_terminate_backend(pid, 5000) from pg_locks
+    where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())`;
+  assert.equal(lost.length, 1);
   await sync();
   gate.release();
   const { stderr } = await run.ended;
