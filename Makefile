@@ -9,6 +9,7 @@ export PATH := $(CURDIR)/node_modules/.bin:$(PATH)
 export NODE_COMPILE_CACHE := $(CURDIR)/node_modules/.cache/compile
 # FROM=, TO=, PIPELINE= … reach the scripts because make puts its command-line variables into the recipes' environment;
 # no recipe expands them into a shell line.
+$(if $(filter from=% to=% pipeline=% only=% table=%,$(MAKEOVERRIDES)),$(error variables are in capitals: FROM=… TO=… PIPELINE=…))
 
 .PHONY: help
 help: ## Print this list

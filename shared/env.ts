@@ -70,8 +70,8 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   }
   if (!faults.length) return env as Env<V>;
   throw new UsageError(
-    `wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\nSet them in ${file} or in the environment ` +
-      `(.env.example has them all).`,
+    `wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\nSet them in ${file}, in the environment ` +
+      `or behind make (.env.example has them all).`,
   );
 }
 

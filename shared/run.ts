@@ -41,10 +41,14 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   const [stop, undos] = [new AbortController(), new Set<() => Promise<unknown>>()];
   const run = createRun(pipeline, env, stop, undos);
   const work = async (): Promise<void> => {
-    const source = env.SOURCE_DATABASE_URL && checkSession("SOURCE_DATABASE_URL", run.source);
-    await Promise.all([checkSession("ETL_DATABASE_URL", run.etl), source]);
+    await checkSession("ETL_DATABASE_URL", run.etl);
+    if (env.SOURCE_DATABASE_URL)
+      await checkSession("SOURCE_DATABASE_URL", run.source).catch(async (error: Error) => {
+        if (!run.byHand) await recordStart(run); // make status must know of it, though it has no lock
+        throw error;
+      });
     await body(run);
-    if (run.state === "locked") await record(run, "succeeded", env.RETENTION_DAYS);
+    if (run.state === "recorded") await record(run, "succeeded", env.RETENTION_DAYS);
   };
   const stopped = new Promise<never>((_, reject) => stop.signal.addEventListener("abort", () => reject(stop.signal.reason)));
   let failure: Error | undefined;
@@ -55,7 +59,7 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     stop.abort(failure); // work of another day or model beside it must not publish what is undone here
     progress("");
     await within5s(Promise.allSettled([...undos].map((undo) => undo())));
-    if (run.state === "locked") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
+    if (run.state === "recorded") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
   }
   if (run.state !== "skipped" && !run.byHand)
     await Promise.all([push(run, env.PUSHGATEWAY_URL, failure !== undefined), run.tell(failure ? "fail" : "success")]);
@@ -66,7 +70,7 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   }
   const rows_per_second = Math.round(totals.rows / seconds);
   const peak_rss_mb = Math.round(process.resourceUsage().maxRSS / 1024);
-  if (run.state === "locked") run.log("done", { ...totals, seconds, rows_per_second, peak_rss_mb, watermark });
+  if (run.state === "recorded") run.log("done", { ...totals, seconds, rows_per_second, peak_rss_mb, watermark });
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
@@ -112,7 +116,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
     log: (step: string, fields: Fields = {}): void => log({ step, ...fields }),
     /** Seconds since the run began. */
     seconds: (): number => Math.round(performance.now() - started) / 1000,
-    state: "new" as "new" | "locked" | "skipped",
+    state: "new" as "new" | "recorded" | "skipped",
     /** Sums over the chunks, and what BigQuery billed, for the report. */
     totals: { rows: 0, bytes: 0, chunks: 0, bytes_billed: 0 },
     /** Tells HEARTBEAT_URL. Never throws; takes at most 5 s. */
@@ -225,12 +229,16 @@ export async function takeLock(run: Run): Promise<boolean> {
     await etl`set lock_timeout = 0`;
     await etl`select pg_advisory_lock(${lockKey(etl, pipeline)})`;
   }
-  await etl`
-    insert into etl.runs (run_id, pipeline, state, host, pid)
-    values (${run.id}, ${pipeline}, 'running', ${hostname()}, ${process.pid})`;
-  run.state = "locked";
+  await recordStart(run);
   if (!run.byHand) await run.tell("start");
   return true;
+}
+
+async function recordStart(run: Run): Promise<void> {
+  await run.etl`
+    insert into etl.runs (run_id, pipeline, state, host, pid)
+    values (${run.id}, ${run.pipeline}, 'running', ${hostname()}, ${process.pid})`;
+  run.state = "recorded";
 }
 
 /** Who holds the pipeline's lock, since when, and on which host. */
