@@ -187,14 +187,8 @@ await main(import.meta, async () => {
   }
   await sync("everything so far");
 
-  const changed = await changeSource(admin, {
-    orders: 500,
-    users: 50,
-    newOrders: 20,
-    seed: Date.now() % 1_000_000,
-  });
-  const { orders, newOrders, users } = changed;
-  say(`\ndemo: the shop goes on: ${orders.length} orders changed, ${newOrders.length} new, ${users.length} users changed`);
+  await changeSource(admin, { orders: 500, users: 50, newOrders: 20, seed: Date.now() % 1_000_000 });
+  say("\ndemo: the shop goes on: 500 orders changed, 20 new, 50 users changed");
   say(`demo: waiting ${env.WATERMARK_LAG_SECONDS} s: rows younger than WATERMARK_LAG_SECONDS are left for the next run`);
   const sql = postgres(admin, { max: 1 });
   for (let old = false; !old; ) {
