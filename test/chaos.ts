@@ -30,6 +30,8 @@ import { about, applyBreak, breaks } from "./chaos/breaks.ts";
 import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
 import { createStack, type LinkName, type PrivateStack, type ServerName, servers, withFullDisk } from "./chaos/stack.ts";
 import { startWriters } from "./chaos/writers.ts";
+import { createStackSource } from "./data/source.ts";
+import { createSensors } from "./lib/sensors.ts";
 import type { Process, Result, Shop } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 import { say } from "./stack/stack.ts";
@@ -105,16 +107,8 @@ await main(import.meta, async () => {
 async function campaign(stack: PrivateStack, seed: number, length: number, log: string): Promise<void> {
   // 1. The stack, and a shop in it.
   await Promise.all(servers.map((name) => stack.start(name).then(() => tell(`${name} serves`))));
-  const { createSource } = await stack.load<typeof import("./data/source.ts")>("test/data/source.ts");
-  const { localEnv } = await stack.load<typeof import("./stack/env.ts")>("test/stack/env.ts");
-  const { createSensors } = await stack.load<typeof import("./lib/sensors.ts")>("test/lib/sensors.ts");
-  const base = localEnv();
-  const roles = [base.SOURCE_DATABASE_URL, base.ETL_DATABASE_URL, base.REPLICATION_DATABASE_URL];
-  await createSource(
-    base.STACK_ADMIN_DATABASE_URL ?? "",
-    roles.map((url) => url ?? ""),
-  );
-  const sensors = await createSensors({ lag: 0.5 });
+  await createStackSource(stack.env);
+  const sensors = await createSensors({ lag: 0.5, stack: stack.env, folder: stack.scratch.folder });
   const { shop } = sensors;
   const { admin, env } = shop;
   await shop.succeed("scripts/ops/migrate.ts"); // the bucket: this stack has none yet

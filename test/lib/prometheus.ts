@@ -1,14 +1,14 @@
 /**
  * A Prometheus of a test's own, made as the local stack's is, with the rules of ops/alerts.yml; only time passes faster.
  */
-import { type ChildProcess, spawn } from "node:child_process";
-import { once } from "node:events";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { endpoint, root } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
+import { answers } from "../stack/process.ts";
 import { prometheusCommand, prometheusConfig, prometheusInstall, type Targets } from "../stack/prometheus.ts";
+import { startServer } from "./servers.ts";
 import { freePort, until } from "./shop.ts";
 
 type Labels = Record<string, string>;
@@ -55,21 +55,9 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
   const url = `http://127.0.0.1:${await freePort()}`;
   const { command, args } = prometheusCommand(config, join(folder, "data"), endpoint(url));
   // A minute otherwise; what was sent before it knew its Alertmanager is sent again only then.
-  const child = spawn(command, [...args, "--rules.alert.resend-delay=1s"], { stdio: ["ignore", "ignore", "pipe"] });
-  let log = "";
-  child.stderr.setEncoding("utf8").on("data", (text) => {
-    log += text;
-  });
-  const dispose = async (): Promise<void> => {
-    await stop(child);
-    rmSync(folder, { recursive: true, force: true });
-  };
-  try {
-    await ready(url, child);
-  } catch (error) {
-    await dispose();
-    throw new Error(`${(error as Error).message}: ${log}`);
-  }
+  const server = await startServer("prometheus", { command, args: [...args, "--rules.alert.resend-delay=1s"] }, () =>
+    answers(`${url}/-/ready`),
+  );
 
   // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
   const api = async (path: string): Promise<any> => {
@@ -100,25 +88,9 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
     fires: (alert, pipeline) => until(`${alert} fires for ${pipeline}`, () => of(alert, pipeline), 60),
     resolves: async (alert, pipeline) =>
       void (await until(`${alert} resolves for ${pipeline}`, async () => !(await of(alert, pipeline)), 60)),
-    [Symbol.asyncDispose]: dispose,
+    [Symbol.asyncDispose]: async () => {
+      await server[Symbol.asyncDispose]();
+      rmSync(folder, { recursive: true, force: true });
+    },
   };
-}
-
-/** Waits until a server of Prometheus's family says at /-/ready that it is. */
-export async function ready(url: string, child: ChildProcess): Promise<void> {
-  const answers = async (): Promise<boolean> => {
-    if (child.exitCode !== null) throw new Error(`${child.spawnfile} exited ${child.exitCode}`);
-    return fetch(`${url}/-/ready`).then(
-      ({ ok }) => ok,
-      () => false,
-    );
-  };
-  await until(`${child.spawnfile} is ready`, answers);
-}
-
-export async function stop(child: ChildProcess): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return;
-  const gone = once(child, "close");
-  child.kill("SIGKILL");
-  await gone;
 }

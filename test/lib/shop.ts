@@ -17,8 +17,8 @@ import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
-import { pushgatewayProgram } from "../stack/pushgateway.ts";
 import { digest } from "../stack/stack.ts";
+import { createServers } from "./servers.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
 export const textColumns = { orders: "status", users: "age_band" };
@@ -122,6 +122,8 @@ export interface ShopOptions {
   pipeline?: Pipeline;
   /** Where the project's code is, if not here (a scratch copy). */
   folder?: string;
+  /** The variables of its servers, if not the local stack's. */
+  stack?: Env;
   /** WATERMARK_LAG_SECONDS. */
   lag?: number;
   /** With its database in ClickHouse. */
@@ -138,6 +140,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   const {
     pipeline = "orders",
     folder = root,
+    stack: base = localEnv(),
     lag = 0,
     clickhouse: wantsClickHouse = false,
     bigquery = true,
@@ -146,7 +149,6 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
   } = options;
   const text = textColumns[pipeline];
   const name = `test_${randomBytes(5).toString("hex")}`;
-  const base = localEnv();
   const at = (url: string | undefined): string => Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
   const env: Env = {
     ...base,
@@ -163,8 +165,8 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     METRICS_PORT: "0",
     WATERMARK_LAG_SECONDS: String(lag),
   };
-  const gateway = pushgateway ? await startPushgateway() : undefined;
-  if (gateway) env.PUSHGATEWAY_URL = gateway.url;
+  const gateway = pushgateway ? await createServers(["pushgateway"]) : undefined;
+  Object.assign(env, gateway?.env);
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
   if (encoding === "UTF8") await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
@@ -330,7 +332,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     },
     [Symbol.asyncDispose]: async () => {
       for (const child of children) child.kill("SIGKILL");
-      gateway?.child.kill("SIGKILL");
+      await gateway?.[Symbol.asyncDispose]();
       await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
       await server.unsafe(`drop database if exists ${name} with (force)`);
       await server.end();
@@ -386,19 +388,6 @@ export async function createReadings(env: Env): Promise<void> {
   const client = connectClickHouse(env);
   await migrateClickHouse(client);
   await client.close();
-}
-
-async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
-  const port = await freePort();
-  const child = spawn(pushgatewayProgram, [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
-  const url = `http://127.0.0.1:${port}`;
-  await until("Pushgateway ready", () =>
-    fetch(`${url}/-/ready`).then(
-      ({ ok }) => ok,
-      () => false,
-    ),
-  );
-  return { url, child };
 }
 
 /**

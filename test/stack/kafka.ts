@@ -1,9 +1,9 @@
 // Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
 import { createHash, randomBytes } from "node:crypto";
 import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { connect } from "node:net";
 import { homedir } from "node:os";
 import { join } from "node:path";
+import { Kafka, logLevel } from "kafkajs";
 import { type Env, endpoint } from "./env.ts";
 import { type Install, run } from "./install.ts";
 import { type Command, checkPort } from "./process.ts";
@@ -75,25 +75,24 @@ export const java = (main: string, args: string[], settings: string, options: st
   ],
 });
 
-const dataDir = stackPath("kafka", "data");
-const file = stackPath("kafka", "server.properties");
-
 /** The broker's controller listens at the port after the broker's. */
 const controller = (env: Env): string => {
   const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
   return `${host}:${port + 1}`;
 };
 
-function settings(env: Env, directory = dataDir): string {
+/** @param env KAFKA_ADVERTISED, where it is set, is where the broker tells its clients to go: a proxy before it. */
+function settings(env: Env, data: string): string {
   const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
   return properties({
     "process.roles": "broker,controller",
     "node.id": 1,
     listeners: `PLAINTEXT://${host}:${port},CONTROLLER://${controller(env)}`,
+    "advertised.listeners": `PLAINTEXT://${env.KAFKA_ADVERTISED ?? `${host}:${port}`}`,
     "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "controller.listener.names": "CONTROLLER",
     "controller.quorum.voters": `1@${controller(env)}`,
-    "log.dirs": directory,
+    "log.dirs": data,
     // A mistyped topic is an error, not a new topic.
     "auto.create.topics.enable": "false",
     // For messages of 5 MB; Kafka's own limit is 1 MB.
@@ -121,47 +120,47 @@ function settings(env: Env, directory = dataDir): string {
   });
 }
 
+const filesOf = (folder: string) => ({ data: join(folder, "data"), file: join(folder, "server.properties") });
+
 /** Under another name until it is whole: a formatting that was killed is done again. */
-async function format(env: Env): Promise<void> {
-  if (existsSync(dataDir)) return;
-  const fresh = `${dataDir}.new`;
+async function format(env: Env, folder: string): Promise<void> {
+  const { data, file } = filesOf(folder);
+  if (existsSync(data)) return;
+  const fresh = `${data}.new`;
   rmSync(fresh, { recursive: true, force: true });
-  mkdirSync(fresh, { recursive: true });
+  mkdirSync(fresh);
   const text = settings(env, fresh);
   writeFileSync(file, text);
   // Kafka's ids are 16 bytes in base64url that do not begin with a dash.
   const id = Buffer.concat([Buffer.of(1), randomBytes(15)]).toString("base64url");
   const { command, args } = java("kafka.tools.StorageTool", ["format", "-t", id, "-c", file], text);
   await run(command, args, { needs: needsJava });
-  renameSync(fresh, dataDir);
-}
-
-/** Asks for the metadata of no topic (version 1 of Kafka's Metadata request): the answer begins with the brokers. */
-async function knownBrokers(env: Env): Promise<number> {
-  const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
-  const socket = connect(port, host).setTimeout(5_000, () => socket.destroy(new Error("no answer in 5 s")));
-  const request = Buffer.from("000000" + "0e" + "0003" + "0001" + "00000000" + "ffff" + "00000000", "hex");
-  socket.write(request);
-  let answer = Buffer.alloc(0);
-  for await (const data of socket) {
-    answer = Buffer.concat([answer, data]);
-    if (answer.length >= 12) return answer.readInt32BE(8); // after length and correlation id
-  }
-  throw new Error("the broker hung up");
+  renameSync(fresh, data);
 }
 
 export const kafka: Part = {
   name: "kafka",
   variable: "KAFKA_BROKERS",
   installs: [kafkaInstall],
-  prepare: async (env) => {
+  prepare: async (env, folder) => {
+    const { data, file } = filesOf(folder);
     await checkPort("kafka's controller", controller(env), "Stop that process, or set another port in KAFKA_BROKERS");
-    await format(env);
-    writeFileSync(file, settings(env));
+    await format(env, folder);
+    writeFileSync(file, settings(env, data));
   },
-  command: (env) => java("kafka.Kafka", [file], settings(env)),
+  command: (env, folder) => {
+    const { data, file } = filesOf(folder);
+    return java("kafka.Kafka", [file], settings(env, data));
+  },
+  // It listens before its controller has let it in.
   ready: async (env) => {
-    // It listens before its controller has let it in.
-    if ((await knownBrokers(env)) === 0) throw new Error("the controller has not let the broker in yet");
+    const brokers = [env.KAFKA_BROKERS?.split(",")[0] ?? ""];
+    const admin = new Kafka({ brokers, logLevel: logLevel.NOTHING, retry: { retries: 0 } }).admin();
+    try {
+      await admin.connect();
+      if (!(await admin.describeCluster()).brokers.length) throw new Error("the controller has not let the broker in yet");
+    } finally {
+      await admin.disconnect();
+    }
   },
 };

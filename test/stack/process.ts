@@ -17,7 +17,7 @@ import { createServer } from "node:net";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Env, endpoint } from "./env.ts";
 import { type Install, installKey } from "./install.ts";
-import { digest, logPath, stackDir, stackPath } from "./stack.ts";
+import { digest, logPath, type Part, stackDir, stackPath } from "./stack.ts";
 
 /** How a process is started. A changed command line, or a changed install, restarts it. */
 export type Command = {
@@ -38,7 +38,7 @@ type Record = {
   grace: number;
 };
 
-const recordPath = (name: string): string => stackPath("run", `${name}.json`);
+export const recordPath = (name: string): string => stackPath("run", `${name}.json`);
 
 /**
  * Whether a process has ended, and its start time; undefined where there is none. Pids are reused: only pid and start time together name
@@ -120,9 +120,11 @@ export async function startProcess(name: string, command: Command, installs: Ins
 const lastLines = (name: string): string =>
   `${existsSync(logPath(name)) ? readFileSync(logPath(name), "utf8").trim().split("\n").slice(-12).join("\n") : ""}\n(log: ${logPath(name)})`;
 
-/** Waits until `ready` resolves. Throws with the end of the log when the process ends first, or after `seconds`. */
-export async function awaitReady(name: string, ready: () => Promise<void>, seconds = 60): Promise<void> {
-  const deadline = Date.now() + seconds * 1000;
+const SECONDS = 90;
+
+/** Waits until `ready` resolves. Throws with the end of the log when the process ends first, or after 90 s. */
+export async function awaitReady(name: string, ready: () => Promise<void>): Promise<void> {
+  const deadline = Date.now() + SECONDS * 1000;
   for (;;) {
     const failure = await ready().then(
       () => undefined,
@@ -131,10 +133,31 @@ export async function awaitReady(name: string, ready: () => Promise<void>, secon
     if (!failure) return;
     if (!running(name)) throw new Error(`${name} died at its start:\n${lastLines(name)}`);
     if (Date.now() > deadline) {
-      throw new Error(`${name} is not ready after ${seconds} s (${failure.message}); its log ends:\n${lastLines(name)}`);
+      throw new Error(`${name} is not ready after ${SECONDS} s (${failure.message}); its log ends:\n${lastLines(name)}`);
     }
     await sleep(50);
   }
+}
+
+/** @throws Error where what answers at a URL is no OK. */
+export async function answers(url: string): Promise<void> {
+  const answer = await fetch(url, { signal: AbortSignal.timeout(10_000) });
+  if (!answer.ok) throw new Error(`${url}: HTTP ${answer.status} ${await answer.text()}`);
+}
+
+/**
+ * Starts a part, or another one of its kind under its own name and in its own folder, and waits until it serves.
+ * @param as changes how it is started.
+ */
+export async function startPart(
+  part: Part,
+  env: Env,
+  { name = part.name, folder = stackPath(part.name), as = (command: Command): Command => command } = {},
+): Promise<void> {
+  mkdirSync(folder, { recursive: true });
+  await part.prepare?.(env, folder);
+  await startProcess(name, as(part.command(env, folder)), part.installs);
+  await awaitReady(name, () => part.ready(env));
 }
 
 function signal(pid: number, name: NodeJS.Signals): void {
@@ -145,11 +168,11 @@ function signal(pid: number, name: NodeJS.Signals): void {
   }
 }
 
-/** Stops what runs under this name: its signal, then SIGKILL for its whole group. Answers whether anything ran. */
-export async function stopProcess(name: string): Promise<boolean> {
+/** Stops what runs under this name: by its own signal or this one, then SIGKILL for its whole group. Answers whether anything ran. */
+export async function stopProcess(name: string, by?: NodeJS.Signals): Promise<boolean> {
   const record = running(name);
   if (record) {
-    signal(record.pid, record.stopSignal);
+    signal(record.pid, by ?? record.stopSignal);
     const deadline = Date.now() + record.grace * 1000;
     while (running(name) && Date.now() < deadline) await sleep(20);
     signal(-record.pid, "SIGKILL");
