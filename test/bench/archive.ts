@@ -64,40 +64,41 @@ const clear = async (writes: string): Promise<void> =>
     (await Array.fromAsync(listObjects(shop.bucket, place(writes)))).map(({ key }) => key),
   );
 
-/** @throws Error where the objects of a contender do not hold all rows. Prints their bytes. */
-async function checkWritten(by: string, writes: string, format: string): Promise<void> {
-  const sum = { rows: 0, bytes: 0 };
-  for await (const { key } of listObjects(shop.bucket, place(writes))) {
-    if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key)) continue;
-    const body = (await get(shop.bucket, key))?.body ?? Buffer.alloc(0);
-    sum.bytes += body.length;
-    if (format === "Parquet") {
-      writeFileSync(join(scratch, "file.parquet"), body);
-      const count = `import pyarrow.parquet as p;print(p.ParquetFile(${JSON.stringify(join(scratch, "file.parquet"))}).metadata.num_rows)`;
-      sum.rows += Number(execFileSync(python, ["-c", count]));
-    } else for (const byte of body[0] === 0x1f ? gunzipSync(body) : body) if (byte === 10) sum.rows += 1;
-  }
-  process.stdout.write(`${by}: ${(sum.bytes / 1e6).toFixed(1)} MB of ${format}\n`);
-  if (sum.rows !== rows) throw new Error(`${by} wrote ${sum.rows} rows, not ${rows}`);
+interface Writer extends Contender {
+  /** Where, below the shop's prefix. */
+  writes: string;
 }
+
+/** Compares them. @throws Error where the objects of one do not hold all rows. */
+async function bench(job: string, writers: Writer[]): Promise<void> {
+  await compare(job, rows, writers);
+  for (const { by, writes } of writers) {
+    let found = 0;
+    for await (const { key } of listObjects(shop.bucket, place(writes))) {
+      if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key)) continue;
+      const body = (await get(shop.bucket, key))?.body ?? Buffer.alloc(0);
+      if (by === "ingestr") {
+        writeFileSync(join(scratch, "file.parquet"), body);
+        const count = "import duckdb; print(duckdb.sql(\"select count(*) from 'file.parquet'\").fetchone()[0])";
+        found += Number(execFileSync(python, ["-c", count], { cwd: scratch }));
+      } else for (const byte of body[0] === 0x1f ? gunzipSync(body) : body) if (byte === 10) found += 1;
+    }
+    if (found !== rows) throw new Error(`${by} wrote ${found} rows, not ${rows}`);
+    await clear(writes);
+  }
+}
+
+const both = (FROM: string, TO: string): Writer[] => [
+  { by: "for each day psql | gzip -6, curl", writes: "floor/", run: () => floor(FROM, TO) },
+  { by: "ours", writes: "events/", run: () => ours(FROM, TO) },
+];
 
 // 1. The days as they are
 
 if (parts.includes("backfill")) {
   const [range] = await shop.admin`
     select to_char(min(created_at), 'YYYY-MM-DD') as first, to_char(max(created_at), 'YYYY-MM-DD') as last from events`;
-  const days = [range?.first, addDays(range?.last)] as const;
-  await compare("backfill", rows, [
-    { by: "for each day psql | gzip -6, curl", run: () => floor(...days) },
-    { by: "ours", run: () => ours(...days) },
-  ]);
-  for (const [by, writes] of [
-    ["the floor", "floor/"],
-    ["ours", "events/"],
-  ] as const) {
-    await checkWritten(by, writes, "NDJSON.gz");
-    await clear(writes);
-  }
+  await bench("backfill", both(range?.first, addDays(range?.last)));
 }
 
 // 2. All in one day
@@ -107,25 +108,14 @@ if (parts.includes("day")) {
     update events set created_at = ${day}::text::timestamptz + (id % 86400) * interval '1 s' + (id % 1000000) * interval '1 us'`;
   await shop.admin`cluster events using events_created_at`;
   await shop.admin`vacuum analyze events`;
-  const one = [day, addDays(day)] as const;
-  const contenders: (Contender & { writes: string; format: string })[] = [
-    { by: "psql | gzip -6, curl", writes: "floor/", format: "NDJSON.gz", run: () => floor(...one) },
-    { by: "ours", writes: "events/", format: "NDJSON.gz, manifest", run: () => ours(...one) },
-    ...(process.env.PEERS ? peers() : []),
-  ];
-  await compare("archive", rows, contenders);
-  for (const { by, writes, format } of contenders) await checkWritten(by, writes, format);
+  await bench("archive", [...both(day, addDays(day)), ...(process.env.PEERS ? peers() : [])]);
 }
 
-function peers(): (Contender & { writes: string; format: string })[] {
+function peers(): Writer[] {
   const open = openPeers(scratch);
-  const s3 = { bucket: S3_BUCKET, access_key_id: AWS_ACCESS_KEY_ID, secret_access_key: AWS_SECRET_ACCESS_KEY };
-  const bucket = JSON.stringify({ type: "s3", endpoint: S3_ENDPOINT, region: AWS_REGION, ...s3 });
-  const { bucket: _, ...keys } = s3;
-  const uri = new URLSearchParams({
-    ...{ endpoint_url: S3_ENDPOINT, region: AWS_REGION, layout: "{table_name}.{ext}" },
-    ...keys,
-  });
+  const keys = { access_key_id: AWS_ACCESS_KEY_ID, secret_access_key: AWS_SECRET_ACCESS_KEY };
+  const bucket = JSON.stringify({ type: "s3", endpoint: S3_ENDPOINT, region: AWS_REGION, bucket: S3_BUCKET, ...keys });
+  const uri = new URLSearchParams({ endpoint_url: S3_ENDPOINT, region: AWS_REGION, layout: "{table_name}.{ext}", ...keys });
   const dlt = () => ({
     ...{ ...aws, S3_ENDPOINT, HOME: open.newHome(), TABLE: "events", DATASET: "archive", BACKEND: "connectorx" },
     TARGET: `s3://${S3_BUCKET}/${place("dlt")}`,
@@ -136,11 +126,8 @@ function peers(): (Contender & { writes: string; format: string })[] {
   };
   const ingestr = { "source-table": "public.events", "dest-table": `${S3_BUCKET}/${place("ingestr/events")}` };
   return [
-    { by: "dlt", writes: "dlt/", format: "NDJSON.gz", run: () => measure(open.dlt(source, dlt())) },
-    { by: "Sling", writes: "sling/", format: "NDJSON.gz", run: () => measure(open.sling(source, bucket, sling)) },
-    {
-      ...{ by: "ingestr", writes: "ingestr/", format: "Parquet" },
-      run: () => measure(open.ingestr(plain(source), `s3://?${uri}`, ingestr)),
-    },
-  ].map((contender) => ({ ...contender, before: () => clear(contender.writes) }));
+    { by: "dlt", writes: "dlt/", run: () => measure(open.dlt(source, dlt())) },
+    { by: "Sling", writes: "sling/", run: () => measure(open.sling(source, bucket, sling)) },
+    { by: "ingestr", writes: "ingestr/", run: () => measure(open.ingestr(plain(source), `s3://?${uri}`, ingestr)) },
+  ].map((writer) => ({ ...writer, before: () => clear(writer.writes) }));
 }

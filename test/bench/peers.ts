@@ -5,6 +5,8 @@
 import { execFileSync } from "node:child_process";
 import { mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import postgres, { type Sql } from "postgres";
+import type { Shop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 import { say, stackPath } from "../stack/stack.ts";
 import type { Command } from "./measure.ts";
@@ -72,6 +74,19 @@ export function openPeers(home: string) {
       env: { ...off, HOME: home },
     }),
   };
+}
+
+/** A database on the shop's server that the peers write to. */
+export async function createTarget(shop: Shop): Promise<{ url: string; sql: Sql } & AsyncDisposable> {
+  const name = `${shop.dataset}_peers`;
+  const url = Object.assign(new URL(shop.env.STACK_ADMIN_DATABASE_URL ?? ""), { pathname: `/${name}` }).href;
+  await shop.admin.unsafe(`create database ${name}`);
+  const sql = postgres(url, { max: 1, onnotice: () => {} });
+  const dispose = async (): Promise<void> => {
+    await sql.end({ timeout: 1 });
+    await shop.admin.unsafe(`drop database ${name} with (force)`);
+  };
+  return { url, sql, [Symbol.asyncDispose]: dispose };
 }
 
 type Peers = ReturnType<typeof openPeers>;
