@@ -150,19 +150,6 @@ for (const pipeline of pipelines()) {
   }
 }
 
-// What make views refuses; and its order, in which each view must find the tables of those that it reads.
-let order: string[] = [];
-try {
-  if (list("views/*.sql").length) order = readModels(pipelines()).map(({ file }) => file);
-} catch (error) {
-  if (!(error instanceof UsageError)) throw error;
-  faults.push(
-    ...error.message
-      .split("\n")
-      .slice(1)
-      .map((fault) => fault.trim()),
-  );
-}
 /** What make views finds that a statement reads is what the analyser finds. */
 async function compareReads({ file, sql }: Statement): Promise<void> {
   const request = { sqlStatement: sql, options: languageOptions };
@@ -176,27 +163,28 @@ async function compareReads({ file, sql }: Statement): Promise<void> {
   for (const name of found)
     if (!read.has(name)) faults.push(`${file}:1:1: make views takes ${name} for a table that it reads: give what is named so another name`);
 }
-for (const statement of [...files("views/*.sql"), ...files("views/checks/*.sql")]) await compareReads(statement);
 
-// Without an order, views read one another: each round adds the tables of those that had all they read.
-let waiting = order.length ? order.map((file) => ({ file, sql: read(file) })) : files("views/*.sql");
-let found: string[] = [];
-for (let before = -1; before !== waiting.length; ) {
-  before = waiting.length;
-  found = [];
-  const failed: Statement[] = [];
-  for (const view of waiting) {
-    const fault = await analyse(view);
-    if (fault) found.push(fault) && failed.push(view);
-  }
-  waiting = failed;
+// The views in the order of make views, so that each finds the tables of those that it reads; or what make views refuses.
+const views = files("views/*.sql");
+try {
+  if (views.length) views.splice(0, views.length, ...readModels(pipelines()).map(({ file }) => ({ file, sql: read(file) })));
+} catch (error) {
+  if (!(error instanceof UsageError)) throw error;
+  const [, ...lines] = error.message.split("\n");
+  faults.push(...lines.map((fault) => fault.trim()));
 }
-// What only misses another view's table is said where nothing else explains it: the views form a circle.
-const missing = waiting.map(({ file }) => `: Table not found: ${basename(file, ".sql")}`);
-const own = found.filter((fault) => !missing.some((text) => fault.replace(/;.*/s, "").endsWith(text)));
-faults.push(...(own.length ? own : found));
+const checks = files("views/checks/*.sql");
+for (const statement of [...views, ...checks]) await compareReads(statement);
+const broken: string[] = [];
+for (const view of views) {
+  // What only misses a view's table that another fault explains is not said again.
+  const fault = await analyse(view);
+  if (!fault) continue;
+  if (!broken.some((name) => fault.includes(`Table not found: ${name}`))) faults.push(fault);
+  broken.push(basename(view.file, ".sql"));
+}
 
-for (const statement of [...statements, ...files("views/checks/*.sql")]) {
+for (const statement of [...statements, ...checks]) {
   const fault = await analyse(statement);
   if (fault) faults.push(fault);
 }
