@@ -5,8 +5,7 @@
  * interleaved; medians are quoted. PARTS=backfill,day does some of it. Absolute times are this machine's.
  */
 import { execFileSync } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { addDays } from "../../shared/events/archive.ts";
@@ -14,10 +13,9 @@ import { get, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { thousands } from "../../shared/log.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
 import { python } from "../stack/python.ts";
 import { say } from "../stack/stack.ts";
-import { type Contender, compare, measure } from "./measure.ts";
+import { type Contender, compare, measure, scratchFolder, script } from "./measure.ts";
 import { openPeers, plain } from "./peers.ts";
 
 const rows = Number(process.env.ROWS ?? 1_471_409);
@@ -27,8 +25,7 @@ const day = "2017-06-01";
 await using shop = await createShop();
 say(`bench: ${thousands(rows)} events`);
 await loadData(shop.env.STACK_ADMIN_DATABASE_URL ?? "", { only: ["events"], maxRows: rows });
-const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
-process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
+const scratch = scratchFolder();
 const { S3_ENDPOINT = "", S3_BUCKET = "", AWS_ACCESS_KEY_ID = "", AWS_SECRET_ACCESS_KEY = "", AWS_REGION = "" } = shop.env;
 const source = shop.env.SOURCE_DATABASE_URL ?? "";
 const aws = { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_DEFAULT_REGION: AWS_REGION };
@@ -51,12 +48,7 @@ const floor = (FROM: string, TO: string) =>
     cwd: scratch,
     env: { ...aws, FROM, TO, SOURCE: source, LINES_OF: lines, URL: `${S3_ENDPOINT}/${S3_BUCKET}/${place("floor")}` },
   });
-const ours = (FROM: string, TO: string) =>
-  measure({
-    command: process.execPath,
-    args: [join(root, "scripts/ops/backfill-events.ts")],
-    env: { ...shop.env, FROM, TO, FORCE: "1" },
-  });
+const ours = (FROM: string, TO: string) => measure(script("scripts/ops/backfill-events.ts", { ...shop.env, FROM, TO, FORCE: "1" }));
 
 const clear = async (writes: string): Promise<void> =>
   removeObjects(

@@ -5,17 +5,13 @@
  * shop, a row's updated_at is now(): the start of its transaction. Meanwhile each tool runs again and again, in turn, and at
  * the end, when all has committed, twice more. Then what each has is compared with the source, by key and updated_at.
  */
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Sql, TransactionSql } from "postgres";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
-import { measure } from "./measure.ts";
+import { measure, scratchFolder, script } from "./measure.ts";
 import { createTarget, dltSync, ingestrSync, openPeers, type Sync, slingSync, slotOf } from "./peers.ts";
 
 const seconds = Number(process.env.SECONDS ?? 120);
@@ -36,22 +32,17 @@ const insert = (sql: Sql | TransactionSql, first: number, count: number): Promis
     select i, i % 100, i % 10, 'paid', 1, 9.99, 0 from generate_series(${first}::int, ${first + count - 1}::int) i`;
 await insert(shop.admin, 1, 1000);
 
-const scratch = mkdtempSync(join(tmpdir(), "etl-lossless-"));
 const source = shop.env.SOURCE_DATABASE_URL ?? "";
 const admin = shop.env.STACK_ADMIN_DATABASE_URL ?? "";
 await using peersTarget = await createTarget(shop);
 const { url: target, sql: peersSql } = peersTarget;
-const peers = openPeers(scratch);
+const peers = openPeers(scratchFolder());
 const back = `select * from public.orders where updated_at > coalesce({incremental_value}, '-infinity')::timestamptz - interval '60 s'`;
 
-const contenders: (Sync & { sum: number; previous?: Date })[] = [
+const contenders: (Sync & { sum: number })[] = [
   {
     ...{ by: "this project", settings: `WATERMARK_LAG_SECONDS=${lag} (default)`, schema: "" },
-    command: () => ({
-      command: process.execPath,
-      args: [join(root, "scripts/orders.ts")],
-      env: shop.env,
-    }),
+    command: () => script("scripts/orders.ts", shop.env),
     delivered: /step=done rows=(\d+)/,
   },
   { ...dltSync(peers, source, target, "dlt", {}), settings: "incremental(updated_at), merge" },
@@ -69,11 +60,10 @@ const contenders: (Sync & { sum: number; previous?: Date })[] = [
 /** Each tool once, in turn. */
 async function pass(): Promise<void> {
   for (const contender of contenders) {
-    const { output, started } = await measure(contender.command(contender.previous));
+    const { output } = await measure(contender.command());
     const rows = contender.delivered.exec(output)?.[1];
     // Of a run without new rows, Sling and ingestr may not say a number.
     contender.sum += Number(rows?.replaceAll(",", "") ?? 0);
-    contender.previous = started;
   }
 }
 
@@ -137,5 +127,4 @@ try {
 } finally {
   await shop.admin`
     select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slotOf(admin)}`;
-  rmSync(scratch, { recursive: true, force: true });
 }

@@ -1,9 +1,12 @@
 /** What the benches share: a command's wall time and peak memory, and the table of them. */
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { readFileSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
+import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
 
 /** At least this share of the values is at most the result. */
@@ -84,9 +87,19 @@ export interface Command {
   cwd?: string;
 }
 
+/** A script of the project. */
+export const script = (name: string, env: NodeJS.Dict<string>): Command => ({ command: process.execPath, args: [join(root, name)], env });
+
+/** A folder that goes with this process. */
+export function scratchFolder(): string {
+  const folder = mkdtempSync(join(tmpdir(), "etl-bench-"));
+  process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
+  return folder;
+}
+
 /** Runs a command to its end. @throws Error where it fails, with the end of its output. */
-export async function measure({ command, args, env, cwd }: Command): Promise<Measured & { output: string; started: Date }> {
-  const [startedAt, started] = [new Date(), performance.now()];
+export async function measure({ command, args, env, cwd }: Command): Promise<Measured & { output: string }> {
+  const started = performance.now();
   const child: ChildProcess = spawn(command, args, {
     env: { ...process.env, ...env },
     stdio: ["ignore", "pipe", "pipe"],
@@ -101,5 +114,5 @@ export async function measure({ command, args, env, cwd }: Command): Promise<Mea
   const [code] = await once(child, "close").finally(() => clearInterval(sampler));
   if (code !== 0) throw new Error(`${command} ${args.join(" ").slice(0, 200)} exited with ${code}:\n${output}`);
   const seconds = (performance.now() - started) / 1000;
-  return { seconds, megabytes: kilobytes / 1024, output, started: startedAt };
+  return { seconds, megabytes: kilobytes / 1024, output };
 }

@@ -8,20 +8,19 @@
  * writes to the same place. Their extraction is one to JSON lines in a local file.
  */
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
+import { bigqueryVariables } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement } from "../../shared/bigquery/load.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
+import { readEnv } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
-import { runPipeline } from "../../shared/run.ts";
+import { pipelineVariables, runPipeline } from "../../shared/run.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
-import { type Contender, compare, measure } from "./measure.ts";
+import { type Contender, compare, measure, scratchFolder, script } from "./measure.ts";
 import { createTarget, dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.ts";
 
 const rows = Number(process.env.ROWS ?? 500_000);
@@ -34,23 +33,11 @@ say(`bench: ${thousands(rows)} orders`);
 await shop.insertRows(1, rows);
 await shop.admin`vacuum analyze orders`;
 
-const env = {
-  SOURCE_DATABASE_URL: shop.env.SOURCE_DATABASE_URL ?? "",
-  ETL_DATABASE_URL: shop.env.ETL_DATABASE_URL ?? "",
-  PUSHGATEWAY_URL: shop.env.PUSHGATEWAY_URL ?? "",
-  BIGQUERY_PROJECT: shop.env.BIGQUERY_PROJECT ?? "",
-  BIGQUERY_DATASET: shop.dataset,
-  BIGQUERY_LOCATION: "US",
-  BIGQUERY_ENDPOINT: shop.env.BIGQUERY_ENDPOINT,
-  RUN_TIMEOUT_SECONDS: 3600,
-  RETENTION_DAYS: 400,
-  HEARTBEAT_URL: "",
-  WATERMARK_LAG_SECONDS: 0,
-  FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
-};
+// As a re-run by hand: no watermark, no metrics.
+Object.assign(process.env, shop.env, { FROM: "-infinity", RUN_TIMEOUT_SECONDS: "3600" });
+const env = readEnv({ ...pipelineVariables, ...bigqueryVariables });
 const contract = readContract("orders");
-const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
-process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
+const scratch = scratchFolder();
 
 /** The SELECT that the rows are read by, as JSON lines. */
 let select = "";
@@ -67,12 +54,7 @@ const bash = (script: string, variables: NodeJS.Dict<string> = {}) =>
       ...variables,
     },
   });
-const ours = (script: string, variables: NodeJS.Dict<string> = {}) =>
-  measure({
-    command: process.execPath,
-    args: [join(root, script)],
-    env: { ...shop.env, ...variables },
-  });
+const ours = (name: string, variables = {}) => measure(script(name, { ...shop.env, ...variables }));
 
 // 1. Extraction
 
@@ -157,12 +139,10 @@ const pipe =
 
 let syncs: Sync[] = [];
 let round = 0;
-const previous = new Map<string, Date>();
 /** Each peer forgets, and has a schema that is not there yet. */
 async function forget(): Promise<void> {
   if (!peers || !target) return;
   round += 1;
-  previous.clear();
   const at = target.url;
   syncs = [
     dltSync(peers, env.SOURCE_DATABASE_URL, at, `dlt_${round}`, { BACKEND: "connectorx", LOADER: "csv" }),
@@ -174,14 +154,7 @@ async function forget(): Promise<void> {
 /** The peers, and the floor of what they do. */
 const synced = (floor: string, run: Contender["run"]): Contender[] => {
   if (!peers) return [];
-  const runs = syncs.map(({ by }, index) => ({
-    by: by.replace(/ .*/, ""),
-    run: async () => {
-      const measured = await measure((syncs[index] as Sync).command(previous.get(by)));
-      previous.set(by, measured.started);
-      return measured;
-    },
-  }));
+  const runs = syncs.map(({ by }, index) => ({ by: by.replace(/ .*/, ""), run: () => measure((syncs[index] as Sync).command()) }));
   return [{ by: floor, floor: true, run }, ...runs];
 };
 await forget();

@@ -97,8 +97,7 @@ export interface Sync {
   settings: string;
   /** The schema of the target. */
   schema: string;
-  /** @param previous when its run before this one began. */
-  command(previous?: Date): Command;
+  command(): Command;
   /** The rows that a run says it delivered. */
   delivered: RegExp;
 }
@@ -128,13 +127,14 @@ export function ingestrSync(peers: Peers, source: string, target: string, schema
   const given = { "source-table": "public.orders", "dest-table": `${schema}.orders`, "incremental-strategy": "merge" };
   const cursor = from === "log" ? {} : { "incremental-key": "updated_at", "primary-key": "id" };
   const uri = from === "log" ? `${scheme(source, "postgres+cdc")}?sslmode=disable&slot=${slotOf(source)}` : plain(source);
+  let interval = {};
   return {
     ...{ by: "ingestr 1.1.22", settings: "", schema, delivered: /Total Rows\s+│\s+([\d,]+)/ },
-    command: (previous) =>
-      peers.ingestr(uri, plain(target), {
-        ...{ ...given, ...cursor },
-        ...(from === "interval" && previous && { "interval-start": previous.toISOString() }),
-      }),
+    command: () => {
+      const command = peers.ingestr(uri, plain(target), { ...given, ...cursor, ...interval });
+      if (from === "interval") interval = { "interval-start": new Date().toISOString() };
+      return command;
+    },
   };
 }
 

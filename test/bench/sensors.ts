@@ -4,17 +4,15 @@
  * time from a commit to its queryable row. PARTS=throughput,latency does one of them. Absolute figures are this machine's.
  */
 import { globSync } from "node:fs";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { debianPackage, debianPath } from "../stack/debian.ts";
-import { root } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
 import { say } from "../stack/stack.ts";
-import { compare, type Measured, measure, percentile } from "./measure.ts";
+import { compare, type Measured, measure, percentile, script } from "./measure.ts";
 
 const messages = Number(process.env.MESSAGES ?? 1_000_000);
 const seconds = Number(process.env.SECONDS ?? 60);
@@ -69,7 +67,7 @@ async function throughput(): Promise<void> {
   const [LIBRARIES] = globSync(debianPath("kcat", "usr/lib/*-linux-gnu"));
   const LOGIN = `${env.CLICKHOUSE_USER}:${env.CLICKHOUSE_PASSWORD}`;
   const floorEnv = { LIBRARIES, KCAT: debianPath("kcat", "usr/bin/kcat"), BROKER: env.KAFKA_BROKERS, TOPIC: topic, URL: url.href, LOGIN };
-  const ours = { command: process.execPath, args: [join(root, "scripts/sensors.ts")], env: { ...env, UNTIL: "caught-up" } };
+  const ours = script("scripts/sensors.ts", { ...env, UNTIL: "caught-up" });
   await compare("sensors", messages, [
     {
       by: "kcat | split | curl",
