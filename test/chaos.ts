@@ -61,6 +61,7 @@ const destination: Record<Job, LinkName> = {
 /** Of a short campaign. */
 const fewModels = /^(weekly_revenue|lifetime_value|income_band_revenue)(__|\.)/;
 
+const blocks = 20;
 /** Several parts a day. */
 const parts = { CHUNK_ROWS: "200" };
 const backfill = { ...parts, CONCURRENCY: "2" };
@@ -144,8 +145,8 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   const cron = async (job: Job, pause: number, work: () => Promise<unknown> = () => start(job)): Promise<void> => {
     for (; !over.signal.aborted; await wait(pause)) if ((running.get(job)?.size ?? 0) < 2) await Promise.race([work(), wait(2)]);
   };
-  const archived = createDays(shop, async (variables) => (over.signal.aborted ? null : (await start("events", variables)).code));
-  const loops = [cron("orders", 0.5), cron("users", 2), cron("events", 1, archived.next), cron("views", 10)];
+  const archiveNext = createDays(shop, async (variables) => (over.signal.aborted ? null : (await start("events", variables)).code));
+  const loops = [cron("orders", 0.5), cron("users", 2), cron("events", 1, archiveNext), cron("views", 10)];
   let drained = false;
   const consumers = [1, 2].map(async () => {
     for (; !drained; await delay(500)) await start("sensors");
@@ -194,7 +195,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   };
   const archive = async (): Promise<void> => {
     await once("scripts/events.ts");
-    await once("scripts/ops/backfill-events.ts", { ...archived.all(), ...backfill });
+    await once("scripts/ops/backfill-events.ts", { ...blockDays(blocks, 0), ...backfill });
   };
   await delay(600); // the lag
   await Promise.all([synced("orders").then(() => synced("users")), drain(), archive()]);
@@ -211,7 +212,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
     rows[pipeline] = Number(compared);
   const [there] = await admin`select (select count(*)::int from orders) as orders, (select count(*)::int from users) as users`;
   assert.deepEqual({ orders: rows.orders, users: rows.users }, { ...there }, "rows were left out of the comparison");
-  rows.events = Number(/ step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", archived.all())).stderr)?.[1]);
+  rows.events = Number(/ step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", blockDays(blocks, 0))).stderr)?.[1]);
   assert.deepEqual(await sensors.deadLetters(), []);
   rows.models = await compareModels(shop, globSync(join(stack.scratch.folder, "views/*.sql")), once);
   assert.deepEqual(wrong, [], "runs that ended as no fault should end them");
@@ -236,36 +237,27 @@ async function fill({ admin }: Shop): Promise<void> {
   await admin`
     insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
     select i, 'S' || i % 5, 'temp', i, timestamptz '2024-01-01' + i % 50 * interval '1 hour' from generate_series(1, 2000) i`;
+  await admin`
+    insert into events (user_id, type, payload, created_at)
+    select i, 'purchase', jsonb_build_object('n', i, 'text', md5(i::text)),
+      ${blockDays(blocks, 0).FROM ?? ""}::text::timestamptz + i * interval '3 minutes'
+    from generate_series(1, ${blocks * 3 * 480 - 1}::int) i`;
 }
 
-/** Days of events to archive: three at a time, each three days older than the last, as they become due. */
-function createDays({ connect, run }: Shop, archive: (variables: Env) => Promise<number | null>) {
-  const today = new Date().toISOString().slice(0, 10);
-  let [due, done] = [0, 0];
-  const days = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
-  return {
-    /** A daily run that finds them, or a backfill of them, until it has succeeded; each third time those before them again. */
-    next: async (): Promise<void> => {
-      if (done === due) {
-        const { FROM = "", TO = "" } = days(due + 1, due);
-        const sql = connect("days");
-        const inserting = sql`
-          insert into events (user_id, type, payload, created_at)
-          select i, 'purchase', jsonb_build_object('n', i, 'text', md5(i::text)), ${FROM}::text::timestamptz + i * interval '3 minutes'
-          from generate_series(1, 1400) i
-          where not exists (select from events where created_at >= ${FROM}::text::timestamptz and created_at < ${TO}::text::timestamptz)`;
-        const inserted = await Promise.race([inserting.catch(() => {}), delay(10_000)]);
-        sql.end({ timeout: 1 }).catch(() => {});
-        if (!inserted) return; // the database is away
-        due += 1;
-      }
-      const block = days(due, due - 1);
-      const daily = due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
-      if ((await archive(daily ? parts : { ...block, ...backfill })) !== 0) return;
-      done = due;
-      if (due % 3 === 0) await archive({ ...days(due, due - 2), ...backfill, FORCE: "1" });
-    },
-    all: (): Env => days(due + 1, 0),
+/** The events' days, three a block: of a block that is archived last the first day is the oldest. */
+const today = new Date().toISOString().slice(0, 10);
+const blockDays = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
+
+/** Archives block after block, each by a daily run or a backfill until it has succeeded; each third time those before it again. */
+function createDays({ run }: Shop, archive: (variables: Env) => Promise<number | null>): () => Promise<void> {
+  let done = 0;
+  return async () => {
+    const due = (done % blocks) + 1;
+    const block = blockDays(due, due - 1);
+    const daily = due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
+    if ((await archive(daily ? parts : { ...block, ...backfill, ...(done >= blocks && { FORCE: "1" }) })) !== 0) return;
+    done += 1;
+    if (due % 3 === 0) await archive({ ...blockDays(due, due - 2), ...backfill, FORCE: "1" });
   };
 }
 

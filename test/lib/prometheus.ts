@@ -17,16 +17,7 @@ export interface Sample {
   value: number;
 }
 
-export interface Prometheus extends AsyncDisposable {
-  url: string;
-  /** Evaluates an expression now. Throws what Prometheus says is wrong with it. */
-  query(expression: string): Promise<Sample[]>;
-  /** Labels of what /api/v1/alerts shows as firing under this name. */
-  firing(alert: string): Promise<Labels[]>;
-  /** Waits until the alert fires for the pipeline (or at all), and until it does not. */
-  fires(alert: string, pipeline?: string): Promise<Labels>;
-  resolves(alert: string, pipeline?: string): Promise<void>;
-}
+export type Prometheus = Awaited<ReturnType<typeof startPrometheus>>;
 
 /**
  * The file's text with all of its durations divided by `speed`, and nothing else changed: `5m` after a key, as in `for: 5m`; `[1h]`;
@@ -46,7 +37,7 @@ export function scaleDurations(text: string, speed: number): string {
  * Scrapes and evaluates four times a second; a consumer twice, since its answer, for which it asks Kafka, Connect and Postgres, has to come
  * before the next is due. `speed`: 600 makes an hour six seconds; 1 leaves the rules as they are.
  */
-export async function startPrometheus(targets: Targets, speed: number): Promise<Prometheus> {
+export async function startPrometheus(targets: Targets, speed: number) {
   await ensureInstalled(prometheusInstall);
   const folder = mkdtempSync(join(tmpdir(), "etl-prometheus-"));
   const [rules, config] = [join(folder, "alerts.yml"), join(folder, "prometheus.yml")];
@@ -69,6 +60,7 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
     if (answer.status !== "success") throw new Error(`${decodeURIComponent(path)}: ${answer.error}`);
     return answer.data;
   };
+  /** Labels of what /api/v1/alerts shows as firing under this name. */
   const firing = async (alert: string): Promise<Labels[]> =>
     (await api("alerts")).alerts
       .filter(({ labels, state }: { labels: Labels; state: string }) => labels.alertname === alert && state === "firing")
@@ -77,7 +69,8 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
     (await firing(alert)).find((labels) => pipeline === undefined || labels.pipeline === pipeline);
   return {
     url,
-    query: async (expression) => {
+    /** Evaluates an expression now. Throws what Prometheus says is wrong with it. */
+    query: async (expression: string): Promise<Sample[]> => {
       const { result } = await api(`query?query=${encodeURIComponent(expression)}`);
       return result.map(({ metric, value }: { metric: Labels; value: [number, string] }) => ({
         metric,
@@ -85,10 +78,11 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
       }));
     },
     firing,
-    fires: (alert, pipeline) => until(`${alert} fires for ${pipeline}`, () => of(alert, pipeline), 60),
-    resolves: async (alert, pipeline) =>
-      void (await until(`${alert} resolves for ${pipeline}`, async () => !(await of(alert, pipeline)), 60)),
-    [Symbol.asyncDispose]: async () => {
+    /** Waits until the alert fires for the pipeline (or at all), and until it does not. */
+    fires: (alert: string, pipeline?: string) => until(`${alert} fires for ${pipeline}`, () => of(alert, pipeline)),
+    resolves: async (alert: string, pipeline?: string): Promise<void> =>
+      void (await until(`${alert} resolves for ${pipeline}`, async () => !(await of(alert, pipeline)))),
+    [Symbol.asyncDispose]: async (): Promise<void> => {
       await server[Symbol.asyncDispose]();
       rmSync(folder, { recursive: true, force: true });
     },
