@@ -4,11 +4,9 @@
  * a generated statement as file: STATEMENT:line:column: message, and its line); exit code 1 where there are any.
  * The analyser stops at a statement's first fault.
  */
-import { spawn } from "node:child_process";
 import { globSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
-import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
 import { verifyStatements } from "../../scripts/ops/lib/verify.ts";
 import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
@@ -16,7 +14,9 @@ import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/lo
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { readModels, tablesRead } from "../../shared/views/models.ts";
+import { startServer } from "../lib/servers.ts";
 import { freePort } from "../lib/shop.ts";
+import { listens } from "../stack/process.ts";
 import { say } from "../stack/stack.ts";
 
 type Catalog = NonNullable<AnalyzeRequest["simpleCatalog"]>;
@@ -67,22 +67,11 @@ const folder = join(dirname(resolve("@fivetrandevelopers/zetasql")), "zetasql");
 const binary = `remote_server${process.arch.startsWith("arm") ? "_arm" : ""}${process.platform === "darwin" ? "" : ".so"}`;
 const port = await freePort();
 // The kernel ends the server with this process, however that ends.
-const server = spawn("setpriv", ["--pdeathsig=KILL", join(folder, binary), "127.0.0.1", String(port)]);
-process.once("exit", () => server.kill("SIGKILL"));
-const output: string[] = [];
-server.stderr.on("data", (text) => output.push(String(text)));
-const died = new Promise<never>((_, reject) => {
-  const fail = (what: unknown): void => reject(new Error(`the GoogleSQL analyser ${what}: ${output.join("").trim()}`));
-  server.once("error", fail).once("exit", (code, signal) => fail(`ended with ${signal ?? code}`));
-  setTimeout(fail, 60_000, "was not done after 60 s").unref();
-});
-died.catch(() => {});
-
-const lines = createInterface(server.stdout);
-await Promise.race([died, new Promise((done) => lines.on("line", (line) => /listening/.test(line) && done(line)))]);
+const command = { command: "setpriv", args: ["--pdeathsig=KILL", join(folder, binary), "127.0.0.1", String(port)] };
+const server = await startServer("googlesql", command, () => listens(port));
 ZetaSQLClient.init(port);
 const client = ZetaSQLClient.getInstance();
-const options = await Promise.race([died, client.getLanguageOptions({ maximumFeatures: true })]);
+const options = await client.getLanguageOptions({ maximumFeatures: true });
 const languageOptions = {
   ...options,
   productMode: "PRODUCT_EXTERNAL", // BigQuery's: FLOAT64 but no DOUBLE, no INT32
@@ -113,7 +102,7 @@ async function analyse({ file, sql, generated }: Statement): Promise<string | un
     options: { languageOptions, allowUndeclaredParameters: true, errorMessageMode: "ERROR_MESSAGE_ONE_LINE" } as const,
   };
   try {
-    const answer = await Promise.race([died, client.analyze(request)]);
+    const answer = await client.analyze(request);
     const node = answer?.resolvedStatement?.resolvedCreateStatementNode?.resolvedCreateTableStmtBaseNode;
     const columns = node?.resolvedCreateTableAsSelectStmtNode?.outputColumnList;
     const made = columns?.map(({ name, column }) => ({ name, type: column?.type }) as Column);
@@ -182,4 +171,5 @@ for (const statement of [...statements, ...checks]) {
   if (fault) faults.push(fault);
 }
 for (const fault of faults) say(fault);
+await server[Symbol.asyncDispose]();
 process.exit(faults.length ? 1 : 0);

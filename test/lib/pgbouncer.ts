@@ -1,12 +1,11 @@
 /** PgBouncer in front of the local stack's Postgres: Debian's, of a test's own. */
-import { once } from "node:events";
 import { chmodSync, globSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { connect } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { debianPackage, debianPath } from "../stack/debian.ts";
 import { endpoint } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
+import { listens } from "../stack/process.ts";
 import { startServer } from "./servers.ts";
 import { freePort } from "./shop.ts";
 
@@ -35,11 +34,7 @@ export async function startPgbouncer(url: string, settings: Record<string, strin
     args: ["-q", ...user, join(folder, "ini")],
     env: { LD_LIBRARY_PATH: globSync(debianPath("pgbouncer", "usr/lib/*-linux-gnu"))[0] },
   };
-  const server = await startServer("pgbouncer", command, async () => {
-    const socket = connect(Number(own), host);
-    await once(socket, "connect");
-    socket.destroy();
-  });
+  const server = await startServer("pgbouncer", command, () => listens(Number(own)));
   return {
     url: Object.assign(new URL(url), { port: own }).href,
     [Symbol.asyncDispose]: async () => {

@@ -1,8 +1,8 @@
 // Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { connect } from "node:net";
 import { join } from "node:path";
-import { Kafka, logLevel } from "kafkajs";
 import { type Env, endpoint } from "./env.ts";
 import { type Install, run } from "./install.ts";
 import { type Command, checkPort } from "./process.ts";
@@ -122,6 +122,19 @@ async function format(env: Env, folder: string): Promise<void> {
   renameSync(fresh, data);
 }
 
+/** Asks for the metadata of no topic (version 1 of Kafka's Metadata request): the answer begins with the brokers. */
+async function knownBrokers(env: Env): Promise<number> {
+  const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
+  const socket = connect(port, host).setTimeout(5_000, () => socket.destroy(new Error("no answer in 5 s")));
+  socket.write(Buffer.from("0000000e0003000100000000ffff00000000", "hex"));
+  let answer = Buffer.alloc(0);
+  for await (const data of socket) {
+    answer = Buffer.concat([answer, data]);
+    if (answer.length >= 12) return answer.readInt32BE(8); // after length and correlation id
+  }
+  throw new Error("the broker hung up");
+}
+
 export const kafka: Part = {
   name: "kafka",
   variable: "KAFKA_BROKERS",
@@ -138,13 +151,6 @@ export const kafka: Part = {
   },
   // It listens before its controller has let it in.
   ready: async (env) => {
-    const brokers = [env.KAFKA_BROKERS?.split(",")[0] ?? ""];
-    const admin = new Kafka({ brokers, logLevel: logLevel.NOTHING, retry: { retries: 0 } }).admin();
-    try {
-      await admin.connect();
-      if (!(await admin.describeCluster()).brokers.length) throw new Error("the controller has not let the broker in yet");
-    } finally {
-      await admin.disconnect();
-    }
+    if ((await knownBrokers(env)) === 0) throw new Error("the controller has not let the broker in yet");
   },
 };
