@@ -37,10 +37,7 @@ async function command(
   variables: NodeJS.Dict<string> = {},
   heard: (line: string, child: ChildProcess) => boolean = () => true,
 ): Promise<Record<string, string>> {
-  const child = spawn(process.execPath, [join(root, script)], {
-    env: { ...env, ...variables },
-    stdio: ["ignore", "inherit", "pipe"],
-  });
+  const child = spawn(process.execPath, [join(root, script)], { env: { ...env, ...variables }, stdio: ["ignore", "inherit", "pipe"] });
   let last = "";
   createInterface({ input: child.stderr }).on("line", (line) => {
     last = line;
@@ -55,23 +52,15 @@ async function command(
 const runs: Record<string, string>[] = [];
 const story: Record<string, string>[] = [];
 const flow: Record<string, string>[] = [];
-/** Both pipelines, with chunks that are small enough to be seen. */
-async function sync(what: string): Promise<void> {
-  for (const pipeline of ["orders", "users"]) await run(pipeline, what);
-}
 
-async function run(pipeline: string, what: string): Promise<void> {
-  say(`\ndemo: ${what}: make ${pipeline} CHUNK_ROWS=50000`);
-  const done = await command(`scripts/${pipeline}.ts`, { CHUNK_ROWS: "50000" });
-  runs.push({
-    pipeline,
-    run: what,
-    rows: thousands(Number(done.rows)),
-    chunks: done.chunks ?? "",
-    seconds: done.seconds ?? "",
-    "rows/s": thousands(Number(done.rows_per_second)),
-    watermark: done.watermark ?? "",
-  });
+/** Both pipelines, with chunks that are small enough to be seen. */
+async function sync(run: string): Promise<void> {
+  for (const pipeline of ["orders", "users"]) {
+    say(`\ndemo: ${run}: make ${pipeline} CHUNK_ROWS=50000`);
+    const done = await command(`scripts/${pipeline}.ts`, { CHUNK_ROWS: "50000" });
+    const { rows, chunks = "", seconds = "", rows_per_second: rate, watermark = "" } = done;
+    runs.push({ pipeline, run, rows: thousands(Number(rows)), chunks, seconds, "rows/s": thousands(Number(rate)), watermark });
+  }
 }
 
 /** The backfill that survives day 18 of 365. */
@@ -84,8 +73,8 @@ async function archive(): Promise<void> {
     old.map(({ key }) => key),
   );
   const year = { FROM: "2017-01-01", TO: "2018-01-01" };
-  const tell = (what: string, { days, rows, seconds }: Record<string, string>): void =>
-    void story.push({ archive: what, days: days ?? "", rows: thousands(Number(rows)), seconds: seconds ?? "" });
+  const tell = (archive: string, { days = "", rows, seconds = "" }: Record<string, string>) =>
+    story.push({ archive, days, rows: thousands(Number(rows)), seconds });
   let days = 0;
 
   say("\ndemo: make backfill-events FROM=2017-01-01 TO=2018-01-01, killed with SIGKILL at day 18");
@@ -97,11 +86,7 @@ async function archive(): Promise<void> {
     if (line.includes("step=day") && ++days === 18) child.kill("SIGKILL");
     return !line.includes("step=day") || days <= 3 || days === 18;
   });
-  tell("killed at day 18", {
-    days: `${days}`,
-    rows: `${rows}`,
-    seconds: ((performance.now() - started) / 1000).toFixed(3),
-  });
+  tell("killed at day 18", { days: `${days}`, rows: `${rows}`, seconds: ((performance.now() - started) / 1000).toFixed(3) });
 
   say("\ndemo: the same command again");
   const resumed = await command("scripts/ops/backfill-events.ts", year, (line) => {
@@ -133,14 +118,8 @@ async function sensors(): Promise<void> {
   say(`demo: ${thousands(changed)} readings were inserted, updated, moved and deleted`);
   say("\ndemo: make verify: source and destination agree, row by row and column by column");
   await Promise.race([command("scripts/ops/verify.ts"), consuming]).finally(() => consumer?.kill("SIGTERM"));
-  const done = await consuming;
-  flow.push({
-    sensors: "snapshot and changes",
-    rows: thousands(Number(done.rows)),
-    batches: done.batches ?? "",
-    "dead letters": done.dead_letters ?? "",
-    seconds: done.seconds ?? "",
-  });
+  const { rows, batches = "", dead_letters: dead = "", seconds = "" } = await consuming;
+  flow.push({ sensors: "snapshot and changes", rows: thousands(Number(rows)), batches, "dead letters": dead, seconds });
 }
 
 /** The weekly models, and one of them as a person would look at it. */

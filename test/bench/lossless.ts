@@ -72,29 +72,20 @@ try {
   await pass();
   say(`bench: ${writers} writers for ${seconds} s, late commits of 10 and 90 s`);
   const end = performance.now() + seconds * 1000;
-  let next = kinds[0]?.first ?? 0;
-  const write = async (): Promise<void> => {
+  /** Inserts rows, so many at a time, each time with ids of its own, until the end would come before its commit. */
+  const write = async (first: number, count: number, hold: () => number): Promise<void> => {
     const sql = shop.connect("writer");
-    while (performance.now() < end) {
+    for (let [id, open] = [first, hold()]; performance.now() + open < end; id += count, open = hold())
       await sql.begin(async (transaction) => {
-        await insert(transaction, next++, 1);
-        await delay(Math.random() * 400);
+        await insert(transaction, id, count);
+        await delay(open);
       });
-    }
   };
-  const stayOpen = async ({ hold, first }: { hold: number; first: number }, number: number): Promise<void> => {
-    const sql = shop.connect("late");
-    for (let id = first + number * 10_000; performance.now() + hold * 1000 < end; id += 10) {
-      await sql.begin(async (transaction) => {
-        await insert(transaction, id, 10);
-        await delay(hold * 1000);
-      });
-    }
-  };
-  const open = [
-    ...Array.from({ length: writers }, write),
-    ...kinds.slice(1).flatMap((kind) => Array.from({ length: 5 }, (_, number) => stayOpen(kind, number))),
-  ];
+  const open = kinds.flatMap(({ hold, first }, kind) =>
+    Array.from({ length: kind ? 5 : writers }, (_, number) =>
+      write(first + number * 10_000, kind ? 10 : 1, () => hold * 1000 * (kind ? 1 : Math.random())),
+    ),
+  );
   const all = Promise.all(open);
   all.catch(() => {}); // awaited below
   while (performance.now() < end) await pass();
