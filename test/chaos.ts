@@ -55,7 +55,10 @@ const destination = (job: Job): LinkName => (job === "events" ? "S3_ENDPOINT" : 
 /** Of a short campaign. */
 const fewModels = /^(weekly_revenue|lifetime_value|income_band_revenue)(__|\.)/;
 
+/** The events' days, three a block, the oldest in the last one. */
 const blocks = 10;
+const today = new Date().toISOString().slice(0, 10);
+const blockDays = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
 /** Several parts a day. */
 const parts = { CHUNK_ROWS: "200" };
 const backfill = { ...parts, CONCURRENCY: "2" };
@@ -237,10 +240,6 @@ async function fill({ admin }: Shop): Promise<void> {
       ${blockDays(blocks, 0).FROM ?? ""}::text::timestamptz + i * interval '3 minutes'
     from generate_series(1, ${blocks * 3 * 480 - 1}::int) i`;
 }
-
-/** The events' days, three a block: of a block that is archived last the first day is the oldest. */
-const today = new Date().toISOString().slice(0, 10);
-const blockDays = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
 
 /** Archives block after block, each by a daily run or a backfill until it has succeeded; each third time those before it again. */
 function createDays({ run }: Shop, archive: (variables: Env) => Promise<number | null>): () => Promise<void> {

@@ -28,7 +28,7 @@ PREPARE = f"""
     -- updated_at of a loaded row: up to 15 minutes after created_at, to the microsecond, and always the same for an id.
     create macro settled(created, id) as created + to_microseconds(id * 16777619 % 900000000);
     -- Exact: the files hold doubles, but never more than 1e-11 away from a whole cent.
-    create macro dollars(amount) as round(amount, 2)::decimal(19, 2);
+    create macro dollars(amount) as round(amount, 2)::decimal(18, 2);
     create macro text(utc) as utc::varchar || '+00';
 """
 
