@@ -192,7 +192,7 @@ if (/load|incremental|idle|verify/.test(parts.join())) {
 }
 
 if (parts.includes("incremental")) {
-  const [QUERY, name] = [statement(mergeStatement(contract, "floor", "floor_staging", "updated_at")), "floor_staging"];
+  const [QUERY, name] = [statement(mergeStatement(contract, "floor", "floor_staging")), "floor_staging"];
   const floor = () => bash(load + query, { ...loadInto(name), QUERY, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
   const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
   await compare(
