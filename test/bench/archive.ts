@@ -100,11 +100,11 @@ if (parts.includes("day")) {
     update events set created_at = ${day}::text::timestamptz + (id % 86400) * interval '1 s' + (id % 1000000) * interval '1 us'`;
   await shop.admin`cluster events using events_created_at`;
   await shop.admin`vacuum analyze events`;
-  await bench("archive", [...both(day, addDays(day)), ...(process.env.PEERS ? peers() : [])]);
+  await bench("archive", [...both(day, addDays(day)), ...(process.env.PEERS ? await peers() : [])]);
 }
 
-function peers(): Writer[] {
-  const open = openPeers(scratch);
+async function peers(): Promise<Writer[]> {
+  const open = await openPeers(scratch);
   const keys = { access_key_id: AWS_ACCESS_KEY_ID, secret_access_key: AWS_SECRET_ACCESS_KEY };
   const bucket = JSON.stringify({ type: "s3", endpoint: S3_ENDPOINT, region: AWS_REGION, bucket: S3_BUCKET, ...keys });
   const uri = new URLSearchParams({ endpoint_url: S3_ENDPOINT, region: AWS_REGION, layout: "{table_name}.{ext}", ...keys });

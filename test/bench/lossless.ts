@@ -6,13 +6,13 @@
  * the end, when all has committed, twice more. Then what each has is compared with the source, by key and updated_at.
  */
 import { setTimeout as delay } from "node:timers/promises";
-import type { Sql, TransactionSql } from "postgres";
+import postgres, { type Sql, type TransactionSql } from "postgres";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
 import { createShop } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";
 import { measure, scratchFolder, script } from "./measure.ts";
-import { createTarget, dltSync, ingestrSync, openPeers, type Sync, slingSync, slotOf } from "./peers.ts";
+import { dltSync, ingestrSync, openPeers, type Sync, slingSync, slotOf } from "./peers.ts";
 
 const seconds = Number(process.env.SECONDS ?? 120);
 const writers = Number(process.env.WRITERS ?? 12);
@@ -34,9 +34,11 @@ await insert(shop.admin, 1, 1000);
 
 const source = shop.env.SOURCE_DATABASE_URL ?? "";
 const admin = shop.env.STACK_ADMIN_DATABASE_URL ?? "";
-await using peersTarget = await createTarget(shop);
-const { url: target, sql: peersSql } = peersTarget;
-const peers = openPeers(scratchFolder());
+// Not the source's database: what a peer writes there would hold our watermark.
+const target = Object.assign(new URL(admin), { pathname: `/${shop.dataset}_peers` }).href;
+await shop.admin.unsafe(`create database ${shop.dataset}_peers`);
+const peersSql = postgres(target, { max: 1 });
+const peers = await openPeers(scratchFolder());
 const back = `select * from public.orders where updated_at > coalesce({incremental_value}, '-infinity')::timestamptz - interval '60 s'`;
 
 const contenders: (Sync & { sum: number })[] = [
@@ -116,6 +118,8 @@ try {
   }
   process.stdout.write(`${table(report)}\n`);
 } finally {
+  await peersSql.end({ timeout: 1 });
+  await shop.admin.unsafe(`drop database if exists ${shop.dataset}_peers with (force)`);
   await shop.admin`
     select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slotOf(admin)}`;
 }

@@ -4,7 +4,7 @@
  * interleaved; medians are quoted. PARTS=extraction,load,incremental,idle,verify does some of it. Absolute times are this
  * machine's, and noisy.
  *
- * The peers write to a Postgres database rather than to the local BigQuery; so each is measured against a floor that
+ * The peers write to the source's Postgres rather than to the local BigQuery; so each is measured against a floor that
  * writes to the same place. Their extraction is one to JSON lines in a local file.
  */
 import { spawnSync } from "node:child_process";
@@ -21,7 +21,7 @@ import { pipelineVariables, runPipeline } from "../../shared/run.ts";
 import { createShop } from "../lib/shop.ts";
 import { say } from "../stack/stack.ts";
 import { type Contender, compare, measure, scratchFolder, script } from "./measure.ts";
-import { createTarget, dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.ts";
+import { dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.ts";
 
 const rows = Number(process.env.ROWS ?? 500_000);
 const changed = Math.min(rows, Number(process.env.CHANGED ?? 50_000));
@@ -35,6 +35,7 @@ await shop.admin`vacuum analyze orders`;
 
 Object.assign(process.env, shop.env, { RUN_TIMEOUT_SECONDS: "3600" });
 const env = { ...readEnv({ ...pipelineVariables, ...bigqueryVariables }), FROM: "-infinity" }; // by hand: no watermark, no metrics
+const target = shop.env.STACK_ADMIN_DATABASE_URL ?? "";
 const contract = readContract("orders");
 const scratch = scratchFolder();
 
@@ -57,7 +58,7 @@ const ours = (name: string, variables = {}) => measure(script(name, { ...shop.en
 
 // 1. Extraction
 
-const peers = process.env.PEERS ? openPeers(scratch) : undefined;
+const peers = process.env.PEERS ? await openPeers(scratch) : undefined;
 
 /** The peers', to a file of JSON lines, or a folder of them. */
 function extractions(): Contender[] {
@@ -120,35 +121,29 @@ const statement = (text: string): string =>
 
 let from = "-infinity";
 
-// The peers' floor: the same rows from Postgres to Postgres.
-await using target = peers ? await createTarget(shop) : undefined;
-const layout =
-  "id bigint primary key, user_id bigint, store_id int, status text, item_count int, total numeric(12,2), discount numeric(12,2), created_at timestamptz, updated_at timestamptz";
 const columns = contract.fields.map(({ name }) => name);
-const sql = target?.sql;
-const pipe =
-  (...statements: string[]) =>
-  () =>
-    bash(`psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`, {
-      ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
-      COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
-      TARGET: target?.url,
-      PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
-    });
+/** The peers' floor: the same rows from Postgres to Postgres. */
+const pipe = (SQL: string) => () =>
+  bash(`psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 -c "$SQL"`, {
+    SQL,
+    COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
+    TARGET: target,
+    PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
+  });
 
 let syncs: Sync[] = [];
 let round = 0;
 /** Each peer forgets, and has a schema that is not there yet. */
 async function forget(): Promise<void> {
-  if (!peers || !target) return;
+  if (!peers) return;
   round += 1;
-  const at = target.url;
   syncs = [
-    dltSync(peers, env.SOURCE_DATABASE_URL, at, `dlt_${round}`, { BACKEND: "connectorx", LOADER: "csv" }),
-    slingSync(peers, env.SOURCE_DATABASE_URL, at, `sling_${round}`),
-    ingestrSync(peers, env.SOURCE_DATABASE_URL, at, `ingestr_${round}`, "interval"),
+    dltSync(peers, env.SOURCE_DATABASE_URL, target, `dlt_${round}`, { BACKEND: "connectorx", LOADER: "csv" }),
+    slingSync(peers, env.SOURCE_DATABASE_URL, target, `sling_${round}`),
+    ingestrSync(peers, env.SOURCE_DATABASE_URL, target, `ingestr_${round}`, "interval"),
   ];
-  await sql?.unsafe(`drop table if exists floor, staging; create table floor (${layout}); create table staging (${layout})`);
+  const tables = "create table floor (like orders including indexes); create table staging (like orders)";
+  await shop.admin.unsafe(`drop table if exists floor, staging; ${tables}`);
 }
 /** The peers, and the floor of what they do. */
 const synced = (floor: string, run: Contender["run"]): Contender[] => {
@@ -163,18 +158,13 @@ async function check(): Promise<void> {
   const inPostgres =
     "select concat_ws(' ', count(*), sum(id), sum((extract(epoch from updated_at) * 1000000)::bigint % 1000003)) as is from";
   const inBigQuery = "select format('%d %d %d', count(*), sum(id), sum(mod(unix_micros(updated_at), 1000003))) as `is` from";
-  const places = [
-    ...["floor", "orders"].map((name) => ({ name: `BigQuery's ${name}`, rows: shop.query(`${inBigQuery} ${name}`) })),
-    ...(sql ? ["floor", ...syncs.map(({ schema }) => `${schema}.orders`)] : []).map((name) => ({
-      name: `Postgres's ${name}`,
-      rows: sql?.unsafe(`${inPostgres} ${name}`),
-    })),
-  ];
   const [expected] = await shop.admin.unsafe(`${inPostgres} orders`);
-  for (const { name, rows: found } of places) {
-    const is = (await found)?.[0]?.is;
+  const found = new Map<string, unknown>();
+  for (const name of ["floor", "orders"]) found.set(`BigQuery's ${name}`, (await shop.query(`${inBigQuery} ${name}`))[0]?.is);
+  for (const name of peers ? ["floor", ...syncs.map(({ schema }) => `${schema}.orders`)] : [])
+    found.set(`Postgres's ${name}`, (await shop.admin.unsafe(`${inPostgres} ${name}`))[0]?.is);
+  for (const [name, is] of found)
     if (is !== expected?.is) throw new Error(`${name}: rows, sum of id and of updated_at are ${is}, not ${expected?.is}`);
-  }
 }
 
 if (/load|incremental|idle|verify/.test(parts.join())) {
@@ -201,7 +191,7 @@ if (parts.includes("incremental")) {
     [
       { by: "psql | curl into one load job, one MERGE", run: floor },
       { by: "ours", run: () => ours("scripts/orders.ts") },
-      ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe("truncate staging", "copy staging from stdin", upsert)),
+      ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe(`truncate staging; copy staging from stdin; ${upsert}`)),
     ],
     async () => {
       const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;

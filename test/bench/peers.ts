@@ -3,12 +3,11 @@
  * telemetry is off.
  */
 import { execFileSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdtempSync } from "node:fs";
 import { join } from "node:path";
-import postgres, { type Sql } from "postgres";
-import type { Shop } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
-import { say, stackPath } from "../stack/stack.ts";
+import { ensureInstalled, run } from "../stack/install.ts";
+import { stackPath } from "../stack/stack.ts";
 import type { Command } from "./measure.ts";
 
 const packages = {
@@ -18,17 +17,13 @@ const packages = {
 };
 
 /** Installs a peer once. @returns the folder of its programs. */
-function venv(name: keyof typeof packages): string {
+async function venv(name: keyof typeof packages): Promise<string> {
   const folder = stackPath("peers", name);
-  const stamp = join(folder, "installed");
-  try {
-    if (readFileSync(stamp, "utf8") === packages[name].join()) return join(folder, "bin");
-  } catch {}
-  say(`bench: installing ${packages[name].join(", ")}`);
-  mkdirSync(stackPath("peers"), { recursive: true });
-  execFileSync("python3", ["-m", "venv", folder], { stdio: "inherit" });
-  execFileSync(join(folder, "bin", "pip"), ["install", "-q", ...packages[name]], { stdio: "inherit" });
-  writeFileSync(stamp, packages[name].join());
+  const install = async (): Promise<void> => {
+    await run("python3", ["-m", "venv", folder], { needs: "Install Python 3 with venv" });
+    await run(join(folder, "bin/pip"), ["install", "-q", ...packages[name]]);
+  };
+  await ensureInstalled({ name: `peer-${name}`, definition: () => packages[name].join(), run: install });
   return join(folder, "bin");
 }
 
@@ -37,8 +32,8 @@ const scheme = (url: string, name: string): string => url.replace(/^\w+:/, `${na
 export const plain = (url: string): string => `${scheme(url, "postgresql")}?sslmode=disable`;
 
 /** The commands of the peers. `home` is a folder: what a tool remembers of a source is below it, and is forgotten with it. */
-export function openPeers(home: string) {
-  const bin = { dlt: venv("dlt"), sling: venv("sling"), ingestr: venv("ingestr") };
+export async function openPeers(home: string) {
+  const bin = { dlt: await venv("dlt"), sling: await venv("sling"), ingestr: await venv("ingestr") };
   const find = "import sling_linux_amd64 as s; print(list(s.__path__)[0], end='')";
   const sling = execFileSync(join(bin.sling, "python"), ["-c", find], { encoding: "utf8" });
   const off = { DO_NOT_TRACK: "1", SLING_DISABLE_TELEMETRY: "true", DISABLE_TELEMETRY: "true" };
@@ -76,20 +71,7 @@ export function openPeers(home: string) {
   };
 }
 
-/** A database on the shop's server that the peers write to. */
-export async function createTarget(shop: Shop): Promise<{ url: string; sql: Sql } & AsyncDisposable> {
-  const name = `${shop.dataset}_peers`;
-  const url = Object.assign(new URL(shop.env.STACK_ADMIN_DATABASE_URL ?? ""), { pathname: `/${name}` }).href;
-  await shop.admin.unsafe(`create database ${name}`);
-  const sql = postgres(url, { max: 1, onnotice: () => {} });
-  const dispose = async (): Promise<void> => {
-    await sql.end({ timeout: 1 });
-    await shop.admin.unsafe(`drop database ${name} with (force)`);
-  };
-  return { url, sql, [Symbol.asyncDispose]: dispose };
-}
-
-type Peers = ReturnType<typeof openPeers>;
+type Peers = Awaited<ReturnType<typeof openPeers>>;
 
 /** A tool's incremental run of public.orders into a schema of a Postgres, by the cursor updated_at and the primary key id. */
 export interface Sync {
