@@ -90,19 +90,13 @@ const tables: NonNullable<Catalog["table"]> = [];
 const catalog = { name: "bigquery", table: tables, builtinFunctionOptions: { languageOptions } };
 
 /** A table under its plain name, which the views use, and under its path. */
-function addTable(name: string, column: Column[]): void {
-  for (const known of [name, path(name)]) tables.push({ name: known, column });
-}
+const addTable = (name: string, column: Column[]) => tables.push({ name, column }, { name: path(name), column });
 
 /** The statement's fault, if it has one; a table that it creates is in the catalogue from then on. */
 async function analyse({ file, sql, generated }: Statement): Promise<string | undefined> {
-  const request = {
-    sqlStatement: sql,
-    simpleCatalog: catalog,
-    options: { languageOptions, allowUndeclaredParameters: true, errorMessageMode: "ERROR_MESSAGE_ONE_LINE" } as const,
-  };
+  const options = { languageOptions, allowUndeclaredParameters: true, errorMessageMode: "ERROR_MESSAGE_ONE_LINE" } as const;
   try {
-    const answer = await client.analyze(request);
+    const answer = await client.analyze({ sqlStatement: sql, simpleCatalog: catalog, options });
     const node = answer?.resolvedStatement?.resolvedCreateStatementNode?.resolvedCreateTableStmtBaseNode;
     const columns = node?.resolvedCreateTableAsSelectStmtNode?.outputColumnList;
     const made = columns?.map(({ name, column }) => ({ name, type: column?.type }) as Column);
@@ -121,9 +115,7 @@ const statements: Statement[] = [];
 for (const pipeline of pipelines()) {
   try {
     const contract = readContract(pipeline);
-    const typed = (fields: Contract["fields"]): Column[] =>
-      fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
-    const columns = typed(contract.fields);
+    const columns = contract.fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
     const staging = `${pipeline}_staging`;
     for (const table of [pipeline, staging]) addTable(table, columns);
     statements.push(...generated(contract, staging));

@@ -17,13 +17,11 @@
  * What becomes which column: extract.py. The status of an order is ours.
  *
  * Money. sales_value is what the store receives, after loyalty card and coupon match; so total + discount is the shelf
- * price. coupon_disc is in no column of an order (the coupon's maker refunds it to the store): the customer paid
- * total − sum(coupon_disc). It is in the events.
+ * price. coupon_disc, which the coupon's maker refunds to the store, is in the events only.
  *
  * Time. The package's timestamps are UTC; the shop's own are US Eastern: only there does every redemption have a basket of
  * its household on its day. created_at is the shop's wall clock written as UTC, so that a UTC day is a day of the shop and
- * all is within the 365 UTC days of 2017 (as true UTC, 534 lines would fall into 2018). 364 of the days have
- * events: the shop was closed at Christmas. The weather is in true UTC, 2013.
+ * all is within 2017. 364 of its days have events: the shop was closed at Christmas. The weather is in true UTC, 2013.
  * updated_at of orders and users is ours: created_at and up to 15 minutes more, to the microsecond, by id.
  */
 import { spawn } from "node:child_process";
