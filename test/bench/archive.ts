@@ -2,7 +2,7 @@
  * make bench: what archiving events costs, a backfill of their days and one day that has them all, against psql | gzip | curl of
  * the same JSON. With PEERS=1 (make bench-peers) the one day also by dlt, Sling and ingestr, each
  * in a venv of its own, on the same rows to the same server. ROWS= (default all, 1,471,409 of 365 days), RUNS= (default 3) of each,
- * interleaved; medians are quoted. PARTS=backfill,day does some of it. Absolute times are this machine's.
+ * interleaved; medians are quoted. Absolute times are this machine's.
  */
 import { execFileSync } from "node:child_process";
 import { writeFileSync } from "node:fs";
@@ -19,7 +19,6 @@ import { type Contender, compare, measure, scratchFolder, script } from "./measu
 import { openPeers, plain } from "./peers.ts";
 
 const rows = Number(process.env.ROWS ?? 1_471_409);
-const parts = (process.env.PARTS ?? "backfill,day").split(",");
 const day = "2017-06-01";
 
 await using shop = await createShop();
@@ -87,21 +86,17 @@ const both = (FROM: string, TO: string): Writer[] => [
 
 // 1. The days as they are
 
-if (parts.includes("backfill")) {
-  const [range] = await shop.admin`
-    select to_char(min(created_at), 'YYYY-MM-DD') as first, to_char(max(created_at), 'YYYY-MM-DD') as last from events`;
-  await bench("backfill", both(range?.first, addDays(range?.last)));
-}
+const [range] = await shop.admin`
+  select to_char(min(created_at), 'YYYY-MM-DD') as first, to_char(max(created_at), 'YYYY-MM-DD') as last from events`;
+await bench("backfill", both(range?.first, addDays(range?.last)));
 
 // 2. All in one day
 
-if (parts.includes("day")) {
-  await shop.admin`
-    update events set created_at = ${day}::text::timestamptz + (id % 86400) * interval '1 s' + (id % 1000000) * interval '1 us'`;
-  await shop.admin`cluster events using events_created_at`;
-  await shop.admin`vacuum analyze events`;
-  await bench("archive", [...both(day, addDays(day)), ...(process.env.PEERS ? await peers() : [])]);
-}
+await shop.admin`
+  update events set created_at = ${day}::text::timestamptz + (id % 86400) * interval '1 s' + (id % 1000000) * interval '1 us'`;
+await shop.admin`cluster events using events_created_at`;
+await shop.admin`vacuum analyze events`;
+await bench("archive", [...both(day, addDays(day)), ...(process.env.PEERS ? await peers() : [])]);
 
 async function peers(): Promise<Writer[]> {
   const open = await openPeers(scratch);

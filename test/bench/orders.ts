@@ -1,8 +1,7 @@
 /**
  * make bench: what orders costs, each job beside the least that could do it (its floor), and with PEERS=1 beside dlt, Sling and
  * ingestr. ROWS= (default 500,000) orders, CHANGED= (default 50,000) of them in an incremental run, RUNS= (default 3) runs of each,
- * interleaved; medians are quoted. PARTS=extraction,load,incremental,idle,verify does some of it. Absolute times are this
- * machine's, and noisy.
+ * interleaved; medians are quoted. Absolute times are this machine's, and noisy.
  *
  * The peers write to the source's Postgres rather than to the local BigQuery; so each is measured against a floor that
  * writes to the same place. Their extraction is one to JSON lines in a local file.
@@ -25,7 +24,6 @@ import { dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.t
 
 const rows = Number(process.env.ROWS ?? 500_000);
 const changed = Math.min(rows, Number(process.env.CHANGED ?? 50_000));
-const parts = (process.env.PARTS ?? "extraction,load,incremental,idle,verify").split(",");
 
 if (spawnSync("psql", ["--version"]).error) throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
 await using shop = await createShop();
@@ -86,12 +84,11 @@ await runPipeline("orders", env, async (run) => {
     const megabytes = process.resourceUsage().maxRSS / 1024; // this process does nothing else before
     return { seconds: (performance.now() - started) / 1000, megabytes };
   };
-  if (parts.includes("extraction"))
-    await compare("extraction", rows, [
-      { by: "psql COPY, the same JSON, to /dev/null", run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`) },
-      { by: "ours", run: extract },
-      ...extractions(),
-    ]);
+  await compare("extraction", rows, [
+    { by: "psql COPY, the same JSON, to /dev/null", run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`) },
+    { by: "ours", run: extract },
+    ...extractions(),
+  ]);
 });
 
 // 2. Runs, from start to exit
@@ -167,58 +164,49 @@ async function check(): Promise<void> {
     if (is !== expected?.is) throw new Error(`${name}: rows, sum of id and of updated_at are ${is}, not ${expected?.is}`);
 }
 
-if (/load|incremental|idle|verify/.test(parts.join())) {
-  const firstLoad = [
-    { by: "psql | curl into one load job", run: () => bash(load, loadInto("floor")) },
+const firstLoad = [
+  { by: "psql | curl into one load job", run: () => bash(load, loadInto("floor")) },
+  { by: "ours", run: () => ours("scripts/orders.ts") },
+  ...synced("the peers' floor: psql | psql, one COPY into Postgres", pipe("copy floor from stdin")),
+];
+await compare("first load", rows, firstLoad, async () => {
+  await shop.admin`delete from etl.watermarks`;
+  await shop.query("truncate table orders");
+  await forget();
+});
+await check();
+
+const merge = statement(mergeStatement(contract, "floor", "floor_staging"));
+const floor = () => bash(load + query, { ...loadInto("floor_staging"), QUERY: merge, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
+const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
+await compare(
+  "incremental run",
+  changed,
+  [
+    { by: "psql | curl into one load job, one MERGE", run: floor },
     { by: "ours", run: () => ours("scripts/orders.ts") },
-    ...synced("the peers' floor: psql | psql, one COPY into Postgres", pipe("copy floor from stdin")),
-  ];
-  await compare("first load", rows, firstLoad, async () => {
-    await shop.admin`delete from etl.watermarks`;
-    await shop.query("truncate table orders");
-    await forget();
-  });
-  await check();
-}
+    ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe(`truncate staging; copy staging from stdin; ${upsert}`)),
+  ],
+  async () => {
+    const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;
+    from = now?.now;
+    await shop.updateRows(1, changed, `round ${from}`);
+  },
+);
+await check();
 
-if (parts.includes("incremental")) {
-  const [QUERY, name] = [statement(mergeStatement(contract, "floor", "floor_staging")), "floor_staging"];
-  const floor = () => bash(load + query, { ...loadInto(name), QUERY, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
-  const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
-  await compare(
-    "incremental run",
-    changed,
-    [
-      { by: "psql | curl into one load job, one MERGE", run: floor },
-      { by: "ours", run: () => ours("scripts/orders.ts") },
-      ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe(`truncate staging; copy staging from stdin; ${upsert}`)),
-    ],
-    async () => {
-      const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;
-      from = now?.now;
-      await shop.updateRows(1, changed, `round ${from}`);
-    },
-  );
-  await check();
-}
+const ask = () => bash(`psql -qXAt "$SOURCE" -c "select 1 from orders where updated_at > now() limit 1"`);
+await compare("run with nothing new", 0, [
+  { by: "psql asks for a newer row", run: ask },
+  { by: "ours", run: () => ours("scripts/orders.ts") },
+  ...synced("the peers' floor: the same", ask),
+]);
 
-if (parts.includes("idle")) {
-  const QUERY = "select 1 from orders where updated_at > now() limit 1";
-  const ask = () => bash(`psql -qXAt "$SOURCE" -c "$QUERY"`, { QUERY });
-  await compare("run with nothing new", 0, [
-    { by: "psql asks for a newer row", run: ask },
-    { by: "ours", run: () => ours("scripts/orders.ts") },
-    ...synced("the peers' floor: the same", ask),
-  ]);
-}
-
-if (parts.includes("verify")) {
-  const SUM = "select count(*), sum(hashtextextended(o::text, 0)::numeric) from orders o";
-  const row = columns.map((name) => `ifnull(cast(${name} as string), '')`).join(", '|', ");
-  const QUERY = statement(`select count(*), sum(cast(farm_fingerprint(concat(${row})) as numeric)) from orders`);
-  const floor = `psql -qXAt "$SOURCE" -c "$SUM" & ${query}; wait $!`;
-  await compare("verify", rows, [
-    { by: "one sum of hashes on either side", run: () => bash(floor, { SUM, QUERY, OUT: join(scratch, "answer") }) },
-    { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
-  ]);
-}
+const SUM = "select count(*), sum(hashtextextended(o::text, 0)::numeric) from orders o";
+const row = columns.map((name) => `ifnull(cast(${name} as string), '')`).join(", '|', ");
+const QUERY = statement(`select count(*), sum(cast(farm_fingerprint(concat(${row})) as numeric)) from orders`);
+const sums = `psql -qXAt "$SOURCE" -c "$SUM" & ${query}; wait $!`;
+await compare("verify", rows, [
+  { by: "one sum of hashes on either side", run: () => bash(sums, { SUM, QUERY, OUT: join(scratch, "answer") }) },
+  { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
+]);

@@ -1,7 +1,7 @@
 /**
  * make bench: what the sensors pipeline does. MESSAGES= (default 1,000,000) changes that Debezium wrote, from Kafka into ClickHouse, beside
  * kcat | split | curl into the same insert, RUNS= (default 3) of each, interleaved; then for SECONDS= (default 60) at 139 rows/s the
- * time from a commit to its queryable row. PARTS=throughput,latency does one of them. Absolute figures are this machine's.
+ * time from a commit to its queryable row. Absolute figures are this machine's.
  */
 import { globSync } from "node:fs";
 import { setTimeout as delay } from "node:timers/promises";
@@ -16,7 +16,6 @@ import { compare, type Measured, measure, percentile, script } from "./measure.t
 
 const messages = Number(process.env.MESSAGES ?? 1_000_000);
 const seconds = Number(process.env.SECONDS ?? 60);
-const parts = (process.env.PARTS ?? "throughput,latency").split(",");
 /** 500,000 an hour. */
 const rowsPerSecond = 139;
 
@@ -118,5 +117,5 @@ async function latency(): Promise<void> {
   );
 }
 
-if (parts.includes("throughput")) await throughput();
-if (parts.includes("latency")) await latency();
+await throughput();
+await latency();
