@@ -1,16 +1,9 @@
 /**
  * chaos: all five jobs at once on a whole stack of its own, with live writers on the source, while real faults hit at random. At the
- * end the writers stop, the faults are healed, each job runs once, and source and destinations must be the same.
+ * end the writers stop, the faults are healed, each job runs once, and source and destinations must be the same: test/README.md.
  *
  *   make chaos MINUTES=10 SEED=7     the schedule of the faults follows from the seed: a failing one replays it (default: a new one)
  *   make chaos BREAK=guard           with a promise switched off in the copy that runs, by test/chaos/breaks/guard.patch. It must fail
- *
- *   jobs      orders, users, events (daily runs and backfills), views: one run after the other; sensors: two consumers that are restarted
- *   writers   insert, update, delete, move keys, hold transactions open, roll back
- *   faults    test/chaos/schedule.ts: SIGKILL and SIGSTOP of scripts and servers, connections cut, slow and stalled, double fires, a
- *             Pushgateway that is away, a full disk under the archive
- *   in the end make verify and make verify-events find no missing, extra or different row, no dead letter, and the published models are
- *             those of a fresh build
  *
  *   exit code  0 all of it holds; 1 it does not; 2 wrong arguments
  *

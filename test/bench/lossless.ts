@@ -41,7 +41,7 @@ const peersSql = postgres(target, { max: 1 });
 const peers = await openPeers(scratchFolder());
 const back = `select * from public.orders where updated_at > coalesce({incremental_value}, '-infinity')::timestamptz - interval '60 s'`;
 
-const contenders: (Sync & { sum: number })[] = [
+const contenders: (Sync & { settings: string; sum: number })[] = [
   {
     ...{ by: "this project", settings: `WATERMARK_LAG_SECONDS=${lag} (default)`, schema: "" },
     command: () => script("scripts/orders.ts", shop.env),
@@ -83,12 +83,12 @@ try {
         await delay(open);
       });
   };
-  const open = kinds.flatMap(({ hold, first }, kind) =>
+  const writing = kinds.flatMap(({ hold, first }, kind) =>
     Array.from({ length: kind ? 5 : writers }, (_, number) =>
       write(first + number * 10_000, kind ? 10 : 1, () => hold * 1000 * (kind ? 1 : Math.random())),
     ),
   );
-  const all = Promise.all(open);
+  const all = Promise.all(writing);
   all.catch(() => {}); // awaited below
   while (performance.now() < end) await pass();
   await all;

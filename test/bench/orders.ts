@@ -104,11 +104,7 @@ const place = (tableId: string): object => ({ projectId: env.BIGQUERY_PROJECT, d
 let jobs = 0;
 const loadInto = (tableId: string): NodeJS.Dict<string> => {
   const JOB = `${shop.dataset}_floor_${jobs++}`;
-  const into = {
-    destinationTable: place(tableId),
-    schema: { fields: contract.fields },
-    writeDisposition: "WRITE_TRUNCATE",
-  };
+  const into = { destinationTable: place(tableId), schema: { fields: contract.fields }, writeDisposition: "WRITE_TRUNCATE" };
   const configuration = { load: { sourceFormat: "NEWLINE_DELIMITED_JSON", ...into } };
   const LOAD = JSON.stringify({ jobReference: { projectId: env.BIGQUERY_PROJECT, jobId: JOB }, configuration });
   return { JOB, LOAD, OUT: join(scratch, "answer") };

@@ -76,7 +76,6 @@ type Peers = Awaited<ReturnType<typeof openPeers>>;
 /** A tool's incremental run of public.orders into a schema of a Postgres, by the cursor updated_at and the primary key id. */
 export interface Sync {
   by: string;
-  settings: string;
   /** The schema of the target. */
   schema: string;
   command(): Command;
@@ -90,7 +89,7 @@ const inMergeMode = { mode: "incremental", "primary-key": "id", "update-key": "u
 export function dltSync(peers: Peers, source: string, target: string, schema: string, env: NodeJS.Dict<string>): Sync {
   const HOME = peers.newHome();
   return {
-    ...{ by: "dlt 1.31.0", settings: "", schema, delivered: /^delivered (\d+)$/m },
+    ...{ by: "dlt 1.31.0", schema, delivered: /^delivered (\d+)$/m },
     command: () => peers.dlt(source, { HOME, TABLE: "orders", TARGET: scheme(target, "postgresql"), DATASET: schema, ...env }),
   };
 }
@@ -99,7 +98,7 @@ export function dltSync(peers: Peers, source: string, target: string, schema: st
 export function slingSync(peers: Peers, source: string, target: string, schema: string, stream = "public.orders"): Sync {
   const given = { "src-stream": stream, "tgt-object": `${schema}.orders`, ...inMergeMode };
   return {
-    ...{ by: "Sling 1.4.11", settings: "", schema, delivered: /inserted (\d+) rows/ },
+    ...{ by: "Sling 1.4.11", schema, delivered: /inserted (\d+) rows/ },
     command: () => peers.sling(source, target, given),
   };
 }
@@ -111,7 +110,7 @@ export function ingestrSync(peers: Peers, source: string, target: string, schema
   const uri = from === "log" ? `${scheme(source, "postgres+cdc")}?sslmode=disable&slot=${slotOf(source)}` : plain(source);
   let interval = {};
   return {
-    ...{ by: "ingestr 1.1.22", settings: "", schema, delivered: /Total Rows\s+│\s+([\d,]+)/ },
+    ...{ by: "ingestr 1.1.22", schema, delivered: /Total Rows\s+│\s+([\d,]+)/ },
     command: () => {
       const command = peers.ingestr(uri, plain(target), { ...given, ...cursor, ...interval });
       if (from === "interval") interval = { "interval-start": new Date().toISOString() };

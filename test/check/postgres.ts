@@ -50,12 +50,12 @@ for (const signal of ["SIGINT", "SIGTERM"])
 const as = (sql: Sql, role: string): Promise<unknown> => sql.unsafe(`set session authorization ${role}`);
 /** What the statements read in place of a 0. */
 const examples: Record<string, string> = {
-  "etl.from": "2017-01-01",
-  "etl.to": "2017-01-02",
-  "etl.facts": "[]",
-  "etl.limits": "{}",
-  "etl.source_select": "[]",
-  "etl.status": "[]",
+  from: "2017-01-01",
+  to: "2017-01-02",
+  facts: "[]",
+  limits: "{}",
+  source_select: "[]",
+  status: "[]",
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
 const sql = postgres(servers.env.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
@@ -63,16 +63,14 @@ const setup = ["sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
 for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
 await as(sql, "etl_metadata");
 for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
-for (const file of files("sql/*.sql").filter((path) => !setup.includes(path))) {
-  await as(sql, file === "sql/status.sql" ? "etl_metadata" : "etl_reader");
+for (const file of files("sql/*.sql").filter((path) => !setup.includes(path)))
   await attempt(file, async (text) => {
     await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
     await sql.unsafe(text).describe(); // refuses a second statement
-    for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))
-      await sql`select set_config(${setting}, ${examples[setting] ?? "0"}, false)`;
+    for (const [, setting = ""] of text.matchAll(/current_setting\('etl\.(\w+)'/g))
+      await sql`select set_config(${`etl.${setting}`}, ${examples[setting] ?? "0"}, false)`;
     await sql.unsafe(text);
   });
-}
 await as(sql, "etl_reader");
 // Where a SELECT itself is at fault, that has been said.
 if (!faults.length) for (const pipeline of pipelines()) await checkContract(sql, pipeline);

@@ -16,21 +16,12 @@ export interface Targets {
   alertmanager?: string | undefined;
 }
 
-/** ops/prometheus.yml with these targets and this file of rules. */
+/** ops/prometheus.yml with these targets, in the places of its examples, and this file of rules. */
 export function prometheusConfig({ pushgateway, sensors, alertmanager }: Targets, rules: string): string {
-  const places: [string, string][] = [
-    ['"pushgateway.example.com:9091"', pushgateway ? `"${pushgateway}"` : ""],
-    ['"etl-1.example.com:9464"', sensors ? `"${sensors}"` : ""],
-    ['"alertmanager.example.com:9093"', alertmanager ? `"${alertmanager}"` : ""],
-    ["rule_files: [alerts.yml]", `rule_files: ["${rules}"]`],
-  ];
-  return places.reduce(
-    (text, [example, value]) => {
-      if (!text.includes(example)) throw new Error(`ops/prometheus.yml has no ${example}`);
-      return text.replace(example, () => value);
-    },
-    readFileSync(join(root, "ops/prometheus.yml"), "utf8"),
-  );
+  const places: Record<string, string | undefined> = { pushgateway, "etl-1": sensors, alertmanager };
+  return readFileSync(join(root, "ops/prometheus.yml"), "utf8")
+    .replaceAll(/"([\w-]+)\.example\.com:\d+"/g, (_, host) => (places[host] ? `"${places[host]}"` : ""))
+    .replace("[alerts.yml]", () => `["${rules}"]`);
 }
 
 export const prometheusCommand = (config: string, data: string, { host, port }: ReturnType<typeof endpoint>): Command => ({

@@ -63,17 +63,12 @@ async function up(): Promise<void> {
   }
 }
 
-for (const [signal, code] of [
-  ["SIGINT", 130],
-  ["SIGTERM", 143],
-  ["SIGHUP", 129],
-] as const) {
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"])
   process.on(signal, () => {
     stopInstalls();
     say("make up: stopped; what already runs stays, the rest is done by the next make up");
-    process.exit(code);
+    process.exit(130);
   });
-}
 await up().catch((error: Error) => {
   stopInstalls();
   say(error.message);
