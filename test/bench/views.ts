@@ -22,12 +22,6 @@ const url = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQU
 const floor = `for body in "$@"; do curl -sSf -o /dev/null ${url} -H 'content-type: application/json' -d "$body" || exit; done`;
 const env = { ...shop.env, ALLOW_SHRINK: "1" }; // few orders are few weeks, for which some models have no row
 await compare("views", rows, [
-  {
-    by: "the twelve statements by curl",
-    run: () => measure({ command: "bash", args: ["-c", floor, "bash", ...bodies] }),
-  },
-  {
-    by: "ours",
-    run: () => measure(script("scripts/views.ts", env)),
-  },
+  { by: "the twelve statements by curl", run: () => measure({ command: "bash", args: ["-c", floor, "bash", ...bodies] }) },
+  { by: "ours", run: () => measure(script("scripts/views.ts", env)) },
 ]);
