@@ -6,7 +6,6 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { globSync, readFileSync } from "node:fs";
-import { createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { suite } from "node:test";
@@ -17,6 +16,7 @@ import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
+import { checkPort } from "../stack/process.ts";
 import { digest } from "../stack/stack.ts";
 import { createServers } from "./servers.ts";
 
@@ -381,18 +381,9 @@ export async function createReadings(env: Env): Promise<void> {
 export async function freePort(): Promise<number> {
   for (;;) {
     const port = 12_000 + 2 * Math.floor(Math.random() * 9000);
-    const taken = await Promise.all([port, port + 1].map(isTaken));
-    if (!taken.includes(true)) return port;
+    const checks = await Promise.allSettled([port, port + 1].map((one) => checkPort("", `127.0.0.1:${one}`)));
+    if (checks.every(({ status }) => status === "fulfilled")) return port;
   }
-}
-
-async function isTaken(port: number): Promise<boolean> {
-  const server = createServer();
-  const taken = await new Promise<boolean>((resolve) => {
-    server.once("error", () => resolve(true)).listen(port, "127.0.0.1", () => resolve(false));
-  });
-  await new Promise((resolve) => server.close(resolve));
-  return taken;
 }
 
 /**
