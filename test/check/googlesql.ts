@@ -66,8 +66,7 @@ const { resolve } = createRequire(import.meta.url);
 const folder = join(dirname(resolve("@fivetrandevelopers/zetasql")), "zetasql");
 const binary = `remote_server${process.arch.startsWith("arm") ? "_arm" : ""}${process.platform === "darwin" ? "" : ".so"}`;
 const port = await freePort();
-// The kernel ends the server with this process, however that ends.
-const command = { command: "setpriv", args: ["--pdeathsig=KILL", join(folder, binary), "127.0.0.1", String(port)] };
+const command = { command: join(folder, binary), args: ["127.0.0.1", String(port)] };
 const server = await startServer("googlesql", command, () => listens(port));
 ZetaSQLClient.init(port);
 const client = ZetaSQLClient.getInstance();

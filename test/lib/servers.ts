@@ -1,4 +1,4 @@
-/** Servers of a test's own, for what must not be done to the shared ones. `make down` stops those that a killed test left behind. */
+/** Servers of a test's own, for what must not be done to the shared ones. */
 import { randomBytes } from "node:crypto";
 import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -10,6 +10,13 @@ import { logPath, type Part } from "../stack/stack.ts";
 import { freePort } from "./shop.ts";
 
 const newName = (kind: string): string => `test-${kind}-${randomBytes(4).toString("hex")}`;
+
+/** The kernel ends it with this process, however that ends. (Not Postgres, where root has it run as another user.) */
+const mortal = ({ command, args, ...rest }: Command): Command => ({
+  ...rest,
+  command: "setpriv",
+  args: ["--pdeathsig=KILL", command, ...args],
+});
 
 function forget(name: string): void {
   for (const file of [recordPath(name), logPath(name), `${logPath(name)}.1`]) rmSync(file, { force: true });
@@ -23,7 +30,7 @@ async function remove(name: string): Promise<void> {
 /** Starts a server that is no part of the stack, and waits until `ready` resolves. Disposed of, it is killed. */
 export async function startServer(kind: string, command: Command, ready: () => Promise<void>): Promise<AsyncDisposable> {
   const name = newName(kind);
-  await startProcess(name, command);
+  await startProcess(name, mortal(command));
   await awaitReady(name, ready).catch((error: Error) => remove(name).finally(() => Promise.reject(error)));
   return { [Symbol.asyncDispose]: () => remove(name) };
 }
@@ -58,7 +65,7 @@ export async function describeServers<Name extends string>(names: readonly Name[
     env,
     start: (name, as = (command) => command) => {
       const { part, recorded } = of(name);
-      return startPart(part, { ...base, ...env }, { name: recorded, folder: join(folder, name), as });
+      return startPart(part, { ...base, ...env }, { name: recorded, folder: join(folder, name), as: (command) => mortal(as(command)) });
     },
     kill: async (name) => void (await stopProcess(of(name).recorded, "SIGKILL")),
     signal: (name, signal) => {
