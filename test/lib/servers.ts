@@ -52,30 +52,29 @@ export interface Servers<Name extends string> extends AsyncDisposable {
 export async function describeServers<Name extends string>(names: readonly Name[], folder: string): Promise<Servers<Name>> {
   const base = localEnv();
   const env: Env = {};
-  const described = new Map<Name, { part: Part; recorded: string }>();
+  const described = {} as Record<Name, { part: Part; recorded: string }>;
   for (const name of names) {
     const part = parts.find((one) => one.name === name) as Part;
-    described.set(name, { part, recorded: newName(name) });
+    described[name] = { part, recorded: newName(name) };
     const [before, after] = [`127.0.0.1:${endpoint(base[part.variable] ?? "").port}`, `127.0.0.1:${await freePort()}`];
     for (const [key, value] of Object.entries(base)) // Postgres has several users' URLs
       if (value?.includes(before)) env[key] = value.replace(before, after);
   }
-  const of = (name: Name) => described.get(name) as { part: Part; recorded: string };
   return {
     env,
     start: (name, as = (command) => command) => {
-      const { part, recorded } = of(name);
+      const { part, recorded } = described[name];
       return startPart(part, { ...base, ...env }, { name: recorded, folder: join(folder, name), as: (command) => mortal(as(command)) });
     },
-    kill: async (name) => void (await stopProcess(of(name).recorded, "SIGKILL")),
+    kill: async (name) => void (await stopProcess(described[name].recorded, "SIGKILL")),
     signal: (name, signal) => {
-      const { pid } = running(of(name).recorded) ?? {};
+      const { pid } = running(described[name].recorded) ?? {};
       if (pid) process.kill(pid, signal);
     },
     forget: () => {
-      for (const name of names) forget(of(name).recorded);
+      for (const name of names) forget(described[name].recorded);
     },
-    [Symbol.asyncDispose]: async () => void (await Promise.all(names.map((name) => remove(of(name).recorded)))),
+    [Symbol.asyncDispose]: async () => void (await Promise.all(names.map((name) => remove(described[name].recorded)))),
   };
 }
 
