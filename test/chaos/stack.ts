@@ -17,20 +17,12 @@ import type { Command } from "../stack/process.ts";
 export const servers = ["postgres", "bigquery", "clickhouse", "kafka", "connect", "s3", "pushgateway"] as const;
 export type ServerName = (typeof servers)[number];
 
-/** The variables of connections, each with the server behind it. */
-const behind = {
-  SOURCE_DATABASE_URL: "postgres",
-  ETL_DATABASE_URL: "postgres",
-  REPLICATION_DATABASE_URL: "postgres",
-  BIGQUERY_ENDPOINT: "bigquery",
-  CLICKHOUSE_URL: "clickhouse",
-  KAFKA_BROKERS: "kafka",
-  CONNECT_URL: "connect",
-  S3_ENDPOINT: "s3",
-  PUSHGATEWAY_URL: "pushgateway",
-} as const;
-export type LinkName = keyof typeof behind;
-export const linkNames = Object.keys(behind) as LinkName[];
+/** The variables of connections. */
+export const linkNames = [
+  ...(["SOURCE_DATABASE_URL", "ETL_DATABASE_URL", "REPLICATION_DATABASE_URL", "BIGQUERY_ENDPOINT", "CLICKHOUSE_URL"] as const),
+  ...(["KAFKA_BROKERS", "CONNECT_URL", "S3_ENDPOINT", "PUSHGATEWAY_URL"] as const),
+] as const;
+export type LinkName = (typeof linkNames)[number];
 
 export interface PrivateStack extends Servers<ServerName> {
   scratch: Scratch;
