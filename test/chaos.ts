@@ -1,16 +1,9 @@
 /**
  * chaos: all five jobs at once on a whole stack of its own, with live writers on the source, while real faults hit at random. At the
- * end the writers stop, the faults are healed, each job runs once, and source and destinations must be the same.
+ * end the writers stop, the faults are healed, each job runs once, and source and destinations must be the same: test/README.md.
  *
  *   make chaos MINUTES=10 SEED=7     the schedule of the faults follows from the seed: a failing one replays it (default: a new one)
  *   make chaos BREAK=guard           with a promise switched off in the copy that runs, by test/chaos/breaks/guard.patch. It must fail
- *
- *   jobs      orders, users, events (daily runs and backfills), views: one run after the other; sensors: two consumers that are restarted
- *   writers   insert, update, delete, move keys, hold transactions open, roll back
- *   faults    test/chaos/schedule.ts: SIGKILL and SIGSTOP of scripts and servers, connections cut, slow and stalled, double fires, a
- *             Pushgateway that is away, a full disk under the archive
- *   in the end make verify and make verify-events find no missing, extra or different row, no dead letter, and the published models are
- *             those of a fresh build
  *
  *   exit code  0 all of it holds; 1 it does not; 2 wrong arguments
  *
@@ -27,9 +20,11 @@ import { thousands } from "../shared/log.ts";
 import { main } from "../shared/main.ts";
 import { table } from "../shared/table.ts";
 import { about, applyBreak, breaks } from "./chaos/breaks.ts";
-import { createSchedule, type Fault, type Job, type Kind, kinds } from "./chaos/schedule.ts";
+import { createSchedule, type Fault, type Job } from "./chaos/schedule.ts";
 import { createStack, type LinkName, type PrivateStack, type ServerName, servers, withFullDisk } from "./chaos/stack.ts";
 import { startWriters } from "./chaos/writers.ts";
+import { createStackSource } from "./data/source.ts";
+import { createSensors } from "./lib/sensors.ts";
 import type { Process, Result, Shop } from "./lib/shop.ts";
 import type { Env } from "./stack/env.ts";
 import { say } from "./stack/stack.ts";
@@ -48,17 +43,15 @@ const usedBy: Record<ServerName, Job> = {
 };
 
 /** Where a job's rows go. */
-const destination: Record<Job, LinkName> = {
-  orders: "BIGQUERY_ENDPOINT",
-  users: "BIGQUERY_ENDPOINT",
-  events: "S3_ENDPOINT",
-  sensors: "CLICKHOUSE_URL",
-  views: "BIGQUERY_ENDPOINT",
-};
+const destination = (job: Job): LinkName => (job === "events" ? "S3_ENDPOINT" : job === "sensors" ? "CLICKHOUSE_URL" : "BIGQUERY_ENDPOINT");
 
 /** Of a short campaign. */
 const fewModels = /^(weekly_revenue|lifetime_value|income_band_revenue)(__|\.)/;
 
+/** The events' days, three a block, the oldest in the last one. */
+const blocks = 10;
+const today = new Date().toISOString().slice(0, 10);
+const blockDays = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
 /** Several parts a day. */
 const parts = { CHUNK_ROWS: "200" };
 const backfill = { ...parts, CONCURRENCY: "2" };
@@ -105,16 +98,8 @@ await main(import.meta, async () => {
 async function campaign(stack: PrivateStack, seed: number, length: number, log: string): Promise<void> {
   // 1. The stack, and a shop in it.
   await Promise.all(servers.map((name) => stack.start(name).then(() => tell(`${name} serves`))));
-  const { createSource } = await stack.load<typeof import("./data/source.ts")>("test/data/source.ts");
-  const { localEnv } = await stack.load<typeof import("./stack/env.ts")>("test/stack/env.ts");
-  const { createSensors } = await stack.load<typeof import("./lib/sensors.ts")>("test/lib/sensors.ts");
-  const base = localEnv();
-  const roles = [base.SOURCE_DATABASE_URL, base.ETL_DATABASE_URL, base.REPLICATION_DATABASE_URL];
-  await createSource(
-    base.STACK_ADMIN_DATABASE_URL ?? "",
-    roles.map((url) => url ?? ""),
-  );
-  const sensors = await createSensors({ lag: 0.5 });
+  await createStackSource(stack.env);
+  const sensors = await createSensors({ lag: 0.5, stack: stack.env, folder: stack.scratch.folder });
   const { shop } = sensors;
   const { admin, env } = shop;
   await shop.succeed("scripts/ops/migrate.ts"); // the bucket: this stack has none yet
@@ -150,8 +135,8 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   const cron = async (job: Job, pause: number, work: () => Promise<unknown> = () => start(job)): Promise<void> => {
     for (; !over.signal.aborted; await wait(pause)) if ((running.get(job)?.size ?? 0) < 2) await Promise.race([work(), wait(2)]);
   };
-  const archived = createDays(shop, async (variables) => (over.signal.aborted ? null : (await start("events", variables)).code));
-  const loops = [cron("orders", 0.5), cron("users", 2), cron("events", 1, archived.next), cron("views", 10)];
+  const archiveNext = createDays(shop, async (variables) => (over.signal.aborted ? null : (await start("events", variables)).code));
+  const loops = [cron("orders", 0.5), cron("users", 2), cron("events", 1, archiveNext), cron("views", 10)];
   let drained = false;
   const consumers = [1, 2].map(async () => {
     for (; !drained; await delay(500)) await start("sensors");
@@ -159,12 +144,8 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
 
   // 3. The writers, and the faults as their schedule says.
   const writers = startWriters(shop.connect, seed, 12);
-  const hits = new Map<Kind, number>(kinds.map((kind) => [kind, 0]));
   const restart = `${env.CONNECT_URL}/connectors/etl-${env.CLICKHOUSE_DATABASE}-sensor_readings/restart?includeTasks=true`;
-  const restartConnector = () =>
-    fetch(restart, { method: "POST" })
-      .then(({ ok }) => ok)
-      .catch(() => false); // its worker may be down
+  const restartConnector = () => fetch(restart, { method: "POST" }).catch(() => {}); // its worker may be down
   const hit = createFaults(stack, { running, start, wait, restartConnector });
   const from = performance.now();
   const faults = createSchedule(seed, length).map(async (fault) => {
@@ -172,7 +153,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
     if (over.signal.aborted) return;
     const { at, kind, target, seconds: lasts } = fault;
     tell(`${at.toFixed(1)} ${kind} ${target} (${lasts.toFixed(1)} s)`);
-    if (await hit(fault)) hits.set(kind, (hits.get(kind) ?? 0) + 1);
+    await hit(fault);
   });
   const busy = Promise.all([...faults, ...loops]);
   await Promise.race([delay(length * 1000), busy]);
@@ -204,7 +185,7 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
   };
   const archive = async (): Promise<void> => {
     await once("scripts/events.ts");
-    await once("scripts/ops/backfill-events.ts", { ...archived.all(), ...backfill });
+    await once("scripts/ops/backfill-events.ts", { ...blockDays(blocks, 0), ...backfill });
   };
   await delay(600); // the lag
   await Promise.all([synced("orders").then(() => synced("users")), drain(), archive()]);
@@ -221,12 +202,11 @@ async function campaign(stack: PrivateStack, seed: number, length: number, log: 
     rows[pipeline] = Number(compared);
   const [there] = await admin`select (select count(*)::int from orders) as orders, (select count(*)::int from users) as users`;
   assert.deepEqual({ orders: rows.orders, users: rows.users }, { ...there }, "rows were left out of the comparison");
-  rows.events = Number(/ step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", archived.all())).stderr)?.[1]);
+  rows.events = Number(/ step=done .*rows=(\d+)/.exec((await once("scripts/ops/verify-events.ts", blockDays(blocks, 0))).stderr)?.[1]);
   assert.deepEqual(await sensors.deadLetters(), []);
   rows.models = await compareModels(shop, globSync(join(stack.scratch.folder, "views/*.sql")), once);
   assert.deepEqual(wrong, [], "runs that ended as no fault should end them");
   const total = Object.values(rows).reduce((sum, count) => sum + count, 0);
-  process.stdout.write(`\n${table([...hits].map(([fault, times]) => ({ fault, hits: times })))}\n`);
   process.stdout.write(`\n${table([...tally].map(([job, counts]) => ({ job, ...counts })))}\n`);
   say(
     `chaos: SEED=${seed}: passed. ${thousands(total)} rows checked, ${thousands(writers.count.committed)} transactions ` +
@@ -247,36 +227,23 @@ async function fill({ admin }: Shop): Promise<void> {
   await admin`
     insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
     select i, 'S' || i % 5, 'temp', i, timestamptz '2024-01-01' + i % 50 * interval '1 hour' from generate_series(1, 2000) i`;
+  await admin`
+    insert into events (user_id, type, payload, created_at)
+    select i, 'purchase', jsonb_build_object('n', i, 'text', md5(i::text)),
+      ${blockDays(blocks, 0).FROM ?? ""}::text::timestamptz + i * interval '3 minutes'
+    from generate_series(1, ${blocks * 3 * 480 - 1}::int) i`;
 }
 
-/** Days of events to archive: three at a time, each three days older than the last, as they become due. */
-function createDays({ connect, run }: Shop, archive: (variables: Env) => Promise<number | null>) {
-  const today = new Date().toISOString().slice(0, 10);
-  let [due, done] = [0, 0];
-  const days = (FROM: number, TO: number): Env => ({ FROM: addDays(today, -3 * FROM), TO: addDays(today, -3 * TO) });
-  return {
-    /** A daily run that finds them, or a backfill of them, until it has succeeded; each third time those before them again. */
-    next: async (): Promise<void> => {
-      if (done === due) {
-        const { FROM = "", TO = "" } = days(due + 1, due);
-        const sql = connect("days");
-        const inserting = sql`
-          insert into events (user_id, type, payload, created_at)
-          select i, 'purchase', jsonb_build_object('n', i, 'text', md5(i::text)), ${FROM}::text::timestamptz + i * interval '3 minutes'
-          from generate_series(1, 1400) i
-          where not exists (select from events where created_at >= ${FROM}::text::timestamptz and created_at < ${TO}::text::timestamptz)`;
-        const inserted = await Promise.race([inserting.catch(() => {}), delay(10_000)]);
-        sql.end({ timeout: 1 }).catch(() => {});
-        if (!inserted) return; // the database is away
-        due += 1;
-      }
-      const block = days(due, due - 1);
-      const daily = due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
-      if ((await archive(daily ? parts : { ...block, ...backfill })) !== 0) return;
-      done = due;
-      if (due % 3 === 0) await archive({ ...days(due, due - 2), ...backfill, FORCE: "1" });
-    },
-    all: (): Env => days(due + 1, 0),
+/** Archives block after block, each by a daily run or a backfill until it has succeeded; each third time those before it again. */
+function createDays({ run }: Shop, archive: (variables: Env) => Promise<number | null>): () => Promise<void> {
+  let done = 0;
+  return async () => {
+    const due = (done % blocks) + 1;
+    const block = blockDays(due, due - 1);
+    const daily = due % 2 === 0 && (await run("scripts/ops/rewind.ts", { PIPELINE: "events", TO: block.FROM })).code === 0;
+    if ((await archive(daily ? parts : { ...block, ...backfill, ...(done >= blocks && { FORCE: "1" }) })) !== 0) return;
+    done += 1;
+    if (due % 3 === 0) await archive({ ...blockDays(due, due - 2), ...backfill, FORCE: "1" });
   };
 }
 
@@ -285,22 +252,21 @@ interface Runs {
   start(job: Job): Promise<Result>;
   /** So many seconds, or until the campaign is over. */
   wait(seconds: number): Promise<unknown>;
-  /** With its task. @returns whether Connect did. */
-  restartConnector(): Promise<boolean>;
+  /** With its task. */
+  restartConnector(): Promise<unknown>;
 }
 
-/** Does to the stack what a fault says, and undoes it. The answer is whether there was anything to hit. */
+/** Does to the stack what a fault says, and undoes it. */
 function createFaults(
   { links, kill, start: startServer, signal }: PrivateStack,
   { running, start, wait, restartConnector }: Runs,
-): (fault: Fault) => Promise<boolean> {
+): (fault: Fault) => Promise<unknown> {
   /** One thing at a time is done to a server. */
   const queues = new Map<string, Promise<unknown>>();
-  const inTurn = async (name: string, work: () => Promise<unknown>): Promise<boolean> => {
+  const inTurn = (name: string, work: () => Promise<unknown>): Promise<unknown> => {
     const turn = (queues.get(name) ?? Promise.resolve()).then(work);
     queues.set(name, turn);
-    await turn;
-    return true;
+    return turn;
   };
   const victim = async (job: string, after: number): Promise<Process | undefined> => {
     for (let tries = 0; tries < 100 && !running.get(job)?.size; tries++) await wait(0.05);
@@ -308,17 +274,15 @@ function createFaults(
     return [...(running.get(job) ?? [])][0];
   };
   /** Kills it in the middle of what it sends: that arrives later, by itself. */
-  const killSending = async (job: Job, { after, writes, seconds }: Fault): Promise<boolean> => {
+  const killSending = async (job: Job, { after, writes, seconds }: Fault): Promise<void> => {
     const sending = await victim(job, after);
-    const link = links[destination[job]];
-    const killed = Promise.withResolvers<boolean>();
+    const link = links[destination(job)];
     link.after(writes, () => {
-      if (sending?.child.exitCode !== null || sending.child.signalCode) return killed.resolve(false);
+      if (sending?.child.exitCode !== null || sending.child.signalCode) return;
       link.stall(wait(5 + seconds)); // until another run has been there
       tell(`killed ${job} in mid-request`);
-      killed.resolve(sending.child.kill("SIGKILL"));
+      sending.child.kill("SIGKILL");
     });
-    return await Promise.race([killed.promise, wait(15).then(() => false)]);
   };
   return async (fault) => {
     const { kind, target, seconds, after, latency, both } = fault;
@@ -326,12 +290,12 @@ function createFaults(
     switch (kind) {
       case "kill script":
         if (both) return await killSending(target as Job, fault);
-        return (await victim(target, after))?.child.kill("SIGKILL") ?? false;
+        return (await victim(target, after))?.child.kill("SIGKILL");
       case "restart connector":
         return await restartConnector();
       case "freeze script": {
         const frozen = await victim(target, after);
-        if (!frozen?.child.kill("SIGSTOP")) return false;
+        if (!frozen?.child.kill("SIGSTOP")) return;
         if (both) links.ETL_DATABASE_URL.cut();
         await wait(seconds);
         return frozen.child.kill("SIGCONT");
@@ -357,19 +321,16 @@ function createFaults(
       case "cut connections":
         link.refuse();
         await wait(seconds / 2);
-        await link.pass();
-        return true;
+        return await link.pass();
       case "latency":
         link.latency = latency;
         await wait(seconds);
         link.latency = 0;
-        return true;
+        return;
       case "stall":
-        link.stall(wait(seconds));
-        return true;
+        return link.stall(wait(seconds));
       case "double fire":
-        await Promise.all([start(target as Job), start(target as Job)]);
-        return true;
+        return await Promise.all([start(target as Job), start(target as Job)]);
     }
   };
 }

@@ -2,11 +2,10 @@
  * make bench: what archiving events costs, a backfill of their days and one day that has them all, against psql | gzip | curl of
  * the same JSON. With PEERS=1 (make bench-peers) the one day also by dlt, Sling and ingestr, each
  * in a venv of its own, on the same rows to the same server. ROWS= (default all, 1,471,409 of 365 days), RUNS= (default 3) of each,
- * interleaved; medians are quoted. PARTS=backfill,day does some of it. Absolute times are this machine's.
+ * interleaved; medians are quoted. Absolute times are this machine's.
  */
 import { execFileSync } from "node:child_process";
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { addDays } from "../../shared/events/archive.ts";
@@ -14,21 +13,18 @@ import { get, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { thousands } from "../../shared/log.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
 import { python } from "../stack/python.ts";
 import { say } from "../stack/stack.ts";
-import { type Contender, compare, measure } from "./measure.ts";
+import { type Contender, compare, measure, scratchFolder, script } from "./measure.ts";
 import { openPeers, plain } from "./peers.ts";
 
 const rows = Number(process.env.ROWS ?? 1_471_409);
-const parts = (process.env.PARTS ?? "backfill,day").split(",");
 const day = "2017-06-01";
 
 await using shop = await createShop();
 say(`bench: ${thousands(rows)} events`);
 await loadData(shop.env.STACK_ADMIN_DATABASE_URL ?? "", { only: ["events"], maxRows: rows });
-const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
-process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
+const scratch = scratchFolder();
 const { S3_ENDPOINT = "", S3_BUCKET = "", AWS_ACCESS_KEY_ID = "", AWS_SECRET_ACCESS_KEY = "", AWS_REGION = "" } = shop.env;
 const source = shop.env.SOURCE_DATABASE_URL ?? "";
 const aws = { AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_DEFAULT_REGION: AWS_REGION };
@@ -51,12 +47,7 @@ const floor = (FROM: string, TO: string) =>
     cwd: scratch,
     env: { ...aws, FROM, TO, SOURCE: source, LINES_OF: lines, URL: `${S3_ENDPOINT}/${S3_BUCKET}/${place("floor")}` },
   });
-const ours = (FROM: string, TO: string) =>
-  measure({
-    command: process.execPath,
-    args: [join(root, "scripts/ops/backfill-events.ts")],
-    env: { ...shop.env, FROM, TO, FORCE: "1" },
-  });
+const ours = (FROM: string, TO: string) => measure(script("scripts/ops/backfill-events.ts", { ...shop.env, FROM, TO, FORCE: "1" }));
 
 const clear = async (writes: string): Promise<void> =>
   removeObjects(
@@ -64,68 +55,54 @@ const clear = async (writes: string): Promise<void> =>
     (await Array.fromAsync(listObjects(shop.bucket, place(writes)))).map(({ key }) => key),
   );
 
-/** @throws Error where the objects of a contender do not hold all rows. Prints their bytes. */
-async function checkWritten(by: string, writes: string, format: string): Promise<void> {
-  const sum = { rows: 0, bytes: 0 };
-  for await (const { key } of listObjects(shop.bucket, place(writes))) {
-    if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key)) continue;
-    const body = (await get(shop.bucket, key))?.body ?? Buffer.alloc(0);
-    sum.bytes += body.length;
-    if (format === "Parquet") {
-      writeFileSync(join(scratch, "file.parquet"), body);
-      const count = `import pyarrow.parquet as p;print(p.ParquetFile(${JSON.stringify(join(scratch, "file.parquet"))}).metadata.num_rows)`;
-      sum.rows += Number(execFileSync(python, ["-c", count]));
-    } else for (const byte of body[0] === 0x1f ? gunzipSync(body) : body) if (byte === 10) sum.rows += 1;
-  }
-  process.stdout.write(`${by}: ${(sum.bytes / 1e6).toFixed(1)} MB of ${format}\n`);
-  if (sum.rows !== rows) throw new Error(`${by} wrote ${sum.rows} rows, not ${rows}`);
+interface Writer extends Contender {
+  /** Where, below the shop's prefix. */
+  writes: string;
 }
 
-// 1. The days as they are
-
-if (parts.includes("backfill")) {
-  const [range] = await shop.admin`
-    select to_char(min(created_at), 'YYYY-MM-DD') as first, to_char(max(created_at), 'YYYY-MM-DD') as last from events`;
-  const days = [range?.first, addDays(range?.last)] as const;
-  await compare("backfill", rows, [
-    { by: "for each day psql | gzip -6, curl", run: () => floor(...days) },
-    { by: "ours", run: () => ours(...days) },
-  ]);
-  for (const [by, writes] of [
-    ["the floor", "floor/"],
-    ["ours", "events/"],
-  ] as const) {
-    await checkWritten(by, writes, "NDJSON.gz");
+/** Compares them. @throws Error where the objects of one do not hold all rows. */
+async function bench(job: string, writers: Writer[]): Promise<void> {
+  await compare(job, rows, writers);
+  for (const { by, writes } of writers) {
+    let found = 0;
+    for await (const { key } of listObjects(shop.bucket, place(writes))) {
+      if (!/part|events|parquet|gz/.test(key.slice(place(writes).length)) || /_dlt|manifest|init|schema/.test(key)) continue;
+      const body = (await get(shop.bucket, key))?.body ?? Buffer.alloc(0);
+      if (by === "ingestr") {
+        writeFileSync(join(scratch, "file.parquet"), body);
+        const count = "import duckdb; print(duckdb.sql(\"select count(*) from 'file.parquet'\").fetchone()[0])";
+        found += Number(execFileSync(python, ["-c", count], { cwd: scratch }));
+      } else for (const byte of body[0] === 0x1f ? gunzipSync(body) : body) if (byte === 10) found += 1;
+    }
+    if (found !== rows) throw new Error(`${by} wrote ${found} rows, not ${rows}`);
     await clear(writes);
   }
 }
 
+const both = (FROM: string, TO: string): Writer[] => [
+  { by: "for each day psql | gzip -6, curl", writes: "floor/", run: () => floor(FROM, TO) },
+  { by: "ours", writes: "events/", run: () => ours(FROM, TO) },
+];
+
+// 1. The days as they are
+
+const [range] = await shop.admin`
+  select to_char(min(created_at), 'YYYY-MM-DD') as first, to_char(max(created_at), 'YYYY-MM-DD') as last from events`;
+await bench("backfill", both(range?.first, addDays(range?.last)));
+
 // 2. All in one day
 
-if (parts.includes("day")) {
-  await shop.admin`
-    update events set created_at = ${day}::text::timestamptz + (id % 86400) * interval '1 s' + (id % 1000000) * interval '1 us'`;
-  await shop.admin`cluster events using events_created_at`;
-  await shop.admin`vacuum analyze events`;
-  const one = [day, addDays(day)] as const;
-  const contenders: (Contender & { writes: string; format: string })[] = [
-    { by: "psql | gzip -6, curl", writes: "floor/", format: "NDJSON.gz", run: () => floor(...one) },
-    { by: "ours", writes: "events/", format: "NDJSON.gz, manifest", run: () => ours(...one) },
-    ...(process.env.PEERS ? peers() : []),
-  ];
-  await compare("archive", rows, contenders);
-  for (const { by, writes, format } of contenders) await checkWritten(by, writes, format);
-}
+await shop.admin`
+  update events set created_at = ${day}::text::timestamptz + (id % 86400) * interval '1 s' + (id % 1000000) * interval '1 us'`;
+await shop.admin`cluster events using events_created_at`;
+await shop.admin`vacuum analyze events`;
+await bench("archive", [...both(day, addDays(day)), ...(process.env.PEERS ? await peers() : [])]);
 
-function peers(): (Contender & { writes: string; format: string })[] {
-  const open = openPeers(scratch);
-  const s3 = { bucket: S3_BUCKET, access_key_id: AWS_ACCESS_KEY_ID, secret_access_key: AWS_SECRET_ACCESS_KEY };
-  const bucket = JSON.stringify({ type: "s3", endpoint: S3_ENDPOINT, region: AWS_REGION, ...s3 });
-  const { bucket: _, ...keys } = s3;
-  const uri = new URLSearchParams({
-    ...{ endpoint_url: S3_ENDPOINT, region: AWS_REGION, layout: "{table_name}.{ext}" },
-    ...keys,
-  });
+async function peers(): Promise<Writer[]> {
+  const open = await openPeers(scratch);
+  const keys = { access_key_id: AWS_ACCESS_KEY_ID, secret_access_key: AWS_SECRET_ACCESS_KEY };
+  const bucket = JSON.stringify({ type: "s3", endpoint: S3_ENDPOINT, region: AWS_REGION, bucket: S3_BUCKET, ...keys });
+  const uri = new URLSearchParams({ endpoint_url: S3_ENDPOINT, region: AWS_REGION, layout: "{table_name}.{ext}", ...keys });
   const dlt = () => ({
     ...{ ...aws, S3_ENDPOINT, HOME: open.newHome(), TABLE: "events", DATASET: "archive", BACKEND: "connectorx" },
     TARGET: `s3://${S3_BUCKET}/${place("dlt")}`,
@@ -136,11 +113,8 @@ function peers(): (Contender & { writes: string; format: string })[] {
   };
   const ingestr = { "source-table": "public.events", "dest-table": `${S3_BUCKET}/${place("ingestr/events")}` };
   return [
-    { by: "dlt", writes: "dlt/", format: "NDJSON.gz", run: () => measure(open.dlt(source, dlt())) },
-    { by: "Sling", writes: "sling/", format: "NDJSON.gz", run: () => measure(open.sling(source, bucket, sling)) },
-    {
-      ...{ by: "ingestr", writes: "ingestr/", format: "Parquet" },
-      run: () => measure(open.ingestr(plain(source), `s3://?${uri}`, ingestr)),
-    },
-  ].map((contender) => ({ ...contender, before: () => clear(contender.writes) }));
+    { by: "dlt", writes: "dlt/", run: () => measure(open.dlt(source, dlt())) },
+    { by: "Sling", writes: "sling/", run: () => measure(open.sling(source, bucket, sling)) },
+    { by: "ingestr", writes: "ingestr/", run: () => measure(open.ingestr(plain(source), `s3://?${uri}`, ingestr)) },
+  ].map((writer) => ({ ...writer, before: () => clear(writer.writes) }));
 }

@@ -5,17 +5,13 @@
  * shop, a row's updated_at is now(): the start of its transaction. Meanwhile each tool runs again and again, in turn, and at
  * the end, when all has committed, twice more. Then what each has is compared with the source, by key and updated_at.
  */
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import postgres, { type Sql, type TransactionSql } from "postgres";
 import { thousands } from "../../shared/log.ts";
 import { table } from "../../shared/table.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
-import { measure } from "./measure.ts";
+import { measure, scratchFolder, script } from "./measure.ts";
 import { dltSync, ingestrSync, openPeers, type Sync, slingSync, slotOf } from "./peers.ts";
 
 const seconds = Number(process.env.SECONDS ?? 120);
@@ -36,24 +32,19 @@ const insert = (sql: Sql | TransactionSql, first: number, count: number): Promis
     select i, i % 100, i % 10, 'paid', 1, 9.99, 0 from generate_series(${first}::int, ${first + count - 1}::int) i`;
 await insert(shop.admin, 1, 1000);
 
-const scratch = mkdtempSync(join(tmpdir(), "etl-lossless-"));
 const source = shop.env.SOURCE_DATABASE_URL ?? "";
 const admin = shop.env.STACK_ADMIN_DATABASE_URL ?? "";
-const target = Object.assign(new URL(admin), {
-  pathname: `/${shop.dataset}_peers`,
-}).href;
+// Not the source's database: what a peer writes there would hold our watermark.
+const target = Object.assign(new URL(admin), { pathname: `/${shop.dataset}_peers` }).href;
 await shop.admin.unsafe(`create database ${shop.dataset}_peers`);
-const peers = openPeers(scratch);
+const peersSql = postgres(target, { max: 1 });
+const peers = await openPeers(scratchFolder());
 const back = `select * from public.orders where updated_at > coalesce({incremental_value}, '-infinity')::timestamptz - interval '60 s'`;
 
-const contenders: (Sync & { runs: number; sum: number; previous?: Date })[] = [
+const contenders: (Sync & { settings: string; sum: number })[] = [
   {
     ...{ by: "this project", settings: `WATERMARK_LAG_SECONDS=${lag} (default)`, schema: "" },
-    command: () => ({
-      command: process.execPath,
-      args: [join(root, "scripts/orders.ts")],
-      env: shop.env,
-    }),
+    command: () => script("scripts/orders.ts", shop.env),
     delivered: /step=done rows=(\d+)/,
   },
   { ...dltSync(peers, source, target, "dlt", {}), settings: "incremental(updated_at), merge" },
@@ -66,17 +57,15 @@ const contenders: (Sync & { runs: number; sum: number; previous?: Date })[] = [
   },
   { ...ingestrSync(peers, source, target, "ingestr_all", "all"), settings: "merge, no interval: reads all" },
   { ...ingestrSync(peers, admin, target, "ingestr_cdc", "log"), settings: "postgres+cdc: reads the log" },
-].map((sync) => ({ ...sync, runs: 0, sum: 0 }));
+].map((sync) => ({ ...sync, sum: 0 }));
 
 /** Each tool once, in turn. */
 async function pass(): Promise<void> {
   for (const contender of contenders) {
-    const { output, started } = await measure(contender.command(contender.previous));
+    const { output } = await measure(contender.command());
     const rows = contender.delivered.exec(output)?.[1];
     // Of a run without new rows, Sling and ingestr may not say a number.
     contender.sum += Number(rows?.replaceAll(",", "") ?? 0);
-    contender.runs += 1;
-    contender.previous = started;
   }
 }
 
@@ -85,30 +74,21 @@ try {
   await pass();
   say(`bench: ${writers} writers for ${seconds} s, late commits of 10 and 90 s`);
   const end = performance.now() + seconds * 1000;
-  let next = kinds[0]?.first ?? 0;
-  const write = async (): Promise<void> => {
+  /** Inserts rows, so many at a time, each time with ids of its own, until the end would come before its commit. */
+  const write = async (first: number, count: number, hold: () => number): Promise<void> => {
     const sql = shop.connect("writer");
-    while (performance.now() < end) {
+    for (let [id, open] = [first, hold()]; performance.now() + open < end; id += count, open = hold())
       await sql.begin(async (transaction) => {
-        await insert(transaction, next++, 1);
-        await delay(Math.random() * 400);
+        await insert(transaction, id, count);
+        await delay(open);
       });
-    }
   };
-  const stayOpen = async ({ hold, first }: { hold: number; first: number }, number: number): Promise<void> => {
-    const sql = shop.connect("late");
-    for (let id = first + number * 10_000; performance.now() + hold * 1000 < end; id += 10) {
-      await sql.begin(async (transaction) => {
-        await insert(transaction, id, 10);
-        await delay(hold * 1000);
-      });
-    }
-  };
-  const open = [
-    ...Array.from({ length: writers }, write),
-    ...kinds.slice(1).flatMap((kind) => Array.from({ length: 5 }, (_, number) => stayOpen(kind, number))),
-  ];
-  const all = Promise.all(open);
+  const writing = kinds.flatMap(({ hold, first }, kind) =>
+    Array.from({ length: kind ? 5 : writers }, (_, number) =>
+      write(first + number * 10_000, kind ? 10 : 1, () => hold * 1000 * (kind ? 1 : Math.random())),
+    ),
+  );
+  const all = Promise.all(writing);
   all.catch(() => {}); // awaited below
   while (performance.now() < end) await pass();
   await all;
@@ -121,9 +101,8 @@ try {
   const expected = await shop.admin.unsafe<{ id: string; at: string }[]>(`${rows} orders`);
   const kindOf = ({ id }: { id: string }) => kinds.findLast(({ first }) => Number(id) >= first)?.name;
   const count = (of: { id: string }[], kind: string): string => thousands(of.filter((row) => kindOf(row) === kind).length);
-  const peersSql = postgres(target, { max: 1 });
   const report = [];
-  for (const { by, settings, schema, runs, sum } of contenders) {
+  for (const { by, settings, schema, sum } of contenders) {
     const found = schema
       ? await peersSql.unsafe(`${rows} ${schema}.orders`)
       : await shop.query("select id, unix_micros(updated_at) as at from orders");
@@ -132,18 +111,15 @@ try {
     report.push({
       reads: by,
       settings,
-      runs,
       ...Object.fromEntries(kinds.map(({ name }) => [`lost of ${name}`, count(lost, name)])),
       "rows lost": thousands(lost.length),
-      "rows there twice": thousands(found.length - new Set(found.map(({ id }) => id)).size),
       "delivered again": thousands(sum - has.size),
     });
   }
-  await peersSql.end();
   process.stdout.write(`${table(report)}\n`);
 } finally {
+  await peersSql.end({ timeout: 1 });
   await shop.admin.unsafe(`drop database if exists ${shop.dataset}_peers with (force)`);
   await shop.admin`
     select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slotOf(admin)}`;
-  rmSync(scratch, { recursive: true, force: true });
 }

@@ -1,34 +1,29 @@
 /**
  * make bench: what orders costs, each job beside the least that could do it (its floor), and with PEERS=1 beside dlt, Sling and
  * ingestr. ROWS= (default 500,000) orders, CHANGED= (default 50,000) of them in an incremental run, RUNS= (default 3) runs of each,
- * interleaved; medians are quoted. PARTS=extraction,load,incremental,idle,verify does some of it. Absolute times are this
- * machine's, and noisy.
+ * interleaved; medians are quoted. Absolute times are this machine's, and noisy.
  *
- * The peers write to a Postgres server of their own rather than to the local BigQuery; so each is measured against a floor that
+ * The peers write to the source's Postgres rather than to the local BigQuery; so each is measured against a floor that
  * writes to the same place. Their extraction is one to JSON lines in a local file.
  */
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Writable } from "node:stream";
 import { pipeline } from "node:stream/promises";
-import postgres from "postgres";
+import { bigqueryVariables } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement } from "../../shared/bigquery/load.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
+import { readEnv } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
-import { runPipeline } from "../../shared/run.ts";
+import { pipelineVariables, runPipeline } from "../../shared/run.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
-import { type Contender, compare, measure, sourceCpu, timed } from "./measure.ts";
+import { type Contender, compare, measure, scratchFolder, script } from "./measure.ts";
 import { dltSync, ingestrSync, openPeers, type Sync, slingSync } from "./peers.ts";
-import { startServer } from "./server.ts";
 
 const rows = Number(process.env.ROWS ?? 500_000);
 const changed = Math.min(rows, Number(process.env.CHANGED ?? 50_000));
-const parts = (process.env.PARTS ?? "extraction,load,incremental,idle,verify").split(",");
 
 if (spawnSync("psql", ["--version"]).error) throw new Error("psql: not found on PATH. Install it (Debian: postgresql-client)");
 await using shop = await createShop();
@@ -36,23 +31,11 @@ say(`bench: ${thousands(rows)} orders`);
 await shop.insertRows(1, rows);
 await shop.admin`vacuum analyze orders`;
 
-const env = {
-  SOURCE_DATABASE_URL: shop.env.SOURCE_DATABASE_URL ?? "",
-  ETL_DATABASE_URL: shop.env.ETL_DATABASE_URL ?? "",
-  PUSHGATEWAY_URL: shop.env.PUSHGATEWAY_URL ?? "",
-  BIGQUERY_PROJECT: shop.env.BIGQUERY_PROJECT ?? "",
-  BIGQUERY_DATASET: shop.dataset,
-  BIGQUERY_LOCATION: "US",
-  BIGQUERY_ENDPOINT: shop.env.BIGQUERY_ENDPOINT,
-  RUN_TIMEOUT_SECONDS: 3600,
-  RETENTION_DAYS: 400,
-  HEARTBEAT_URL: "",
-  WATERMARK_LAG_SECONDS: 0,
-  FROM: "-infinity", // as a re-run by hand: no watermark, no metrics
-};
+Object.assign(process.env, shop.env, { RUN_TIMEOUT_SECONDS: "3600" });
+const env = { ...readEnv({ ...pipelineVariables, ...bigqueryVariables }), FROM: "-infinity" }; // by hand: no watermark, no metrics
+const target = shop.env.STACK_ADMIN_DATABASE_URL ?? "";
 const contract = readContract("orders");
-const scratch = mkdtempSync(join(tmpdir(), "etl-bench-"));
-process.on("exit", () => rmSync(scratch, { recursive: true, force: true }));
+const scratch = scratchFolder();
 
 /** The SELECT that the rows are read by, as JSON lines. */
 let select = "";
@@ -69,16 +52,11 @@ const bash = (script: string, variables: NodeJS.Dict<string> = {}) =>
       ...variables,
     },
   });
-const ours = (script: string, variables: NodeJS.Dict<string> = {}) =>
-  measure({
-    command: process.execPath,
-    args: [join(root, script)],
-    env: { ...shop.env, ...variables },
-  });
+const ours = (name: string, variables = {}) => measure(script(name, { ...shop.env, ...variables }));
 
 // 1. Extraction
 
-const peers = process.env.PEERS ? openPeers(scratch) : undefined;
+const peers = process.env.PEERS ? await openPeers(scratch) : undefined;
 
 /** The peers', to a file of JSON lines, or a folder of them. */
 function extractions(): Contender[] {
@@ -99,21 +77,18 @@ await runPipeline("orders", env, async (run) => {
   select = jsonLines(contract, contract.source.select, await checkSource(run, contract));
   const window = { "etl.from": "-infinity", "etl.to": "infinity" };
   const extract = async () => {
-    const before = sourceCpu();
-    const [seconds] = await timed(async () => {
-      await using stream = run.copy(select, window);
-      await pipeline(stream.lines, new Writable({ write: (_piece, _encoding, done) => done() }));
-      if (stream.sent.rows !== rows) throw new Error(`${stream.sent.rows} rows came`);
-    });
+    const started = performance.now();
+    await using stream = run.copy(select, window);
+    await pipeline(stream.lines, new Writable({ write: (_piece, _encoding, done) => done() }));
+    if (stream.sent.rows !== rows) throw new Error(`${stream.sent.rows} rows came`);
     const megabytes = process.resourceUsage().maxRSS / 1024; // this process does nothing else before
-    return { seconds, megabytes, sourceCpu: sourceCpu() - before };
+    return { seconds: (performance.now() - started) / 1000, megabytes };
   };
-  if (parts.includes("extraction"))
-    await compare("extraction", rows, [
-      { by: "psql COPY, the same JSON, to /dev/null", run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`) },
-      { by: "ours", run: extract },
-      ...extractions(),
-    ]);
+  await compare("extraction", rows, [
+    { by: "psql COPY, the same JSON, to /dev/null", run: () => bash(`exec psql -qX "$SOURCE" -c "$COPY" >/dev/null`) },
+    { by: "ours", run: extract },
+    ...extractions(),
+  ]);
 });
 
 // 2. Runs, from start to exit
@@ -129,11 +104,7 @@ const place = (tableId: string): object => ({ projectId: env.BIGQUERY_PROJECT, d
 let jobs = 0;
 const loadInto = (tableId: string): NodeJS.Dict<string> => {
   const JOB = `${shop.dataset}_floor_${jobs++}`;
-  const into = {
-    destinationTable: place(tableId),
-    schema: { fields: contract.fields },
-    writeDisposition: "WRITE_TRUNCATE",
-  };
+  const into = { destinationTable: place(tableId), schema: { fields: contract.fields }, writeDisposition: "WRITE_TRUNCATE" };
   const configuration = { load: { sourceFormat: "NEWLINE_DELIMITED_JSON", ...into } };
   const LOAD = JSON.stringify({ jobReference: { projectId: env.BIGQUERY_PROJECT, jobId: JOB }, configuration });
   return { JOB, LOAD, OUT: join(scratch, "answer") };
@@ -143,50 +114,34 @@ const statement = (text: string): string =>
 
 let from = "-infinity";
 
-// The peers' floor: the same rows from Postgres to Postgres.
-await using target = peers ? await startServer() : undefined;
-const layout =
-  "id bigint primary key, user_id bigint, store_id int, status text, item_count int, total numeric(12,2), discount numeric(12,2), created_at timestamptz, updated_at timestamptz";
 const columns = contract.fields.map(({ name }) => name);
-const sql = target && postgres(target.url, { max: 1, onnotice: () => {} });
-await using _ = { [Symbol.asyncDispose]: async () => await sql?.end({ timeout: 1 }) };
-const pipe =
-  (...statements: string[]) =>
-  () =>
-    bash(`psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 ${statements.map((_, i) => `-c "$S${i}"`).join(" ")}`, {
-      ...Object.fromEntries(statements.map((text, i) => [`S${i}`, text])),
-      COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
-      TARGET: target?.url,
-      PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
-    });
+/** The peers' floor: the same rows from Postgres to Postgres. */
+const pipe = (SQL: string) => () =>
+  bash(`psql -qX "$SOURCE" -c "$COPY" | psql -qX "$TARGET" -v ON_ERROR_STOP=1 -c "$SQL"`, {
+    SQL,
+    COPY: `copy (${contract.source.select.replaceAll(/--.*$/gm, "").replace(/;\s*$/, "")}) to stdout`,
+    TARGET: target,
+    PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity`,
+  });
 
 let syncs: Sync[] = [];
 let round = 0;
-const previous = new Map<string, Date>();
 /** Each peer forgets, and has a schema that is not there yet. */
 async function forget(): Promise<void> {
-  if (!peers || !target) return;
+  if (!peers) return;
   round += 1;
-  previous.clear();
-  const at = target.url;
   syncs = [
-    dltSync(peers, env.SOURCE_DATABASE_URL, at, `dlt_${round}`, { BACKEND: "connectorx", LOADER: "csv" }),
-    slingSync(peers, env.SOURCE_DATABASE_URL, at, `sling_${round}`),
-    ingestrSync(peers, env.SOURCE_DATABASE_URL, at, `ingestr_${round}`, "interval"),
+    dltSync(peers, env.SOURCE_DATABASE_URL, target, `dlt_${round}`, { BACKEND: "connectorx", LOADER: "csv" }),
+    slingSync(peers, env.SOURCE_DATABASE_URL, target, `sling_${round}`),
+    ingestrSync(peers, env.SOURCE_DATABASE_URL, target, `ingestr_${round}`, "interval"),
   ];
-  await sql?.unsafe(`drop table if exists floor, staging; create table floor (${layout}); create table staging (${layout})`);
+  const tables = "create table floor (like orders including indexes); create table staging (like orders)";
+  await shop.admin.unsafe(`drop table if exists floor, staging; ${tables}`);
 }
 /** The peers, and the floor of what they do. */
 const synced = (floor: string, run: Contender["run"]): Contender[] => {
   if (!peers) return [];
-  const runs = syncs.map(({ by }, index) => ({
-    by: by.replace(/ .*/, ""),
-    run: async () => {
-      const measured = await measure((syncs[index] as Sync).command(previous.get(by)));
-      previous.set(by, measured.started);
-      return measured;
-    },
-  }));
+  const runs = syncs.map(({ by }, index) => ({ by: by.replace(/ .*/, ""), run: () => measure((syncs[index] as Sync).command()) }));
   return [{ by: floor, floor: true, run }, ...runs];
 };
 await forget();
@@ -196,72 +151,58 @@ async function check(): Promise<void> {
   const inPostgres =
     "select concat_ws(' ', count(*), sum(id), sum((extract(epoch from updated_at) * 1000000)::bigint % 1000003)) as is from";
   const inBigQuery = "select format('%d %d %d', count(*), sum(id), sum(mod(unix_micros(updated_at), 1000003))) as `is` from";
-  const places = [
-    ...["floor", "orders"].map((name) => ({ name: `BigQuery's ${name}`, rows: shop.query(`${inBigQuery} ${name}`) })),
-    ...(sql ? ["floor", ...syncs.map(({ schema }) => `${schema}.orders`)] : []).map((name) => ({
-      name: `Postgres's ${name}`,
-      rows: sql?.unsafe(`${inPostgres} ${name}`),
-    })),
-  ];
   const [expected] = await shop.admin.unsafe(`${inPostgres} orders`);
-  for (const { name, rows: found } of places) {
-    const is = (await found)?.[0]?.is;
+  const found = new Map<string, unknown>();
+  for (const name of ["floor", "orders"]) found.set(`BigQuery's ${name}`, (await shop.query(`${inBigQuery} ${name}`))[0]?.is);
+  for (const name of peers ? ["floor", ...syncs.map(({ schema }) => `${schema}.orders`)] : [])
+    found.set(`Postgres's ${name}`, (await shop.admin.unsafe(`${inPostgres} ${name}`))[0]?.is);
+  for (const [name, is] of found)
     if (is !== expected?.is) throw new Error(`${name}: rows, sum of id and of updated_at are ${is}, not ${expected?.is}`);
-  }
 }
 
-if (/load|incremental|idle|verify/.test(parts.join())) {
-  const firstLoad = [
-    { by: "psql | curl into one load job", run: () => bash(load, loadInto("floor")) },
+const firstLoad = [
+  { by: "psql | curl into one load job", run: () => bash(load, loadInto("floor")) },
+  { by: "ours", run: () => ours("scripts/orders.ts") },
+  ...synced("the peers' floor: psql | psql, one COPY into Postgres", pipe("copy floor from stdin")),
+];
+await compare("first load", rows, firstLoad, async () => {
+  await shop.admin`delete from etl.watermarks`;
+  await shop.query("truncate table orders");
+  await forget();
+});
+await check();
+
+const merge = statement(mergeStatement(contract, "floor", "floor_staging"));
+const floor = () => bash(load + query, { ...loadInto("floor_staging"), QUERY: merge, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
+const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
+await compare(
+  "incremental run",
+  changed,
+  [
+    { by: "psql | curl into one load job, one MERGE", run: floor },
     { by: "ours", run: () => ours("scripts/orders.ts") },
-    ...synced("the peers' floor: psql | psql, one COPY into Postgres", pipe("copy floor from stdin")),
-  ];
-  await compare("first load", rows, firstLoad, async () => {
-    await shop.admin`delete from etl.watermarks`;
-    await shop.query("truncate table orders");
-    await forget();
-  });
-  await check();
-}
+    ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe(`truncate staging; copy staging from stdin; ${upsert}`)),
+  ],
+  async () => {
+    const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;
+    from = now?.now;
+    await shop.updateRows(1, changed, `round ${from}`);
+  },
+);
+await check();
 
-if (parts.includes("incremental")) {
-  const [QUERY, name] = [statement(mergeStatement(contract, "floor", "floor_staging", "updated_at")), "floor_staging"];
-  const floor = () => bash(load + query, { ...loadInto(name), QUERY, PGOPTIONS: `-c etl.from=${from} -c etl.to=infinity` });
-  const upsert = `insert into floor select * from staging on conflict (id) do update set ${columns.map((column) => `${column} = excluded.${column}`).join()}`;
-  await compare(
-    "incremental run",
-    changed,
-    [
-      { by: "psql | curl into one load job, one MERGE", run: floor },
-      { by: "ours", run: () => ours("scripts/orders.ts") },
-      ...synced("the peers' floor: psql | psql, INSERT … ON CONFLICT", pipe("truncate staging", "copy staging from stdin", upsert)),
-    ],
-    async () => {
-      const [now] = await shop.admin`select replace(now()::text, ' ', 'T') as now`;
-      from = now?.now;
-      await shop.updateRows(1, changed, `round ${from}`);
-    },
-  );
-  await check();
-}
+const ask = () => bash(`psql -qXAt "$SOURCE" -c "select 1 from orders where updated_at > now() limit 1"`);
+await compare("run with nothing new", 0, [
+  { by: "psql asks for a newer row", run: ask },
+  { by: "ours", run: () => ours("scripts/orders.ts") },
+  ...synced("the peers' floor: the same", ask),
+]);
 
-if (parts.includes("idle")) {
-  const QUERY = "select 1 from orders where updated_at > now() limit 1";
-  const ask = () => bash(`psql -qXAt "$SOURCE" -c "$QUERY"`, { QUERY });
-  await compare("run with nothing new", 0, [
-    { by: "psql asks for a newer row", run: ask },
-    { by: "ours", run: () => ours("scripts/orders.ts") },
-    ...synced("the peers' floor: the same", ask),
-  ]);
-}
-
-if (parts.includes("verify")) {
-  const SUM = "select count(*), sum(hashtextextended(o::text, 0)::numeric) from orders o";
-  const row = columns.map((name) => `ifnull(cast(${name} as string), '')`).join(", '|', ");
-  const QUERY = statement(`select count(*), sum(cast(farm_fingerprint(concat(${row})) as numeric)) from orders`);
-  const floor = `psql -qXAt "$SOURCE" -c "$SUM" & ${query}; wait $!`;
-  await compare("verify", rows, [
-    { by: "one sum of hashes on either side", run: () => bash(floor, { SUM, QUERY, OUT: join(scratch, "answer") }) },
-    { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
-  ]);
-}
+const SUM = "select count(*), sum(hashtextextended(o::text, 0)::numeric) from orders o";
+const row = columns.map((name) => `ifnull(cast(${name} as string), '')`).join(", '|', ");
+const QUERY = statement(`select count(*), sum(cast(farm_fingerprint(concat(${row})) as numeric)) from orders`);
+const sums = `psql -qXAt "$SOURCE" -c "$SUM" & ${query}; wait $!`;
+await compare("verify", rows, [
+  { by: "one sum of hashes on either side", run: () => bash(sums, { SUM, QUERY, OUT: join(scratch, "answer") }) },
+  { by: "ours", run: () => ours("scripts/ops/verify.ts", { PIPELINE: "orders" }) },
+]);

@@ -3,10 +3,11 @@
  * telemetry is off.
  */
 import { execFileSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { mkdtempSync } from "node:fs";
 import { join } from "node:path";
 import { root } from "../stack/env.ts";
-import { say, stackPath } from "../stack/stack.ts";
+import { ensureInstalled, run } from "../stack/install.ts";
+import { stackPath } from "../stack/stack.ts";
 import type { Command } from "./measure.ts";
 
 const packages = {
@@ -16,17 +17,13 @@ const packages = {
 };
 
 /** Installs a peer once. @returns the folder of its programs. */
-function venv(name: keyof typeof packages): string {
+async function venv(name: keyof typeof packages): Promise<string> {
   const folder = stackPath("peers", name);
-  const stamp = join(folder, "installed");
-  try {
-    if (readFileSync(stamp, "utf8") === packages[name].join()) return join(folder, "bin");
-  } catch {}
-  say(`bench: installing ${packages[name].join(", ")}`);
-  mkdirSync(stackPath("peers"), { recursive: true });
-  execFileSync("python3", ["-m", "venv", folder], { stdio: "inherit" });
-  execFileSync(join(folder, "bin", "pip"), ["install", "-q", ...packages[name]], { stdio: "inherit" });
-  writeFileSync(stamp, packages[name].join());
+  const install = async (): Promise<void> => {
+    await run("python3", ["-m", "venv", folder], { needs: "Install Python 3 with venv" });
+    await run(join(folder, "bin/pip"), ["install", "-q", ...packages[name]]);
+  };
+  await ensureInstalled({ name: `peer-${name}`, definition: () => packages[name].join(), run: install });
   return join(folder, "bin");
 }
 
@@ -35,8 +32,8 @@ const scheme = (url: string, name: string): string => url.replace(/^\w+:/, `${na
 export const plain = (url: string): string => `${scheme(url, "postgresql")}?sslmode=disable`;
 
 /** The commands of the peers. `home` is a folder: what a tool remembers of a source is below it, and is forgotten with it. */
-export function openPeers(home: string) {
-  const bin = { dlt: venv("dlt"), sling: venv("sling"), ingestr: venv("ingestr") };
+export async function openPeers(home: string) {
+  const bin = { dlt: await venv("dlt"), sling: await venv("sling"), ingestr: await venv("ingestr") };
   const find = "import sling_linux_amd64 as s; print(list(s.__path__)[0], end='')";
   const sling = execFileSync(join(bin.sling, "python"), ["-c", find], { encoding: "utf8" });
   const off = { DO_NOT_TRACK: "1", SLING_DISABLE_TELEMETRY: "true", DISABLE_TELEMETRY: "true" };
@@ -74,16 +71,14 @@ export function openPeers(home: string) {
   };
 }
 
-type Peers = ReturnType<typeof openPeers>;
+type Peers = Awaited<ReturnType<typeof openPeers>>;
 
 /** A tool's incremental run of public.orders into a schema of a Postgres, by the cursor updated_at and the primary key id. */
 export interface Sync {
   by: string;
-  settings: string;
   /** The schema of the target. */
   schema: string;
-  /** @param previous when its run before this one began. */
-  command(previous?: Date): Command;
+  command(): Command;
   /** The rows that a run says it delivered. */
   delivered: RegExp;
 }
@@ -94,7 +89,7 @@ const inMergeMode = { mode: "incremental", "primary-key": "id", "update-key": "u
 export function dltSync(peers: Peers, source: string, target: string, schema: string, env: NodeJS.Dict<string>): Sync {
   const HOME = peers.newHome();
   return {
-    ...{ by: "dlt 1.31.0", settings: "", schema, delivered: /^delivered (\d+)$/m },
+    ...{ by: "dlt 1.31.0", schema, delivered: /^delivered (\d+)$/m },
     command: () => peers.dlt(source, { HOME, TABLE: "orders", TARGET: scheme(target, "postgresql"), DATASET: schema, ...env }),
   };
 }
@@ -103,7 +98,7 @@ export function dltSync(peers: Peers, source: string, target: string, schema: st
 export function slingSync(peers: Peers, source: string, target: string, schema: string, stream = "public.orders"): Sync {
   const given = { "src-stream": stream, "tgt-object": `${schema}.orders`, ...inMergeMode };
   return {
-    ...{ by: "Sling 1.4.11", settings: "", schema, delivered: /inserted (\d+) rows/ },
+    ...{ by: "Sling 1.4.11", schema, delivered: /inserted (\d+) rows/ },
     command: () => peers.sling(source, target, given),
   };
 }
@@ -113,13 +108,14 @@ export function ingestrSync(peers: Peers, source: string, target: string, schema
   const given = { "source-table": "public.orders", "dest-table": `${schema}.orders`, "incremental-strategy": "merge" };
   const cursor = from === "log" ? {} : { "incremental-key": "updated_at", "primary-key": "id" };
   const uri = from === "log" ? `${scheme(source, "postgres+cdc")}?sslmode=disable&slot=${slotOf(source)}` : plain(source);
+  let interval = {};
   return {
-    ...{ by: "ingestr 1.1.22", settings: "", schema, delivered: /Total Rows\s+│\s+([\d,]+)/ },
-    command: (previous) =>
-      peers.ingestr(uri, plain(target), {
-        ...{ ...given, ...cursor },
-        ...(from === "interval" && previous && { "interval-start": previous.toISOString() }),
-      }),
+    ...{ by: "ingestr 1.1.22", schema, delivered: /Total Rows\s+│\s+([\d,]+)/ },
+    command: () => {
+      const command = peers.ingestr(uri, plain(target), { ...given, ...cursor, ...interval });
+      if (from === "interval") interval = { "interval-start": new Date().toISOString() };
+      return command;
+    },
   };
 }
 

@@ -3,13 +3,11 @@
  * tables, dry runs, checks and publishing. ROWS= (default all, 155,848) orders of the real data, RUNS= (default 3) of each,
  * interleaved. Absolute times are this machine's.
  */
-import { join } from "node:path";
 import { pipelines } from "../../shared/pipelines.ts";
 import { readModels } from "../../shared/views/models.ts";
 import { loadData } from "../data/load.ts";
 import { createShop } from "../lib/shop.ts";
-import { root } from "../stack/env.ts";
-import { compare, measure } from "./measure.ts";
+import { compare, measure, script } from "./measure.ts";
 
 const rows = Number(process.env.ROWS ?? 155_848);
 await using shop = await createShop();
@@ -24,12 +22,6 @@ const url = `${shop.env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${shop.env.BIGQU
 const floor = `for body in "$@"; do curl -sSf -o /dev/null ${url} -H 'content-type: application/json' -d "$body" || exit; done`;
 const env = { ...shop.env, ALLOW_SHRINK: "1" }; // few orders are few weeks, for which some models have no row
 await compare("views", rows, [
-  {
-    by: "the twelve statements by curl",
-    run: () => measure({ command: "bash", args: ["-c", floor, "bash", ...bodies] }),
-  },
-  {
-    by: "ours",
-    run: () => measure({ command: process.execPath, args: [join(root, "scripts/views.ts")], env }),
-  },
+  { by: "the twelve statements by curl", run: () => measure({ command: "bash", args: ["-c", floor, "bash", ...bodies] }) },
+  { by: "ours", run: () => measure(script("scripts/views.ts", env)) },
 ]);

@@ -80,44 +80,34 @@ async function change(sql: TransactionSql, below: (n: number) => number, next: (
   const order = (id: number) => sql`
     insert into orders (id, user_id, store_id, status, item_count, total, discount, created_at)
     values (${id}, ${below(200)}, ${below(10)}, 'completed', ${1 + below(9)}, ${value}::numeric / 100, 0, ${day})`;
-  switch (below(16)) {
-    case 0:
-    case 1:
-      return await order(next());
-    case 2:
-    case 3:
-    case 4:
-    case 5:
-      return await sql`update orders set status = 'returned', total = ${value}::numeric / 100 where id = ${often(2000)}`;
-    case 6: // and some are there again before the transaction ends
-      await sql`delete from orders where id = ${key}`;
-      return below(3) ? undefined : await order(key);
-    case 7:
-      return await sql`insert into users (id, age_band, income_band, created_at) values (${next()}, '45-54', ${band}, ${day})`;
-    case 8:
-    case 9:
-      return await sql`update users set income_band = ${band} where id = ${often(300)}`;
-    case 10:
-      return below(5) ? undefined : await sql`delete from users where id = ${often(300)}`;
-    case 11:
-    case 12: // its sorting key in ClickHouse
-      await sql`update sensor_readings set sensor_id = ${`S${below(5)}`}, recorded_at = ${hour} where id = ${key}`;
-      return await sql`
-        insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${next()}, 'S1', 'temp', ${value / 7}, ${hour})`;
-    case 13: // its primary key, and others' values
-      await sql`update sensor_readings set value = ${value} where id % 500 = ${key % 500}`;
-      return await sql`update sensor_readings set id = ${next()} where id = ${key}`;
-    case 14: {
-      // Many rows: of a COPY, and of one INSERT.
-      const ids = Array.from({ length: 100 }, next);
-      const lines = ids.map((id) => `${id}\tS2\tcopied\t${value}\t2024-02-01Z\n`).join("");
-      const copy = "copy sensor_readings (id, sensor_id, metric, value, recorded_at) from stdin";
-      await pipeline(Readable.from([lines]), await sql.unsafe(copy).writable());
-      return await sql`
-        insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
-        select i, 'S3', 'many', ${value}::float8, '2024-02-02Z' from unnest(${`{${Array.from({ length: 100 }, next)}}`}::text::bigint[]) i`;
-    }
-    default:
-      return await sql`delete from sensor_readings where id = ${key}`;
+  const dice = below(16);
+  if (dice < 2) return await order(next());
+  if (dice < 6) return await sql`update orders set status = 'returned', total = ${value}::numeric / 100 where id = ${often(2000)}`;
+  if (dice === 6) {
+    // Some are there again before the transaction ends.
+    await sql`delete from orders where id = ${key}`;
+    return below(3) ? undefined : await order(key);
   }
+  if (dice === 7) return await sql`insert into users (id, age_band, income_band, created_at) values (${next()}, '45-54', ${band}, ${day})`;
+  if (dice < 10) return await sql`update users set income_band = ${band} where id = ${often(300)}`;
+  if (dice === 10) return below(5) ? undefined : await sql`delete from users where id = ${often(300)}`;
+  if (dice < 13) {
+    // Its sorting key in ClickHouse.
+    await sql`update sensor_readings set sensor_id = ${`S${below(5)}`}, recorded_at = ${hour} where id = ${key}`;
+    return await sql`
+      insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${next()}, 'S1', 'temp', ${value / 7}, ${hour})`;
+  }
+  if (dice === 13) {
+    // Its primary key, and others' values.
+    await sql`update sensor_readings set value = ${value} where id % 500 = ${key % 500}`;
+    return await sql`update sensor_readings set id = ${next()} where id = ${key}`;
+  }
+  if (dice === 15) return await sql`delete from sensor_readings where id = ${key}`;
+  // Many rows: of a COPY, and of one INSERT.
+  const lines = Array.from({ length: 100 }, () => `${next()}\tS2\tcopied\t${value}\t2024-02-01Z\n`);
+  const copy = "copy sensor_readings (id, sensor_id, metric, value, recorded_at) from stdin";
+  await pipeline(Readable.from([lines.join("")]), await sql.unsafe(copy).writable());
+  return await sql`
+    insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+    select i, 'S3', 'many', ${value}::float8, '2024-02-02Z' from unnest(${`{${Array.from({ length: 100 }, next)}}`}::text::bigint[]) i`;
 }

@@ -4,11 +4,9 @@
  * a generated statement as file: STATEMENT:line:column: message, and its line); exit code 1 where there are any.
  * The analyser stops at a statement's first fault.
  */
-import { spawn } from "node:child_process";
 import { globSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { basename, dirname, join } from "node:path";
-import { createInterface } from "node:readline";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
 import { verifyStatements } from "../../scripts/ops/lib/verify.ts";
 import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
@@ -16,7 +14,9 @@ import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/lo
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { readModels, tablesRead } from "../../shared/views/models.ts";
+import { startServer } from "../lib/servers.ts";
 import { freePort } from "../lib/shop.ts";
+import { listens } from "../stack/process.ts";
 import { say } from "../stack/stack.ts";
 
 type Catalog = NonNullable<AnalyzeRequest["simpleCatalog"]>;
@@ -37,21 +37,14 @@ const faults: string[] = [];
 const kinds: Record<string, string> = { INTEGER: "INT64", FLOAT: "DOUBLE", FLOAT64: "DOUBLE", BOOLEAN: "BOOL" };
 const simple = /^(INT64|DOUBLE|BOOL|STRING|BYTES|NUMERIC|BIGNUMERIC|DATE|TIME|DATETIME|TIMESTAMP|JSON|GEOGRAPHY|INTERVAL)$/;
 
-type Field = { name?: string; type?: string; mode?: string; fields?: Field[] };
-function columnType({ name, type = "", mode, fields }: Field, file: string): Type {
-  const kind = kinds[type.toUpperCase()] ?? type.toUpperCase();
-  if (mode?.toUpperCase() === "REPEATED") {
-    const elementType = columnType({ name, type, fields } as Field, file);
-    return { typeKind: "TYPE_ARRAY", arrayType: { elementType } };
+function columnType({ name, type, mode }: Contract["fields"][number], file: string): Type {
+  const kind = kinds[type] ?? type;
+  const typeKind = (simple.test(kind) ? `TYPE_${kind}` : "TYPE_STRING") as Type["typeKind"];
+  if (!simple.test(kind)) {
+    const [before = ""] = read(file).split(`"name": "${name}"`);
+    faults.push(`${file}:${before.split("\n").length}:1: field ${name}: BigQuery has no type ${type}`);
   }
-  if (kind === "RECORD" || kind === "STRUCT") {
-    const members = (fields ?? []).map((field) => ({ fieldName: field.name, fieldType: columnType(field, file) }));
-    return { typeKind: "TYPE_STRUCT", structType: { field: members } } as Type;
-  }
-  if (simple.test(kind)) return { typeKind: `TYPE_${kind}` } as Type;
-  const [before = ""] = read(file).split(`"name": "${name}"`);
-  faults.push(`${file}:${before.split("\n").length}:1: field ${name}: BigQuery has no type ${type}`);
-  return { typeKind: "TYPE_STRING" };
+  return (mode === "REPEATED" ? { typeKind: "TYPE_ARRAY", arrayType: { elementType: { typeKind } } } : { typeKind }) as Type;
 }
 
 /** The pipeline's statements: the MERGE, the check of the keys, and what make verify and make sweep ask and write. */
@@ -73,23 +66,11 @@ const { resolve } = createRequire(import.meta.url);
 const folder = join(dirname(resolve("@fivetrandevelopers/zetasql")), "zetasql");
 const binary = `remote_server${process.arch.startsWith("arm") ? "_arm" : ""}${process.platform === "darwin" ? "" : ".so"}`;
 const port = await freePort();
-// The kernel ends the server with this process, however that ends.
-const server = spawn("setpriv", ["--pdeathsig=KILL", join(folder, binary), "127.0.0.1", String(port)]);
-process.once("exit", () => server.kill("SIGKILL"));
-const output: string[] = [];
-server.stderr.on("data", (text) => output.push(String(text)));
-const died = new Promise<never>((_, reject) => {
-  const fail = (what: unknown): void => reject(new Error(`the GoogleSQL analyser ${what}: ${output.join("").trim()}`));
-  server.once("error", fail).once("exit", (code, signal) => fail(`ended with ${signal ?? code}`));
-  setTimeout(fail, 60_000, "was not done after 60 s").unref();
-});
-died.catch(() => {});
-
-const lines = createInterface(server.stdout);
-await Promise.race([died, new Promise((done) => lines.on("line", (line) => /listening/.test(line) && done(line)))]);
+const command = { command: join(folder, binary), args: ["127.0.0.1", String(port)] };
+const server = await startServer("googlesql", command, () => listens(port));
 ZetaSQLClient.init(port);
 const client = ZetaSQLClient.getInstance();
-const options = await Promise.race([died, client.getLanguageOptions({ maximumFeatures: true })]);
+const options = await client.getLanguageOptions({ maximumFeatures: true });
 const languageOptions = {
   ...options,
   productMode: "PRODUCT_EXTERNAL", // BigQuery's: FLOAT64 but no DOUBLE, no INT32
@@ -108,19 +89,13 @@ const tables: NonNullable<Catalog["table"]> = [];
 const catalog = { name: "bigquery", table: tables, builtinFunctionOptions: { languageOptions } };
 
 /** A table under its plain name, which the views use, and under its path. */
-function addTable(name: string, column: Column[]): void {
-  for (const known of [name, path(name)]) tables.push({ name: known, column });
-}
+const addTable = (name: string, column: Column[]) => tables.push({ name, column }, { name: path(name), column });
 
 /** The statement's fault, if it has one; a table that it creates is in the catalogue from then on. */
 async function analyse({ file, sql, generated }: Statement): Promise<string | undefined> {
-  const request = {
-    sqlStatement: sql,
-    simpleCatalog: catalog,
-    options: { languageOptions, allowUndeclaredParameters: true, errorMessageMode: "ERROR_MESSAGE_ONE_LINE" } as const,
-  };
+  const options = { languageOptions, allowUndeclaredParameters: true, errorMessageMode: "ERROR_MESSAGE_ONE_LINE" } as const;
   try {
-    const answer = await Promise.race([died, client.analyze(request)]);
+    const answer = await client.analyze({ sqlStatement: sql, simpleCatalog: catalog, options });
     const node = answer?.resolvedStatement?.resolvedCreateStatementNode?.resolvedCreateTableStmtBaseNode;
     const columns = node?.resolvedCreateTableAsSelectStmtNode?.outputColumnList;
     const made = columns?.map(({ name, column }) => ({ name, type: column?.type }) as Column);
@@ -139,9 +114,7 @@ const statements: Statement[] = [];
 for (const pipeline of pipelines()) {
   try {
     const contract = readContract(pipeline);
-    const typed = (fields: Contract["fields"]): Column[] =>
-      fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
-    const columns = typed(contract.fields);
+    const columns = contract.fields.map((field) => ({ name: field.name, type: columnType(field, contract.file) }));
     const staging = `${pipeline}_staging`;
     for (const table of [pipeline, staging]) addTable(table, columns);
     statements.push(...generated(contract, staging));
@@ -150,19 +123,6 @@ for (const pipeline of pipelines()) {
   }
 }
 
-// What make views refuses; and its order, in which each view must find the tables of those that it reads.
-let order: string[] = [];
-try {
-  if (list("views/*.sql").length) order = readModels(pipelines()).map(({ file }) => file);
-} catch (error) {
-  if (!(error instanceof UsageError)) throw error;
-  faults.push(
-    ...error.message
-      .split("\n")
-      .slice(1)
-      .map((fault) => fault.trim()),
-  );
-}
 /** What make views finds that a statement reads is what the analyser finds. */
 async function compareReads({ file, sql }: Statement): Promise<void> {
   const request = { sqlStatement: sql, options: languageOptions };
@@ -176,29 +136,31 @@ async function compareReads({ file, sql }: Statement): Promise<void> {
   for (const name of found)
     if (!read.has(name)) faults.push(`${file}:1:1: make views takes ${name} for a table that it reads: give what is named so another name`);
 }
-for (const statement of [...files("views/*.sql"), ...files("views/checks/*.sql")]) await compareReads(statement);
 
-// Without an order, views read one another: each round adds the tables of those that had all they read.
-let waiting = order.length ? order.map((file) => ({ file, sql: read(file) })) : files("views/*.sql");
-let found: string[] = [];
-for (let before = -1; before !== waiting.length; ) {
-  before = waiting.length;
-  found = [];
-  const failed: Statement[] = [];
-  for (const view of waiting) {
-    const fault = await analyse(view);
-    if (fault) found.push(fault) && failed.push(view);
-  }
-  waiting = failed;
+// The views in the order of make views, so that each finds the tables of those that it reads; or what make views refuses.
+const views = files("views/*.sql");
+try {
+  if (views.length) views.splice(0, views.length, ...readModels(pipelines()).map(({ file }) => ({ file, sql: read(file) })));
+} catch (error) {
+  if (!(error instanceof UsageError)) throw error;
+  const [, ...lines] = error.message.split("\n");
+  faults.push(...lines.map((fault) => fault.trim()));
 }
-// What only misses another view's table is said where nothing else explains it: the views form a circle.
-const missing = waiting.map(({ file }) => `: Table not found: ${basename(file, ".sql")}`);
-const own = found.filter((fault) => !missing.some((text) => fault.replace(/;.*/s, "").endsWith(text)));
-faults.push(...(own.length ? own : found));
+const checks = files("views/checks/*.sql");
+for (const statement of [...views, ...checks]) await compareReads(statement);
+const broken: string[] = [];
+for (const view of views) {
+  // What only misses a view's table that another fault explains is not said again.
+  const fault = await analyse(view);
+  if (!fault) continue;
+  if (!broken.some((name) => fault.includes(`Table not found: ${name}`))) faults.push(fault);
+  broken.push(basename(view.file, ".sql"));
+}
 
-for (const statement of [...statements, ...files("views/checks/*.sql")]) {
+for (const statement of [...statements, ...checks]) {
   const fault = await analyse(statement);
   if (fault) faults.push(fault);
 }
 for (const fault of faults) say(fault);
+await server[Symbol.asyncDispose]();
 process.exit(faults.length ? 1 : 0);

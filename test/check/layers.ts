@@ -28,16 +28,13 @@ const faults: string[] = [];
 for (const [file, of] of imports)
   for (const path of of) if (!allowed(file).test(path)) faults.push(`${file}: imports ${path}, which is not below it`);
 
-function visit(path: string[]): void {
-  const [file = ""] = path.slice(-1);
-  const again = path.indexOf(file);
-  if (again < path.length - 1) return void faults.push(`${file}: imports itself: ${path.slice(again).join(" → ")}`);
-  if (seen.has(file)) return;
-  for (const next of imports.get(file) ?? []) visit([...path, next]);
-  seen.add(file);
+// What imports nothing that is left goes; a circle stays, and what imports it.
+let left = files;
+for (let before = 0; before !== left.length; ) {
+  before = left.length;
+  left = left.filter((file) => imports.get(file)?.some((path) => left.includes(path)));
 }
-const seen = new Set<string>();
-for (const file of files) visit([file]);
+if (left.length) faults.push(`${left.join(", ")}: import one another in a circle`);
 
 for (const fault of faults) console.log(fault);
 process.exit(faults.length ? 1 : 0);

@@ -4,22 +4,16 @@
  * finds a missing grant. Then, as a run does it, each pipeline's SELECT is compared with its contract, and the SELECT made of it
  * that writes each column as its field reads it is run. Prints all faults as file:line: message; exit code 1 where there are any.
  */
-import { randomBytes } from "node:crypto";
-import { globSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { globSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import postgres, { type Sql } from "postgres";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { jsonLines } from "../../shared/bigquery/types.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { freePort } from "../lib/shop.ts";
-import { startCluster, stopCluster } from "../stack/postgres.ts";
-import { logPath, say } from "../stack/stack.ts";
+import { createServers } from "../lib/servers.ts";
+import { say } from "../stack/stack.ts";
 
-const name = `check-${randomBytes(4).toString("hex")}`;
-const folder = mkdtempSync(join(tmpdir(), `etl-${name}-`));
-const url = `postgres://postgres:postgres@127.0.0.1:${await freePort()}/shop`;
 const faults: string[] = [];
 
 async function attempt(file: string, use: (text: string) => Promise<unknown>): Promise<void> {
@@ -46,47 +40,40 @@ async function checkContract(sql: Sql, pipeline: string): Promise<void> {
   }
 }
 
-const remove = async (): Promise<void> => {
-  await stopCluster(name);
-  for (const path of [folder, logPath(name)]) rmSync(path, { recursive: true, force: true });
-};
-for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => remove().finally(() => process.exit(1)));
+await using servers = await createServers(["postgres"]);
+for (const signal of ["SIGINT", "SIGTERM"])
+  process.once(signal, async () => {
+    await servers[Symbol.asyncDispose]();
+    process.exit(1);
+  });
 
 const as = (sql: Sql, role: string): Promise<unknown> => sql.unsafe(`set session authorization ${role}`);
 /** What the statements read in place of a 0. */
 const examples: Record<string, string> = {
-  "etl.from": "2017-01-01",
-  "etl.to": "2017-01-02",
-  "etl.facts": "[]",
-  "etl.limits": "{}",
-  "etl.source_select": "[]",
-  "etl.status": "[]",
+  from: "2017-01-01",
+  to: "2017-01-02",
+  facts: "[]",
+  limits: "{}",
+  source_select: "[]",
+  status: "[]",
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
-try {
-  const settings = { fsync: "off", shared_buffers: "16MB", max_connections: "10" };
-  await startCluster({ name, dataDir: join(folder, "data"), url, settings });
-  const sql = postgres(url, { max: 1, onnotice: () => {} });
-  const setup = ["sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
-  for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
-  await as(sql, "etl_metadata");
-  for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
-  for (const file of files("sql/*.sql").filter((path) => !setup.includes(path))) {
-    await as(sql, file === "sql/status.sql" ? "etl_metadata" : "etl_reader");
-    await attempt(file, async (text) => {
-      await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
-      await sql.unsafe(text).describe(); // refuses a second statement
-      for (const [, setting = ""] of text.matchAll(/current_setting\('(\w+\.\w+)'/g))
-        await sql`select set_config(${setting}, ${examples[setting] ?? "0"}, false)`;
-      await sql.unsafe(text);
-    });
-  }
-  await as(sql, "etl_reader");
-  // Where a SELECT itself is at fault, that has been said.
-  if (!faults.length) for (const pipeline of pipelines()) await checkContract(sql, pipeline);
-  await sql.end({ timeout: 1 });
-} finally {
-  await remove();
-}
+const sql = postgres(servers.env.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
+const setup = ["sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
+for (const file of ["test/data/schema.sql", ...setup]) await attempt(file, (text) => sql.unsafe(text));
+await as(sql, "etl_metadata");
+for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
+for (const file of files("sql/*.sql").filter((path) => !setup.includes(path)))
+  await attempt(file, async (text) => {
+    await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
+    await sql.unsafe(text).describe(); // refuses a second statement
+    for (const [, setting = ""] of text.matchAll(/current_setting\('etl\.(\w+)'/g))
+      await sql`select set_config(${`etl.${setting}`}, ${examples[setting] ?? "0"}, false)`;
+    await sql.unsafe(text);
+  });
+await as(sql, "etl_reader");
+// Where a SELECT itself is at fault, that has been said.
+if (!faults.length) for (const pipeline of pipelines()) await checkContract(sql, pipeline);
+await sql.end({ timeout: 1 });
 for (const fault of faults) say(fault);
-process.exit(faults.length ? 1 : 0);
+process.exitCode = faults.length ? 1 : 0;

@@ -2,39 +2,23 @@
  * Changes some of the source's rows, as a shop would, so that the next run of a pipeline has something to do.
  * Plain SQL: the triggers set updated_at, and nothing marks a changed row otherwise.
  */
-import { dataSet, openSource } from "./load.ts";
+import { openSource } from "./load.ts";
 
-export interface Changes {
-  /** Orders to change: status, and a part of the total that becomes discount. */
-  orders?: number;
-  /** Users to move to another income band. */
-  users?: number;
-  /** Orders to insert; their ids follow the highest one. */
-  newOrders?: number;
-  /** The same seed on the same rows makes the same changes; only the clock differs. */
-  seed?: number;
-}
-
-/** The ids that were changed or inserted, ascending. */
-export interface Changed {
-  orders: string[];
-  users: string[];
-  newOrders: string[];
-}
+/** How many orders and users to change, and orders to insert. The same seed on the same rows makes the same changes. */
+export type Changes = { orders: number; users: number; newOrders: number; seed?: number };
 
 /**
  * One transaction: all of it happens or none.
  * @param adminUrl the local stack's STACK_ADMIN_DATABASE_URL; another host is refused
  */
-export async function changeSource(adminUrl: string, changes: Changes = {}): Promise<Changed> {
-  const { orders = 100, users = 20, newOrders = 5, seed = 1 } = changes;
+export async function changeSource(adminUrl: string, { orders, users, newOrders, seed = 1 }: Changes): Promise<void> {
   const sql = openSource(adminUrl);
+  // A hash of seed and id, as the order to pick by and as the dice.
+  const hash = sql`hashtextextended(id::text, ${seed})`;
   try {
-    return await sql.begin(async (tx) => {
-      // A hash of seed and id, as the order to pick by and as the dice.
-      const hash = tx`hashtextextended(id::text, ${seed})`;
+    await sql.begin(async (tx) => {
       // Off the same order's total: what it cost on the shelf stays what it was.
-      const changedOrders = await tx`
+      await tx`
         with picked as (
           select id, least(total, (1 + abs(${hash} % 500)) / 100.0) as goodwill
           from public.orders order by ${hash}, id limit ${orders}
@@ -42,9 +26,8 @@ export async function changeSource(adminUrl: string, changes: Changes = {}): Pro
         update public.orders o
         set status = case o.status when 'returned' then 'completed' else 'returned' end,
           total = o.total - p.goodwill, discount = o.discount + p.goodwill
-        from picked p where o.id = p.id
-        returning o.id`;
-      const changedUsers = await tx`
+        from picked p where o.id = p.id`;
+      await tx`
         with bands as (
           select array['Under 15K', '15-24K', '25-34K', '35-49K', '50-74K', '75-99K', '100-124K', '125-149K', '150-174K',
             '175-199K', '200-249K', '250K+'] as bands
@@ -53,18 +36,13 @@ export async function changeSource(adminUrl: string, changes: Changes = {}): Pro
         )
         update public.users u
         set income_band = bands[coalesce(array_position(bands, u.income_band), 0) % cardinality(bands) + 1]
-        from picked p, bands where u.id = p.id
-        returning u.id`;
+        from picked p, bands where u.id = p.id`;
       // The same basket bought again.
-      const inserted = await tx`
+      await tx`
         insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
         select (select max(id) from public.orders) + row_number() over (order by ${hash}, id),
           user_id, store_id, 'placed', item_count, total, discount, clock_timestamp()
-        from public.orders order by ${hash}, id limit ${newOrders}
-        returning id`;
-      const ids = (rows: Iterable<{ [column: string]: unknown }>): string[] =>
-        [...rows].map((row) => String(row.id)).sort((a, b) => a.length - b.length || (a < b ? -1 : 1));
-      return { orders: ids(changedOrders), users: ids(changedUsers), newOrders: ids(inserted) };
+        from public.orders order by ${hash}, id limit ${newOrders}`;
     });
   } finally {
     await sql.end({ timeout: 1 });
@@ -84,9 +62,8 @@ export async function changeReadings(adminUrl: string, seed = 1): Promise<number
           insert into public.sensor_readings (sensor_id, metric, value)
           select sensor_id, metric, value from public.sensor_readings where ${dice} = ${transaction}`,
         await tx`update public.sensor_readings set value = value + 1 where ${dice} = ${10 + transaction}`,
-        // Its time is part of the destination's sorting key. Not of the first and the last: by theirs `make data` knows the data set.
-        await tx`update public.sensor_readings set recorded_at = recorded_at + interval '1 minute'
-          where ${dice} = ${20 + transaction} and id <> all(${dataSet.sensor_readings.ids})`,
+        // Its time is part of the destination's sorting key.
+        await tx`update public.sensor_readings set recorded_at = recorded_at + interval '1 minute' where ${dice} = ${20 + transaction}`,
         // Of those that were inserted before: the data set itself stays whole, so that it can be completed by `make data`.
         await tx`delete from public.sensor_readings where recorded_at > '2020-01-01' and ${dice} % 4 = 0`,
       ]);

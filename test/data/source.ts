@@ -5,10 +5,9 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import postgres, { type Sql } from "postgres";
+import { type Env, root } from "../stack/env.ts";
 import { say } from "../stack/stack.ts";
 import { loadData, openSource } from "./load.ts";
-
-const root = join(import.meta.dirname, "../..");
 
 /** What makes a database a source. */
 export const sourceFiles = ["test/data/schema.sql", "sql/source.sql", "sql/roles.sql", "sql/replication.sql"];
@@ -28,6 +27,13 @@ export async function createSource(adminUrl: string, roleUrls: string[]): Promis
     await sql.end();
   }
 }
+
+/** That of a stack, with the passwords of its URLs. */
+export const createStackSource = (env: Env): Promise<void> =>
+  createSource(
+    env.STACK_ADMIN_DATABASE_URL ?? "",
+    [env.SOURCE_DATABASE_URL, env.ETL_DATABASE_URL, env.REPLICATION_DATABASE_URL].map((url) => url ?? ""),
+  );
 
 /** Roles belong to the whole server: two that alter them at once, for two databases, fail with "tuple concurrently updated". */
 async function execute(sql: Sql, file: string, tries = 10): Promise<void> {

@@ -1,14 +1,14 @@
 /**
  * A Prometheus of a test's own, made as the local stack's is, with the rules of ops/alerts.yml; only time passes faster.
  */
-import { type ChildProcess, spawn } from "node:child_process";
-import { once } from "node:events";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { endpoint, root } from "../stack/env.ts";
 import { ensureInstalled } from "../stack/install.ts";
+import { answers } from "../stack/process.ts";
 import { prometheusCommand, prometheusConfig, prometheusInstall, type Targets } from "../stack/prometheus.ts";
+import { startServer } from "./servers.ts";
 import { freePort, until } from "./shop.ts";
 
 type Labels = Record<string, string>;
@@ -17,16 +17,7 @@ export interface Sample {
   value: number;
 }
 
-export interface Prometheus extends AsyncDisposable {
-  url: string;
-  /** Evaluates an expression now. Throws what Prometheus says is wrong with it. */
-  query(expression: string): Promise<Sample[]>;
-  /** Labels of what /api/v1/alerts shows as firing under this name. */
-  firing(alert: string): Promise<Labels[]>;
-  /** Waits until the alert fires for the pipeline (or at all), and until it does not. */
-  fires(alert: string, pipeline?: string): Promise<Labels>;
-  resolves(alert: string, pipeline?: string): Promise<void>;
-}
+export type Prometheus = Awaited<ReturnType<typeof startPrometheus>>;
 
 /**
  * The file's text with all of its durations divided by `speed`, and nothing else changed: `5m` after a key, as in `for: 5m`; `[1h]`;
@@ -46,7 +37,7 @@ export function scaleDurations(text: string, speed: number): string {
  * Scrapes and evaluates four times a second; a consumer twice, since its answer, for which it asks Kafka, Connect and Postgres, has to come
  * before the next is due. `speed`: 600 makes an hour six seconds; 1 leaves the rules as they are.
  */
-export async function startPrometheus(targets: Targets, speed: number): Promise<Prometheus> {
+export async function startPrometheus(targets: Targets, speed: number) {
   await ensureInstalled(prometheusInstall);
   const folder = mkdtempSync(join(tmpdir(), "etl-prometheus-"));
   const [rules, config] = [join(folder, "alerts.yml"), join(folder, "prometheus.yml")];
@@ -55,21 +46,9 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
   const url = `http://127.0.0.1:${await freePort()}`;
   const { command, args } = prometheusCommand(config, join(folder, "data"), endpoint(url));
   // A minute otherwise; what was sent before it knew its Alertmanager is sent again only then.
-  const child = spawn(command, [...args, "--rules.alert.resend-delay=1s"], { stdio: ["ignore", "ignore", "pipe"] });
-  let log = "";
-  child.stderr.setEncoding("utf8").on("data", (text) => {
-    log += text;
-  });
-  const dispose = async (): Promise<void> => {
-    await stop(child);
-    rmSync(folder, { recursive: true, force: true });
-  };
-  try {
-    await ready(url, child);
-  } catch (error) {
-    await dispose();
-    throw new Error(`${(error as Error).message}: ${log}`);
-  }
+  const server = await startServer("prometheus", { command, args: [...args, "--rules.alert.resend-delay=1s"] }, () =>
+    answers(`${url}/-/ready`),
+  );
 
   // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
   const api = async (path: string): Promise<any> => {
@@ -81,6 +60,7 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
     if (answer.status !== "success") throw new Error(`${decodeURIComponent(path)}: ${answer.error}`);
     return answer.data;
   };
+  /** Labels of what /api/v1/alerts shows as firing under this name. */
   const firing = async (alert: string): Promise<Labels[]> =>
     (await api("alerts")).alerts
       .filter(({ labels, state }: { labels: Labels; state: string }) => labels.alertname === alert && state === "firing")
@@ -89,7 +69,8 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
     (await firing(alert)).find((labels) => pipeline === undefined || labels.pipeline === pipeline);
   return {
     url,
-    query: async (expression) => {
+    /** Evaluates an expression now. Throws what Prometheus says is wrong with it. */
+    query: async (expression: string): Promise<Sample[]> => {
       const { result } = await api(`query?query=${encodeURIComponent(expression)}`);
       return result.map(({ metric, value }: { metric: Labels; value: [number, string] }) => ({
         metric,
@@ -97,28 +78,13 @@ export async function startPrometheus(targets: Targets, speed: number): Promise<
       }));
     },
     firing,
-    fires: (alert, pipeline) => until(`${alert} fires for ${pipeline}`, () => of(alert, pipeline), 60),
-    resolves: async (alert, pipeline) =>
-      void (await until(`${alert} resolves for ${pipeline}`, async () => !(await of(alert, pipeline)), 60)),
-    [Symbol.asyncDispose]: dispose,
+    /** Waits until the alert fires for the pipeline (or at all), and until it does not. */
+    fires: (alert: string, pipeline?: string) => until(`${alert} fires for ${pipeline}`, () => of(alert, pipeline)),
+    resolves: async (alert: string, pipeline?: string): Promise<void> =>
+      void (await until(`${alert} resolves for ${pipeline}`, async () => !(await of(alert, pipeline)))),
+    [Symbol.asyncDispose]: async (): Promise<void> => {
+      await server[Symbol.asyncDispose]();
+      rmSync(folder, { recursive: true, force: true });
+    },
   };
-}
-
-/** Waits until a server of Prometheus's family says at /-/ready that it is. */
-export async function ready(url: string, child: ChildProcess): Promise<void> {
-  const answers = async (): Promise<boolean> => {
-    if (child.exitCode !== null) throw new Error(`${child.spawnfile} exited ${child.exitCode}`);
-    return fetch(`${url}/-/ready`).then(
-      ({ ok }) => ok,
-      () => false,
-    );
-  };
-  await until(`${child.spawnfile} is ready`, answers);
-}
-
-export async function stop(child: ChildProcess): Promise<void> {
-  if (child.exitCode !== null || child.signalCode !== null) return;
-  const gone = once(child, "close");
-  child.kill("SIGKILL");
-  await gone;
 }

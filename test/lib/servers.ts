@@ -1,79 +1,96 @@
-/**
- * Servers of a test's own, for what must not be done to the shared ones: a copy of the project has ports and data of its own; what is
- * installed is this checkout's.
- */
-import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
+/** Servers of a test's own, for what must not be done to the shared ones. */
+import { randomBytes } from "node:crypto";
+import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { type Env, localEnv, root } from "../stack/env.ts";
-import type { Command } from "../stack/process.ts";
-import { type Part, stackPath } from "../stack/stack.ts";
-import { freePort, until } from "./shop.ts";
+import { type Env, endpoint, localEnv } from "../stack/env.ts";
+import { parts } from "../stack/parts.ts";
+import { awaitReady, type Command, recordPath, running, startPart, startProcess, stopProcess } from "../stack/process.ts";
+import { logPath, type Part } from "../stack/stack.ts";
+import { freePort } from "./shop.ts";
 
-export interface Servers<Name extends string> {
-  /** Resolves once it serves. `as` changes how it is started. */
+const newName = (kind: string): string => `test-${kind}-${randomBytes(4).toString("hex")}`;
+
+/** The kernel ends it with this process, however that ends. (Not Postgres, where root has it run as another user.) */
+const mortal = ({ command, args, ...rest }: Command): Command => ({
+  ...rest,
+  command: "setpriv",
+  args: ["--pdeathsig=KILL", command, ...args],
+});
+
+function forget(name: string): void {
+  for (const file of [recordPath(name), logPath(name), `${logPath(name)}.1`]) rmSync(file, { force: true });
+}
+
+async function remove(name: string): Promise<void> {
+  await stopProcess(name, "SIGKILL");
+  forget(name);
+}
+
+/** Starts a server that is no part of the stack, and waits until `ready` resolves. Disposed of, it is killed. */
+export async function startServer(kind: string, command: Command, ready: () => Promise<void>): Promise<AsyncDisposable> {
+  const name = newName(kind);
+  await startProcess(name, mortal(command));
+  await awaitReady(name, ready).catch((error: Error) => remove(name).finally(() => Promise.reject(error)));
+  return { [Symbol.asyncDispose]: () => remove(name) };
+}
+
+export interface Servers<Name extends string> extends AsyncDisposable {
+  /** Where they are: the variables that hold their addresses. */
+  env: Env;
+  /** Starts one that does not run; resolves once it serves. `as` changes how it is started. */
   start(name: Name, as?: (command: Command) => Command): Promise<void>;
   /** SIGKILL; resolves once it is gone. */
   kill(name: Name): Promise<void>;
   /** SIGSTOP: it answers nothing, until SIGCONT. */
   signal(name: Name, signal: NodeJS.Signals): void;
+  /** Removes what is remembered and logged of them, which are killed. */
+  forget(): void;
 }
 
-/** Puts links to what is installed into a copy of the project. */
-export function linkInstalled(folder: string): void {
-  mkdirSync(join(folder, ".stack/kafka"), { recursive: true });
-  for (const name of ["bin", "python", "debian", "kafka/libs"]) symlinkSync(stackPath(name), join(folder, ".stack", name));
-}
-
-/** The servers of a copy of the project, at the addresses of `env`. */
-export async function serversOf<Name extends string>(folder: string, env: Env): Promise<Servers<Name>> {
-  const { parts }: { parts: Part[] } = await import(join(folder, "test/stack/parts.ts"));
-  const processes: typeof import("../stack/process.ts") = await import(join(folder, "test/stack/process.ts"));
-  const signal: Servers<Name>["signal"] = (name, what) => {
-    const { pid } = processes.running(name) ?? {};
-    if (pid) process.kill(pid, what);
-  };
-  return {
-    signal,
-    start: async (name, as = (command) => command) => {
-      const part = parts.find((one) => one.name === name) as Part;
-      await part.prepare?.(env);
-      await processes.startProcess(name, as(part.command(env)));
-      await processes.awaitReady(name, () => part.ready(env), 90);
-    },
-    kill: async (name) => {
-      signal(name, "SIGKILL");
-      await until(`${name} is gone`, () => !processes.running(name));
-    },
-  };
-}
-
-const ofSensors = { kafka: "KAFKA_BROKERS", connect: "CONNECT_URL", clickhouse: "CLICKHOUSE_URL" };
-export type SensorsServer = keyof typeof ofSensors;
-
-/** Kafka, Connect and ClickHouse, or some of them. */
-export async function createServers(
-  names = Object.keys(ofSensors) as SensorsServer[],
-): Promise<Servers<SensorsServer> & AsyncDisposable & { env: Env }> {
-  const folder = mkdtempSync(join(tmpdir(), "etl-servers-"));
-  for (const name of ["test/stack", "package.json"]) cpSync(join(root, name), join(folder, name), { recursive: true });
-  symlinkSync(join(root, "node_modules"), join(folder, "node_modules"));
-  linkInstalled(folder);
+/** Parts of the stack at free ports, with their data below `folder`. None of them runs yet. */
+export async function describeServers<Name extends string>(names: readonly Name[], folder: string): Promise<Servers<Name>> {
+  const base = localEnv();
   const env: Env = {};
+  const described = {} as Record<Name, { part: Part; recorded: string }>;
   for (const name of names) {
-    const address = `127.0.0.1:${await freePort()}`;
-    env[ofSensors[name]] = name === "kafka" ? address : `http://${address}`;
+    const part = parts.find((one) => one.name === name) as Part;
+    described[name] = { part, recorded: newName(name) };
+    const [before, after] = [`127.0.0.1:${endpoint(base[part.variable] ?? "").port}`, `127.0.0.1:${await freePort()}`];
+    for (const [key, value] of Object.entries(base)) // Postgres has several users' URLs
+      if (value?.includes(before)) env[key] = value.replace(before, after);
   }
-  const servers = await serversOf<SensorsServer>(folder, { ...localEnv(), ...env });
+  return {
+    env,
+    start: (name, as = (command) => command) => {
+      const { part, recorded } = described[name];
+      return startPart(part, { ...base, ...env }, { name: recorded, folder: join(folder, name), as: (command) => mortal(as(command)) });
+    },
+    kill: async (name) => void (await stopProcess(described[name].recorded, "SIGKILL")),
+    signal: (name, signal) => {
+      const { pid } = running(described[name].recorded) ?? {};
+      if (pid) process.kill(pid, signal);
+    },
+    forget: () => {
+      for (const name of names) forget(described[name].recorded);
+    },
+    [Symbol.asyncDispose]: async () => void (await Promise.all(names.map((name) => remove(described[name].recorded)))),
+  };
+}
+
+const ofSensors = ["kafka", "connect", "clickhouse"] as const;
+export type SensorsServer = (typeof ofSensors)[number];
+
+/** Servers that run, with a folder of their own; by default those of sensors. */
+export async function createServers<Name extends string = SensorsServer>(
+  names: readonly Name[] = ofSensors as readonly string[] as readonly Name[],
+): Promise<Servers<Name>> {
+  const folder = mkdtempSync(join(tmpdir(), "etl-servers-"));
+  const servers = await describeServers(names, folder);
   const dispose = async (): Promise<void> => {
-    await Promise.all(names.map(servers.kill));
+    await servers[Symbol.asyncDispose]();
     rmSync(folder, { recursive: true, force: true });
   };
-  try {
-    await Promise.all(names.map((name) => servers.start(name)));
-  } catch (error) {
-    await dispose();
-    throw error;
-  }
-  return { ...servers, env, [Symbol.asyncDispose]: dispose };
+  await Promise.all(names.map((name) => servers.start(name))).catch((error: Error) => dispose().finally(() => Promise.reject(error)));
+  return { ...servers, [Symbol.asyncDispose]: dispose };
 }

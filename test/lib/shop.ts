@@ -6,7 +6,6 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
 import { globSync, readFileSync } from "node:fs";
-import { createServer } from "node:net";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import { suite } from "node:test";
@@ -17,8 +16,9 @@ import { readContract } from "../../shared/bigquery/contract.ts";
 import { type Bucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { createSource, sourceFiles } from "../data/source.ts";
 import { type Env, localEnv, root } from "../stack/env.ts";
-import { pushgatewayProgram } from "../stack/pushgateway.ts";
+import { checkPort } from "../stack/process.ts";
 import { digest } from "../stack/stack.ts";
+import { createServers } from "./servers.ts";
 
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
 export const textColumns = { orders: "status", users: "age_band" };
@@ -55,51 +55,6 @@ export interface Process {
   ended: Promise<Result>;
 }
 
-export interface Shop extends AsyncDisposable {
-  env: Env;
-  /** The pipeline that the test is about: what needs a pipeline below, and is given none, means this one. */
-  pipeline: Pipeline;
-  /** Its script, for example scripts/orders.ts, its table and a text column of it that a test may write to. */
-  script: string;
-  table: string;
-  text: string;
-  /** The source's superuser: what the shop's own applications and its administrators do. */
-  admin: Sql;
-  dataset: string;
-  /** A further connection as superuser, for transactions held open. */
-  connect(application?: string): Sql;
-  /** Starts a script, for example "scripts/orders.ts". */
-  start(script: string, variables?: Env): Process;
-  /** Runs a script to its end. */
-  run(script: string, variables?: Env): Promise<Result>;
-  /** Runs it and requires exit code 0. */
-  succeed(script: string, variables?: Env): Promise<Result>;
-  /** Inserts rows with the ids first..last into the pipeline's table; the trigger sets updated_at. */
-  insertRows(first: number, last: number, pipeline?: Pipeline): Promise<void>;
-  /** Inserts events of a day (YYYY-MM-DD), spread over it, each at its own time. */
-  insertEvents(day: string, count: number): Promise<void>;
-  /** Sets the text column of the rows with the ids first..last. */
-  updateRows(first: number, last: number, text: string): Promise<void>;
-  /** BigQuery's REST API, at a path below the project; undefined where there is nothing. Throws what else it answers than an OK. */
-  // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
-  api(path: string, method?: string, body?: object): Promise<any>;
-  /** Runs a query at the destination; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds, an array as JSON. */
-  query(sql: string): Promise<Record<string, string | null>[]>;
-  /** Every row of a pipeline's table, as the source and as the destination have it, in one comparable form, by key. */
-  sourceRows(pipeline?: string): Promise<Record<string, string | null>[]>;
-  destinationRows(pipeline?: string): Promise<Record<string, string | null>[]>;
-  watermark(pipeline?: string): Promise<string | undefined>;
-  /** The bucket, below the shop's prefix. */
-  bucket: Bucket;
-  /** The shop's database in ClickHouse; the rows of a query there. */
-  clickhouse: ClickHouseClient;
-  select<T>(sql: string): Promise<T[]>;
-  /** Names of staging tables that are left in the dataset. */
-  stagingTables(): Promise<string[]>;
-  /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
-  metrics(pipeline?: string): Promise<Record<string, number>>;
-}
-
 /** ClickHouse, as an environment says. */
 export const connectClickHouse = (env: Env): ClickHouseClient =>
   createClient({
@@ -122,6 +77,8 @@ export interface ShopOptions {
   pipeline?: Pipeline;
   /** Where the project's code is, if not here (a scratch copy). */
   folder?: string;
+  /** The variables of its servers, if not the local stack's. */
+  stack?: Env;
   /** WATERMARK_LAG_SECONDS. */
   lag?: number;
   /** With its database in ClickHouse. */
@@ -134,19 +91,12 @@ export interface ShopOptions {
   pushgateway?: boolean;
 }
 
-export async function createShop(options: ShopOptions = {}): Promise<Shop> {
-  const {
-    pipeline = "orders",
-    folder = root,
-    lag = 0,
-    clickhouse: wantsClickHouse = false,
-    bigquery = true,
-    pushgateway = false,
-    encoding = "UTF8",
-  } = options;
+export type Shop = Awaited<ReturnType<typeof createShop>>;
+
+export async function createShop(options: ShopOptions = {}) {
+  const { pipeline = "orders", folder = root, stack: base = localEnv(), lag = 0, encoding = "UTF8" } = options;
   const text = textColumns[pipeline];
   const name = `test_${randomBytes(5).toString("hex")}`;
-  const base = localEnv();
   const at = (url: string | undefined): string => Object.assign(new URL(url ?? ""), { pathname: `/${name}` }).href;
   const env: Env = {
     ...base,
@@ -163,8 +113,8 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     METRICS_PORT: "0",
     WATERMARK_LAG_SECONDS: String(lag),
   };
-  const gateway = pushgateway ? await startPushgateway() : undefined;
-  if (gateway) env.PUSHGATEWAY_URL = gateway.url;
+  const gateway = options.pushgateway ? await createServers(["pushgateway"]) : undefined;
+  Object.assign(env, gateway?.env);
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
   if (encoding === "UTF8") await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
@@ -174,20 +124,64 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     await migrateMetadata(env.ETL_DATABASE_URL);
   }
   const clickhouse = connectClickHouse(env);
-  const open: Sql[] = [];
-  const connect = (application = "test"): Sql => {
-    const sql = postgres(env.STACK_ADMIN_DATABASE_URL ?? "", {
-      max: 1,
-      onnotice: () => {},
-      fetch_types: false,
-      connection: { application_name: application },
-    });
-    open.push(sql);
-    return sql;
+  const { open, ...source } = sourceOf(env, pipeline);
+  const { children, ...scripts } = scriptsOf(folder, env);
+  const bigquery = bigqueryOf(env, pipeline);
+  // The bucket is all shops', and there already. There are more than a hundred shops: what migrate leaves out is worth it.
+  const without = { S3_BUCKET: "", ...(options.clickhouse ? {} : { CLICKHOUSE_URL: "" }) };
+  if (options.bigquery ?? true) await scripts.succeed("scripts/ops/migrate.ts", without);
+  else if (options.clickhouse) await createReadings(env);
+  const dispose = async (): Promise<void> => {
+    for (const child of children) child.kill("SIGKILL");
+    await gateway?.[Symbol.asyncDispose]();
+    await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
+    await server.unsafe(`drop database if exists ${name} with (force)`);
+    await server.end();
+    const { datasets }: { datasets: { datasetReference: { datasetId: string } }[] } = await bigquery.api("/datasets?all=true");
+    for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
+      if (datasetId.startsWith(name)) await bigquery.api(`/datasets/${datasetId}?deleteContents=true`, "DELETE");
+    const objects = await Array.fromAsync(listObjects(bucket, bucket.prefix));
+    await removeObjects(
+      bucket,
+      objects.map(({ key }) => key),
+    );
+    bucket.client.destroy();
+    await clickhouse.close();
+    const stack = connectClickHouse(base); // a client's own database has to be there, whatever it asks
+    for (const database of [`${name}_rebuild`, name]) await stack.command({ query: `DROP DATABASE IF EXISTS ${database}` });
+    await stack.close();
   };
-  const admin = connect("admin");
-  const children = new Set<ChildProcess>();
+  return {
+    env,
+    /** The pipeline that the test is about: what needs a pipeline below, and is given none, means this one. */
+    pipeline,
+    /** Its script, for example scripts/orders.ts, its table and a text column of it that a test may write to. */
+    script: `scripts/${pipeline}.ts`,
+    table: `public.${pipeline}`,
+    text,
+    dataset: name,
+    /** The bucket, below the shop's prefix. */
+    bucket,
+    /** The shop's database in ClickHouse; the rows of a query there. */
+    clickhouse,
+    select: async <T>(query: string): Promise<T[]> => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>(),
+    ...source,
+    ...scripts,
+    ...bigquery,
+    /** The metrics that the Pushgateway has of this shop's pipeline: name → value. */
+    metrics: async (of: string = pipeline): Promise<Record<string, number>> => {
+      const text = await (await fetch(`${env.PUSHGATEWAY_URL}/metrics`)).text();
+      const found = Array.from(text.matchAll(/^(\w+)\{(.*)\} (\S+)$/gm), ([, metric, labels, value]) => ({ metric, labels, value }));
+      const mine = found.filter(({ labels }) => labels?.includes(`pipeline="${of}"`));
+      return Object.fromEntries(mine.map(({ metric, value }) => [metric, Number(value)]));
+    },
+    [Symbol.asyncDispose]: dispose,
+  };
+}
 
+/** The scripts of a folder, as real processes. */
+function scriptsOf(folder: string, env: Env) {
+  const children = new Set<ChildProcess>();
   const start = (script: string, variables: Env = {}): Process => {
     const child = spawn(process.execPath, [join(folder, script)], {
       cwd: folder,
@@ -219,29 +213,83 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     return { child, line, ended };
   };
   const run = (script: string, variables?: Env): Promise<Result> => start(script, variables).ended;
+  /** Runs it and requires exit code 0. */
   const succeed = async (script: string, variables?: Env): Promise<Result> => {
     const result = await run(script, variables);
     if (result.code !== 0) throw new Error(`${script} exited ${result.code ?? result.signal}:\n${result.stderr}`);
     return result;
   };
-  // The bucket is all shops', and there already. There are more than a hundred shops: what migrate leaves out is worth it.
-  if (bigquery) await succeed("scripts/ops/migrate.ts", { S3_BUCKET: "", ...(wantsClickHouse ? {} : { CLICKHOUSE_URL: "" }) });
-  else if (wantsClickHouse) await createReadings(env);
+  return { children, start, run, succeed };
+}
 
-  const insertRows = async (first: number, last: number, into = pipeline): Promise<void> => {
-    const day = admin`timestamptz '2017-01-01' + i * interval '1 minute'`;
-    const ids = admin`generate_series(${first}::int, ${last}::int) i`;
-    if (into === "users") {
-      await admin`insert into public.users (id, age_band, income_band, created_at) select i, '45-54', i % 250 || 'K', ${day} from ${ids}`;
-    } else {
-      await admin`
-        insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
-        select i, i % 100, i % 10, 'paid', 1 + i % 7, (i % 10000) / 100.0, 0, ${day} from ${ids}`;
-    }
+/** A row in one form for the source and the destination: numbers and times as text. */
+type Row = Record<string, string | null>;
+
+/** The source's database: what the shop's applications do, and its administrators. */
+function sourceOf(env: Env, pipeline: Pipeline) {
+  const open: Sql[] = [];
+  /** A further connection as superuser, for transactions held open. */
+  const connect = (application = "test"): Sql => {
+    const sql = postgres(env.STACK_ADMIN_DATABASE_URL ?? "", {
+      max: 1,
+      onnotice: () => {},
+      fetch_types: false,
+      connection: { application_name: application },
+    });
+    open.push(sql);
+    return sql;
   };
+  const admin = connect("admin");
+  return {
+    open,
+    connect,
+    /** The source's superuser. */
+    admin,
+    /** Inserts rows with the ids first..last into the pipeline's table; the trigger sets updated_at. */
+    insertRows: async (first: number, last: number, into = pipeline): Promise<void> => {
+      const day = admin`timestamptz '2017-01-01' + i * interval '1 minute'`;
+      const ids = admin`generate_series(${first}::int, ${last}::int) i`;
+      if (into === "users")
+        await admin`insert into public.users (id, age_band, income_band, created_at) select i, '45-54', i % 250 || 'K', ${day} from ${ids}`;
+      else
+        await admin`
+          insert into public.orders (id, user_id, store_id, status, item_count, total, discount, created_at)
+          select i, i % 100, i % 10, 'paid', 1 + i % 7, (i % 10000) / 100.0, 0, ${day} from ${ids}`;
+    },
+    /** Inserts events of a day (YYYY-MM-DD), spread over it, each at its own time. */
+    insertEvents: async (day: string, count: number): Promise<void> =>
+      void (await admin`
+        insert into public.events (user_id, type, payload, created_at)
+        select i, 'purchase', jsonb_build_object('n', i, 'text', 'e''é' || i),
+          ${day}::text::timestamptz + (i - 1) * interval '1 day' / ${count}::int
+        from generate_series(1, ${count}::int) i`),
+    /** Sets the text column of the rows with the ids first..last. */
+    updateRows: async (first: number, last: number, value: string): Promise<void> =>
+      void (await admin`update ${admin(pipeline)} set ${admin(textColumns[pipeline])} = ${value} where id between ${first} and ${last}`),
+    watermark: async (of: string = pipeline): Promise<string | undefined> => {
+      const [row] = await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${of}`;
+      return row?.at;
+    },
+    /** Every row of a pipeline's table, by key. */
+    sourceRows: async (of: string = pipeline): Promise<Row[]> => {
+      const { fields, key } = readContract(of);
+      const forms: Record<string, (column: string) => string> = {
+        TIMESTAMP: (column) => `(extract(epoch from ${column}) * 1000000)::bigint::text`,
+        NUMERIC: (column) => `trim_scale(${column})::text`,
+      };
+      const columns = fields.map(({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`);
+      const rows = await admin.unsafe(`select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`);
+      return rows.map((row) => ({ ...row }));
+    },
+  };
+}
 
-  const api: Shop["api"] = async (path, method = "GET", body) => {
-    const url = `${base.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${base.BIGQUERY_PROJECT}${path}`;
+/** The destination. */
+function bigqueryOf({ BIGQUERY_ENDPOINT, BIGQUERY_PROJECT: projectId, BIGQUERY_DATASET: datasetId }: Env, pipeline: Pipeline) {
+  /** BigQuery's REST API, at a path below the project; undefined where there is nothing. Throws what else it answers than an OK. */
+  // biome-ignore lint/suspicious/noExplicitAny: the API's own JSON
+  const api = async (path: string, method = "GET", body?: object): Promise<any> => {
+    const url = `${BIGQUERY_ENDPOINT}/bigquery/v2/projects/${projectId}${path}`;
     const headers = { "content-type": "application/json" };
     const answer = await fetch(url, { method, ...(body && { headers, body: JSON.stringify(body) }) });
     if (answer.status === 404 && method === "GET") return undefined;
@@ -249,14 +297,14 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     if (!answer.ok) throw new Error(`${method} ${path} failed: ${text.slice(0, 2000)}`);
     return text && JSON.parse(text);
   };
-
-  const query = async (sql: string): Promise<Record<string, string | null>[]> => {
+  /** Runs a query; the dataset is the default. Values as the API writes them, TIMESTAMP in microseconds, an array as JSON. */
+  const query = async (sql: string): Promise<Row[]> => {
     const answer = await api("/queries", "POST", {
       query: sql,
       useLegacySql: false,
       maxResults: 1_000_000,
       timeoutMs: 60_000,
-      defaultDataset: { projectId: base.BIGQUERY_PROJECT, datasetId: name },
+      defaultDataset: { projectId, datasetId },
       formatOptions: { useInt64Timestamp: true },
     });
     if (!answer.jobComplete) throw new Error(`query failed: ${JSON.stringify(answer).slice(0, 2000)}`);
@@ -267,85 +315,23 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
       Array.isArray(v) ? JSON.stringify(v.map((element) => element.v)) : ((v as string | null | undefined) ?? null);
     return rows.map(({ f }) => Object.fromEntries(names.map((field, column) => [field, value(f[column]?.v)])));
   };
-
-  const sourceRows = async (of: string = pipeline): Promise<Record<string, string | null>[]> => {
-    const { fields, key } = readContract(of);
-    const forms: Record<string, (column: string) => string> = {
-      TIMESTAMP: (column) => `(extract(epoch from ${column}) * 1000000)::bigint::text`,
-      NUMERIC: (column) => `trim_scale(${column})::text`,
-    };
-    const columns = fields.map(({ name: field, type }) => `${forms[type]?.(`"${field}"`) ?? `"${field}"::text`} as "${field}"`);
-    const rows = await admin.unsafe(`select ${columns.join(", ")} from public.${of} t order by ${key.map((k) => `t."${k}"`).join()}`);
-    return rows.map((row) => canonical(row, fields));
-  };
-  const destinationRows = async (of: string = pipeline): Promise<Record<string, string | null>[]> => {
-    const { fields, key } = readContract(of);
-    const rows = await query(`SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${of}\` ORDER BY ${key.join()}`);
-    return rows.map((row) => canonical(row, fields));
-  };
-
   return {
-    env,
-    pipeline,
-    script: `scripts/${pipeline}.ts`,
-    table: `public.${pipeline}`,
-    text,
-    admin,
-    dataset: name,
-    bucket,
-    clickhouse,
     api,
-    select: async <T>(query: string) => await (await clickhouse.query({ query, format: "JSONEachRow" })).json<T>(),
-    connect,
-    start,
-    run,
-    succeed,
     query,
-    sourceRows,
-    destinationRows,
-    insertRows,
-    insertEvents: async (day, count) =>
-      void (await admin`
-        insert into public.events (user_id, type, payload, created_at)
-        select i, 'purchase', jsonb_build_object('n', i, 'text', 'e''é' || i),
-          ${day}::text::timestamptz + (i - 1) * interval '1 day' / ${count}::int
-        from generate_series(1, ${count}::int) i`),
-    updateRows: async (first, last, value) =>
-      void (await admin`update ${admin(pipeline)} set ${admin(text)} = ${value} where id between ${first} and ${last}`),
-    watermark: async (of = pipeline) => {
-      const [row] = await admin`select replace(watermark::text, ' ', 'T') as at from etl.watermarks where pipeline = ${of}`;
-      return row?.at;
+    /** Every row of a pipeline's table, by key. */
+    destinationRows: async (of: string = pipeline): Promise<Row[]> => {
+      const { fields, key } = readContract(of);
+      const rows = await query(`SELECT ${fields.map((field) => `\`${field.name}\``).join(", ")} FROM \`${of}\` ORDER BY ${key.join()}`);
+      const shortest = (value: string | null | undefined) => (value?.includes(".") ? value.replace(/\.?0+$/, "") : (value ?? null));
+      for (const { name } of fields.filter(({ type }) => type === "NUMERIC")) for (const row of rows) row[name] = shortest(row[name]);
+      return rows;
     },
-    stagingTables: async () => {
-      const { tables = [] }: { tables?: { tableReference: { tableId: string } }[] } = await api(`/datasets/${name}/tables?maxResults=1000`);
-      return tables.map(({ tableReference }) => tableReference.tableId).filter((table) => table.includes("_staging_"));
-    },
-    metrics: async (of = pipeline) => {
-      const response = await fetch(`${env.PUSHGATEWAY_URL}/metrics`);
-      const values: Record<string, number> = {};
-      for (const [, metric, labels, value] of (await response.text()).matchAll(/^(\w+)\{(.*)\} (\S+)$/gm)) {
-        if (labels?.includes(`pipeline="${of}"`)) values[metric as string] = Number(value);
-      }
-      return values;
-    },
-    [Symbol.asyncDispose]: async () => {
-      for (const child of children) child.kill("SIGKILL");
-      gateway?.child.kill("SIGKILL");
-      await Promise.all(open.map((sql) => sql.end({ timeout: 1 })));
-      await server.unsafe(`drop database if exists ${name} with (force)`);
-      await server.end();
-      const { datasets }: { datasets: { datasetReference: { datasetId: string } }[] } = await api("/datasets?all=true");
-      for (const { datasetId } of datasets.map(({ datasetReference }) => datasetReference))
-        if (datasetId.startsWith(name)) await api(`/datasets/${datasetId}?deleteContents=true`, "DELETE");
-      await removeObjects(
-        bucket,
-        (await Array.fromAsync(listObjects(bucket, bucket.prefix))).map(({ key }) => key),
+    /** Names of staging tables that are left in the dataset. */
+    stagingTables: async (): Promise<string[]> => {
+      const { tables = [] }: { tables?: { tableReference: { tableId: string } }[] } = await api(
+        `/datasets/${datasetId}/tables?maxResults=1000`,
       );
-      bucket.client.destroy();
-      await clickhouse.close();
-      const stack = connectClickHouse(base); // a client's own database has to be there, whatever it asks
-      for (const database of [`${name}_rebuild`, name]) await stack.command({ query: `DROP DATABASE IF EXISTS ${database}` });
-      await stack.close();
+      return tables.map(({ tableReference }) => tableReference.tableId).filter((table) => table.includes("_staging_"));
     },
   };
 }
@@ -388,19 +374,6 @@ export async function createReadings(env: Env): Promise<void> {
   await client.close();
 }
 
-async function startPushgateway(): Promise<{ url: string; child: ChildProcess }> {
-  const port = await freePort();
-  const child = spawn(pushgatewayProgram, [`--web.listen-address=127.0.0.1:${port}`], { stdio: "ignore" });
-  const url = `http://127.0.0.1:${port}`;
-  await until("Pushgateway ready", () =>
-    fetch(`${url}/-/ready`).then(
-      ({ ok }) => ok,
-      () => false,
-    ),
-  );
-  return { url, child };
-}
-
 /**
  * A port that nothing listens on, nor on the next (Kafka's controller has that). Not one of those that outgoing connections get: one of
  * them could take it before its server is there, or while it is down, or be one with itself.
@@ -408,27 +381,9 @@ async function startPushgateway(): Promise<{ url: string; child: ChildProcess }>
 export async function freePort(): Promise<number> {
   for (;;) {
     const port = 12_000 + 2 * Math.floor(Math.random() * 9000);
-    const taken = await Promise.all([port, port + 1].map(isTaken));
-    if (!taken.includes(true)) return port;
+    const checks = await Promise.allSettled([port, port + 1].map((one) => checkPort("", `127.0.0.1:${one}`)));
+    if (checks.every(({ status }) => status === "fulfilled")) return port;
   }
-}
-
-async function isTaken(port: number): Promise<boolean> {
-  const server = createServer();
-  const taken = await new Promise<boolean>((resolve) => {
-    server.once("error", () => resolve(true)).listen(port, "127.0.0.1", () => resolve(false));
-  });
-  await new Promise((resolve) => server.close(resolve));
-  return taken;
-}
-
-function canonical(row: Record<string, unknown>, fields: { name: string; type: string }[]): Record<string, string | null> {
-  const form = ({ name, type }: { name: string; type: string }): string | null => {
-    const value = row[name] as string | null;
-    if (value === null || value === undefined) return null;
-    return type === "NUMERIC" && value.includes(".") ? value.replace(/\.?0+$/, "") : value;
-  };
-  return Object.fromEntries(fields.map((field) => [field.name, form(field)]));
 }
 
 /**

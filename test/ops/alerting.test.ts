@@ -1,7 +1,6 @@
 // Faults that are really made, and the alerts that Prometheus shows for them: the real rules on the real Pushgateway and consumer,
 // with time passing 600 times (the consumer: 60 times) as fast.
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -9,12 +8,14 @@ import { json } from "node:stream/consumers";
 import { after, before, describe, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import { createProxy, steps } from "../lib/faults.ts";
-import { type Prometheus, ready, type Sample, scaleDurations, startPrometheus, stop } from "../lib/prometheus.ts";
+import { type Prometheus, type Sample, scaleDurations, startPrometheus } from "../lib/prometheus.ts";
 import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
+import { startServer } from "../lib/servers.ts";
 import { createShop, freePort, type Shop, until } from "../lib/shop.ts";
 import { debianPackage, debianPath } from "../stack/debian.ts";
 import { root } from "../stack/env.ts";
 import { ensureInstalled, run } from "../stack/install.ts";
+import { answers } from "../stack/process.ts";
 
 const hostOf = (url: string | undefined): string => new URL(url ?? "").host;
 
@@ -214,18 +215,11 @@ test("the alerts reach who is meant: a page the pager, a ticket the tickets, wit
     encoding: "latin1",
     mode: 0o755,
   });
-  const alertmanager = spawn(
-    program,
-    [
-      `--config.file=${join(folder, "alertmanager.yml")}`,
-      `--storage.path=${join(folder, "data")}`,
-      `--web.listen-address=${at}`,
-      "--cluster.listen-address=",
-    ],
-    { cwd: join(unpacked, "share/prometheus/alertmanager"), stdio: "ignore" },
-  );
+  const where = [`--config.file=${join(folder, "alertmanager.yml")}`, `--storage.path=${join(folder, "data")}`];
+  const args = ["-C", join(unpacked, "share/prometheus/alertmanager"), program, ...where, `--web.listen-address=${at}`];
+  const alertmanager = { command: "env", args: [...args, "--cluster.listen-address="] };
   try {
-    await ready(`http://${at}`, alertmanager);
+    await using _alertmanager = await startServer("alertmanager", alertmanager, () => answers(`http://${at}/-/ready`));
     await using shop = await createShop({ pushgateway: true });
     await shop.insertRows(1, 3);
     await shop.admin`alter table orders rename status to other`;
@@ -259,7 +253,6 @@ test("the alerts reach who is meant: a page the pager, a ticket the tickets, wit
       for (const { labels } of message.alerts)
         assert.equal(at, { page: "/pager", ticket: "/tickets", none: "/heartbeat" }[labels.severity ?? ""]);
   } finally {
-    await stop(alertmanager);
     rmSync(folder, { recursive: true, force: true });
   }
 });

@@ -1,7 +1,7 @@
-// BigQuery: local-bigquery, which speaks its REST API over DuckDB. What it does less strictly than Google's: CONTRIBUTING.md.
-import { mkdirSync } from "node:fs";
+// BigQuery: local-bigquery, which speaks its REST API over DuckDB. What it does less strictly than Google's: test/README.md.
 import { join } from "node:path";
 import { endpoint } from "./env.ts";
+import { answers } from "./process.ts";
 import { python, pythonInstall } from "./python.ts";
 import { type Part, stackPath } from "./stack.ts";
 
@@ -9,10 +9,9 @@ export const bigquery: Part = {
   name: "bigquery",
   variable: "BIGQUERY_ENDPOINT",
   installs: [pythonInstall],
-  prepare: async () => void mkdirSync(stackPath("bigquery"), { recursive: true }),
-  command: (env) => {
+  command: (env, folder) => {
     const { host, port } = endpoint(env.BIGQUERY_ENDPOINT ?? "");
-    const args = [`--host=${host}`, `--port=${port}`, `--project=${env.BIGQUERY_PROJECT}`, `--data-dir=${stackPath("bigquery")}`];
+    const args = [`--host=${host}`, `--port=${port}`, `--project=${env.BIGQUERY_PROJECT}`, `--data-dir=${folder}`];
     return {
       command: python,
       // The gRPC API is not used here: port 0 is any free one.
@@ -21,9 +20,5 @@ export const bigquery: Part = {
       grace: 3, // it waits for its clients' open connections; its data survives SIGKILL
     };
   },
-  ready: async (env) => {
-    const url = `${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}/datasets`;
-    const answer = await fetch(url, { signal: AbortSignal.timeout(10_000) });
-    if (!answer.ok) throw new Error(`${url}: HTTP ${answer.status} ${await answer.text()}`);
-  },
+  ready: (env) => answers(`${env.BIGQUERY_ENDPOINT}/bigquery/v2/projects/${env.BIGQUERY_PROJECT}/datasets`),
 };

@@ -1,10 +1,12 @@
 // Kafka Connect in distributed mode, one worker, with Debezium's Postgres connector: its jars are kafka.ts's.
-import { mkdirSync, writeFileSync } from "node:fs";
+import { writeFileSync } from "node:fs";
+import { join } from "node:path";
 import { type Env, endpoint } from "./env.ts";
 import { java, kafkaInstall, properties } from "./kafka.ts";
-import { type Part, stackPath } from "./stack.ts";
+import { answers } from "./process.ts";
+import type { Part } from "./stack.ts";
 
-const file = stackPath("connect", "worker.properties");
+const fileIn = (folder: string): string => join(folder, "worker.properties");
 
 function settings(env: Env): string {
   const { host, port } = endpoint(env.CONNECT_URL ?? "");
@@ -48,15 +50,8 @@ export const connect: Part = {
   name: "connect",
   variable: "CONNECT_URL",
   installs: [kafkaInstall],
-  prepare: async (env) => {
-    if (!env.KAFKA_BROKERS) throw new Error(`connect: KAFKA_BROKERS is empty; set it in ${env.ENV_FILE}`);
-    mkdirSync(stackPath("connect"), { recursive: true });
-    writeFileSync(file, settings(env));
-  },
+  prepare: async (env, folder) => writeFileSync(fileIn(folder), settings(env)),
   // It waits for the broker itself, for a minute; so the two can start at the same time.
-  command: (env) => java("org.apache.kafka.connect.cli.ConnectDistributed", [file], settings(env)),
-  ready: async (env) => {
-    const answer = await fetch(new URL("/connectors", env.CONNECT_URL), { signal: AbortSignal.timeout(5_000) });
-    if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
-  },
+  command: (env, folder) => java("org.apache.kafka.connect.cli.ConnectDistributed", [fileIn(folder)], settings(env)),
+  ready: (env) => answers(`${env.CONNECT_URL}/connectors`),
 };

@@ -1,6 +1,8 @@
 // Installing into .stack/ what the parts need, once.
 import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
 import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { text } from "node:stream/consumers";
 import { type Env, root } from "./env.ts";
 import { digest, lockStack, say, stackPath } from "./stack.ts";
 
@@ -43,33 +45,19 @@ export function stopInstalls(): void {
   for (const { pid } of installers) if (pid) process.kill(-pid, "SIGKILL");
 }
 
+type RunOptions = { cwd?: string; env?: Env; needs?: string };
+
 /** Runs a command to its end, and answers its standard output. Its output goes into the error where it fails. */
-export function run(command: string, args: string[], options: { cwd?: string; env?: Env; needs?: string } = {}): Promise<string> {
-  const { promise, resolve, reject } = Promise.withResolvers<string>();
-  const child = spawn(command, args, {
-    cwd: options.cwd ?? root,
-    env: options.env ?? process.env,
-    stdio: ["ignore", "pipe", "pipe"],
-    detached: true,
-  });
+export async function run(command: string, args: string[], { cwd = root, env = process.env, needs }: RunOptions = {}): Promise<string> {
+  const child = spawn(command, args, { cwd, env, stdio: ["ignore", "pipe", "pipe"], detached: true });
   installers.add(child);
-  let stdout = "";
-  let all = "";
-  child.stdout.on("data", (data) => {
-    stdout += data;
-    all += data;
-  });
-  child.stderr.on("data", (data) => {
-    all += data;
-  });
-  child.on("error", (error: NodeJS.ErrnoException) => {
-    installers.delete(child);
-    reject(error.code === "ENOENT" && options.needs ? new Error(`${command}: not found on PATH. ${options.needs}`) : error);
-  });
-  child.on("close", (code, signal) => {
-    installers.delete(child);
-    if (code === 0) resolve(stdout);
-    else reject(new Error(`${command} ${args.join(" ")}: ${signal ?? `exit ${code}`}\n${all.trim().split("\n").slice(-20).join("\n")}`));
-  });
-  return promise;
+  const output = Promise.all([text(child.stdout), text(child.stderr)]);
+  const [code, signal] = await once(child, "close")
+    .catch((error: NodeJS.ErrnoException) => {
+      throw error.code === "ENOENT" && needs ? new Error(`${command}: not found on PATH. ${needs}`) : error;
+    })
+    .finally(() => installers.delete(child));
+  const said = await output;
+  if (code === 0) return said[0];
+  throw new Error(`${command} ${args.join(" ")}: ${signal ?? `exit ${code}`}\n${said.join("").trim().split("\n").slice(-20).join("\n")}`);
 }

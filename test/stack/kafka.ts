@@ -1,8 +1,7 @@
 // Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
 import { createHash, randomBytes } from "node:crypto";
-import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
-import { homedir } from "node:os";
 import { join } from "node:path";
 import { type Env, endpoint } from "./env.ts";
 import { type Install, run } from "./install.ts";
@@ -27,17 +26,6 @@ function verifyJars(folder: string): void {
   if (found !== jars) throw new Error(`kafka: the jars in ${folder} are not those that ${import.meta.filename} names, but ${found}`);
 }
 
-/** Maven's folder of downloads: the user's own, or one in .stack/ where that cannot be written. */
-function repository(): string[] {
-  try {
-    const folder = join(homedir(), ".m2");
-    accessSync(existsSync(folder) ? folder : homedir(), constants.W_OK);
-    return [];
-  } catch {
-    return [`-Dmaven.repo.local=${stackPath("kafka", "m2")}`];
-  }
-}
-
 export const kafkaInstall: Install = {
   name: "kafka",
   definition: () => readFileSync(pom, "utf8") + jars,
@@ -48,9 +36,11 @@ export const kafkaInstall: Install = {
     const fresh = `${libs}.new`;
     rmSync(fresh, { recursive: true, force: true });
     const copy = ["dependency:copy-dependencies", "-DincludeScope=runtime", `-DoutputDirectory=${fresh}`];
-    // Settings and mirrors are the user's own. Strict: a jar that is not what its repository says ends it.
-    await run("mvn", ["-B", "-q", "--strict-checksums", ...repository(), "-f", pom, ...copy], { needs: needsMaven });
+    // Settings and mirrors are the user's own; what it downloads is not. Strict: a jar that is not what its repository says ends it.
+    const own = stackPath("kafka", "m2");
+    await run("mvn", ["-B", "-q", "--strict-checksums", `-Dmaven.repo.local=${own}`, "-f", pom, ...copy], { needs: needsMaven });
     verifyJars(fresh);
+    rmSync(own, { recursive: true });
     rmSync(libs, { recursive: true, force: true });
     renameSync(fresh, libs);
   },
@@ -75,25 +65,24 @@ export const java = (main: string, args: string[], settings: string, options: st
   ],
 });
 
-const dataDir = stackPath("kafka", "data");
-const file = stackPath("kafka", "server.properties");
-
 /** The broker's controller listens at the port after the broker's. */
 const controller = (env: Env): string => {
   const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
   return `${host}:${port + 1}`;
 };
 
-function settings(env: Env, directory = dataDir): string {
+/** @param env KAFKA_ADVERTISED, where it is set, is where the broker tells its clients to go: a proxy before it. */
+function settings(env: Env, data: string): string {
   const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
   return properties({
     "process.roles": "broker,controller",
     "node.id": 1,
     listeners: `PLAINTEXT://${host}:${port},CONTROLLER://${controller(env)}`,
+    "advertised.listeners": `PLAINTEXT://${env.KAFKA_ADVERTISED ?? `${host}:${port}`}`,
     "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
     "controller.listener.names": "CONTROLLER",
     "controller.quorum.voters": `1@${controller(env)}`,
-    "log.dirs": directory,
+    "log.dirs": data,
     // A mistyped topic is an error, not a new topic.
     "auto.create.topics.enable": "false",
     // For messages of 5 MB; Kafka's own limit is 1 MB.
@@ -109,39 +98,35 @@ function settings(env: Env, directory = dataDir): string {
     "log.segment.bytes": 67_108_864,
     "log.flush.offset.checkpoint.interval.ms": 5000,
     "log.cleaner.dedupe.buffer.size": 8_388_608, // 128 MB otherwise
-    // Its own topics are for three brokers, and in 50 partitions, by default.
+    // Its own topic is for three brokers, and in 50 partitions, by default.
     "offsets.topic.replication.factor": 1,
     "offsets.topic.num.partitions": 1,
-    "transaction.state.log.replication.factor": 1,
-    "transaction.state.log.min.isr": 1,
-    "transaction.state.log.num.partitions": 1,
-    "share.coordinator.state.topic.replication.factor": 1,
-    "share.coordinator.state.topic.min.isr": 1,
-    "share.coordinator.state.topic.num.partitions": 1,
   });
 }
 
+const filesOf = (folder: string) => ({ data: join(folder, "data"), file: join(folder, "server.properties") });
+
 /** Under another name until it is whole: a formatting that was killed is done again. */
-async function format(env: Env): Promise<void> {
-  if (existsSync(dataDir)) return;
-  const fresh = `${dataDir}.new`;
+async function format(env: Env, folder: string): Promise<void> {
+  const { data, file } = filesOf(folder);
+  if (existsSync(data)) return;
+  const fresh = `${data}.new`;
   rmSync(fresh, { recursive: true, force: true });
-  mkdirSync(fresh, { recursive: true });
+  mkdirSync(fresh);
   const text = settings(env, fresh);
   writeFileSync(file, text);
   // Kafka's ids are 16 bytes in base64url that do not begin with a dash.
   const id = Buffer.concat([Buffer.of(1), randomBytes(15)]).toString("base64url");
   const { command, args } = java("kafka.tools.StorageTool", ["format", "-t", id, "-c", file], text);
   await run(command, args, { needs: needsJava });
-  renameSync(fresh, dataDir);
+  renameSync(fresh, data);
 }
 
 /** Asks for the metadata of no topic (version 1 of Kafka's Metadata request): the answer begins with the brokers. */
 async function knownBrokers(env: Env): Promise<number> {
   const { host, port } = endpoint(env.KAFKA_BROKERS ?? "");
   const socket = connect(port, host).setTimeout(5_000, () => socket.destroy(new Error("no answer in 5 s")));
-  const request = Buffer.from("000000" + "0e" + "0003" + "0001" + "00000000" + "ffff" + "00000000", "hex");
-  socket.write(request);
+  socket.write(Buffer.from("0000000e0003000100000000ffff00000000", "hex"));
   let answer = Buffer.alloc(0);
   for await (const data of socket) {
     answer = Buffer.concat([answer, data]);
@@ -154,14 +139,18 @@ export const kafka: Part = {
   name: "kafka",
   variable: "KAFKA_BROKERS",
   installs: [kafkaInstall],
-  prepare: async (env) => {
+  prepare: async (env, folder) => {
+    const { data, file } = filesOf(folder);
     await checkPort("kafka's controller", controller(env), "Stop that process, or set another port in KAFKA_BROKERS");
-    await format(env);
-    writeFileSync(file, settings(env));
+    await format(env, folder);
+    writeFileSync(file, settings(env, data));
   },
-  command: (env) => java("kafka.Kafka", [file], settings(env)),
+  command: (env, folder) => {
+    const { data, file } = filesOf(folder);
+    return java("kafka.Kafka", [file], settings(env, data));
+  },
+  // It listens before its controller has let it in.
   ready: async (env) => {
-    // It listens before its controller has let it in.
     if ((await knownBrokers(env)) === 0) throw new Error("the controller has not let the broker in yet");
   },
 };

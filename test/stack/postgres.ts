@@ -9,7 +9,7 @@ import postgresClient from "postgres";
 import { type Env, endpoint } from "./env.ts";
 import { run } from "./install.ts";
 import { awaitReady, type Command, checkPort, startProcess, stopProcess } from "./process.ts";
-import { type Part, stackPath } from "./stack.ts";
+import type { Part } from "./stack.ts";
 
 export type Cluster = {
   /** Names its log and its record: .stack/log/NAME.log. */
@@ -141,9 +141,9 @@ export async function startCluster(cluster: Cluster): Promise<void> {
 /** Stops a cluster cleanly; its data stays. `make down` stops those that a killed test left behind. */
 export const stopCluster = (name: string): Promise<boolean> => stopProcess(name);
 
-const main = (env: Env): Cluster => ({
+const main = (env: Env, folder = ""): Cluster => ({
   name: "postgres",
-  dataDir: stackPath("postgres", "data"),
+  dataDir: join(folder, "data"),
   url: env.STACK_ADMIN_DATABASE_URL ?? "",
 });
 
@@ -151,7 +151,7 @@ export const postgres: Part = {
   name: "postgres",
   variable: "STACK_ADMIN_DATABASE_URL",
   installs: [],
-  prepare: (env) => createData(main(env)),
-  command: (env) => serverCommand(main(env)),
+  prepare: (env, folder) => createData(main(env, folder)),
+  command: (env, folder) => serverCommand(main(env, folder)),
   ready: (env) => ready(main(env).url),
 };

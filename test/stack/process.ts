@@ -1,9 +1,11 @@
 // The stack's processes: started, awaited, stopped. They are detached (a Ctrl-C in `make up` must not kill what already runs)
 // and remembered in .stack/run/NAME.json.
 import { spawn } from "node:child_process";
+import { once } from "node:events";
 import {
   closeSync,
   existsSync,
+  globSync,
   mkdirSync,
   openSync,
   readdirSync,
@@ -13,11 +15,12 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
-import { createServer } from "node:net";
+import { connect, createServer } from "node:net";
+import { basename } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { type Env, endpoint } from "./env.ts";
 import { type Install, installKey } from "./install.ts";
-import { digest, logPath, stackDir, stackPath } from "./stack.ts";
+import { digest, logPath, type Part, stackDir, stackPath } from "./stack.ts";
 
 /** How a process is started. A changed command line, or a changed install, restarts it. */
 export type Command = {
@@ -29,28 +32,19 @@ export type Command = {
   grace?: number;
 };
 
-type Record = {
-  pid: number;
-  bootTicks: string;
-  startedAt: number;
-  key: string;
-  stopSignal: NodeJS.Signals;
-  grace: number;
-};
+type Record = { pid: number; bootTicks: string; startedAt: number; key: string; stopSignal: NodeJS.Signals; grace: number };
 
-const recordPath = (name: string): string => stackPath("run", `${name}.json`);
+export const recordPath = (name: string): string => stackPath("run", `${name}.json`);
 
 /**
- * Whether a process has ended, and its start time; undefined where there is none. Pids are reused: only pid and start time together name
- * a process. A zombie whose other threads still end, as a killed JVM's do, has its ports and files still.
+ * When a process was started; undefined where it has ended. Pids are reused: only pid and start time together name a process.
+ * A zombie whose other threads still end, as a killed JVM's do, has its ports and files still.
  */
-function processStat(pid: number): { ended: boolean; bootTicks: string } | undefined {
+function bootTicks(pid: number): string | undefined {
   try {
-    const fields = readFileSync(`/proc/${pid}/stat`, "utf8")
-      .replace(/^.*\) /s, "")
-      .split(" ");
-    const [state, threads, bootTicks = ""] = [fields[0], Number(fields[17]), fields[19]];
-    return { ended: state === "Z" && threads <= 1, bootTicks };
+    const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
+    const fields = stat.replace(/^.*\) /s, "").split(" ");
+    return fields[0] === "Z" && Number(fields[17]) <= 1 ? undefined : fields[19];
   } catch {
     return undefined;
   }
@@ -60,19 +54,13 @@ function processStat(pid: number): { ended: boolean; bootTicks: string } | undef
 export function running(name: string): Record | undefined {
   try {
     const record = JSON.parse(readFileSync(recordPath(name), "utf8")) as Record;
-    const stat = processStat(record.pid);
-    return stat && !stat.ended && stat.bootTicks === record.bootTicks ? record : undefined;
+    return bootTicks(record.pid) === record.bootTicks ? record : undefined;
   } catch {
     return undefined; // no record, or one cut short by a kill
   }
 }
 
-export const recordedNames = (): string[] =>
-  existsSync(stackPath("run"))
-    ? readdirSync(stackPath("run"))
-        .filter((f) => f.endsWith(".json"))
-        .map((f) => f.slice(0, -5))
-    : [];
+export const recordedNames = (): string[] => globSync(stackPath("run", "*.json")).map((path) => basename(path, ".json"));
 
 /** Servers get this and what their part adds: no variable of the caller, such as PGOPTIONS or PYTHONPATH, changes them. */
 const serverEnv = (): Env => ({
@@ -99,20 +87,12 @@ export async function startProcess(name: string, command: Command, installs: Ins
     detached: true,
   });
   closeSync(log);
-  await new Promise<void>((resolve, reject) => {
-    child.once("spawn", resolve);
-    child.once("error", reject);
-  });
+  await once(child, "spawn");
   child.unref();
-  const pid = child.pid as number;
-  const record: Record = {
-    pid,
-    bootTicks: processStat(pid)?.bootTicks ?? "",
-    startedAt: Date.now(),
-    key: commandKey(command, installs),
-    stopSignal: command.stopSignal ?? "SIGTERM",
-    grace: command.grace ?? 10,
-  };
+  const { pid = 0 } = child;
+  const { stopSignal = "SIGTERM", grace = 10 } = command;
+  const started = { pid, bootTicks: bootTicks(pid) ?? "", startedAt: Date.now() };
+  const record: Record = { ...started, key: commandKey(command, installs), stopSignal, grace };
   writeFileSync(`${recordPath(name)}.tmp`, JSON.stringify(record));
   renameSync(`${recordPath(name)}.tmp`, recordPath(name));
 }
@@ -120,9 +100,11 @@ export async function startProcess(name: string, command: Command, installs: Ins
 const lastLines = (name: string): string =>
   `${existsSync(logPath(name)) ? readFileSync(logPath(name), "utf8").trim().split("\n").slice(-12).join("\n") : ""}\n(log: ${logPath(name)})`;
 
-/** Waits until `ready` resolves. Throws with the end of the log when the process ends first, or after `seconds`. */
-export async function awaitReady(name: string, ready: () => Promise<void>, seconds = 60): Promise<void> {
-  const deadline = Date.now() + seconds * 1000;
+const SECONDS = 90;
+
+/** Waits until `ready` resolves. Throws with the end of the log when the process ends first, or after 90 s. */
+export async function awaitReady(name: string, ready: () => Promise<void>): Promise<void> {
+  const deadline = Date.now() + SECONDS * 1000;
   for (;;) {
     const failure = await ready().then(
       () => undefined,
@@ -131,10 +113,38 @@ export async function awaitReady(name: string, ready: () => Promise<void>, secon
     if (!failure) return;
     if (!running(name)) throw new Error(`${name} died at its start:\n${lastLines(name)}`);
     if (Date.now() > deadline) {
-      throw new Error(`${name} is not ready after ${seconds} s (${failure.message}); its log ends:\n${lastLines(name)}`);
+      throw new Error(`${name} is not ready after ${SECONDS} s (${failure.message}); its log ends:\n${lastLines(name)}`);
     }
     await sleep(50);
   }
+}
+
+/** @throws Error where what answers at a URL is no OK. */
+export async function answers(url: string): Promise<void> {
+  const answer = await fetch(url, { signal: AbortSignal.timeout(10_000) });
+  if (!answer.ok) throw new Error(`${url}: HTTP ${answer.status} ${await answer.text()}`);
+}
+
+/** @throws Error where nobody listens at a port. */
+export async function listens(port: number): Promise<void> {
+  const socket = connect(port, "127.0.0.1");
+  await once(socket, "connect");
+  socket.destroy();
+}
+
+/**
+ * Starts a part, or another one of its kind under its own name and in its own folder, and waits until it serves.
+ * @param as changes how it is started.
+ */
+export async function startPart(
+  part: Part,
+  env: Env,
+  { name = part.name, folder = stackPath(part.name), as = (command: Command): Command => command } = {},
+): Promise<void> {
+  mkdirSync(folder, { recursive: true });
+  await part.prepare?.(env, folder);
+  await startProcess(name, as(part.command(env, folder)), part.installs);
+  await awaitReady(name, () => part.ready(env));
 }
 
 function signal(pid: number, name: NodeJS.Signals): void {
@@ -145,11 +155,11 @@ function signal(pid: number, name: NodeJS.Signals): void {
   }
 }
 
-/** Stops what runs under this name: its signal, then SIGKILL for its whole group. Answers whether anything ran. */
-export async function stopProcess(name: string): Promise<boolean> {
+/** Stops what runs under this name: by its own signal or this one, then SIGKILL for its whole group. Answers whether anything ran. */
+export async function stopProcess(name: string, by?: NodeJS.Signals): Promise<boolean> {
   const record = running(name);
   if (record) {
-    signal(record.pid, record.stopSignal);
+    signal(record.pid, by ?? record.stopSignal);
     const deadline = Date.now() + record.grace * 1000;
     while (running(name) && Date.now() < deadline) await sleep(20);
     signal(-record.pid, "SIGKILL");

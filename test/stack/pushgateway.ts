@@ -1,26 +1,21 @@
 // Pushgateway: what the pipelines push their metrics to.
-import { mkdirSync } from "node:fs";
+import { join } from "node:path";
 import { debianPackage, debianPath } from "./debian.ts";
 import { endpoint } from "./env.ts";
-import { type Part, stackPath } from "./stack.ts";
+import { answers } from "./process.ts";
+import type { Part } from "./stack.ts";
 
 const debian = "prometheus-pushgateway";
-export const pushgatewayProgram: string = debianPath(debian, `usr/bin/${debian}`);
 
 export const pushgateway: Part = {
   name: "pushgateway",
   variable: "PUSHGATEWAY_URL",
   installs: [debianPackage(debian)],
-  prepare: async () => void mkdirSync(stackPath("pushgateway"), { recursive: true }),
-  command: (env) => {
+  command: (env, folder) => {
     const { host, port } = endpoint(env.PUSHGATEWAY_URL ?? "");
-    const file = stackPath("pushgateway", "metrics");
     // It writes its file at a stop too; the interval is what a SIGKILL can lose.
-    const args = [`--web.listen-address=${host}:${port}`, `--persistence.file=${file}`, "--persistence.interval=1s"];
-    return { command: pushgatewayProgram, args };
+    const file = [`--persistence.file=${join(folder, "metrics")}`, "--persistence.interval=1s"];
+    return { command: debianPath(debian, `usr/bin/${debian}`), args: [`--web.listen-address=${host}:${port}`, ...file] };
   },
-  ready: async (env) => {
-    const answer = await fetch(new URL("/-/ready", env.PUSHGATEWAY_URL), { signal: AbortSignal.timeout(5_000) });
-    if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
-  },
+  ready: (env) => answers(`${env.PUSHGATEWAY_URL}/-/ready`),
 };

@@ -1,7 +1,7 @@
 // S3: versitygw, a real S3 server over a folder.
-import { mkdirSync } from "node:fs";
 import { endpoint } from "./env.ts";
 import { goProgram } from "./go.ts";
+import { answers } from "./process.ts";
 import { type Part, stackPath } from "./stack.ts";
 
 const versitygw = {
@@ -15,19 +15,15 @@ export const s3: Part = {
   name: "s3",
   variable: "S3_ENDPOINT",
   installs: [goProgram("versitygw", versitygw)],
-  prepare: async () => void mkdirSync(stackPath("s3"), { recursive: true }),
-  command: (env) => {
+  command: (env, folder) => {
     const { host, port } = endpoint(env.S3_ENDPOINT ?? "");
     const server = [`--port=${host}:${port}`, `--region=${env.AWS_REGION}`, `--health=${health}`];
     return {
       command: stackPath("bin", "versitygw"),
       // ETags and metadata are in extended attributes. Its --sidecar, which needs none, mixes those of an object's versions.
-      args: [...server, "--keep-alive", "--quiet", "posix", stackPath("s3")],
+      args: [...server, "--keep-alive", "--quiet", "posix", folder],
       env: { ROOT_ACCESS_KEY_ID: env.AWS_ACCESS_KEY_ID, ROOT_SECRET_ACCESS_KEY: env.AWS_SECRET_ACCESS_KEY },
     };
   },
-  ready: async (env) => {
-    const answer = await fetch(new URL(health, env.S3_ENDPOINT), { signal: AbortSignal.timeout(5_000) });
-    if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
-  },
+  ready: (env) => answers(`${env.S3_ENDPOINT}${health}`),
 };

@@ -20,9 +20,9 @@ export type Part = {
   /** The environment variable that says where it is: a URL or host:port. */
   variable: string;
   installs: Install[];
-  /** What must exist before the start, such as a data directory. Idempotent. */
-  prepare?: (env: Env) => Promise<void>;
-  command: (env: Env) => Command;
+  /** Puts into its folder what must be there before the start. Idempotent. */
+  prepare?: (env: Env, folder: string) => Promise<void>;
+  command: (env: Env, folder: string) => Command;
   /** Resolves once the part can serve; throws until then. */
   ready: (env: Env) => Promise<void>;
 };

@@ -1,6 +1,7 @@
 // make stack-status: one line a part.
 import { existsSync } from "node:fs";
 import { join } from "node:path";
+import { duration, table } from "../../shared/table.ts";
 import { endpoint, localEnv, notOurs, root } from "./env.ts";
 import { parts } from "./parts.ts";
 import { portHolder, recordedNames, running } from "./process.ts";
@@ -8,11 +9,6 @@ import { logPath } from "./stack.ts";
 
 const file = process.env.ENV_FILE || (existsSync(join(root, ".env")) ? ".env" : ".env.example");
 const env = localEnv(file);
-
-function uptime(startedAt: number): string {
-  const seconds = Math.round((Date.now() - startedAt) / 1000);
-  return `${Math.floor(seconds / 3600)}h${String(Math.floor(seconds / 60) % 60).padStart(2, "0")}m${String(seconds % 60).padStart(2, "0")}s`;
-}
 
 function state(name: string, variable?: string): string {
   const record = running(name);
@@ -24,20 +20,15 @@ function state(name: string, variable?: string): string {
 }
 
 const others = recordedNames().filter((name) => !parts.some((part) => part.name === name));
-const rows = [
-  ["PART", "STATE", "AT", "UPTIME", "LOG"],
-  ...[...parts, ...others.map((name) => ({ name, variable: undefined }))].map(({ name, variable }) => {
-    const record = running(name);
-    const value = variable && env[variable];
-    const at = value ? Object.values(endpoint(value)).join(":") : "";
-    return [name, state(name, variable), at, record ? uptime(record.startedAt) : "", existsSync(logPath(name)) ? logPath(name) : ""];
-  }),
-];
-const widths = rows[0]?.map((_, column) => Math.max(...rows.map((row) => row[column]?.length ?? 0))) ?? [];
-for (const row of rows)
-  console.log(
-    row
-      .map((cell, column) => cell.padEnd(widths[column] ?? 0))
-      .join("  ")
-      .trimEnd(),
-  );
+const rows = [...parts, ...others.map((name) => ({ name, variable: undefined }))].map(({ name, variable }) => {
+  const record = running(name);
+  const value = variable && env[variable];
+  return {
+    part: name,
+    state: state(name, variable),
+    at: value ? Object.values(endpoint(value)).join(":") : "",
+    uptime: record ? duration((Date.now() - record.startedAt) / 1000) : "",
+    log: existsSync(logPath(name)) ? logPath(name) : "",
+  };
+});
+console.log(table(rows));

@@ -6,8 +6,8 @@ import { afterStart } from "./after-start.ts";
 import { type Env, endpoint, localEnv, notOurs, root } from "./env.ts";
 import { type Install, installed, runInstall, stopInstalls } from "./install.ts";
 import { parts } from "./parts.ts";
-import { awaitReady, checkPort, commandKey, running, startProcess, stopProcess } from "./process.ts";
-import { lockStack, type Part, say } from "./stack.ts";
+import { awaitReady, checkPort, commandKey, running, startPart, stopProcess } from "./process.ts";
+import { lockStack, type Part, say, stackPath } from "./stack.ts";
 
 /** Waits for all, then throws the failures together: one broken part does not hide another. */
 async function all(work: Promise<unknown>[]): Promise<void> {
@@ -18,23 +18,15 @@ async function all(work: Promise<unknown>[]): Promise<void> {
 async function start(part: Part, env: Env): Promise<void> {
   const since = Date.now();
   const record = running(part.name);
-  if (record && record.key !== commandKey(part.command(env), part.installs)) {
+  if (record && record.key !== commandKey(part.command(env, stackPath(part.name)), part.installs)) {
     say(`${part.name}: its settings changed, restarting`);
     await stopProcess(part.name);
   }
   const fresh = !running(part.name);
   if (fresh) {
-    const remedy = `Stop that process, or set another port in ${part.variable} (${env.ENV_FILE})`;
-    await checkPort(part.name, env[part.variable] ?? "", remedy);
-    await part.prepare?.(env);
-    await startProcess(part.name, part.command(env), part.installs);
-  }
-  try {
-    await awaitReady(part.name, () => part.ready(env));
-  } catch (error) {
-    if (fresh || running(part.name)) throw error;
-    return await start(part, env); // it was killed before, and took a moment to be gone
-  }
+    await checkPort(part.name, env[part.variable] ?? "", `Stop that process, or set another port in ${part.variable} (${env.ENV_FILE})`);
+    await startPart(part, env);
+  } else await awaitReady(part.name, () => part.ready(env));
   const { host, port } = endpoint(env[part.variable] ?? "");
   say(`${part.name}: ${fresh ? `started in ${((Date.now() - since) / 1000).toFixed(1)} s` : "runs"} at ${host}:${port}`);
 }
@@ -71,17 +63,12 @@ async function up(): Promise<void> {
   }
 }
 
-for (const [signal, code] of [
-  ["SIGINT", 130],
-  ["SIGTERM", 143],
-  ["SIGHUP", 129],
-] as const) {
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"])
   process.on(signal, () => {
     stopInstalls();
     say("make up: stopped; what already runs stays, the rest is done by the next make up");
-    process.exit(code);
+    process.exit(130);
   });
-}
 await up().catch((error: Error) => {
   stopInstalls();
   say(error.message);
