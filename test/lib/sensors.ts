@@ -6,13 +6,13 @@ import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
-import type { Admin, Message, Producer } from "kafkajs";
+import type { Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
 import { type PartitionState, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, createTopic, type Kafka } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
 import { random } from "./random.ts";
-import { connectClickHouse, createReadings, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import { connectClickHouse, createReadings, createShop, type Process, type ShopOptions, until } from "./shop.ts";
 
 /** The broker at host:port, without TLS and login. */
 export const kafkaAt = (broker: string): Kafka =>
@@ -46,31 +46,7 @@ export interface Consumer extends Process {
   metrics(): Promise<Record<string, number>>;
 }
 
-export interface Sensors extends AsyncDisposable {
-  shop: Shop;
-  topic: string;
-  admin: Admin;
-  /** Where the topic and the group are, by partition; what the group has committed, over all of them. */
-  state(): Promise<PartitionState[]>;
-  committed(): Promise<number>;
-  /** Starts `make sensors`, and waits until the group gave it its partitions. */
-  consumer(variables?: Env): Promise<Consumer>;
-  /** Runs `make sensors UNTIL=caught-up` to its end and requires exit code 0. */
-  catchUp(variables?: Env): Promise<void>;
-  /** Runs `make connector`, and requires exit code 0. */
-  connector(): Promise<void>;
-  /** Writes messages to the topic as they are, in their order. */
-  produce(messages: Message[]): Promise<void>;
-  /** The source's readings, and ClickHouse's (with FINAL), by id. */
-  source(): Promise<Reading[]>;
-  readings(database?: string): Promise<Reading[]>;
-  /** Waits until both are the same, and shows the difference where they do not become it. */
-  equal(seconds?: number): Promise<void>;
-  /** Waits until all that the source has committed by now is inserted and its offsets are committed, by consumers that run. */
-  drained(seconds?: number): Promise<void>;
-  /** Dead letters by partition and offset. */
-  deadLetters(): Promise<{ epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }[]>;
-}
+export type Sensors = Awaited<ReturnType<typeof createSensors>>;
 
 const number = (text: string | null): string | null => {
   if (text === null) return null;
@@ -105,7 +81,7 @@ export interface SensorsOptions extends ShopOptions {
   servers?: Env;
 }
 
-export async function createSensors(options: SensorsOptions = {}): Promise<Sensors> {
+export async function createSensors(options: SensorsOptions = {}) {
   const { connector = true, partitions = 3, servers } = options;
   const plain = await createShop({ ...options, clickhouse: !options.servers });
   // What the shop starts gets this same object.
@@ -139,6 +115,7 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     throw error;
   }
 
+  /** ClickHouse's readings (with FINAL), and the source's, by id. */
   const readings = async (of = database): Promise<Reading[]> => {
     const rows = await select<Reading>(
       `SELECT toString(id) AS id, sensor_id, metric, toString(value) AS value, toString(recorded_at) AS recorded_at FROM ${of}.sensor_readings FINAL ORDER BY sensor_readings.id`,
@@ -152,18 +129,22 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     return rows.map((row) => ({ ...row, value: number(row.value) }));
   };
 
-  const state = () => topicState(admin, topic, group);
+  /** Where the topic and the group are, by partition. */
+  const state = (): Promise<PartitionState[]> => topicState(admin, topic, group);
 
   return {
     shop,
     topic,
     admin,
     state,
+    /** What the group has committed, over all partitions. */
     committed: async () => (await state()).reduce((sum, { committed }) => sum + Math.max(0, Number(committed)), 0),
     readings,
     source,
+    /** Runs `make connector`, and requires exit code 0. */
     connector: put,
-    consumer: async (variables = {}) => {
+    /** Starts `make sensors`, and waits until the group gave it its partitions. */
+    consumer: async (variables: Env = {}): Promise<Consumer> => {
       const process = shop.start("scripts/sensors.ts", variables);
       const url = process.line(/step=serving/).then((line) => new URL(/metrics=(\S+)/.exec(line)?.[1] ?? "").origin);
       url.catch(() => {});
@@ -177,21 +158,26 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
         },
       };
     },
-    catchUp: async (variables = {}) => void (await shop.succeed("scripts/sensors.ts", { ...variables, UNTIL: "caught-up" })),
-    produce: async (messages) => {
+    /** Runs `make sensors UNTIL=caught-up` to its end and requires exit code 0. */
+    catchUp: async (variables: Env = {}): Promise<void> =>
+      void (await shop.succeed("scripts/sensors.ts", { ...variables, UNTIL: "caught-up" })),
+    /** Writes messages to the topic as they are, in their order. */
+    produce: async (messages: Message[]): Promise<void> => {
       if (!producer) {
         producer = kafka.producer({ allowAutoTopicCreation: false, maxInFlightRequests: 1 });
         await producer.connect();
       }
       await producer.send({ topic, messages, acks: -1 });
     },
-    equal: async (seconds = 60) => {
+    /** Waits until source and ClickHouse are the same, and shows the difference where they do not become it. */
+    equal: async (seconds = 60): Promise<void> => {
       const same = async (): Promise<boolean> => isDeepStrictEqual(await readings(), await source());
       await until("source and ClickHouse are the same", same, seconds).catch(async () => {
         assertSame(await readings(), await source());
       });
     },
-    drained: async (seconds = 60) => {
+    /** Waits until all that the source has committed by now is inserted and its offsets are committed, by consumers that run. */
+    drained: async (seconds = 60): Promise<void> => {
       // Debezium writes in the order of commits: once this row is there, all before it is in the topic.
       const marker = `marker ${performance.now()}`;
       await shop.admin`
@@ -205,11 +191,12 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
         (await state()).every(({ committed }, at) => !ends[at]?.end || committed >= ends[at].end);
       await until("its offsets are committed", committed, seconds);
     },
+    /** By partition and offset. */
     deadLetters: () =>
-      select(
+      select<{ epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }>(
         "SELECT epoch, partition, toString(offset) AS offset, reason, key, value FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset",
       ),
-    [Symbol.asyncDispose]: async () => {
+    [Symbol.asyncDispose]: async (): Promise<void> => {
       if (slot) {
         const url = new URL(`/connectors/etl-${database}-sensor_readings`, CONNECT_URL);
         await fetch(url, { method: "DELETE" }).catch(() => {}); // one that a test has killed
@@ -287,34 +274,23 @@ async function changeAtRandom(sql: Sql | TransactionSql, below: (n: number) => n
   const metric = below(100) ? `m${below(3)}` : "wide ".repeat(5000);
   const at = `2024-01-0${1 + below(3)} 00:00:00.00000${below(2)}Z`;
   const value = below(1000) / 7;
-  switch (below(11)) {
-    case 0:
-      await sql`update sensor_readings set sensor_id = ${sensor} where id = ${id}`;
-      break;
-    case 1:
-      await sql`update sensor_readings set recorded_at = ${at}::text::timestamptz where id = ${id}`;
-      break;
-    case 2:
-      await sql`update sensor_readings set value = value + 1 where id % 5 = ${id % 5} and id <= 40`;
-      break;
-    case 3:
-      await sql`delete from sensor_readings where id = ${id}`;
-      break;
-    case 4:
-      await sql`update sensor_readings set id = ${other} where id = ${id}`;
-      break;
-    case 5:
-      await sql`update sensor_readings set value = value where id = ${id}`;
-      break;
-    case 6:
+  const insert = () => sql`
+    insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+    values (${id}, ${sensor}, ${metric}, ${value}, ${at}::text::timestamptz) on conflict (id) do update set value = excluded.value`;
+  const changes: (() => Promise<unknown>)[] = [
+    () => sql`update sensor_readings set sensor_id = ${sensor} where id = ${id}`,
+    () => sql`update sensor_readings set recorded_at = ${at}::text::timestamptz where id = ${id}`,
+    () => sql`update sensor_readings set value = value + 1 where id % 5 = ${id % 5} and id <= 40`,
+    () => sql`delete from sensor_readings where id = ${id}`,
+    () => sql`update sensor_readings set id = ${other} where id = ${id}`,
+    () => sql`update sensor_readings set value = value where id = ${id}`,
+    async () => {
       await sql`savepoint one`;
       await sql`update sensor_readings set value = -1, sensor_id = 'never' where id = ${id}`;
       await sql`rollback to savepoint one`;
-      break;
-    case 7:
-      await sql`update sensor_readings set value = ${value}, metric = ${metric} where id = ${id}`;
-      break;
-    case 8: {
+    },
+    () => sql`update sensor_readings set value = ${value}, metric = ${metric} where id = ${id}`,
+    async () => {
       // Rows of a COPY, and of one INSERT; their ids are the table's next.
       const copy = "copy sensor_readings (sensor_id, metric, value, recorded_at) from stdin";
       const lines = `${sensor ?? "\\N"}\tcopied\t${value}\t2024-01-09Z\n`.repeat(20);
@@ -322,11 +298,9 @@ async function changeAtRandom(sql: Sql | TransactionSql, below: (n: number) => n
       await sql`
         insert into sensor_readings (sensor_id, metric, value, recorded_at)
         select ${sensor}, 'many', ${value}::float8 + i, '2024-01-10Z' from generate_series(1, 20) i`;
-      break;
-    }
-    default:
-      await sql`
-        insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
-        values (${id}, ${sensor}, ${metric}, ${value}, ${at}::text::timestamptz) on conflict (id) do update set value = excluded.value`;
-  }
+    },
+    insert,
+    insert,
+  ];
+  await changes[below(changes.length)]?.();
 }

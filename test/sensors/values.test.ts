@@ -88,16 +88,6 @@ suite("sensors", { concurrency: 4 }, () => {
       await assertExact(sensors);
     });
 
-    test("after updates that change nothing, and rows that are the same but for their id", async () => {
-      const { admin } = sensors.shop;
-      await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select 50000 + i, 'same', 'm', 1, '2024-03-01Z' from generate_series(1, 50) i`;
-      for (let round = 0; round < 3; round++)
-        await admin`update sensor_readings set value = value, sensor_id = sensor_id where sensor_id = 'same'`;
-      await admin`delete from sensor_readings where id = 50007`;
-      await assertExact(sensors);
-      assert.equal((await sensors.readings()).filter(({ sensor_id }) => sensor_id === "same").length, 49);
-    });
-
     test("after transactions of many rows, and without those that were rolled back, whole or to a savepoint", async () => {
       const { admin } = sensors.shop;
       const fill = (sql: Sql | TransactionSql, first: number, sensor: string) =>
