@@ -51,19 +51,15 @@ export async function serversOf<Name extends string>(folder: string, env: Env): 
 const ofSensors = { kafka: "KAFKA_BROKERS", connect: "CONNECT_URL", clickhouse: "CLICKHOUSE_URL" };
 export type SensorsServer = keyof typeof ofSensors;
 
-/** Kafka, Connect and ClickHouse, or some of them. */
-export async function createServers(
-  names = Object.keys(ofSensors) as SensorsServer[],
-): Promise<Servers<SensorsServer> & AsyncDisposable & { env: Env }> {
+/** Kafka, Connect and ClickHouse. */
+export async function createServers(): Promise<Servers<SensorsServer> & AsyncDisposable & { env: Env }> {
   const folder = mkdtempSync(join(tmpdir(), "etl-servers-"));
   for (const name of ["test/stack", "package.json"]) cpSync(join(root, name), join(folder, name), { recursive: true });
   symlinkSync(join(root, "node_modules"), join(folder, "node_modules"));
   linkInstalled(folder);
+  const names = Object.keys(ofSensors) as SensorsServer[];
   const env: Env = {};
-  for (const name of names) {
-    const address = `127.0.0.1:${await freePort()}`;
-    env[ofSensors[name]] = name === "kafka" ? address : `http://${address}`;
-  }
+  for (const name of names) env[ofSensors[name]] = `${name === "kafka" ? "" : "http://"}127.0.0.1:${await freePort()}`;
   const servers = await serversOf<SensorsServer>(folder, { ...localEnv(), ...env });
   const dispose = async (): Promise<void> => {
     await Promise.all(names.map(servers.kill));

@@ -182,7 +182,7 @@ suite("faults", { concurrency: 8 }, () => {
       await sensors.produce(created(1001, 1000));
       const [starting, polite] = [0, 1].map(() => shop.start(consumerScript, { [variable]: refusing.url })) as [Process, Process];
       await polite.line(/step=(waiting|kafka)/);
-      for (const one of [polite, leaving]) if (one) await stop(one, 10);
+      for (const one of [polite, leaving]) if (one) await stop(one, 20);
       const away = new RegExp(`^error: ${server} (\\(KAFKA_BROKERS\\) )?has not answered for 60 s.*\\. .*Next: make doctor$`, "m");
       for (const run of [consumer, starting]) {
         const { code, stderr } = await ending(run, 120);
@@ -287,7 +287,7 @@ suite("faults", { concurrency: 8 }, () => {
     proxy.fault(/./, hanging);
     await sensors.produce(created(101, 10));
     await hanging.reached;
-    await stop(second, 10);
+    await stop(second, 20);
     // It has left the group, so that the next one need not wait for the end of its session.
     const { groups } = await sensors.admin.describeGroups([shop.env.SENSORS_GROUP ?? ""]);
     assert.deepEqual(groups[0]?.members, []);

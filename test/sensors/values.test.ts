@@ -91,7 +91,7 @@ suite("sensors", { concurrency: 4 }, () => {
     test("after transactions of many rows, and without those that were rolled back, whole or to a savepoint", async () => {
       const { admin } = sensors.shop;
       const fill = (sql: Sql | TransactionSql, first: number, sensor: string) =>
-        sql`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select ${first}::int + i, ${sensor}, 'many', i, '2024-04-01'::timestamptz + i * interval '1 s' from generate_series(1, 5000) i`;
+        sql`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select ${first}::int + i, ${sensor}, 'many', i, '2024-04-01'::timestamptz + i * interval '1 s' from generate_series(1, 2000) i`;
       await admin.begin(async (sql) => {
         await fill(sql, 60_000, "many");
         await sql`savepoint one`;
@@ -109,7 +109,7 @@ suite("sensors", { concurrency: 4 }, () => {
       await assert.rejects(nothing, /rolled back/);
       await assertExact(sensors);
       const all = await sensors.readings();
-      assert.equal(all.filter(({ metric }) => metric === "many").length, 4500);
+      assert.equal(all.filter(({ metric }) => metric === "many").length, 1800);
       assert.deepEqual(
         all.filter(({ sensor_id }) => sensor_id === "never"),
         [],
@@ -121,14 +121,14 @@ suite("sensors", { concurrency: 4 }, () => {
       // md5 has nothing that Postgres could compress: these are stored beside the row, and an unchanged one is not in the WAL.
       const text = (bytes: number) =>
         admin`(select string_agg(md5(random()::text), '') from generate_series(1, ${Math.ceil(bytes / 32)}::int))`;
-      const sizes = [3_200, 100_000, 1_000_000, 4_000_000];
+      const sizes = [3_200, 100_000, 1_000_000];
       for (const [at, size] of sizes.entries()) {
         await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${90_000 + at}, ${text(size)}, 'wide', 1, '2024-05-01Z')`;
         await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${90_010 + at}, 'wide', ${text(size / 2)}, 1, '2024-05-01Z')`;
       }
       const large = admin`id between 90000 and 90020`;
       const before = await admin`select id, md5(sensor_id || metric) as sum from sensor_readings where ${large} order by id`;
-      assert.equal(before.length, 8);
+      assert.equal(before.length, 6);
       await admin`update sensor_readings set value = 2 where ${large}`;
       await admin`update sensor_readings set recorded_at = recorded_at + interval '1 s' where ${large} and id % 2 = 0`;
       await assertExact(sensors);
