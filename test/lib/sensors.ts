@@ -14,18 +14,9 @@ import type { Env } from "../stack/env.ts";
 import { random } from "./random.ts";
 import { connectClickHouse, createReadings, createShop, type Process, type ShopOptions, until } from "./shop.ts";
 
-/** The broker at host:port, without TLS and login. */
-export const kafkaAt = (broker: string): Kafka =>
-  connectKafka(
-    {
-      KAFKA_BROKERS: [broker],
-      KAFKA_TLS: false,
-      KAFKA_SASL_MECHANISM: undefined,
-      KAFKA_USERNAME: undefined,
-      KAFKA_PASSWORD: undefined,
-    },
-    "test",
-  );
+const withoutLogin = { KAFKA_TLS: false, KAFKA_SASL_MECHANISM: undefined, KAFKA_USERNAME: undefined, KAFKA_PASSWORD: undefined };
+/** The broker at host:port. */
+export const kafkaAt = (broker: string): Kafka => connectKafka({ KAFKA_BROKERS: [broker], ...withoutLogin }, "test");
 
 /** Messages of inserts of the rows with the ids first..first+count-1, about `width` bytes each. */
 export const created = (first: number, count: number, width = 0): Message[] =>
@@ -42,8 +33,9 @@ export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded
 export interface Consumer extends Process {
   /** Where it serves /metrics and /healthz; once it does. */
   url: Promise<string>;
-  /** Its metrics: name, with labels if it has any, → value. */
+  /** Its metrics: name, with labels if it has any, → value. And the lag of all partitions, of which it has been told by then. */
   metrics(): Promise<Record<string, number>>;
+  lag(): Promise<number | undefined>;
 }
 
 export type Sensors = Awaited<ReturnType<typeof createSensors>>;
@@ -149,14 +141,15 @@ export async function createSensors(options: SensorsOptions = {}) {
       const url = process.line(/step=serving/).then((line) => new URL(/metrics=(\S+)/.exec(line)?.[1] ?? "").origin);
       url.catch(() => {});
       await process.line(/step=assigned/);
-      return {
-        ...process,
-        url,
-        metrics: async () => {
-          const text = await (await fetch(`${await url}/metrics`)).text();
-          return Object.fromEntries([...text.matchAll(/^(\w+(?:\{.*\})?) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
-        },
+      const metrics = async (): Promise<Record<string, number>> => {
+        const text = await (await fetch(`${await url}/metrics`)).text();
+        return Object.fromEntries([...text.matchAll(/^(\w+(?:\{.*\})?) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
       };
+      const lag = async (): Promise<number | undefined> => {
+        const lags = Object.entries(await metrics()).filter(([name]) => name.startsWith("etl_sensors_lag{"));
+        return lags.length ? lags.reduce((sum, [, value]) => sum + value, 0) : undefined;
+      };
+      return { ...process, url, metrics, lag };
     },
     /** Runs `make sensors UNTIL=caught-up` to its end and requires exit code 0. */
     catchUp: async (variables: Env = {}): Promise<void> =>

@@ -158,10 +158,7 @@ suite("sensors", { concurrency: 4 }, () => {
     await fails(shop, consumerScript, 2, [ahead, remedy], { UNTIL: "caught-up" });
     await set("10");
     await admin.deleteTopicRecords({ topic, partitions: [{ partition: 2, offset: "15" }] });
-    assert.deepEqual(
-      (await sensors.state()).map(({ lag }) => lag),
-      [10, 10, 10],
-    );
+    for (const { lag } of await sensors.state()) assert.equal(lag, 10);
     const expired = `partition 2 of topic ${topic} begins at offset 15, but was inserted up to offset 10: messages expired unread (retention.ms)`;
     await fails(shop, consumerScript, 2, [expired, remedy], { UNTIL: "caught-up" });
     assert.equal((await sensors.readings()).length, 30);

@@ -32,9 +32,6 @@ const countRows = async ({ shop }: Sensors): Promise<number> =>
 const isCommitted = ({ committed }: Sensors, messages: number) =>
   until(`${messages} messages are committed`, async () => (await committed()) === messages);
 
-const lagOf = (metrics: Record<string, number>): number =>
-  Object.entries(metrics).reduce((sum, [name, value]) => (name.startsWith("etl_sensors_lag{") ? sum + value : sum), 0);
-
 const memoryOf = async (consumer: Consumer): Promise<number> => ((await consumer.metrics()).process_resident_memory_bytes ?? 0) / 2 ** 20;
 
 async function assertHealthy(consumer: Consumer): Promise<void> {
@@ -97,15 +94,15 @@ suite("faults", { concurrency: 8 }, () => {
     line.hang();
     // 20 MB, of which a fetch takes what it can, and then the backlog.
     for (let first = 1001; first <= 9000; first += 1000) await sensors.produce(created(first, 1000, 2400));
-    await until("the lag is known", async () => lagOf(await consumer.metrics()) === 8000);
+    await until("the lag is known", async () => (await consumer.lag()) === 8000);
     await until("what it fetched is in its memory", async () => performance.now() - from > 8000);
     const before = await memoryOf(consumer);
     for (let first = 9001; first <= all; first += 1000) await sensors.produce(created(first, 1000, 2400));
-    await until("the lag has risen", async () => lagOf(await consumer.metrics()) === all - 1000);
+    await until("the lag has risen", async () => (await consumer.lag()) === all - 1000);
     await delay(Math.max(0, from + outage - performance.now()));
     const grown = (await memoryOf(consumer)) - before;
     assert.ok(grown < 30, `${grown} MB more for a backlog of ${(backlog * 2.4) / 1000} MB`);
-    assert.equal(lagOf(await consumer.metrics()), all - 1000);
+    assert.equal(await consumer.lag(), all - 1000);
     assert.equal(await sensors.committed(), 1000);
     await line.pass();
     await arrived(sensors, all, consumer);
@@ -305,21 +302,15 @@ suite("faults", { concurrency: 8 }, () => {
       await admin.alterConfigs({ validateOnly: false, resources: [{ ...of, configEntries }] });
       await sensors.produce(created(1 + 300 * at, 300, 500));
     }
-    const producer = kafkaAt(shop.env.KAFKA_BROKERS ?? "").producer({
-      transactionalId: topic,
-      idempotent: true,
-      maxInFlightRequests: 1,
-    });
+    const idempotent = { transactionalId: topic, idempotent: true, maxInFlightRequests: 1 };
+    const producer = kafkaAt(shop.env.KAFKA_BROKERS ?? "").producer(idempotent);
     await producer.connect();
     const transact = async (first: number, end: "abort" | "commit"): Promise<void> => {
       const transaction = await producer.transaction();
       await transaction.send({ topic, messages: created(first, 30) });
       await transaction[end]();
       await sensors.catchUp();
-      assert.deepEqual(
-        (await sensors.state()).map(({ lag }) => lag),
-        [0, 0, 0],
-      );
+      for (const { lag } of await sensors.state()) assert.equal(lag, 0);
     };
     await transact(5001, "abort"); // behind messages
     assert.equal(await countRows(sensors), 1200);

@@ -49,12 +49,8 @@ suite("sensors killed", { concurrency: true }, () => {
     const writers = startWriters(sensors, seed);
 
     const kinds = ["consumer", "clickhouse", "kafka", "connect"] as const;
-    const victims = Array.from({ length: soak ? 50 : 4 }, (_, n) => kinds[n % 4] ?? "consumer");
-    for (let n = victims.length - 1; n > 0; n--) {
-      const other = below(n + 1);
-      [victims[n], victims[other]] = [victims[other] ?? "consumer", victims[n] ?? "consumer"];
-    }
-    for (const victim of victims) {
+    const victims = Array.from({ length: soak ? 50 : 4 }, (_, n) => ({ victim: kinds[n % 4] ?? "consumer", at: below(1000) }));
+    for (const { victim } of victims.sort((a, b) => a.at - b.at)) {
       await delay(below(2000));
       const [down, which] = [below(1000), below(2)];
       const at = writers.committed();

@@ -1,6 +1,7 @@
 /**
- * The models of views/ and their checks, on the local BigQuery server (make up): on a small fixture with the awkward cases
- * (test/fixtures/views/orders.txt names them), on the whole real data set against other SQL in Postgres, and with faults.
+ * The models of views/ and their checks, on the local BigQuery server (make up): on a small fixture (test/fixtures/views/orders.txt names
+ * its awkward cases; beside it is what each model makes of it, computed by hand), on all the real data against other SQL in Postgres, and
+ * with faults.
  */
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
