@@ -27,6 +27,11 @@ export const created = (first: number, count: number, width = 0): Message[] =>
     return { key: JSON.stringify({ id }), value };
   });
 
+export const succeeds = async (work: Promise<unknown>): Promise<boolean> => {
+  const [{ status }] = await Promise.allSettled([work]);
+  return status === "fulfilled";
+};
+
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
 
@@ -196,10 +201,7 @@ export async function createSensors(options: SensorsOptions = {}) {
         // A database cannot be dropped while it has a slot, nor a slot while it is used.
         await until("the connector's slot is dropped", async () => {
           const drop = shop.admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
-          return await drop.then(
-            () => true,
-            () => false,
-          );
+          return await succeeds(drop);
         });
       }
       // kafkajs may wait for ever for a broker that a failed test has left dead.

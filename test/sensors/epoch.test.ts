@@ -1,14 +1,14 @@
 // Epochs: a topic whose offsets no longer order the changes stops the consumer, and a rebuild from a fresh snapshot repairs it,
 // wherever it is killed. And the connector, by which the snapshot comes.
 import assert from "node:assert/strict";
-import { suite, test } from "node:test";
+import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Message } from "kafkajs";
 import postgres from "postgres";
 import { type PartitionState, takeEpoch } from "../../shared/sensors/epoch.ts";
 import { answer, createProxy, ending, stop } from "../lib/faults.ts";
 import { random } from "../lib/random.ts";
-import { created, createSensors, type Sensors } from "../lib/sensors.ts";
+import { type Consumer, created, createSensors, type Sensors, succeeds } from "../lib/sensors.ts";
 import { type Shop, until } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 
@@ -71,16 +71,12 @@ const remedy =
   /Nothing was inserted: rows could be missing, or lose to older ones\. Stop all consumers, then run: make resnapshot \(a new epoch, and the table from a fresh snapshot; scripts\/README\.md, "Rebuilding the table"\)/;
 
 /** Deletes the topic and creates it again, empty. */
-async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promise<void> {
+async function remakeTopic({ admin, topic }: Sensors): Promise<void> {
   await admin.deleteTopics({ topics: [topic] });
   await until("the topic is gone", async () => !(await admin.listTopics()).includes(topic));
   // Where it is there already, an attempt whose answer failed has made it.
-  await until("the topic is created again", () =>
-    admin.createTopics({ topics: [{ topic, numPartitions, replicationFactor: 1 }], waitForLeaders: true }).then(
-      () => true,
-      () => false,
-    ),
-  );
+  const topics = [{ topic, numPartitions: 3, replicationFactor: 1 }];
+  await until("the topic is created again", () => succeeds(admin.createTopics({ topics, waitForLeaders: true })));
 }
 
 suite("sensors", { concurrency: 4 }, () => {
@@ -164,36 +160,6 @@ suite("sensors", { concurrency: 4 }, () => {
     assert.equal((await sensors.readings()).length, 30);
   });
 
-  test("a second snapshot within an epoch, after Connect has lost its offsets, stops the consumer; a resnapshot repairs what it left", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { shop } = sensors;
-    await insert(sensors, 1, 1000);
-    const consumer = await sensors.consumer();
-    await assertEqual(sensors);
-    const url = `${shop.env.CONNECT_URL}/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
-    await fetch(`${url}/stop`, { method: "PUT" });
-    await until("its offsets are deleted", async () => (await fetch(`${url}/offsets`, { method: "DELETE" })).ok);
-    const slot = `etl_${shop.env.CLICKHOUSE_DATABASE}`;
-    await until("its slot is gone", () =>
-      shop.admin`select pg_drop_replication_slot(${slot})`.then(
-        () => true,
-        () => false,
-      ),
-    );
-    await shop.admin`delete from sensor_readings where id > 700`;
-    await shop.succeed(connector);
-    const { code, stderr } = await ending(consumer, 60);
-    assert.equal(code, 2, stderr);
-    assert.match(
-      stderr,
-      /a second snapshot \(WAL position \d+, the first: \d+\) has begun in epoch 1 of .*\. Stop all consumers, then run: make resnapshot/,
-    );
-    assert.equal((await sensors.readings()).filter(({ metric }) => metric === "temp").length, 1000);
-    await shop.succeed(resnapshot);
-    await rebuild(sensors);
-    assert.deepEqual(await sensors.readings(), await sensors.source());
-  });
-
   test("a rebuild: readers see a whole table at every instant, others are refused meanwhile, a swap done twice is done once", async () => {
     await using sensors = await createSensors({ bigquery: false });
     const { shop, topic } = sensors;
@@ -249,17 +215,17 @@ suite("sensors", { concurrency: 4 }, () => {
     pause = 1;
     const { stderr } = await shop.succeed(swap);
     await shop.admin`delete from sensor_readings where id = 4000`;
-    assert.match(
+    assert.ok(
+      stderr.includes(`step=done swapped=${database}.sensor_readings epoch=3 before=${rebuildOf(sensors)}.sensor_readings`),
       stderr,
-      new RegExp(`step=done swapped=${database}\\.sensor_readings epoch=3 before=${rebuildOf(sensors)}\\.sensor_readings`),
     );
     reading = false;
     await readers;
     const after = (await sensors.readings()).length;
     assert.ok(after >= 1500);
-    assert.deepEqual(
-      [...counts].filter((count) => count !== 2000 && count < 1500),
-      [],
+    assert.ok(
+      [...counts].every((count) => count >= 1500),
+      `${[...counts]}`,
     );
     await fails(shop, swap, 2, [`there is no rebuild of ${topic} to swap in`]);
     assert.equal((await sensors.readings()).length, after);
@@ -306,70 +272,86 @@ suite("sensors", { concurrency: 4 }, () => {
     await stop(consumer);
   });
 
-  test("make connector may be repeated, waits out a rebalance, and says what is wrong: Debezium, Connect, password, topic, broker, source", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { shop } = sensors;
-    const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
-    const name = `etl-${prefix}-sensor_readings`;
-    const done = `step=done connector=${name} slot=etl_${prefix} topic=${topic} state=RUNNING`;
-    await insert(sensors, 1, 10);
-    const consumer = await sensors.consumer();
-    await assertEqual(sensors);
-    const again = await shop.succeed(connector);
-    assert.ok(again.stderr.includes(done), again.stderr);
-    assert.doesNotMatch(again.stderr, /step=created/);
-    await assertEqual(sensors); // no second snapshot, which would have stopped the consumer
+  suite("the connector", { concurrency: 1 }, () => {
+    let sensors: Sensors;
+    let consumer: Consumer;
+    before(async () => {
+      sensors = await createSensors({ bigquery: false });
+      await insert(sensors, 1, 1000);
+      consumer = await sensors.consumer();
+      await assertEqual(sensors);
+    });
+    after(() => sensors[Symbol.asyncDispose]());
 
-    // The words of Connect while its workers share out the work anew, though in another form.
-    await using proxy = await createProxy(shop.env.CONNECT_URL);
-    const [put, get] = [/^PUT .*\/config$/, /^GET .*\/status$/];
-    for (const kind of [put, get]) {
-      proxy.fault(kind, answer(409), 1);
-      proxy.fault(kind, answer(500, { reason: "Request cannot be completed because a rebalance is expected" }), 1);
-    }
-    await shop.succeed(connector, { CONNECT_URL: proxy.url });
-    const asked = (kind: RegExp): number => proxy.requests.filter((line) => kind.test(line)).length;
-    assert.equal(asked(put), 3);
-    assert.ok(asked(get) >= 3);
+    test("make connector may be repeated, waits out a rebalance, and says what is wrong: Debezium, Connect, password, topic, broker, source", async () => {
+      const { shop } = sensors;
+      const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
+      const name = `etl-${prefix}-sensor_readings`;
+      const done = `step=done connector=${name} slot=etl_${prefix} topic=${topic} state=RUNNING`;
+      const again = await shop.succeed(connector);
+      assert.ok(again.stderr.includes(done), again.stderr);
+      assert.doesNotMatch(again.stderr, /step=created/);
+      await assertEqual(sensors); // no second snapshot, which would have stopped the consumer
 
-    const plugin = { class: "io.debezium.connector.postgresql.PostgresConnector", version: "3.3.2.Final" };
-    proxy.fault(/^GET .*connector-plugins/, async ({ response }) => void response.end(JSON.stringify([plugin])));
-    const old = "Kafka Connect (CONNECT_URL) has Debezium 3.3.2.Final for Postgres; the least is 3.6.1. Install it at each worker";
-    for (const script of [connector, consumerScript]) await fails(shop, script, 2, [old], { CONNECT_URL: proxy.url });
-    const checked = await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors", CONNECT_URL: proxy.url });
-    assert.ok(checked.stdout.includes(`FAIL  sensors: Debezium's version: ${old}`), checked.stdout);
+      // The words of Connect while its workers share out the work anew, though in another form.
+      await using proxy = await createProxy(shop.env.CONNECT_URL);
+      const [put, get] = [/^PUT .*\/config$/, /^GET .*\/status$/];
+      for (const kind of [put, get]) {
+        proxy.fault(kind, answer(409), 1);
+        proxy.fault(kind, answer(500, { reason: "Request cannot be completed because a rebalance is expected" }), 1);
+      }
+      await shop.succeed(connector, { CONNECT_URL: proxy.url });
+      const asked = (kind: RegExp): number => proxy.requests.filter((line) => kind.test(line)).length;
+      assert.equal(asked(put), 3);
+      assert.ok(asked(get) >= 3);
 
-    const password = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");
-    for (const [variables, code, says] of [
-      [
-        { CONNECT_URL: "http://127.0.0.1:1" },
-        1,
-        /^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m,
-      ],
-      [{ REPLICATION_DATABASE_URL: password }, 1, /^error: .*password authentication failed for user "etl_replicator"/m],
-      [{ SENSORS_TOPIC: "shop.readings" }, 2, /SENSORS_TOPIC shop\.readings must end with \.public\.sensor_readings/],
-      [
-        { KAFKA_BROKERS: "127.0.0.1:1" },
-        1,
-        /^error: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers: .* For the local stack: make up$/m,
-      ],
-    ] as const)
-      await fails(shop, connector, code, [says], variables);
+      const plugin = { class: "io.debezium.connector.postgresql.PostgresConnector", version: "3.3.2.Final" };
+      proxy.fault(/^GET .*connector-plugins/, async ({ response }) => void response.end(JSON.stringify([plugin])));
+      const old = "Kafka Connect (CONNECT_URL) has Debezium 3.3.2.Final for Postgres; the least is 3.6.1. Install it at each worker";
+      for (const script of [connector, consumerScript]) await fails(shop, script, 2, [old], { CONNECT_URL: proxy.url });
+      const checked = await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors", CONNECT_URL: proxy.url });
+      assert.ok(checked.stdout.includes(`FAIL  sensors: Debezium's version: ${old}`), checked.stdout);
 
-    await shop.admin`alter publication etl_sensors drop table public.etl_heartbeat`;
-    await shop.admin`alter table sensor_readings replica identity default`;
-    await shop.admin`alter table sensor_readings disable trigger etl_row_by_row`;
-    await fails(shop, connector, 2, [
-      "the source is not ready for Debezium:",
-      "  table sensor_readings is not REPLICA IDENTITY FULL",
-      "  table sensor_readings lacks the trigger etl_row_by_row: rows of a COPY would be lost where Debezium restarts among them",
-      "  publication etl_sensors does not exist, or lacks public.etl_heartbeat",
-      "Run sql/replication.sql in that database as an administrator, then: make connector",
-    ]);
-    await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`;
-    await shop.admin`alter table sensor_readings replica identity full`;
-    await shop.admin`alter table sensor_readings enable trigger etl_row_by_row`;
+      const password = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");
+      for (const [variables, code, says] of [
+        [{ CONNECT_URL: "http://127.0.0.1:1" }, 1, /^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ make up$/m],
+        [{ REPLICATION_DATABASE_URL: password }, 1, /^error: .*password authentication failed for user "etl_replicator"/m],
+        [{ SENSORS_TOPIC: "shop.readings" }, 2, /SENSORS_TOPIC shop\.readings must end with \.public\.sensor_readings/],
+        [{ KAFKA_BROKERS: "127.0.0.1:1" }, 1, /^error: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers: .* make up$/m],
+      ] as const)
+        await fails(shop, connector, code, [says], variables);
 
-    await stop(consumer);
+      await shop.admin`alter publication etl_sensors drop table public.etl_heartbeat`;
+      await shop.admin`alter table sensor_readings replica identity default`;
+      await shop.admin`alter table sensor_readings disable trigger etl_row_by_row`;
+      await fails(shop, connector, 2, [
+        "the source is not ready for Debezium:",
+        "  table sensor_readings is not REPLICA IDENTITY FULL",
+        "  table sensor_readings lacks the trigger etl_row_by_row: rows of a COPY would be lost where Debezium restarts among them",
+        "  publication etl_sensors does not exist, or lacks public.etl_heartbeat",
+        "Run sql/replication.sql in that database as an administrator, then: make connector",
+      ]);
+      await shop.admin`alter table sensor_readings replica identity full`;
+      await shop.admin`alter table sensor_readings enable trigger etl_row_by_row`;
+      await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`; // last: at a canary the consumer looks
+    });
+
+    test("a second snapshot within an epoch, after Connect has lost its offsets, stops the consumer; a resnapshot repairs what it left", async () => {
+      const { shop } = sensors;
+      const url = `${shop.env.CONNECT_URL}/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
+      await fetch(`${url}/stop`, { method: "PUT" });
+      await until("its offsets are deleted", async () => (await fetch(`${url}/offsets`, { method: "DELETE" })).ok);
+      const slot = `etl_${shop.env.CLICKHOUSE_DATABASE}`;
+      await until("its slot is gone", () => succeeds(shop.admin`select pg_drop_replication_slot(${slot})`));
+      await shop.admin`delete from sensor_readings where id > 700`;
+      await shop.succeed(connector);
+      const { code, stderr } = await ending(consumer, 60);
+      assert.equal(code, 2, stderr);
+      assert.match(stderr, /a second snapshot \(WAL position \d+, the first: \d+\) has begun in epoch 1 of .* then run: make resnapshot/);
+      assert.equal((await sensors.readings()).filter(({ metric }) => metric === "temp").length, 1000);
+      await shop.succeed(resnapshot);
+      await rebuild(sensors);
+      assert.deepEqual(await sensors.readings(), await sensors.source());
+    });
   });
 });

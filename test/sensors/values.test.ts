@@ -64,30 +64,6 @@ suite("sensors", { concurrency: 4 }, () => {
       await assertExact(sensors);
     });
 
-    test("after rows were deleted and inserted again under the same keys, and primary keys went round in a circle", async () => {
-      const { admin } = sensors.shop;
-      const at = "2024-02-01Z";
-      const row = (id: number) =>
-        admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${id}, 'again', 'm', ${id}, ${at}::text::timestamptz)`;
-      for (const id of [40_001, 40_002, 40_003]) await row(id);
-      await admin.begin(async (sql) => {
-        await sql`delete from sensor_readings where id = 40001`;
-        await sql`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (40001, 'again', 'm', 0, ${at}::text::timestamptz)`;
-      });
-      await admin`delete from sensor_readings where id = 40002`;
-      await row(40_002);
-      for (let round = 0; round < 4; round++)
-        await admin.begin(async (sql) => {
-          await sql`update sensor_readings set id = 40000, value = value + 10 where id = 40001`;
-          await sql`update sensor_readings set id = 40001 where id = 40002`;
-          await sql`update sensor_readings set id = 40002 where id = 40003`;
-          await sql`update sensor_readings set id = 40003 where id = 40000`;
-        });
-      await admin`update sensor_readings set id = -id where id = 40001`;
-      await admin`update sensor_readings set id = -id, sensor_id = 'twice' where id = 40002`;
-      await assertExact(sensors);
-    });
-
     test("after transactions of many rows, and without those that were rolled back, whole or to a savepoint", async () => {
       const { admin } = sensors.shop;
       const fill = (sql: Sql | TransactionSql, first: number, sensor: string) =>
@@ -110,10 +86,7 @@ suite("sensors", { concurrency: 4 }, () => {
       await assertExact(sensors);
       const all = await sensors.readings();
       assert.equal(all.filter(({ metric }) => metric === "many").length, 1800);
-      assert.deepEqual(
-        all.filter(({ sensor_id }) => sensor_id === "never"),
-        [],
-      );
+      assert.ok(!all.some(({ sensor_id }) => sensor_id === "never"));
     });
 
     test("with large texts: an update of another column keeps them, one of their own changes them", async () => {
