@@ -283,7 +283,7 @@ suite("sensors", { concurrency: 4 }, () => {
     });
     after(() => sensors[Symbol.asyncDispose]());
 
-    test("make connector may be repeated, waits out a rebalance, and says what is wrong: Debezium, Connect, password, topic, broker, source", async () => {
+    test("make connector may be repeated, waits out a rebalance, and says what is wrong with Connect, Kafka and the source", async () => {
       const { shop } = sensors;
       const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
       const name = `etl-${prefix}-sensor_readings`;

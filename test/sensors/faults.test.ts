@@ -83,7 +83,7 @@ const outage = soak ? 45_000 : 20_000;
 const backlog = soak ? 40_000 : 20_000;
 
 suite("faults", { concurrency: 8 }, () => {
-  test("ClickHouse hangs, then refuses connections: no dead letter and nothing lost, the lag rises, the memory does not, it resumes", async () => {
+  test("ClickHouse hangs, then refuses connections: no dead letter and nothing lost, the lag rises, memory does not", async () => {
     const all = 9000 + backlog;
     await using sensors = await createSensors({ bigquery: false, connector: false });
     await using line = await createLink(sensors.shop.env.CLICKHOUSE_URL);
@@ -120,7 +120,7 @@ suite("faults", { concurrency: 8 }, () => {
     assert.match(stderr, new RegExp(`step=done rows=${all + 1000} .* dead_letters=0 `));
   });
 
-  test("Kafka's coordinator is silent, at the start and later, Kafka hangs, refuses connections and comes back: nothing lost, it resumes", async () => {
+  test("Kafka's coordinator is silent, at the start and later; Kafka hangs, refuses, comes back: nothing is lost", async () => {
     await using sensors = await createSensors({ bigquery: false, connector: false });
     await using kafka = await createKafkaLink(sensors.shop.env.KAFKA_BROKERS);
     const env = { KAFKA_BROKERS: kafka.url };
@@ -258,7 +258,7 @@ suite("faults", { concurrency: 8 }, () => {
     }
   });
 
-  test("SIGTERM finishes and commits the batch under way; while ClickHouse hangs, it exits 0 without a commit, and nothing is lost", async () => {
+  test("SIGTERM finishes and commits the batch under way; while ClickHouse hangs, exit 0 without a commit", async () => {
     await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop } = sensors;
     await using proxy = await createProxy(shop.env.CLICKHOUSE_URL);
@@ -399,7 +399,7 @@ suite("faults", { concurrency: 8 }, () => {
     const expected = (column: string, type: string, found: string): string =>
       `  column public.sensor_readings.${column}: expected one for ${type} (ClickHouse's sensor_readings), found ${found}`;
 
-    test("drift at the source stops the consumer before it ingests: columns that are gone or of another type, a replica identity that is not full", async () => {
+    test("drift at the source stops the consumer before it ingests: columns gone or retyped, replica identity not full", async () => {
       const alter = (change: string): Promise<unknown> => sensors.shop.admin.unsafe(`alter table sensor_readings ${change}`);
       await alter("rename metric to kind");
       await alter("drop value, alter recorded_at type timestamp, replica identity default");
@@ -415,7 +415,7 @@ suite("faults", { concurrency: 8 }, () => {
       await alter("add value double precision, alter recorded_at type timestamptz, replica identity full");
     });
 
-    test("a file of schemas/clickhouse that was not applied, or was edited since, or whose view is gone, stops the consumer; what it says repairs it", async () => {
+    test("a file of schemas/clickhouse that was not applied, was edited, or lost its view, stops the consumer; migrate repairs", async () => {
       const { shop } = sensors;
       const file = "schemas/clickhouse/007_sensor_dead_letters_view.sql";
       const database = `ClickHouse's database ${shop.env.CLICKHOUSE_DATABASE}`;
