@@ -59,7 +59,6 @@ const json = JSON.stringify;
 /** What comes: why it is dead-lettered, its value, and its key, if that is not id 1's. */
 const poison: Record<string, [reason: string, value: string | Buffer, key?: string | null]> = {
   "an empty value": ["not JSON", ""],
-  "half an envelope": ["not JSON", after({}).slice(0, 60)],
   "an envelope and a half": ["not JSON", after({}) + after({}).slice(0, 9)],
   "a null byte": ["not JSON", after({ metric: "a b" }).replace("a b", "a\0b")],
   "a null byte after the envelope": ["not JSON", `${after({})}\0`],
@@ -68,7 +67,6 @@ const poison: Record<string, [reason: string, value: string | Buffer, key?: stri
   "5 MB of no JSON": ["not JSON", text(5_000_000)],
   "5 MB of JSON": [noChange, json({ text: text(5_000_000) })],
   "JSON null": [noChange, "null"],
-  "an array of envelopes": [noChange, `[${after({})}]`],
   "a row without an envelope": [noChange, json(row(1))],
   "an op that is no text": [noChange, after({}).replace('"op":"c"', '"op":{"c":1}')],
   "an op that nobody knows": [noChange, json(envelope("m", null, row(1)))],
@@ -92,10 +90,8 @@ const poison: Record<string, [reason: string, value: string | Buffer, key?: stri
   "a sensor_id that is a number": ["after.sensor_id is neither text nor null", after({ sensor_id: 5 })],
   "no metric": ["after.metric is neither text nor null", without("metric")],
   "a value that is text": ["after.value is neither a number nor null", after({ value: "12" })],
-  "no value": ["after.value is neither a number nor null", without("value")],
   "a time that is a word": [noTime, after({ recorded_at: "now" })],
   "30 February": [noTime, after({ recorded_at: "2024-02-30T00:00:00Z" })],
-  "25 o'clock": [noTime, after({ recorded_at: "2024-01-01T25:00:00Z" })],
   "a time that is a number": ["after.recorded_at is no text", after({ recorded_at: 10 })],
   "a large value that Debezium does not know": [
     "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
