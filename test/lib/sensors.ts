@@ -11,6 +11,7 @@ import type { Sql, TransactionSql } from "postgres";
 import { type PartitionState, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, createTopic, type Kafka } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
+import { ending } from "./faults.ts";
 import { random } from "./random.ts";
 import { connectClickHouse, createReadings, createShop, type Process, type ShopOptions, until } from "./shop.ts";
 
@@ -26,6 +27,15 @@ export const created = (first: number, count: number, width = 0): Message[] =>
     const value = JSON.stringify({ before: null, after, source: { ts_ms: Date.now() }, op: "c" });
     return { key: JSON.stringify({ id }), value };
   });
+
+/** A process that has to end with `code`, having said all of `says`, for people. @returns all that it said. */
+export async function endsWith(run: Process, code: number, says: (string | RegExp)[]): Promise<string> {
+  const { code: found, stderr } = await ending(run, 120);
+  for (const part of says) assert.ok(typeof part === "string" ? stderr.includes(part) : part.test(stderr), `no "${part}" in:\n${stderr}`);
+  assert.equal(found, code, stderr);
+  assert.doesNotMatch(stderr, /^\s+at /m, "a stack trace is for programmers");
+  return stderr;
+}
 
 export const succeeds = async (work: Promise<unknown>): Promise<boolean> => {
   const [{ status }] = await Promise.allSettled([work]);

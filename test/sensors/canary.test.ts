@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { suite, test } from "node:test";
 import type { Sql } from "postgres";
 import { createCluster, type TestCluster } from "../lib/cluster.ts";
-import { ending } from "../lib/faults.ts";
+import { stop } from "../lib/faults.ts";
 import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -71,8 +71,7 @@ async function showsGap(sensors: Sensors, consumer: Consumer, gap: RegExp): Prom
 }
 
 async function rebuild({ shop, catchUp }: Sensors, consumer: Consumer): Promise<void> {
-  consumer.child.kill("SIGTERM");
-  assert.equal((await ending(consumer)).code, 0);
+  await stop(consumer);
   await shop.succeed("scripts/ops/resnapshot.ts");
   await catchUp({ CLICKHOUSE_DATABASE: `${shop.env.CLICKHOUSE_DATABASE}_rebuild` });
   await shop.succeed("scripts/ops/swap-readings.ts");
