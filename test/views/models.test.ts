@@ -229,9 +229,9 @@ suite("the models", { concurrency: true }, () => {
             return of.filter((fault) => found.get(fault));
           };
           // What no check before it has found, if it names that; where it finds none of these, all that it names.
-          const names = (fault: string): boolean => !(fault in columnsOf(model)) || new RegExp(`\\b${fault}\\b`).test(check.sql);
+          const mentions = (fault: string): boolean => !(fault in columnsOf(model)) || new RegExp(`\\b${fault}\\b`).test(check.sql);
           const ofKeys = check.name.endsWith("__key");
-          const named = Object.keys(faults).filter((fault) => /^(twice|no )/.test(fault) === ofKeys && names(fault));
+          const named = Object.keys(faults).filter((fault) => /^(twice|no )/.test(fault) === ofKeys && mentions(fault));
           const now = await finds(named.filter((fault) => left.has(fault)));
           for (const fault of now) left.delete(fault);
           if (!now.length && !(await finds(named)).length) silent.add(check.name);
