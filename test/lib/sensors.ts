@@ -6,26 +6,18 @@ import { Readable } from "node:stream";
 import { pipeline } from "node:stream/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
-import type { Admin, Message, Producer } from "kafkajs";
+import type { Message, Producer } from "kafkajs";
 import type { Sql, TransactionSql } from "postgres";
 import { type PartitionState, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, createTopic, type Kafka } from "../../shared/sensors/kafka.ts";
 import type { Env } from "../stack/env.ts";
+import { ending } from "./faults.ts";
 import { random } from "./random.ts";
-import { connectClickHouse, createReadings, createShop, type Process, type Shop, type ShopOptions, until } from "./shop.ts";
+import { connectClickHouse, createReadings, createShop, type Process, type ShopOptions, until } from "./shop.ts";
 
-/** The broker at host:port, without TLS and login. */
-export const kafkaAt = (broker: string): Kafka =>
-  connectKafka(
-    {
-      KAFKA_BROKERS: [broker],
-      KAFKA_TLS: false,
-      KAFKA_SASL_MECHANISM: undefined,
-      KAFKA_USERNAME: undefined,
-      KAFKA_PASSWORD: undefined,
-    },
-    "test",
-  );
+const withoutLogin = { KAFKA_TLS: false, KAFKA_SASL_MECHANISM: undefined, KAFKA_USERNAME: undefined, KAFKA_PASSWORD: undefined };
+/** The broker at host:port. */
+export const kafkaAt = (broker: string): Kafka => connectKafka({ KAFKA_BROKERS: [broker], ...withoutLogin }, "test");
 
 /** Messages of inserts of the rows with the ids first..first+count-1, about `width` bytes each. */
 export const created = (first: number, count: number, width = 0): Message[] =>
@@ -36,41 +28,32 @@ export const created = (first: number, count: number, width = 0): Message[] =>
     return { key: JSON.stringify({ id }), value };
   });
 
+/** A process that has to end with `code`, having said all of `says`, for people. @returns all that it said. */
+export async function endsWith(run: Process, code: number, says: (string | RegExp)[]): Promise<string> {
+  const { code: found, stderr } = await ending(run, 120);
+  for (const part of says) assert.ok(typeof part === "string" ? stderr.includes(part) : part.test(stderr), `no "${part}" in:\n${stderr}`);
+  assert.equal(found, code, stderr);
+  assert.doesNotMatch(stderr, /^\s+at /m, "a stack trace is for programmers");
+  return stderr;
+}
+
+export const succeeds = async (work: Promise<unknown>): Promise<boolean> => {
+  const [{ status }] = await Promise.allSettled([work]);
+  return status === "fulfilled";
+};
+
 /** A row of sensor_readings in one comparable form: numbers and times as text. */
 export type Reading = Record<"id" | "sensor_id" | "metric" | "value" | "recorded_at", string | null>;
 
 export interface Consumer extends Process {
   /** Where it serves /metrics and /healthz; once it does. */
   url: Promise<string>;
-  /** Its metrics: name, with labels if it has any, → value. */
+  /** Its metrics: name, with labels if it has any, → value. And the lag of all partitions, of which it has been told by then. */
   metrics(): Promise<Record<string, number>>;
+  lag(): Promise<number | undefined>;
 }
 
-export interface Sensors extends AsyncDisposable {
-  shop: Shop;
-  topic: string;
-  admin: Admin;
-  /** Where the topic and the group are, by partition; what the group has committed, over all of them. */
-  state(): Promise<PartitionState[]>;
-  committed(): Promise<number>;
-  /** Starts `make sensors`, and waits until the group gave it its partitions. */
-  consumer(variables?: Env): Promise<Consumer>;
-  /** Runs `make sensors UNTIL=caught-up` to its end and requires exit code 0. */
-  catchUp(variables?: Env): Promise<void>;
-  /** Runs `make connector`, and requires exit code 0. */
-  connector(): Promise<void>;
-  /** Writes messages to the topic as they are, in their order. */
-  produce(messages: Message[]): Promise<void>;
-  /** The source's readings, and ClickHouse's (with FINAL), by id. */
-  source(): Promise<Reading[]>;
-  readings(database?: string): Promise<Reading[]>;
-  /** Waits until both are the same, and shows the difference where they do not become it. */
-  equal(seconds?: number): Promise<void>;
-  /** Waits until all that the source has committed by now is inserted and its offsets are committed, by consumers that run. */
-  drained(seconds?: number): Promise<void>;
-  /** Dead letters by partition and offset. */
-  deadLetters(): Promise<{ epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }[]>;
-}
+export type Sensors = Awaited<ReturnType<typeof createSensors>>;
 
 const number = (text: string | null): string | null => {
   if (text === null) return null;
@@ -105,7 +88,7 @@ export interface SensorsOptions extends ShopOptions {
   servers?: Env;
 }
 
-export async function createSensors(options: SensorsOptions = {}): Promise<Sensors> {
+export async function createSensors(options: SensorsOptions = {}) {
   const { connector = true, partitions = 3, servers } = options;
   const plain = await createShop({ ...options, clickhouse: !options.servers });
   // What the shop starts gets this same object.
@@ -139,6 +122,7 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     throw error;
   }
 
+  /** ClickHouse's readings (with FINAL), and the source's, by id. */
   const readings = async (of = database): Promise<Reading[]> => {
     const rows = await select<Reading>(
       `SELECT toString(id) AS id, sensor_id, metric, toString(value) AS value, toString(recorded_at) AS recorded_at FROM ${of}.sensor_readings FINAL ORDER BY sensor_readings.id`,
@@ -152,46 +136,56 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
     return rows.map((row) => ({ ...row, value: number(row.value) }));
   };
 
-  const state = () => topicState(admin, topic, group);
+  /** Where the topic and the group are, by partition. */
+  const state = (): Promise<PartitionState[]> => topicState(admin, topic, group);
 
   return {
     shop,
     topic,
     admin,
     state,
+    /** What the group has committed, over all partitions. */
     committed: async () => (await state()).reduce((sum, { committed }) => sum + Math.max(0, Number(committed)), 0),
     readings,
     source,
+    /** Runs `make connector`, and requires exit code 0. */
     connector: put,
-    consumer: async (variables = {}) => {
+    /** Starts `make sensors`, and waits until the group gave it its partitions. */
+    consumer: async (variables: Env = {}): Promise<Consumer> => {
       const process = shop.start("scripts/sensors.ts", variables);
       const url = process.line(/step=serving/).then((line) => new URL(/metrics=(\S+)/.exec(line)?.[1] ?? "").origin);
       url.catch(() => {});
       await process.line(/step=assigned/);
-      return {
-        ...process,
-        url,
-        metrics: async () => {
-          const text = await (await fetch(`${await url}/metrics`)).text();
-          return Object.fromEntries([...text.matchAll(/^(\w+(?:\{.*\})?) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
-        },
+      const metrics = async (): Promise<Record<string, number>> => {
+        const text = await (await fetch(`${await url}/metrics`)).text();
+        return Object.fromEntries([...text.matchAll(/^(\w+(?:\{.*\})?) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
       };
+      const lag = async (): Promise<number | undefined> => {
+        const lags = Object.entries(await metrics()).filter(([name]) => name.startsWith("etl_sensors_lag{"));
+        return lags.length ? lags.reduce((sum, [, value]) => sum + value, 0) : undefined;
+      };
+      return { ...process, url, metrics, lag };
     },
-    catchUp: async (variables = {}) => void (await shop.succeed("scripts/sensors.ts", { ...variables, UNTIL: "caught-up" })),
-    produce: async (messages) => {
+    /** Runs `make sensors UNTIL=caught-up` to its end and requires exit code 0. */
+    catchUp: async (variables: Env = {}): Promise<void> =>
+      void (await shop.succeed("scripts/sensors.ts", { ...variables, UNTIL: "caught-up" })),
+    /** Writes messages to the topic as they are, in their order. */
+    produce: async (messages: Message[]): Promise<void> => {
       if (!producer) {
         producer = kafka.producer({ allowAutoTopicCreation: false, maxInFlightRequests: 1 });
         await producer.connect();
       }
       await producer.send({ topic, messages, acks: -1 });
     },
-    equal: async (seconds = 60) => {
+    /** Waits until source and ClickHouse are the same, and shows the difference where they do not become it. */
+    equal: async (seconds = 60): Promise<void> => {
       const same = async (): Promise<boolean> => isDeepStrictEqual(await readings(), await source());
       await until("source and ClickHouse are the same", same, seconds).catch(async () => {
         assertSame(await readings(), await source());
       });
     },
-    drained: async (seconds = 60) => {
+    /** Waits until all that the source has committed by now is inserted and its offsets are committed, by consumers that run. */
+    drained: async (seconds = 60): Promise<void> => {
       // Debezium writes in the order of commits: once this row is there, all before it is in the topic.
       const marker = `marker ${performance.now()}`;
       await shop.admin`
@@ -205,21 +199,19 @@ export async function createSensors(options: SensorsOptions = {}): Promise<Senso
         (await state()).every(({ committed }, at) => !ends[at]?.end || committed >= ends[at].end);
       await until("its offsets are committed", committed, seconds);
     },
+    /** By partition and offset. */
     deadLetters: () =>
-      select(
+      select<{ epoch: number; partition: number; offset: string; reason: string; key: string | null; value: string }>(
         "SELECT epoch, partition, toString(offset) AS offset, reason, key, value FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset",
       ),
-    [Symbol.asyncDispose]: async () => {
+    [Symbol.asyncDispose]: async (): Promise<void> => {
       if (slot) {
         const url = new URL(`/connectors/etl-${database}-sensor_readings`, CONNECT_URL);
         await fetch(url, { method: "DELETE" }).catch(() => {}); // one that a test has killed
         // A database cannot be dropped while it has a slot, nor a slot while it is used.
         await until("the connector's slot is dropped", async () => {
           const drop = shop.admin`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
-          return await drop.then(
-            () => true,
-            () => false,
-          );
+          return await succeeds(drop);
         });
       }
       // kafkajs may wait for ever for a broker that a failed test has left dead.
@@ -287,34 +279,23 @@ async function changeAtRandom(sql: Sql | TransactionSql, below: (n: number) => n
   const metric = below(100) ? `m${below(3)}` : "wide ".repeat(5000);
   const at = `2024-01-0${1 + below(3)} 00:00:00.00000${below(2)}Z`;
   const value = below(1000) / 7;
-  switch (below(11)) {
-    case 0:
-      await sql`update sensor_readings set sensor_id = ${sensor} where id = ${id}`;
-      break;
-    case 1:
-      await sql`update sensor_readings set recorded_at = ${at}::text::timestamptz where id = ${id}`;
-      break;
-    case 2:
-      await sql`update sensor_readings set value = value + 1 where id % 5 = ${id % 5} and id <= 40`;
-      break;
-    case 3:
-      await sql`delete from sensor_readings where id = ${id}`;
-      break;
-    case 4:
-      await sql`update sensor_readings set id = ${other} where id = ${id}`;
-      break;
-    case 5:
-      await sql`update sensor_readings set value = value where id = ${id}`;
-      break;
-    case 6:
+  const insert = () => sql`
+    insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
+    values (${id}, ${sensor}, ${metric}, ${value}, ${at}::text::timestamptz) on conflict (id) do update set value = excluded.value`;
+  const changes: (() => Promise<unknown>)[] = [
+    () => sql`update sensor_readings set sensor_id = ${sensor} where id = ${id}`,
+    () => sql`update sensor_readings set recorded_at = ${at}::text::timestamptz where id = ${id}`,
+    () => sql`update sensor_readings set value = value + 1 where id % 5 = ${id % 5} and id <= 40`,
+    () => sql`delete from sensor_readings where id = ${id}`,
+    () => sql`update sensor_readings set id = ${other} where id = ${id}`,
+    () => sql`update sensor_readings set value = value where id = ${id}`,
+    async () => {
       await sql`savepoint one`;
       await sql`update sensor_readings set value = -1, sensor_id = 'never' where id = ${id}`;
       await sql`rollback to savepoint one`;
-      break;
-    case 7:
-      await sql`update sensor_readings set value = ${value}, metric = ${metric} where id = ${id}`;
-      break;
-    case 8: {
+    },
+    () => sql`update sensor_readings set value = ${value}, metric = ${metric} where id = ${id}`,
+    async () => {
       // Rows of a COPY, and of one INSERT; their ids are the table's next.
       const copy = "copy sensor_readings (sensor_id, metric, value, recorded_at) from stdin";
       const lines = `${sensor ?? "\\N"}\tcopied\t${value}\t2024-01-09Z\n`.repeat(20);
@@ -322,11 +303,9 @@ async function changeAtRandom(sql: Sql | TransactionSql, below: (n: number) => n
       await sql`
         insert into sensor_readings (sensor_id, metric, value, recorded_at)
         select ${sensor}, 'many', ${value}::float8 + i, '2024-01-10Z' from generate_series(1, 20) i`;
-      break;
-    }
-    default:
-      await sql`
-        insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
-        values (${id}, ${sensor}, ${metric}, ${value}, ${at}::text::timestamptz) on conflict (id) do update set value = excluded.value`;
-  }
+    },
+    insert,
+    insert,
+  ];
+  await changes[below(changes.length)]?.();
 }

@@ -6,7 +6,7 @@ import { join } from "node:path";
 import { suite, test } from "node:test";
 import type { Sql } from "postgres";
 import { createCluster, type TestCluster } from "../lib/cluster.ts";
-import { ending } from "../lib/faults.ts";
+import { stop } from "../lib/faults.ts";
 import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
@@ -26,12 +26,17 @@ const status = async ({ shop }: Sensors): Promise<Judged> => {
 };
 
 /** A shop at that source, with a consumer that has seen a canary. */
-async function begin(source: TestCluster | undefined): Promise<{ sensors: Sensors; consumer: Consumer }> {
+async function begin(source?: TestCluster): Promise<{ sensors: Sensors; consumer: Consumer }> {
   const sensors = await createSensors({ bigquery: false, ...(source && { servers: source.variables }) });
   const consumer = await sensors.consumer();
-  await until("a canary has come", async () => (await seen(sensors))?.seen, 60);
+  await comes(sensors);
   return { sensors, consumer };
 }
+
+const comes = async (sensors: Sensors): Promise<unknown> => {
+  const before = (await seen(sensors))?.seen ?? null;
+  return await until("a canary has come", async () => ((await seen(sensors))?.seen ?? null) !== before, 60);
+};
 
 const insert = (sql: Sql, first: number, last: number) => sql`
   insert into sensor_readings (id, sensor_id, metric, value, recorded_at)
@@ -66,8 +71,7 @@ async function showsGap(sensors: Sensors, consumer: Consumer, gap: RegExp): Prom
 }
 
 async function rebuild({ shop, catchUp }: Sensors, consumer: Consumer): Promise<void> {
-  consumer.child.kill("SIGTERM");
-  assert.equal((await ending(consumer)).code, 0);
+  await stop(consumer);
   await shop.succeed("scripts/ops/resnapshot.ts");
   await catchUp({ CLICKHOUSE_DATABASE: `${shop.env.CLICKHOUSE_DATABASE}_rebuild` });
   await shop.succeed("scripts/ops/swap-readings.ts");
@@ -76,43 +80,47 @@ async function rebuild({ shop, catchUp }: Sensors, consumer: Consumer): Promise<
 const logical = { wal_level: "logical", max_slot_wal_keep_size: "2MB", min_wal_size: "32MB", max_wal_size: "32MB" };
 
 suite("the canary", { concurrency: true }, () => {
-  test("a publication that was dropped and made again: a gap; verify finds the missing rows, and a rebuild brings them", async () => {
-    const { sensors, consumer } = await begin(undefined);
+  test("a publication made again: a gap, until a rebuild; the canary's table dropped: stale, then a gap, until verify", async () => {
+    const { sensors, consumer } = await begin();
     await using _ = sensors;
-    const { admin } = sensors.shop;
-    await admin`drop publication etl_sensors`;
-    await insert(admin, 1, 500);
-    await admin`
+    const { shop } = sensors;
+    await shop.admin`drop publication etl_sensors`;
+    await insert(shop.admin, 1, 500);
+    await shop.admin`
       create publication etl_sensors for table public.sensor_readings, public.etl_heartbeat with (publish_via_partition_root = true)`;
     await showsGap(sensors, consumer, /never came|publication was made again/);
-    const { code, stderr } = await sensors.shop.run("scripts/ops/verify.ts", { PIPELINE: "sensors" });
+    const { code, stderr } = await shop.run("scripts/ops/verify.ts", { PIPELINE: "sensors" });
     assert.equal(code, 1, stderr);
     assert.match(stderr, /500 rows differ/);
     assert.ok((await seen(sensors))?.gap);
     await rebuild(sensors, consumer);
     assert.deepEqual(await sensors.readings(), await sensors.source());
     assert.equal((await seen(sensors))?.gap, null);
-  });
 
-  test("the canary's table dropped: stale; sql/replication.sql makes it again, and verify clears the gap that this leaves", async () => {
-    const { sensors, consumer } = await begin(undefined);
-    await using _ = sensors;
-    const { shop } = sensors;
+    const again = await sensors.consumer();
+    await comes(sensors);
     await shop.admin`drop table etl_heartbeat`;
-    await goesStale(sensors, consumer, shop.admin, false);
-    const before = (await seen(sensors))?.seen;
+    await goesStale(sensors, again, shop.admin, false);
     await shop.admin.unsafe(readFileSync(join(root, "sql/replication.sql"), "utf8")).simple();
-    await until("a canary has come again", async () => (await seen(sensors))?.seen !== before, 60);
-    await showsGap(sensors, consumer, /never came/);
+    await comes(sensors);
+    await showsGap(sensors, again, /never came/);
     await shop.succeed("scripts/ops/verify.ts", { PIPELINE: "sensors" });
     assert.deepEqual(await status(sensors).then(({ state, reasons }) => [state, reasons]), ["ok", []]);
   });
 
-  test("the WAL of the slot removed at the source: stale; status, doctor and make connector name make resnapshot", async () => {
+  test("the replicator's password changed: stale; the WAL of the slot removed: stale, and make resnapshot is named", async () => {
     await using source = await createCluster(logical);
     const { sensors, consumer } = await begin(source);
     await using _ = sensors;
     const { shop } = sensors;
+    const { password } = new URL(source.variables.REPLICATION_DATABASE_URL);
+    await source.admin`alter role etl_replicator password 'another'`;
+    await source.admin`select pg_terminate_backend(pid) from pg_stat_activity where usename = 'etl_replicator'`;
+    await goesStale(sensors, consumer, source.admin, false);
+    await source.admin.unsafe(`alter role etl_replicator password '${password}'`);
+    await sensors.connector();
+    await comes(sensors);
+
     const connector = new URL(`/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`, shop.env.CONNECT_URL);
     await fetch(`${connector}/stop`, { method: "PUT" });
     await until("nobody reads the slot", async () => !(await source.admin`select active from pg_replication_slots`)[0]?.active);
@@ -132,15 +140,6 @@ suite("the canary", { concurrency: true }, () => {
     await insert(source.admin, 1, 10);
     await rebuild(sensors, consumer);
     assert.equal((await sensors.readings()).length, 10);
-  });
-
-  test("the replicator's password changed: stale, though the connector may say RUNNING", async () => {
-    await using source = await createCluster(logical);
-    const { sensors, consumer } = await begin(source);
-    await using _ = sensors;
-    await source.admin`alter role etl_replicator password 'another'`;
-    await source.admin`select pg_terminate_backend(pid) from pg_stat_activity where usename = 'etl_replicator'`;
-    await goesStale(sensors, consumer, source.admin, false);
   });
 
   test("a source restored from a copy of its disk, whose slot is behind what Debezium stored: a gap, or stale", async () => {

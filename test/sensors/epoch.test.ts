@@ -1,14 +1,14 @@
 // Epochs: a topic whose offsets no longer order the changes stops the consumer, and a rebuild from a fresh snapshot repairs it,
 // wherever it is killed. And the connector, by which the snapshot comes.
 import assert from "node:assert/strict";
-import { suite, test } from "node:test";
+import { after, before, suite, test } from "node:test";
 import { setTimeout as delay } from "node:timers/promises";
 import type { Message } from "kafkajs";
 import postgres from "postgres";
 import { type PartitionState, takeEpoch } from "../../shared/sensors/epoch.ts";
-import { answer, createProxy, ending, stop } from "../lib/faults.ts";
+import { answer, createProxy, stop } from "../lib/faults.ts";
 import { random } from "../lib/random.ts";
-import { created, createSensors, type Sensors } from "../lib/sensors.ts";
+import { type Consumer, created, createSensors, endsWith, type Sensors, succeeds } from "../lib/sensors.ts";
 import { type Shop, until } from "../lib/shop.ts";
 import type { Env } from "../stack/env.ts";
 
@@ -18,16 +18,8 @@ const resnapshot = "scripts/ops/resnapshot.ts";
 const swap = "scripts/ops/swap-readings.ts";
 const connector = "scripts/ops/connector.ts";
 
-/** Runs a script that has to exit with `code`, having said all of `says`. */
-async function fails(shop: Shop, script: string, code: number, says: (string | RegExp)[], env: Env = {}): Promise<void> {
-  const run = await ending(shop.start(script, env));
-  for (const part of says) {
-    if (typeof part === "string") assert.ok(run.stderr.includes(part), `no "${part}" in:\n${run.stderr}`);
-    else assert.match(run.stderr, part);
-  }
-  assert.equal(run.code, code, run.stderr);
-  assert.doesNotMatch(run.stderr, /^\s+at /m, "a stack trace is for programmers");
-}
+const fails = (shop: Shop, script: string, code: number, says: (string | RegExp)[], env: Env = {}): Promise<string> =>
+  endsWith(shop.start(script, env), code, says);
 
 const insert = async ({ shop }: Sensors, first: number, last: number, value = 1): Promise<void> =>
   void (await shop.admin`
@@ -71,16 +63,12 @@ const remedy =
   /Nothing was inserted: rows could be missing, or lose to older ones\. Stop all consumers, then run: make resnapshot \(a new epoch, and the table from a fresh snapshot; scripts\/README\.md, "Rebuilding the table"\)/;
 
 /** Deletes the topic and creates it again, empty. */
-async function remakeTopic({ admin, topic }: Sensors, numPartitions = 3): Promise<void> {
+async function remakeTopic({ admin, topic }: Sensors): Promise<void> {
   await admin.deleteTopics({ topics: [topic] });
   await until("the topic is gone", async () => !(await admin.listTopics()).includes(topic));
   // Where it is there already, an attempt whose answer failed has made it.
-  await until("the topic is created again", () =>
-    admin.createTopics({ topics: [{ topic, numPartitions, replicationFactor: 1 }], waitForLeaders: true }).then(
-      () => true,
-      () => false,
-    ),
-  );
+  const topics = [{ topic, numPartitions: 3, replicationFactor: 1 }];
+  await until("the topic is created again", () => succeeds(admin.createTopics({ topics, waitForLeaders: true })));
 }
 
 suite("sensors", { concurrency: 4 }, () => {
@@ -93,12 +81,12 @@ suite("sensors", { concurrency: 4 }, () => {
     // Old versions that are higher than those that come with the new topic's offsets.
     for (let value = 2; value < 12; value++) await shop.admin`update sensor_readings set value = ${value}`;
     await assertEqual(sensors);
-    await stop(first);
+    const before = await sensors.readings();
     await remakeTopic(sensors);
     await shop.admin`update sensor_readings set value = 100 where id <= 100`;
     await shop.admin`delete from sensor_readings where id > 250`;
-    const before = await sensors.readings();
     const again = new RegExp(`^error: .*partition \\d of topic ${topic}.*the topic was created again`, "m");
+    await endsWith(first, 2, [again, remedy]);
     await fails(shop, consumerScript, 2, [again, remedy]);
     // Deleting the topic has deleted the group's offsets; the check is not by these alone.
     const { SENSORS_GROUP: groupId = "" } = shop.env;
@@ -118,45 +106,34 @@ suite("sensors", { concurrency: 4 }, () => {
     await stop(consumer);
   });
 
-  for (const [what, change, says] of [
-    ["is created again", (sensors: Sensors) => remakeTopic(sensors), /the topic was created again/],
-    [
-      "gets another partition",
-      async ({ admin, topic }: Sensors) => void (await admin.createPartitions({ topicPartitions: [{ topic, count: 4 }] })),
-      /has 4 partitions, and had 3 when epoch 1 began/,
-    ],
-  ] as const)
-    test(`a topic that ${what} stops the consumer that runs, with nothing inserted`, async () => {
-      await using sensors = await createSensors({ bigquery: false, connector: false });
-      const consumer = await sensors.consumer();
-      await sensors.produce(spread(0, 30));
-      await until("they are there, and committed", async () => (await sensors.committed()) === 30);
-      await change(sensors);
-      let id = 100;
-      const before = await sensors.readings();
-      // Its metadata is half a minute old at most.
-      await until(
-        "the consumer ends",
-        async () => {
-          await sensors.produce(spread(id++, 1)).catch(() => {});
-          await delay(200);
-          return consumer.child.exitCode !== null;
-        },
-        45,
-      ).catch(() => consumer.child.kill("SIGKILL"));
-      const ended = await consumer.ended;
-      assert.match(ended.stderr, says);
-      assert.match(ended.stderr, remedy);
-      assert.equal(ended.code, 2, ended.stderr);
-      if (what === "is created again") assert.deepEqual(await sensors.readings(), before);
-    });
+  test("a topic that gets another partition stops the consumer that runs", async () => {
+    await using sensors = await createSensors({ bigquery: false, connector: false });
+    const { admin, topic } = sensors;
+    const consumer = await sensors.consumer();
+    await sensors.produce(spread(0, 30));
+    await until("they are there, and committed", async () => (await sensors.committed()) === 30);
+    await admin.createPartitions({ topicPartitions: [{ topic, count: 4 }] });
+    for (let id = 100; consumer.child.exitCode === null; id++) {
+      assert.ok(id < 300, "its metadata is half a minute old at most");
+      await sensors.produce(spread(id, 1));
+      await delay(200);
+    }
+    await endsWith(consumer, 2, [/has 4 partitions, and had 3 when epoch 1 began/, remedy]);
+  });
 
   test("messages that expired unread, and an offset that somebody set ahead, stop the consumer and are named; the lag counts them", async () => {
     await using sensors = await createSensors({ bigquery: false, connector: false });
     const { shop, topic, admin } = sensors;
-    const { SENSORS_GROUP: groupId = "" } = shop.env;
+    const { SENSORS_GROUP: groupId = "", CLICKHOUSE_DATABASE: database = "" } = shop.env;
+    // A consumer that joins while another commits a partition for the first time does not take its offset for a lost one.
+    await takeEpoch(shop.admin, topic, database, sensors.state);
     await sensors.produce(spread(1, 30));
-    await sensors.catchUp();
+    const joining = async (): Promise<PartitionState[]> => {
+      const state = await sensors.state();
+      await sensors.catchUp();
+      return state;
+    };
+    assert.equal(await takeEpoch(shop.admin, topic, database, joining), 1);
     await sensors.produce(spread(100, 30));
     const set = (offset: string) => admin.setOffsets({ groupId, topic, partitions: [{ partition: 1, offset }] });
     await set("20");
@@ -164,62 +141,10 @@ suite("sensors", { concurrency: 4 }, () => {
     await fails(shop, consumerScript, 2, [ahead, remedy], { UNTIL: "caught-up" });
     await set("10");
     await admin.deleteTopicRecords({ topic, partitions: [{ partition: 2, offset: "15" }] });
-    assert.deepEqual(
-      (await sensors.state()).map(({ lag }) => lag),
-      [10, 10, 10],
-    );
+    for (const { lag } of await sensors.state()) assert.equal(lag, 10);
     const expired = `partition 2 of topic ${topic} begins at offset 15, but was inserted up to offset 10: messages expired unread (retention.ms)`;
     await fails(shop, consumerScript, 2, [expired, remedy], { UNTIL: "caught-up" });
     assert.equal((await sensors.readings()).length, 30);
-  });
-
-  test("a second snapshot within an epoch, after Connect has lost its offsets, stops the consumer; a resnapshot repairs what it left", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { shop } = sensors;
-    await insert(sensors, 1, 1000);
-    const consumer = await sensors.consumer();
-    await assertEqual(sensors);
-    const url = `${shop.env.CONNECT_URL}/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
-    await fetch(`${url}/stop`, { method: "PUT" });
-    await until("its offsets are deleted", async () => (await fetch(`${url}/offsets`, { method: "DELETE" })).ok);
-    const slot = `etl_${shop.env.CLICKHOUSE_DATABASE}`;
-    await until("its slot is gone", () =>
-      shop.admin`select pg_drop_replication_slot(${slot})`.then(
-        () => true,
-        () => false,
-      ),
-    );
-    await shop.admin`delete from sensor_readings where id > 700`;
-    await shop.succeed(connector);
-    const { code, stderr } = await ending(consumer, 60);
-    assert.equal(code, 2, stderr);
-    assert.match(
-      stderr,
-      /a second snapshot \(WAL position \d+, the first: \d+\) has begun in epoch 1 of .*\. Stop all consumers, then run: make resnapshot/,
-    );
-    assert.equal((await sensors.readings()).filter(({ metric }) => metric === "temp").length, 1000);
-    await shop.succeed(resnapshot);
-    await rebuild(sensors);
-    assert.deepEqual(await sensors.readings(), await sensors.source());
-  });
-
-  test("a consumer that joins while another commits a partition for the first time does not take its offset for a lost one", async () => {
-    await using sensors = await createSensors({ bigquery: false, connector: false });
-    const { shop, topic } = sensors;
-    const { CLICKHOUSE_DATABASE: database = "" } = shop.env;
-    const where = sensors.state;
-    await takeEpoch(shop.admin, topic, database, where);
-    await sensors.produce(spread(0, 1));
-    const joining = async (): Promise<PartitionState[]> => {
-      const state = await where();
-      if (state.every(({ committed }) => committed < 0n)) await sensors.catchUp();
-      return state;
-    };
-    assert.equal(await takeEpoch(shop.admin, topic, database, joining), 1);
-    assert.deepEqual(
-      (await where()).map(({ committed }) => committed),
-      [1n, -1n, -1n],
-    );
   });
 
   test("a rebuild: readers see a whole table at every instant, others are refused meanwhile, a swap done twice is done once", async () => {
@@ -277,17 +202,17 @@ suite("sensors", { concurrency: 4 }, () => {
     pause = 1;
     const { stderr } = await shop.succeed(swap);
     await shop.admin`delete from sensor_readings where id = 4000`;
-    assert.match(
+    assert.ok(
+      stderr.includes(`step=done swapped=${database}.sensor_readings epoch=3 before=${rebuildOf(sensors)}.sensor_readings`),
       stderr,
-      new RegExp(`step=done swapped=${database}\\.sensor_readings epoch=3 before=${rebuildOf(sensors)}\\.sensor_readings`),
     );
     reading = false;
     await readers;
     const after = (await sensors.readings()).length;
     assert.ok(after >= 1500);
-    assert.deepEqual(
-      [...counts].filter((count) => count !== 2000 && count < 1500),
-      [],
+    assert.ok(
+      [...counts].every((count) => count >= 1500),
+      `${[...counts]}`,
     );
     await fails(shop, swap, 2, [`there is no rebuild of ${topic} to swap in`]);
     assert.equal((await sensors.readings()).length, after);
@@ -334,102 +259,85 @@ suite("sensors", { concurrency: 4 }, () => {
     await stop(consumer);
   });
 
-  test("make connector may be repeated, and says what is wrong: Connect, password, publication, replica identity, topic, a failed task", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { shop } = sensors;
-    const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
-    const name = `etl-${prefix}-sensor_readings`;
-    const done = `step=done connector=${name} slot=etl_${prefix} topic=${topic} state=RUNNING`;
-    await insert(sensors, 1, 10);
-    const consumer = await sensors.consumer();
-    await assertEqual(sensors);
-    const again = await shop.succeed(connector);
-    assert.ok(again.stderr.includes(done), again.stderr);
-    assert.doesNotMatch(again.stderr, /step=created/);
-    await assertEqual(sensors); // no second snapshot, which would have stopped the consumer
-
-    // The words of Connect while its workers share out the work anew, though in another form.
-    await using proxy = await createProxy(shop.env.CONNECT_URL);
-    const [put, get] = [/^PUT .*\/config$/, /^GET .*\/status$/];
-    for (const kind of [put, get]) {
-      proxy.fault(kind, answer(409), 1);
-      proxy.fault(kind, answer(500, { reason: "Request cannot be completed because a rebalance is expected" }), 1);
-    }
-    await shop.succeed(connector, { CONNECT_URL: proxy.url });
-    const asked = (kind: RegExp): number => proxy.requests.filter((line) => kind.test(line)).length;
-    assert.equal(asked(put), 3);
-    assert.ok(asked(get) >= 3);
-
-    const plugin = { class: "io.debezium.connector.postgresql.PostgresConnector", version: "3.3.2.Final" };
-    proxy.fault(/^GET .*connector-plugins/, async ({ response }) => void response.end(JSON.stringify([plugin])));
-    const old = "Kafka Connect (CONNECT_URL) has Debezium 3.3.2.Final for Postgres; the least is 3.6.1. Install it at each worker";
-    for (const script of [connector, consumerScript]) await fails(shop, script, 2, [old], { CONNECT_URL: proxy.url });
-    const checked = await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors", CONNECT_URL: proxy.url });
-    assert.ok(checked.stdout.includes(`FAIL  sensors: Debezium's version: ${old}`), checked.stdout);
-
-    const nowhere = "http://127.0.0.1:1";
-    await fails(shop, connector, 1, [/^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ For the local stack: make up$/m], {
-      CONNECT_URL: nowhere,
+  suite("the connector", { concurrency: 1 }, () => {
+    let sensors: Sensors;
+    let consumer: Consumer;
+    before(async () => {
+      sensors = await createSensors({ bigquery: false });
+      await insert(sensors, 1, 1000);
+      consumer = await sensors.consumer();
+      await assertEqual(sensors);
     });
-    const wrong = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");
-    await fails(shop, connector, 1, [/^error: .*password authentication failed for user "etl_replicator"/m], {
-      REPLICATION_DATABASE_URL: wrong,
-    });
-    await fails(shop, connector, 2, [`SENSORS_TOPIC shop.readings must end with .public.sensor_readings`], {
-      SENSORS_TOPIC: "shop.readings",
-    });
-    await fails(shop, connector, 1, [/^error: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers: .* For the local stack: make up$/m], {
-      KAFKA_BROKERS: "127.0.0.1:1",
+    after(() => sensors[Symbol.asyncDispose]());
+
+    test("make connector may be repeated, waits out a rebalance, and says what is wrong with Connect, Kafka and the source", async () => {
+      const { shop } = sensors;
+      const { REPLICATION_DATABASE_URL = "", SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: prefix = "" } = shop.env;
+      const name = `etl-${prefix}-sensor_readings`;
+      const done = `step=done connector=${name} slot=etl_${prefix} topic=${topic} state=RUNNING`;
+      const again = await shop.succeed(connector);
+      assert.ok(again.stderr.includes(done), again.stderr);
+      assert.doesNotMatch(again.stderr, /step=created/);
+      await assertEqual(sensors); // no second snapshot, which would have stopped the consumer
+
+      // The words of Connect while its workers share out the work anew, though in another form.
+      await using proxy = await createProxy(shop.env.CONNECT_URL);
+      const [put, get] = [/^PUT .*\/config$/, /^GET .*\/status$/];
+      for (const kind of [put, get]) {
+        proxy.fault(kind, answer(409), 1);
+        proxy.fault(kind, answer(500, { reason: "Request cannot be completed because a rebalance is expected" }), 1);
+      }
+      await shop.succeed(connector, { CONNECT_URL: proxy.url });
+      const asked = (kind: RegExp): number => proxy.requests.filter((line) => kind.test(line)).length;
+      assert.equal(asked(put), 3);
+      assert.ok(asked(get) >= 3);
+
+      const plugin = { class: "io.debezium.connector.postgresql.PostgresConnector", version: "3.3.2.Final" };
+      proxy.fault(/^GET .*connector-plugins/, async ({ response }) => void response.end(JSON.stringify([plugin])));
+      const old = "Kafka Connect (CONNECT_URL) has Debezium 3.3.2.Final for Postgres; the least is 3.6.1. Install it at each worker";
+      for (const script of [connector, consumerScript]) await fails(shop, script, 2, [old], { CONNECT_URL: proxy.url });
+      const checked = await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors", CONNECT_URL: proxy.url });
+      assert.ok(checked.stdout.includes(`FAIL  sensors: Debezium's version: ${old}`), checked.stdout);
+
+      const password = REPLICATION_DATABASE_URL.replace(/:[^:@/]+@/, ":HUSH@");
+      for (const [variables, code, says] of [
+        [{ CONNECT_URL: "http://127.0.0.1:1" }, 1, /^error: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: .+ make up$/m],
+        [{ REPLICATION_DATABASE_URL: password }, 1, /^error: .*password authentication failed for user "etl_replicator"/m],
+        [{ SENSORS_TOPIC: "shop.readings" }, 2, /SENSORS_TOPIC shop\.readings must end with \.public\.sensor_readings/],
+        [{ KAFKA_BROKERS: "127.0.0.1:1" }, 1, /^error: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers: .* make up$/m],
+      ] as const)
+        await fails(shop, connector, code, [says], variables);
+
+      await shop.admin`alter publication etl_sensors drop table public.etl_heartbeat`;
+      await shop.admin`alter table sensor_readings replica identity default`;
+      await shop.admin`alter table sensor_readings disable trigger etl_row_by_row`;
+      await fails(shop, connector, 2, [
+        "the source is not ready for Debezium:",
+        "  table sensor_readings is not REPLICA IDENTITY FULL",
+        "  table sensor_readings lacks the trigger etl_row_by_row: rows of a COPY would be lost where Debezium restarts among them",
+        "  publication etl_sensors does not exist, or lacks public.etl_heartbeat",
+        "Run sql/replication.sql in that database as an administrator, then: make connector",
+      ]);
+      await shop.admin`alter table sensor_readings replica identity full`;
+      await shop.admin`alter table sensor_readings enable trigger etl_row_by_row`;
+      await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`; // last: at a canary the consumer looks
     });
 
-    await shop.admin`alter publication etl_sensors drop table public.etl_heartbeat`;
-    await shop.admin`alter table sensor_readings replica identity default`;
-    await shop.admin`alter table sensor_readings disable trigger etl_row_by_row`;
-    await fails(shop, connector, 2, [
-      "the source is not ready for Debezium:",
-      "  table sensor_readings is not REPLICA IDENTITY FULL",
-      "  table sensor_readings lacks the trigger etl_row_by_row: rows of a COPY would be lost where Debezium restarts among them",
-      "  publication etl_sensors does not exist, or lacks public.etl_heartbeat",
-      "Run sql/replication.sql in that database as an administrator, then: make connector",
-    ]);
-    await shop.admin`alter publication etl_sensors add table public.etl_heartbeat`;
-    await shop.admin`alter table sensor_readings replica identity full`;
-    await shop.admin`alter table sensor_readings enable trigger etl_row_by_row`;
-
-    // A task that has failed, whose fault was mended since.
-    await shop.admin`drop publication etl_sensors`;
-    await shop.admin`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${`etl_${prefix}`}`;
-    await until(
-      "the task has failed",
-      async () => {
-        const status = await fetch(new URL(`/connectors/${name}/status`, shop.env.CONNECT_URL));
-        return ((await status.json()) as { tasks: { state: string }[] }).tasks[0]?.state === "FAILED";
-      },
-      60,
-    );
-    await shop.admin`create publication etl_sensors for table public.sensor_readings, public.etl_heartbeat`;
-    await shop.succeed(connector);
-    await assertEqual(sensors);
-
-    // A task that fails: the slot is held by another.
-    await fetch(new URL(`/connectors/${name}`, shop.env.CONNECT_URL), { method: "DELETE" });
-    await until("the slot is free", async () => {
-      const [slot] = await shop.admin`select active from pg_replication_slots where slot_name = ${`etl_${prefix}`}`;
-      return slot && !slot.active;
+    test("a second snapshot within an epoch, after Connect has lost its offsets, stops the consumer; a resnapshot repairs what it left", async () => {
+      const { shop } = sensors;
+      const url = `${shop.env.CONNECT_URL}/connectors/etl-${shop.env.CLICKHOUSE_DATABASE}-sensor_readings`;
+      await fetch(`${url}/stop`, { method: "PUT" });
+      await until("its offsets are deleted", async () => (await fetch(`${url}/offsets`, { method: "DELETE" })).ok);
+      const slot = `etl_${shop.env.CLICKHOUSE_DATABASE}`;
+      await until("its slot is gone", () => succeeds(shop.admin`select pg_drop_replication_slot(${slot})`));
+      await shop.admin`delete from sensor_readings where id > 700`;
+      await shop.succeed(connector);
+      const second = /a second snapshot \(WAL position \d+, the first: \d+\) has begun in epoch 1 of .* then run: make resnapshot/;
+      await endsWith(consumer, 2, [second]);
+      assert.equal((await sensors.readings()).filter(({ metric }) => metric === "temp").length, 1000);
+      await shop.succeed(resnapshot);
+      await rebuild(sensors);
+      assert.deepEqual(await sensors.readings(), await sensors.source());
     });
-    await shop.admin`select pg_drop_replication_slot(${`etl_${prefix}`})`;
-    await shop.admin`select pg_create_physical_replication_slot(${`etl_${prefix}`})`;
-    await fails(shop, connector, 1, [
-      new RegExp(`^error: (connector ${name} failed:|Kafka Connect refused PUT)`, "m"),
-      /is no longer available on the server|slot/,
-      "Fix it, then: make connector",
-    ]);
-    // What the slot would have kept is lost: a fresh snapshot has it. Also where somebody has deleted the connector.
-    await fetch(new URL(`/connectors/${name}`, shop.env.CONNECT_URL), { method: "DELETE" });
-    await shop.admin`update sensor_readings set value = 5`;
-    await stop(consumer);
-    await shop.succeed(resnapshot);
-    await rebuild(sensors);
-    assert.deepEqual(await sensors.readings(), await sensors.source());
   });
 });

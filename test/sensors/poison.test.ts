@@ -8,9 +8,8 @@ import fc from "fast-check";
 import type { Message } from "kafkajs";
 import { statementsOf } from "../../scripts/ops/lib/migrations.ts";
 import { insertRowBinary, landingRows } from "../../shared/sensors/clickhouse.ts";
-import { createPoisonLimit } from "../../shared/sensors/consumer.ts";
-import { createProxy, ending, stop } from "../lib/faults.ts";
-import { type Consumer, createSensors, type Sensors } from "../lib/sensors.ts";
+import { createProxy, stop } from "../lib/faults.ts";
+import { type Consumer, createSensors, endsWith, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
 import { root } from "../stack/env.ts";
 
@@ -20,47 +19,27 @@ const replayScript = "scripts/ops/replay-dead-letters.ts";
 
 // biome-ignore lint/suspicious/noExplicitAny: any JSON
 type Json = any;
-const row = (id: number, value: Json = 1.5): Json => ({
-  id,
-  sensor_id: `S${id % 3}`,
-  metric: "temp",
-  value,
-  recorded_at: "2024-01-01T00:00:00.000001Z",
-});
-const envelope = (op: string, before: Json, after: Json): Json => ({
-  before,
-  after,
-  source: { ts_ms: Date.now() },
-  op,
-});
+const row = (id: number, value: Json = 1.5): Json => {
+  return { id, sensor_id: `S${id % 3}`, metric: "temp", value, recorded_at: "2024-01-01T00:00:00.000001Z" };
+};
+const envelope = (op: string, before: Json, after: Json): Json => ({ before, after, source: { ts_ms: Date.now() }, op });
 const keyOf = (id: number): string => JSON.stringify({ id });
-const message = (id: number, op: string, before: Json, after: Json): Message => ({
-  key: keyOf(id),
-  value: JSON.stringify(envelope(op, before, after)),
-});
+const message = (id: number, op: string, before: Json, after: Json): Message => {
+  return { key: keyOf(id), value: JSON.stringify(envelope(op, before, after)) };
+};
 const created = (id: number, value?: Json): Message => message(id, "c", null, row(id, value));
 
 const bytes = (of: Message["value"] | Message["key"]): Buffer => (Buffer.isBuffer(of) ? of : Buffer.from(of ?? ""));
 const digest = (of: Message["value"]): string => createHash("sha256").update(bytes(of)).digest("hex").toUpperCase();
 
-interface DeadLetter {
-  partition: number;
-  offset: string;
-  reason: string;
-  key: string | null;
-  length: string;
-  digest: string;
-}
+type DeadLetter = { partition: number; offset: string; reason: string; key: string | null; length: string; digest: string };
 
 /** Dead letters with their values' digests: bytes that are no text would not come through JSON. */
 const readDeadLetters = ({ shop }: Sensors): Promise<DeadLetter[]> =>
   shop.select(`SELECT partition, toString(offset) AS offset, reason, key, toString(length(value)) AS length, hex(SHA256(value)) AS digest
       FROM sensor_dead_letters FINAL ORDER BY epoch, partition, sensor_dead_letters.offset`);
 
-const caughtUp = async (consumer: Consumer): Promise<boolean> => {
-  const lags = Object.entries(await consumer.metrics()).filter(([name]) => name.startsWith("etl_sensors_lag{"));
-  return lags.length > 0 && lags.every(([, lag]) => lag === 0);
-};
+const caughtUp = async (consumer: Consumer): Promise<boolean> => (await consumer.lag()) === 0;
 
 const after = (change: Json): string => JSON.stringify(envelope("c", null, { ...row(1), ...change }));
 const without = (column: string): string => {
@@ -80,7 +59,6 @@ const json = JSON.stringify;
 /** What comes: why it is dead-lettered, its value, and its key, if that is not id 1's. */
 const poison: Record<string, [reason: string, value: string | Buffer, key?: string | null]> = {
   "an empty value": ["not JSON", ""],
-  "half an envelope": ["not JSON", after({}).slice(0, 60)],
   "an envelope and a half": ["not JSON", after({}) + after({}).slice(0, 9)],
   "a null byte": ["not JSON", after({ metric: "a b" }).replace("a b", "a\0b")],
   "a null byte after the envelope": ["not JSON", `${after({})}\0`],
@@ -89,7 +67,6 @@ const poison: Record<string, [reason: string, value: string | Buffer, key?: stri
   "5 MB of no JSON": ["not JSON", text(5_000_000)],
   "5 MB of JSON": [noChange, json({ text: text(5_000_000) })],
   "JSON null": [noChange, "null"],
-  "an array of envelopes": [noChange, `[${after({})}]`],
   "a row without an envelope": [noChange, json(row(1))],
   "an op that is no text": [noChange, after({}).replace('"op":"c"', '"op":{"c":1}')],
   "an op that nobody knows": [noChange, json(envelope("m", null, row(1)))],
@@ -113,10 +90,8 @@ const poison: Record<string, [reason: string, value: string | Buffer, key?: stri
   "a sensor_id that is a number": ["after.sensor_id is neither text nor null", after({ sensor_id: 5 })],
   "no metric": ["after.metric is neither text nor null", without("metric")],
   "a value that is text": ["after.value is neither a number nor null", after({ value: "12" })],
-  "no value": ["after.value is neither a number nor null", without("value")],
   "a time that is a word": [noTime, after({ recorded_at: "now" })],
   "30 February": [noTime, after({ recorded_at: "2024-02-30T00:00:00Z" })],
-  "25 o'clock": [noTime, after({ recorded_at: "2024-01-01T25:00:00Z" })],
   "a time that is a number": ["after.recorded_at is no text", after({ recorded_at: 10 })],
   "a large value that Debezium does not know": [
     "after lacks a large value: the source table needs REPLICA IDENTITY FULL",
@@ -134,38 +109,25 @@ suite("poison", { concurrency: true }, () => {
   test("each kind of poison is dead-lettered with its reason, place, key and bytes; what is around it arrives", async () => {
     await using sensors = await createSensors({ bigquery: false, connector: false });
     const consumer = await sensors.consumer();
-    const kinds = Object.entries(poison);
+    const kinds = Object.values(poison);
     // Fewer than the hundred messages of which a share may be too much.
     assert.ok(kinds.length * 2 < 100);
-    const sent = kinds.map(([name, [reason, value, key = keyOf(1)]], index) => ({
-      name,
-      partition: index % 3,
-      offset: String(Math.floor(index / 3) * 2),
-      reason,
-      key,
-      length: String(bytes(value).length),
-      digest: digest(value),
-    }));
-    for (const [index, [, [, value, key = keyOf(1)]]] of kinds.entries())
+    const sent = kinds.map(([reason, value, key = keyOf(1)], index) => {
+      const [partition, offset] = [index % 3, String(Math.floor(index / 3) * 2)];
+      return { partition, offset, reason, key, length: String(bytes(value).length), digest: digest(value) };
+    });
+    for (const [index, [, value, key = keyOf(1)]] of kinds.entries())
       await sensors.produce([
         { key, value, partition: index % 3 },
         { ...created(1000 + index), partition: index % 3 },
       ]);
     await until("all are there", () => caughtUp(consumer));
-    const found = await readDeadLetters(sensors);
-    const named = found.map((letter) => ({
-      name: sent.find(({ partition, offset }) => letter.partition === partition && letter.offset === offset)?.name,
-      ...letter,
-    }));
     assert.deepEqual(
-      named,
+      await readDeadLetters(sensors),
       sent.toSorted((a, b) => a.partition - b.partition || Number(a.offset) - Number(b.offset)),
     );
-    const readings = await sensors.readings();
-    assert.deepEqual(
-      readings.map(({ id }) => id),
-      ["900", ...kinds.map((_, index) => String(1000 + index))], // of 900 the old row alone is unknown
-    );
+    const ids = (await sensors.readings()).map(({ id }) => Number(id));
+    assert.deepEqual(ids, [900, ...kinds.map((_, index) => 1000 + index)]); // of 900 the old row alone is unknown
     const metrics = await consumer.metrics();
     assert.equal(metrics.etl_sensors_dead_letters_total, kinds.length);
     assert.equal(metrics.etl_sensors_rows_total, kinds.length);
@@ -182,29 +144,23 @@ suite("poison", { concurrency: true }, () => {
     await sensors.produce([...good(1, 900), ...bad(100)]);
     await until("they are committed", async () => (await sensors.committed()) === 1000);
     await sensors.produce([...good(1001, 880), ...bad(120)]);
-    const { code, stderr } = await ending(consumer);
-    assert.equal(code, 1, stderr);
     const says =
       /error: 101 of the last 1,000 messages are not valid changes \(limit: SENSORS_POISON_SHARE=0\.1\)\. The last batch was not committed; the next start reads it again\. Next: make dead-letters \(says why\)$/m;
-    assert.match(stderr, says);
+    await endsWith(consumer, 1, [says]);
     assert.equal(await sensors.committed(), 1000);
-    const letters = (await sensors.deadLetters()).map(({ offset }) => Number(offset));
+    const letters = await sensors.deadLetters();
     assert.equal(letters.length, 220);
 
     // Nothing has changed, so it stops again; each dead letter is there once.
-    const again = await shop.run("scripts/sensors.ts", { UNTIL: "caught-up" });
-    assert.equal(again.code, 1, again.stderr);
-    assert.match(again.stderr, /error: 98 of the last 978 messages are not valid changes/);
+    const again = shop.start("scripts/sensors.ts", { UNTIL: "caught-up" });
+    await endsWith(again, 1, [/error: 98 of the last 978 messages are not valid changes/]);
     assert.equal(await sensors.committed(), 1000);
     assert.equal((await sensors.deadLetters()).length, 220);
 
     // Told to, it does.
     await sensors.catchUp({ SENSORS_POISON_SHARE: "0.12" });
     assert.equal(await sensors.committed(), 2000);
-    assert.deepEqual(
-      (await sensors.deadLetters()).map(({ offset }) => Number(offset)),
-      letters,
-    );
+    assert.deepEqual(await sensors.deadLetters(), letters);
     assert.equal((await sensors.readings()).length, 1780);
   });
 
@@ -220,43 +176,10 @@ suite("poison", { concurrency: true }, () => {
     assert.equal((await fetch(`${await consumer.url}/healthz`)).status, 200);
     // The hundredth.
     await sensors.produce([bad(3)]);
-    const { code, stderr } = await ending(consumer);
-    assert.equal(code, 1, stderr);
-    assert.match(stderr, /error: 100 of the last 100 messages are not valid changes/);
+    await endsWith(consumer, 1, [/error: 100 of the last 100 messages are not valid changes/]);
   });
 
-  test("the share is that of the last 1,000 messages, whatever the batches", () => {
-    fc.assert(
-      fc.property(
-        fc.array(fc.record({ messages: fc.integer({ min: 1, max: 300 }), bad: fc.nat(100) }), { maxLength: 60 }),
-        fc.constantFrom(0, 0.1, 0.5, 1),
-        (batches, share) => {
-          const limit = createPoisonLimit(share);
-          const seen: boolean[] = []; // whether each message was bad
-          for (const { messages, bad } of batches) {
-            const count = Math.min(bad, messages);
-            const dead = Array.from({ length: count }, (_, index) => Math.floor((index * messages) / count));
-            let stops = false;
-            for (let index = 0; index < messages && !stops; index++) {
-              seen.push(dead.includes(index));
-              const last = seen.slice(-1000);
-              stops = last.length >= 100 && last.filter(Boolean).length > share * last.length;
-            }
-            let stopped = false;
-            try {
-              limit(messages, dead);
-            } catch {
-              stopped = true;
-            }
-            assert.equal(stopped, stops);
-            if (stopped) return;
-          }
-        },
-      ),
-    );
-  });
-
-  test("dead letters are listed with where, when, why and how they begin, for people and for programs", async () => {
+  test("dead letters are listed with where, when, why and how they begin; those of an older epoch are not replayed", async () => {
     await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
     const { shop, topic } = sensors;
     const none = await shop.succeed(deadLettersScript);
@@ -281,42 +204,29 @@ suite("poison", { concurrency: true }, () => {
       /^Next: fix the source, or the views by a new file in schemas\/clickhouse \(make migrate\), then: make replay-dead-letters$/m,
     ])
       assert.match(stdout, line);
-    const two = JSON.parse((await shop.succeed(deadLettersScript, { JSON: "1", LIMIT: "2" })).stdout);
-    assert.deepEqual(
-      two.letters.map(({ parked_at: _, ...letter }: Record<string, unknown>) => letter),
-      [
-        {
-          epoch: 1,
-          partition: 0,
-          offset: 1,
-          reason: "not JSON",
-          key: keyOf(2),
-          bytes: 109,
-          begins: `tab?here?${text(51)}`,
-        },
-        {
-          epoch: 1,
-          partition: 0,
-          offset: 2,
-          reason: "no key",
-          key: "NULL",
-          bytes: after({}).length,
-          begins: after({}).slice(0, 60),
-        },
-      ],
-    );
-    assert.deepEqual(
-      two.reasons.map(({ reason, messages }: Record<string, unknown>) => ({ reason, messages })),
-      [
-        { reason: "not JSON", messages: 3 },
-        { reason: "no key", messages: 1 },
-      ],
-    );
+    const two = JSON.parse((await shop.succeed(deadLettersScript, { JSON: "1", LIMIT: "1" })).stdout);
+    const [{ parked_at: _, ...letter }, ...more] = two.letters;
+    const place = { epoch: 1, partition: 0, offset: 1 };
+    assert.deepEqual(letter, { ...place, reason: "not JSON", key: keyOf(2), bytes: 109, begins: `tab?here?${text(51)}` });
+    assert.deepEqual(more, []);
+    const counted = two.reasons.map(({ reason, messages }: Record<string, unknown>) => `${messages} ${reason}`);
+    assert.deepEqual(counted, ["3 not JSON", "1 no key"]);
+
+    // One of an older epoch is listed, and not replayed: the view now takes both for changes.
+    await shop.admin`update etl.topics set epoch = 2 where topic = ${topic}`;
+    await sensors.produce([{ key: keyOf(6), value: "new" }]);
+    await sensors.catchUp();
+    await replaceReason(sensors, "value IN ('not JSON', 'new'), '',");
+    const { stderr } = await shop.succeed(replayScript);
+    assert.match(stderr, /step=replayed epoch=2 dead_letters=1 now_changes=1 left=0$/m);
+    const left = await shop.succeed(deadLettersScript);
+    assert.match(left.stdout, /^1 +0 +4 .* not JSON$/m);
+    assert.doesNotMatch(left.stdout, / new$/m);
   });
 
   test("a replay re-ingests what is a change by now, none of which wins over newer data, and reports the rest; one that comes meanwhile stays", async () => {
     await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
-    const { shop, topic } = sensors;
+    const { shop } = sensors;
     const consumer = await sensors.consumer();
     await refuseThirteen(sensors);
     await sensors.produce([
@@ -331,10 +241,8 @@ suite("poison", { concurrency: true }, () => {
       message(3, "d", row(3, 14), null),
     ]);
     await until("all are there", () => caughtUp(consumer));
-    assert.deepEqual(
-      (await sensors.deadLetters()).map(({ offset, reason }) => ({ offset, reason })),
-      ["0", "1", "2", "3", "4", "5"].map((offset) => ({ offset, reason: offset === "5" ? "not JSON" : "no 13 here" })),
-    );
+    const letters = async (): Promise<string[]> => (await sensors.deadLetters()).map(({ offset, reason }) => `${offset} ${reason}`);
+    assert.deepEqual(await letters(), [...[0, 1, 2, 3, 4].map((offset) => `${offset} no 13 here`), "5 not JSON"]);
     const values = async (): Promise<Json> => (await sensors.readings()).map(({ id, sensor_id, value }) => `${id} ${sensor_id} ${value}`);
     assert.deepEqual(await values(), ["2 S2 14"]);
 
@@ -360,38 +268,11 @@ suite("poison", { concurrency: true }, () => {
     });
     const replay = await shop.succeed(replayScript, { CLICKHOUSE_URL: proxy.url });
     assert.match(replay.stderr, /step=replayed epoch=1 dead_letters=6 now_changes=5 left=2 next="make dead-letters"$/m);
-    assert.deepEqual(
-      (await sensors.deadLetters()).map(({ offset, value }) => ({ offset, value })),
-      [
-        { offset: "5", value: "not JSON" },
-        { offset: "8", value: "not JSON, and new" },
-      ],
-    );
+    assert.deepEqual(await letters(), ["5 not JSON", "8 not JSON"]);
     // 2 is not set back, 3 not brought back, 4 not there under both of its keys.
     assert.deepEqual(await values(), ["1 S1 13", "2 S2 14", "4 moved 13"]);
 
-    const second = await shop.succeed(replayScript);
-    assert.match(second.stderr, /step=replayed epoch=1 dead_letters=2 now_changes=0 left=2 next="make dead-letters"$/m);
-    assert.deepEqual(await values(), ["1 S1 13", "2 S2 14", "4 moved 13"]);
     await stop(consumer);
-    assert.equal((await shop.admin`select from etl.topics where topic = ${topic} and epoch = 1`).count, 1);
-  });
-
-  test("a dead letter of an older epoch is listed, and not replayed", async () => {
-    await using sensors = await createSensors({ bigquery: false, connector: false, partitions: 1 });
-    const { shop, topic } = sensors;
-    await sensors.produce([{ key: keyOf(1), value: "old" }]);
-    await sensors.catchUp();
-    await shop.admin`update etl.topics set epoch = 2 where topic = ${topic}`;
-    await sensors.produce([{ key: keyOf(2), value: "new" }]);
-    await sensors.catchUp();
-    // What the view now takes for a change, in both.
-    await replaceReason(sensors, "value IN ('old', 'new'), '',");
-    const { stderr } = await shop.succeed(replayScript);
-    assert.match(stderr, /step=replayed epoch=2 dead_letters=1 now_changes=1 left=0$/m);
-    const { stdout } = await shop.succeed(deadLettersScript);
-    assert.match(stdout, /^1 +0 +0 .* old$/m);
-    assert.doesNotMatch(stdout, / new$/m);
   });
 
   test("fuzzed envelopes never make an insert fail: each becomes its row or a dead letter", async () => {
@@ -402,29 +283,13 @@ suite("poison", { concurrency: true }, () => {
       fc.asyncProperty(fc.array(mutation, { minLength: 1, maxLength: 300 }), async (mutations) => {
         const first = next;
         next += mutations.length;
-        const messages = mutations.map((one, index) => render(one, first + index));
-        const place = { topic: sensors.topic, epoch: 1, partition: 0 };
-        const rows = landingRows(
-          place,
-          messages.map(({ key, value }, index) => ({
-            offset: String(first + index),
-            key: key as Buffer | null,
-            value: value as Buffer | null,
-          })),
-        );
+        const sent = mutations.map((one, index) => render(one, first + index));
+        const rows = landingRows({ topic: sensors.topic, epoch: 1, partition: 0 }, sent);
         if (rows.length) await insertRowBinary(clickhouse, "sensor_landing", rows, new AbortController().signal);
-        await assertAccounted(sensors, messages, first, first);
+        await assertAccounted(sensors, sent);
       }),
       { numRuns: soak ? 500 : 15 },
     );
-    // And by way of Kafka, all of them poison or not.
-    const offset = 0;
-    const messages = fc.sample(mutation, soak ? 50_000 : 3000).map((one, index) => render(one, 1_000_000 + index));
-    await sensors.shop.clickhouse.command({ query: "TRUNCATE TABLE sensor_readings" });
-    await sensors.shop.clickhouse.command({ query: "TRUNCATE TABLE sensor_dead_letters" });
-    await sensors.produce(messages);
-    await sensors.catchUp({ SENSORS_POISON_SHARE: "1" });
-    await assertAccounted(sensors, messages, offset, 1_000_000);
   });
 });
 
@@ -441,20 +306,8 @@ async function replaceReason({ shop }: Sensors, first: string): Promise<void> {
 const refuseThirteen = (sensors: Sensors): Promise<void> =>
   replaceReason(sensors, "NOT isValidJSON(value), 'not JSON', JSONExtractInt(value, 'after', 'value') = 13, 'no 13 here',");
 
-type Mutation = {
-  op: string;
-  /** Of the envelope's fields, by path: removed, or replaced. */
-  fields: { path: string[]; to: Json }[];
-  key: "own" | Json;
-  tombstone: boolean;
-  whole: Json;
-  /** Of the text: cut at a share of it, or a byte set there. */
-  cut: { at: number; byte: number | undefined } | undefined;
-};
-
-const remove = Symbol("remove");
 const anything = fc.oneof(
-  fc.constant(remove),
+  fc.constant(undefined), // which JSON leaves out
   fc.jsonValue({ maxDepth: 3 }),
   fc.constantFrom(null, 0, -0, 1, -1, 1.5, 1e308, 2 ** 63, 2 ** 64, "", "c", "null", "NaN", "Infinity", "-Infinity", "1e5"),
   fc.constantFrom("2024-02-29T23:59:59.999999Z", "2023-02-29T00:00:00Z", "0001-01-01T00:00:00Z", "2024-01-01", "infinity"),
@@ -463,99 +316,76 @@ const anything = fc.oneof(
   fc.double(),
   fc.bigInt({ min: -(2n ** 65n), max: 2n ** 65n }).map(Number),
 );
-const path = fc.oneof(
-  fc.constantFrom("before", "after", "op", "source", "source.ts_ms").map((name) => name.split(".")),
-  fc
-    .tuple(fc.constantFrom("before", "after"), fc.constantFrom("id", "sensor_id", "metric", "value", "recorded_at", "new"))
-    .map((names) => [...names] as string[]),
-  fc.tuple(fc.constantFrom("before", "after"), fc.string()).map((names) => [...names] as string[]),
+/** Mostly what is valid there. */
+const some = (valid: fc.Arbitrary<Json>): fc.Arbitrary<Json> => fc.oneof({ arbitrary: valid, weight: 15 }, anything);
+const own = "its own id"; // of the message
+const aRow = fc.record({
+  id: some(fc.constant(own)),
+  sensor_id: some(fc.constantFrom("S", "moved")),
+  metric: some(fc.constant("temp")),
+  value: some(fc.constantFrom(1, 2)),
+  recorded_at: some(fc.constant("2024-01-01T00:00:00.000001Z")),
+});
+const someRow = some(
+  fc.tuple(aRow, fc.dictionary(fc.string(), anything, { maxKeys: 1 })).map(([known, other]) => ({ ...known, ...other })),
 );
-const often = { arbitrary: fc.constant(undefined), weight: 6 };
-const mutation: fc.Arbitrary<Mutation> = fc.record({
-  op: fc.constantFrom("c", "r", "u", "d"),
-  fields: fc.array(fc.record({ path, to: anything }), { maxLength: 2 }),
-  key: fc.oneof({ arbitrary: fc.constant("own"), weight: 6 }, anything),
-  tombstone: fc.oneof({ arbitrary: fc.constant(false), weight: 20 }, fc.constant(true)),
-  whole: fc.oneof(often, fc.jsonValue(), fc.uint8Array().map(Buffer.from)),
+const nothing = some(fc.constant(null));
+const anEnvelope = fc.constantFrom("c", "r", "u", "d").chain((op) => {
+  const [before, after] = ["ud".includes(op) ? someRow : nothing, op === "d" ? nothing : someRow];
+  return fc.record({ before, after, source: some(fc.constant({ ts_ms: 1 })), op: some(fc.constant(op)) });
+});
+/** A message; perhaps a tombstone, or its text is cut somewhere, or has another byte there. */
+const mutation = fc.record({
+  value: anEnvelope,
+  key: some(fc.constant({ id: own })),
+  tombstone: fc.nat(20).map((n) => n === 0),
   cut: fc.oneof(
-    often,
-    fc.record({
-      at: fc.double({ min: 0, max: 1, noNaN: true }),
-      byte: fc.option(fc.integer({ min: 0, max: 255 }), { nil: undefined }),
-    }),
+    { arbitrary: fc.constant(undefined), weight: 6 },
+    fc.record({ at: fc.double({ min: 0, max: 1, noNaN: true }), byte: fc.nat(511) }), // one over 255: it ends there
   ),
 });
+type Mutation = typeof mutation extends fc.Arbitrary<infer M> ? M : never;
+type Sent = { offset: string; key: Buffer | null; value: Buffer | null };
 
-function render({ op, fields, key, tombstone, whole, cut }: Mutation, id: number): Message {
-  const was = { ...row(id, 1), ...(id % 2 ? { sensor_id: "moved" } : {}) };
-  const value = envelope(op, "ud".includes(op) ? was : null, op === "d" ? null : row(id, 2));
-  for (const { path, to } of fields) {
-    const parent = path.slice(0, -1).reduce((at, name) => at?.[name], value);
-    const name = path.at(-1) ?? "";
-    if (typeof parent !== "object" || parent === null) continue;
-    // A field of this name, and not the object's prototype.
-    if (to === remove) delete parent[name];
-    else Object.defineProperty(parent, name, { value: to, enumerable: true, configurable: true, writable: true });
-  }
-  let text = Buffer.isBuffer(whole) ? whole : Buffer.from(JSON.stringify(whole === undefined ? value : whole));
+function render({ value, key, tombstone, cut }: Mutation, id: number): Sent {
+  const write = (of: Json): Buffer => Buffer.from(JSON.stringify(of).replaceAll(JSON.stringify(own), String(id)));
+  let text = write(value);
   if (cut) {
     const at = Math.floor(cut.at * text.length);
-    if (cut.byte === undefined || at === text.length) text = text.subarray(0, at);
+    if (cut.byte > 255 || at === text.length) text = text.subarray(0, at);
     else text[at] = cut.byte;
   }
-  const named = key === "own" ? keyOf(id) : key === remove ? null : JSON.stringify({ id: key });
-  return { key: named === null ? null : Buffer.from(named), value: tombstone ? null : text };
+  return { offset: String(id), key: key === undefined ? null : write(key), value: tombstone ? null : text };
 }
 
-/**
- * Of messages at the offsets from `first` on, whose own ids are those from `ids` on: each that is no tombstone is a dead letter,
- * or the row that its JSON says, and not both.
- */
-async function assertAccounted({ shop }: Sensors, messages: Message[], first: number, ids: number): Promise<void> {
-  const between = `BETWEEN ${first} AND ${first + messages.length - 1}`;
-  const letters = new Set(
-    (await shop.select<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`)).map(({ at }) =>
-      Number(at),
-    ),
-  );
+/** Of messages whose offsets are their own ids: each that is no tombstone is a dead letter or the row that its JSON says, and not both. */
+async function assertAccounted({ shop }: Sensors, messages: Sent[]): Promise<void> {
+  const between = `BETWEEN ${messages[0]?.offset} AND ${messages.at(-1)?.offset}`;
+  const found = await shop.select<{ at: string }>(`SELECT toString(offset) AS at FROM sensor_dead_letters WHERE offset ${between}`);
+  const letters = new Set(found.map(({ at }) => at));
   const rows = Map.groupBy(
     await shop.select<Record<"at" | "id" | "sensor_id" | "metric" | "value" | "recorded_at" | "_deleted", Json>>(`
       SELECT toString(bitAnd(_version, 0xffffffffffff)) AS at, toString(id) AS id, sensor_id, metric, toString(value) AS value,
         toString(recorded_at) AS recorded_at, _deleted
       FROM sensor_readings WHERE bitAnd(_version, 0xffffffffffff) ${between}`),
-    ({ at }) => Number(at),
+    ({ at }) => at,
   );
-  for (const [index, { key, value }] of messages.entries()) {
-    const offset = first + index;
+  const number = (of: Json): string | null => (of === null ? null : String(Number(String(of).replace(/inf$/, "Infinity"))));
+  const time = (_: string, at: string, digits: string): string => `${at.replace("T", " ")}.${digits.padEnd(6, "0")}`;
+  for (const { offset, key, value } of messages) {
     const what = `${key} ${value?.toString().slice(0, 500)}`;
+    const [letter, own] = [letters.has(offset), rows.get(offset)];
     // A row that moves to a time that cannot be held is dead-lettered, and gone.
-    if (letters.has(offset) && rows.has(offset)) {
-      const { op, after } = JSON.parse(String(value));
-      assert.deepEqual([op, typeof after.recorded_at, rows.get(offset)?.map((row) => row._deleted)], ["u", "string", [1]], what);
-      continue;
-    }
-    assert.equal(Number(letters.has(offset)) + Number(rows.has(offset)), value === null ? 0 : 1, what);
-    if (!rows.has(offset)) continue;
+    const moved = letter && own && JSON.parse(String(value));
+    if (moved) assert.deepEqual([moved.op, typeof moved.after.recorded_at, own.map((row) => row._deleted)], ["u", "string", [1]], what);
+    else assert.equal(Number(letter) + Number(own !== undefined), value === null ? 0 : 1, what);
+    if (letter || !own) continue;
     const { op, before, after } = JSON.parse(String(value));
-    const is = rows.get(offset)?.find(({ _deleted }) => _deleted === Number(op === "d"));
     const said = op === "d" ? before : after;
-    const number = (of: Json): string | null => (of === null ? null : String(Number(String(of).replace(/inf$/, "Infinity"))));
-    assert.deepEqual(
-      { ...is, value: number(is?.value) },
-      {
-        at: String(offset),
-        id: String(ids + index),
-        sensor_id: said.sensor_id,
-        metric: said.metric,
-        value: number(said.value),
-        recorded_at: said.recorded_at
-          .slice(0, -1)
-          .replace("T", " ")
-          .padEnd(19, " ")
-          .replace(/^(.{19})\.?(\d*)$/, (_: string, at: string, digits: string) => `${at}.${digits.padEnd(6, "0")}`),
-        _deleted: Number(op === "d"),
-      },
-      what,
-    );
+    const is = own.find(({ _deleted }) => _deleted === Number(op === "d"));
+    const { sensor_id, metric } = said;
+    const recorded_at = said.recorded_at.replace(/^(.{19})\.?(\d*)Z$/, time);
+    const expected = { at: offset, id: offset, sensor_id, metric, value: number(said.value), recorded_at, _deleted: Number(op === "d") };
+    assert.deepEqual({ ...is, value: number(is?.value) }, expected, what);
   }
 }

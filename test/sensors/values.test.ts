@@ -7,10 +7,9 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import type { Sql, TransactionSql } from "postgres";
-import { ending } from "../lib/faults.ts";
 import { seed } from "../lib/random.ts";
-import { assertExact, assertSame, createSensors, type Reading, type Sensors, startWriters } from "../lib/sensors.ts";
-import { until } from "../lib/shop.ts";
+import { assertExact, assertSame, createSensors, endsWith, type Reading, type Sensors, startWriters } from "../lib/sensors.ts";
+import { type Process, until } from "../lib/shop.ts";
 import { texts } from "../lib/texts.ts";
 import { root } from "../stack/env.ts";
 
@@ -64,44 +63,10 @@ suite("sensors", { concurrency: 4 }, () => {
       await assertExact(sensors);
     });
 
-    test("after rows were deleted and inserted again under the same keys, and primary keys went round in a circle", async () => {
-      const { admin } = sensors.shop;
-      const at = "2024-02-01Z";
-      const row = (id: number) =>
-        admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${id}, 'again', 'm', ${id}, ${at}::text::timestamptz)`;
-      for (const id of [40_001, 40_002, 40_003]) await row(id);
-      await admin.begin(async (sql) => {
-        await sql`delete from sensor_readings where id = 40001`;
-        await sql`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (40001, 'again', 'm', 0, ${at}::text::timestamptz)`;
-      });
-      await admin`delete from sensor_readings where id = 40002`;
-      await row(40_002);
-      for (let round = 0; round < 4; round++)
-        await admin.begin(async (sql) => {
-          await sql`update sensor_readings set id = 40000, value = value + 10 where id = 40001`;
-          await sql`update sensor_readings set id = 40001 where id = 40002`;
-          await sql`update sensor_readings set id = 40002 where id = 40003`;
-          await sql`update sensor_readings set id = 40003 where id = 40000`;
-        });
-      await admin`update sensor_readings set id = -id where id = 40001`;
-      await admin`update sensor_readings set id = -id, sensor_id = 'twice' where id = 40002`;
-      await assertExact(sensors);
-    });
-
-    test("after updates that change nothing, and rows that are the same but for their id", async () => {
-      const { admin } = sensors.shop;
-      await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select 50000 + i, 'same', 'm', 1, '2024-03-01Z' from generate_series(1, 50) i`;
-      for (let round = 0; round < 3; round++)
-        await admin`update sensor_readings set value = value, sensor_id = sensor_id where sensor_id = 'same'`;
-      await admin`delete from sensor_readings where id = 50007`;
-      await assertExact(sensors);
-      assert.equal((await sensors.readings()).filter(({ sensor_id }) => sensor_id === "same").length, 49);
-    });
-
     test("after transactions of many rows, and without those that were rolled back, whole or to a savepoint", async () => {
       const { admin } = sensors.shop;
       const fill = (sql: Sql | TransactionSql, first: number, sensor: string) =>
-        sql`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select ${first}::int + i, ${sensor}, 'many', i, '2024-04-01'::timestamptz + i * interval '1 s' from generate_series(1, 5000) i`;
+        sql`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) select ${first}::int + i, ${sensor}, 'many', i, '2024-04-01'::timestamptz + i * interval '1 s' from generate_series(1, 2000) i`;
       await admin.begin(async (sql) => {
         await fill(sql, 60_000, "many");
         await sql`savepoint one`;
@@ -119,11 +84,8 @@ suite("sensors", { concurrency: 4 }, () => {
       await assert.rejects(nothing, /rolled back/);
       await assertExact(sensors);
       const all = await sensors.readings();
-      assert.equal(all.filter(({ metric }) => metric === "many").length, 4500);
-      assert.deepEqual(
-        all.filter(({ sensor_id }) => sensor_id === "never"),
-        [],
-      );
+      assert.equal(all.filter(({ metric }) => metric === "many").length, 1800);
+      assert.ok(!all.some(({ sensor_id }) => sensor_id === "never"));
     });
 
     test("with large texts: an update of another column keeps them, one of their own changes them", async () => {
@@ -131,14 +93,14 @@ suite("sensors", { concurrency: 4 }, () => {
       // md5 has nothing that Postgres could compress: these are stored beside the row, and an unchanged one is not in the WAL.
       const text = (bytes: number) =>
         admin`(select string_agg(md5(random()::text), '') from generate_series(1, ${Math.ceil(bytes / 32)}::int))`;
-      const sizes = [3_200, 100_000, 1_000_000, 4_000_000];
+      const sizes = [3_200, 100_000, 1_000_000];
       for (const [at, size] of sizes.entries()) {
         await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${90_000 + at}, ${text(size)}, 'wide', 1, '2024-05-01Z')`;
         await admin`insert into sensor_readings (id, sensor_id, metric, value, recorded_at) values (${90_010 + at}, 'wide', ${text(size / 2)}, 1, '2024-05-01Z')`;
       }
       const large = admin`id between 90000 and 90020`;
       const before = await admin`select id, md5(sensor_id || metric) as sum from sensor_readings where ${large} order by id`;
-      assert.equal(before.length, 8);
+      assert.equal(before.length, 6);
       await admin`update sensor_readings set value = 2 where ${large}`;
       await admin`update sensor_readings set recorded_at = recorded_at + interval '1 s' where ${large} and id % 2 = 0`;
       await assertExact(sensors);
@@ -204,30 +166,71 @@ suite("sensors", { concurrency: 4 }, () => {
     });
   });
 
-  test("a time that ClickHouse cannot hold is dead-lettered with its reason, and never arrives as another", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { admin } = sensors.shop;
-    await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'good', i, '2024-01-01Z' from generate_series(1, 20) i`;
-    await sensors.consumer();
-    for (const [at, time] of beyond.entries()) {
-      await admin`insert into sensor_readings (id, sensor_id, recorded_at) values (${1000 + at}, 'beyond', ${time}::text::timestamptz)`;
-      await admin`update sensor_readings set recorded_at = ${time}::text::timestamptz where id = ${1 + at}`;
-    }
-    await sensors.drained();
-    const dead = await sensors.deadLetters();
-    assert.deepEqual(
-      dead.map(({ key, reason }) => [Number(JSON.parse(key ?? "").id), reason]).sort(([a], [b]) => Number(a) - Number(b)),
-      [...beyond.keys()]
-        .flatMap((at) => [1 + at, 1000 + at])
-        .sort((a, b) => a - b)
-        .map((id) => [id, "after.recorded_at is no time that DateTime64 holds"]),
-    );
-    // They are gone, since they are no longer what they were; once they have a time again, they are back.
-    const held = ({ id }: Reading): boolean => Number(id) > beyond.length && !(Number(id) >= 1000 && Number(id) < 1000 + beyond.length);
-    assertSame(await sensors.readings(), (await sensors.source()).filter(held));
-    await admin`update sensor_readings set recorded_at = '2024-02-02Z' where not isfinite(recorded_at) or recorded_at not between '2000-01-01' and '2100-01-01'`;
-    await sensors.drained();
-    assertSame(await sensors.readings(), await sensors.source());
+  suite("dead-lettered", { concurrency: 1 }, () => {
+    let sensors: Sensors;
+    let consumer: Process;
+    before(async () => {
+      sensors = await createSensors({ bigquery: false });
+      consumer = await sensors.consumer();
+    });
+    after(() => sensors[Symbol.asyncDispose]());
+    const deadLetters = async (of: RegExp): Promise<string[]> =>
+      (await sensors.deadLetters())
+        .filter(({ reason }) => of.test(reason))
+        .map(({ key, reason }) => `${JSON.parse(key ?? "{}").id} ${reason}`)
+        .sort();
+
+    test("a time that ClickHouse cannot hold is dead-lettered with its reason, and never arrives as another", async () => {
+      const { admin } = sensors.shop;
+      await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'good', i, '2024-01-01Z' from generate_series(1, 20) i`;
+      for (const [at, time] of beyond.entries()) {
+        await admin`insert into sensor_readings (id, sensor_id, recorded_at) values (${1000 + at}, 'beyond', ${time}::text::timestamptz)`;
+        await admin`update sensor_readings set recorded_at = ${time}::text::timestamptz where id = ${1 + at}`;
+      }
+      await sensors.drained();
+      const dead = [...beyond.keys()].flatMap((at) => [1 + at, 1000 + at]);
+      const reason = "after.recorded_at is no time that DateTime64 holds";
+      assert.deepEqual(await deadLetters(/./), dead.map((id) => `${id} ${reason}`).sort());
+      // They are gone, since they are no longer what they were; once they have a time again, they are back.
+      assertSame(
+        await sensors.readings(),
+        (await sensors.source()).filter(({ id }) => !dead.includes(Number(id))),
+      );
+      await admin`update sensor_readings set recorded_at = '2024-02-02Z' where not isfinite(recorded_at) or recorded_at not between '2000-01-01' and '2100-01-01'`;
+      await sensors.drained();
+      assertSame(await sensors.readings(), await sensors.source());
+    });
+
+    test("a column that is retyped while a consumer runs stops it, and what came meanwhile: no row is hours off, none is twice", async () => {
+      const { admin } = sensors.shop;
+      const rows = await sensors.readings();
+      await admin`alter table sensor_readings alter recorded_at type timestamp using recorded_at at time zone 'America/New_York'`;
+      await admin`insert into sensor_readings (id, sensor_id, recorded_at) values (100, 'new', '2024-01-01 12:00')`;
+      await admin`update sensor_readings set value = -1 where id <= 3`;
+      const retyped = /column public\.sensor_readings\.recorded_at: expected one for DateTime64.*, found timestamp without time zone/;
+      await endsWith(consumer, 2, [retyped]);
+      await admin`alter table sensor_readings alter recorded_at type timestamptz using recorded_at at time zone 'America/New_York'`;
+      await sensors.catchUp();
+      assertSame(await sensors.readings(), rows);
+      const side = (id: number): string => (id === 100 ? "after" : "before");
+      assert.deepEqual(
+        await deadLetters(/is no text$/),
+        [1, 100, 2, 3].map((id) => `${id} ${side(id)}.recorded_at is no text`),
+      );
+    });
+
+    test("a TRUNCATE becomes a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {
+      const { admin } = sensors.shop;
+      const before = await sensors.readings();
+      await admin`truncate sensor_readings`;
+      await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) values (1, 'after', 1, '2024-01-02Z')`;
+      await sensors.consumer();
+      await sensors.drained();
+      assert.match((await deadLetters(/^TRUNCATE/)).join("\n"), /^undefined TRUNCATE: .*make resnapshot.*$/);
+      // Two of them have the id 1: what is inserted after a TRUNCATE does not meet the row that was there.
+      const form = (rows: Reading[]): string[] => rows.map((row) => JSON.stringify(row)).sort();
+      assert.deepEqual(form(await sensors.readings()), form([...before, ...(await sensors.source())]));
+    });
   });
 
   test("of a partitioned table each change arrives, also of a partition that is new; an old row that is only a key is a dead letter", async () => {
@@ -274,53 +277,9 @@ suite("sensors", { concurrency: 4 }, () => {
       [5001, true],
     ]);
     await admin`alter table part_1 replica identity default`;
-    const { code, stderr } = await sensors.shop.run("scripts/sensors.ts");
-    assert.equal(code, 2);
-    assert.match(stderr, /table part_1: its changes lack the old row\. Run as its owner: alter table part_1 replica identity full;/);
+    const partial = /table part_1: its changes lack the old row\. Run as its owner: alter table part_1 replica identity full;/;
+    await endsWith(sensors.shop.start("scripts/sensors.ts"), 2, [partial]);
     assert.equal((await sensors.readings()).length, (await sensors.source()).length + 1);
-  });
-
-  test("a column that is retyped while a consumer runs stops it, and what came meanwhile is dead-lettered: no row is hours off, none is twice", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { admin } = sensors.shop;
-    await admin`
-      insert into sensor_readings (id, sensor_id, value, recorded_at)
-      select i, 'S', i, '2024-01-01 12:00Z' from generate_series(1, 20) i`;
-    const consumer = await sensors.consumer();
-    await sensors.equal();
-    const rows = await sensors.readings();
-    await admin`alter table sensor_readings alter recorded_at type timestamp using recorded_at at time zone 'America/New_York'`;
-    await admin`insert into sensor_readings (id, sensor_id, recorded_at) values (100, 'new', '2024-01-01 12:00')`;
-    await admin`update sensor_readings set value = -1 where id <= 3`;
-    const { code, stderr } = await ending(consumer, 60);
-    assert.equal(code, 2, stderr);
-    assert.match(stderr, /column public\.sensor_readings\.recorded_at: expected one for DateTime64.*, found timestamp without time zone/);
-    await admin`alter table sensor_readings alter recorded_at type timestamptz using recorded_at at time zone 'America/New_York'`;
-    await sensors.catchUp();
-    assertSame(await sensors.readings(), rows);
-    const dead = (await sensors.deadLetters()).map(({ key, reason }) => `${JSON.parse(key ?? "").id} ${reason}`).sort();
-    assert.deepEqual(dead, [...[1, 100, 2, 3].map((id) => `${id} ${id === 100 ? "after" : "before"}.recorded_at is no text`)]);
-  });
-
-  test("a TRUNCATE becomes a dead letter that names make resnapshot: the rows stay, and what comes after it arrives", async () => {
-    await using sensors = await createSensors({ bigquery: false });
-    const { admin } = sensors.shop;
-    await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) select i, 'before', i, '2024-01-01Z' from generate_series(1, 20) i`;
-    await sensors.consumer();
-    await sensors.drained();
-    const before = await sensors.readings();
-    await admin`truncate sensor_readings`;
-    await admin`insert into sensor_readings (id, sensor_id, value, recorded_at) values (1, 'after', 1, '2024-01-02Z')`;
-    await sensors.drained();
-    const [dead, ...more] = await sensors.deadLetters();
-    assert.deepEqual(more, []);
-    assert.match(dead?.reason ?? "", /^TRUNCATE: .*make resnapshot/);
-    assert.equal(JSON.parse(dead?.value ?? "").op, "t");
-    const byId = (a: Reading, b: Reading): number => Number(a.id) - Number(b.id);
-    const all = [...before, ...(await sensors.source())].sort(byId);
-    // Two of them have the id 1: what is inserted after a TRUNCATE does not meet the row that was there.
-    const form = (rows: Reading[]): string[] => rows.map((row) => JSON.stringify(row)).sort();
-    assert.deepEqual(form(await sensors.readings()), form(all));
   });
 });
 
