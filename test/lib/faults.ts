@@ -343,6 +343,14 @@ export async function sessions(shop: Shop): Promise<{ name: string; pid: number;
     where datname = current_database() and application_name like 'etl:%'`;
 }
 
+/** Ends the session that holds the pipeline's lock, as a failover or a careless administrator would. */
+export async function loseLock({ admin }: Shop): Promise<void> {
+  const ended = await admin`
+    select pg_terminate_backend(pid, 5000) from pg_locks
+    where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())`;
+  assert.equal(ended.length, 1);
+}
+
 /** Waits until a run's COPY cannot go on because nobody takes its rows. Returns its backend's pid. */
 export async function copyBlocked(shop: Shop): Promise<number> {
   const blocked = await until("the COPY waits for its reader", async () =>

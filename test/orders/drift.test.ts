@@ -3,19 +3,10 @@ import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { readContract } from "../../shared/bigquery/contract.ts";
 import { scratchCopy } from "../lib/scratch.ts";
-import { createShop, type Pipeline, type Shop, stepsOfPipeline, textColumns } from "../lib/shop.ts";
+import { createShop, type Shop, stepsOfPipeline, textColumns } from "../lib/shop.ts";
 
 const scratch = scratchCopy();
 after(() => scratch[Symbol.dispose]());
-
-/** Columns beside the text column, created_at and updated_at, which the tables have alike, by what they become: type, expected. */
-const retyped: Partial<Record<Pipeline, [column: string, from: string, to: string, expected: string][]>> = {
-  orders: [
-    ["store_id", "integer", "text", "INTEGER NULLABLE"],
-    ["total", "numeric(12,2)", "double precision", "NUMERIC(12,2) NULLABLE"],
-    ["discount", "numeric(12,2)", "numeric(14,4)", "NUMERIC(12,2) NULLABLE"],
-  ],
-};
 
 interface Drift {
   /** What happens at the source. */
@@ -56,7 +47,12 @@ stepsOfPipeline((pipeline) => {
   /** Of a column: expected …, found …. */
   const fault = (column: string, expected: string, found: string): string =>
     `column ${table}.${column}: expected ${expected} (${file}), found ${found}`;
-  const types = [[text, "text", "integer", "STRING NULLABLE"], ...(retyped[pipeline] ?? [])] as const;
+  const types = [
+    [text, "text", "integer", "STRING NULLABLE"],
+    // What users has not.
+    ["total", "numeric(12,2)", "double precision", "NUMERIC(12,2) NULLABLE"],
+    ["discount", "numeric(12,2)", "numeric(14,4)", "NUMERIC(12,2) NULLABLE"],
+  ].slice(0, pipeline === "orders" ? 3 : 1) as [column: string, from: string, to: string, expected: string][];
   const retype = ([column, , to]: (typeof types)[number]): string =>
     `alter table ${table} alter ${column} type ${to} using ${to === "integer" ? "1" : column}`;
 
@@ -195,11 +191,7 @@ stepsOfPipeline((pipeline) => {
       ...(pipeline === "orders" ? [destinationFault("total", "NUMERIC(12,2) NULLABLE", "NUMERIC(10,1) NULLABLE")] : []),
       "For additions: make migrate",
     ]);
-  });
-
-  test("a destination table that is not there is an error that says: make migrate", async () => {
     await shop.query(`DROP TABLE ${pipeline}`);
-    await assertStopped([`destination table ${shop.env.BIGQUERY_PROJECT}.${shop.dataset}.${pipeline} does not exist. Run: make migrate`]);
     await shop.succeed("scripts/ops/migrate.ts");
   });
 

@@ -79,35 +79,21 @@ stepsOfPipeline((pipeline) => {
       await assertUnaffected(shop, { PUSHGATEWAY_URL: url, HEARTBEAT_URL: url }, warning(error), ...told);
     });
 
-  test("a Pushgateway that rejects the metrics costs a warning with its reason, never the run", async ({ shop }) => {
-    await forget(shop);
-    // Another job has pushed a metric of the same name and another type: the real Pushgateway refuses ours.
-    const other = `${shop.env.PUSHGATEWAY_URL}/metrics/job/other`;
-    assert.ok((await fetch(other, { method: "POST", body: "# TYPE etl_rows counter\netl_rows 1\n" })).ok);
-    await assertUnaffected(shop, {}, warning("400"));
-    assert.deepEqual(await pushed(shop), {});
-    assert.ok((await fetch(other, { method: "DELETE" })).ok);
-  });
-
   test("HEARTBEAT_URL is told of start, then success or failure, of this pipeline; of a run by hand nothing", async ({ shop }) => {
     await using service = await createProxy(shop.env.PUSHGATEWAY_URL, { signed: true });
     service.fault(steps.anything, async ({ response }) => void response.end("OK"));
     const variables = { HEARTBEAT_URL: `${service.url}/key/{pipeline}?rid=1` };
     await assertUnaffected(shop, variables);
-    await failRun(shop, variables);
+    // A Pushgateway that is down does not hide why a run failed.
+    const stderr = await failRun(shop, { ...variables, PUSHGATEWAY_URL: `http://127.0.0.1:${await freePort()}` });
+    assert.match(stderr, warning("ECONNREFUSED"));
+    assert.match(stderr, /error: the source differs from the contract, nothing was moved:/);
     await shop.succeed(shop.script, { ...variables, FROM: "2017-01-01", TO: "2017-01-02" });
     const events = ["/start", "", "/start", "/fail"];
     assert.deepEqual(
       service.requests,
       events.map((event) => `GET /key/${pipeline}${event}?rid=1`),
     );
-  });
-
-  test("a Pushgateway that is down does not hide why a run failed", async ({ shop }) => {
-    const stderr = await failRun(shop, { PUSHGATEWAY_URL: `http://127.0.0.1:${await freePort()}` });
-    assert.match(stderr, warning("ECONNREFUSED"));
-    assert.match(stderr, /error: the source differs from the contract, nothing was moved:/);
-    await assertHeals(shop, changed);
   });
 
   test("after success the metrics of the design are there, with the run's values; after one that moved nothing, its time and 0 rows", async ({
@@ -128,8 +114,7 @@ stepsOfPipeline((pipeline) => {
     const [run] = await shop.admin`select bytes_billed::int from etl.runs order by started_at desc limit 1`;
     assert.equal(run?.bytes_billed, billed);
     assert.ok(Math.abs((metrics.etl_duration_seconds ?? 0) - Number(seconds)) < 1);
-    assert.equal(metrics.etl_unknown_source_columns, 0);
-    assert.equal(metrics.etl_watermark_hold_seconds, 0);
+    for (const name of ["etl_unknown_source_columns", "etl_watermark_hold_seconds"]) assert.equal(metrics[name], 0, name);
     for (const name of ["etl_last_success_timestamp_seconds", "etl_last_run_timestamp_seconds"])
       assert.ok((metrics[name] ?? 0) >= before && (metrics[name] ?? 0) <= Date.now() / 1000, name);
     const [row] = await shop.admin`select extract(epoch from watermark)::float8 as seconds from etl.watermarks`;
