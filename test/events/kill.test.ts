@@ -50,7 +50,7 @@ function age(shop: Shop, key: string, hours: number): void {
 suite("killed", { concurrency: true }, () => {
   test("at random points, again and again: every day ends up there once and whole, and what is left over is listed", async (t) => {
     const below = random();
-    const [days, kills] = soak ? [100, 50] : [20, 10];
+    const [days, kills] = soak ? [100, 50] : [12, 8];
     const [from, to] = ["2017-02-01", addDays("2017-02-01", days)];
     await using shop = await createShop({ bigquery: false });
     for (const day of daysBetween(from, to)) await shop.insertEvents(day, 50 + below(250));
@@ -106,12 +106,12 @@ suite("killed", { concurrency: true }, () => {
       }
     };
 
-    await campaign(kills * 0.6);
+    await campaign(kills * 0.5);
     assert.ok(done < days, `${done} of ${days} days before the last backfill`);
     await shop.succeed(backfill, { ...window, CONCURRENCY: "3" });
     assert.equal(await whole(), days);
     // In the middle of archiving them again no day is ever without its rows.
-    await campaign(kills * 0.4, { FORCE: "1" });
+    await campaign(kills * 0.5, { FORCE: "1" });
     assert.equal(done, days);
     const { stderr } = await shop.succeed(backfill, window);
     assert.match(stderr, new RegExp(` step=days archived=0 skipped=${days} failed=0`));

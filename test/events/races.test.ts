@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import { addDays, manifestKey, readManifest } from "../../shared/events/archive.ts";
 import { removeObjects } from "../../shared/events/s3.ts";
-import { createProxy, ending, hold, lastRun, loseAnswer, loseLock, pass, reach, withhold } from "../lib/faults.ts";
+import { createProxy, ending, hold, lastRun, loseAnswer, loseLock, pass, reach } from "../lib/faults.ts";
 import {
   archiveSuite,
   assertArchived,
@@ -100,23 +100,6 @@ suite("races", { concurrency: true }, () => {
         assert.equal((await assertArchivedClean(shop, day)).manifest.run_id, winner);
         assert.deepEqual(await chunk(shop, day), { state: "succeeded", rows: 7, error: null, run_id: winner });
       });
-
-    test("the first one is stopped (SIGSTOP) before its last part is known to it, and goes on when the day is done", async (one) => {
-      const { shop, proxy, day, startHeld } = one;
-      const gate = withhold();
-      proxy.fault(s3Steps.putPart, pass, 2);
-      const first = await startHeld(s3Steps.putPart, gate);
-      first.child.kill("SIGSTOP");
-      gate.release();
-      await loseLock(shop);
-      await shop.succeed(backfill, { FROM: day, TO: addDays(day) });
-      const { run_id: winner } = await lastRun(shop);
-      first.child.kill("SIGCONT");
-      const { code, stderr } = await ending(first);
-      assert.equal(code, 0, stderr);
-      assert.match(stderr, new RegExp(` step=lost .*holder=${winner}`));
-      assert.equal((await assertArchivedClean(shop, day)).manifest.run_id, winner);
-    });
 
     test("where a run fails while another of its days is under way, that day is published with its parts or not at all", async (one) => {
       const { shop, proxy, day, start } = one;

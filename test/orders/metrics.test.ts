@@ -153,20 +153,4 @@ stepsOfPipeline((pipeline) => {
     const labels = new Set([...text.matchAll(/^etl_\w+\{(.*)\}/gm)].map((match) => match[1]));
     assert.deepEqual([...labels], [`instance="",job="etl",pipeline="${pipeline}"`]);
   });
-
-  test("a held watermark is a metric for as long as it is held", async ({ shop }) => {
-    const slow = shop.connect("slow writer");
-    await slow.begin(async (late) => {
-      await late`select now()`;
-      await until("the transaction is a second old", async () => {
-        const [row] = await late`select clock_timestamp() > now() + interval '1 second' as old`;
-        return row?.old;
-      });
-      await shop.succeed(shop.script);
-      const { etl_watermark_hold_seconds: hold = 0 } = await pushed(shop);
-      assert.ok(hold >= 1 && hold < 60, `${hold} s`);
-    });
-    await assertHeals(shop, 0);
-    assert.equal((await pushed(shop)).etl_watermark_hold_seconds, 0);
-  });
 });
