@@ -118,13 +118,8 @@ suite("archive", { concurrency: true }, () => {
       assert.match((await heal({}, 3)).stderr, /step=days archived=1 skipped=2 failed=0/);
     });
 
-    test("403 to a day that is archived again: it stays as it was, and the command to run archives it again", async ({
-      shop,
-      proxy,
-      day,
-      run,
-      heal,
-    }) => {
+    test("403 to a day that is archived again: it stays as it was, and the command to run archives it again", async (one) => {
+      const { shop, proxy, day, run, heal } = one;
       await heal();
       const stays = await assertArchivedClean(shop, day);
       proxy.fault(ofDay(day, s3Steps.putPart), refuse(403, "AccessDenied"));
@@ -142,13 +137,8 @@ suite("archive", { concurrency: true }, () => {
       await one.heal({}, 2);
     });
 
-    test("403 to the manifest: the day is not there; its parts, which a manifest may yet name, are what verify lists", async ({
-      shop,
-      proxy,
-      day,
-      run,
-      heal,
-    }) => {
+    test("403 to the manifest: the day is not there; its parts, which a manifest may yet name, are what verify lists", async (one) => {
+      const { shop, proxy, day, run, heal } = one;
       proxy.fault(s3Steps.putManifest, refuse(403, "AccessDenied"));
       const { code, stderr } = await run();
       assert.equal(code, 1);
@@ -169,12 +159,8 @@ suite("archive", { concurrency: true }, () => {
       await one.heal();
     });
 
-    test("a wrong secret key and a missing bucket are named before a row moves, with what to do: exit 2", async ({
-      shop,
-      proxy,
-      day,
-      run,
-    }) => {
+    test("a wrong secret key and a missing bucket are named before a row moves, with what to do: exit 2", async (one) => {
+      const { shop, proxy, day, run } = one;
       const check = "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and the bucket's policy";
       for (const [variables, says] of [
         [{ AWS_SECRET_ACCESS_KEY: "not-this-one" }, `bucket archive \\(S3_BUCKET\\) may not be used: SignatureDoesNotMatch .+\\. ${check}`],
@@ -281,12 +267,8 @@ suite("archive", { concurrency: true }, () => {
       await one.heal();
     });
 
-    test("a part that is cut at 32 MB: its COPY has ended before it is put, and the next part starts after its last row", async ({
-      shop,
-      proxy,
-      day,
-      start,
-    }) => {
+    test("a part that is cut at 32 MB: its COPY has ended before it is put, and the next part starts after its last row", async (one) => {
+      const { shop, proxy, day, start } = one;
       await insertWide(shop, day, 470);
       const put = hold();
       proxy.fault(s3Steps.putPart, put, 1);

@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import { addDays, manifestKey, readManifest } from "../../shared/events/archive.ts";
 import { removeObjects } from "../../shared/events/s3.ts";
-import { createProxy, ending, hold, lastRun, loseAnswer, loseLock, pass, reach } from "../lib/faults.ts";
+import { ending, hold, lastRun, loseAnswer, loseLock, pass, reach } from "../lib/faults.ts";
 import {
   archiveSuite,
   assertArchived,
@@ -159,27 +159,6 @@ suite("races", { concurrency: true }, () => {
       });
   });
 
-  archiveSuite("two runs at once", {}, (test) => {
-    test("the daily run during a backfill says so and exits 0: it pushes and records nothing; afterwards it works", async (one) => {
-      const { shop, startHeld } = one;
-      await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
-      const gate = hold();
-      const first = await startHeld(s3Steps.putPart, gate);
-      const recorded = await shop.admin`select * from etl.runs order by started_at`;
-      const skipped = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
-      assert.match(skipped.stderr, new RegExp(`^\\S+ pipeline=events run=\\w+ step=skipped because="[^"]+" holder=${first.id} host=.*$`));
-      assert.equal(gateway.requests.length, 0);
-      assert.deepEqual(await shop.admin`select * from etl.runs order by started_at`, recorded);
-      gate.release();
-      assert.equal((await ending(first)).code, 0);
-      assert.equal(await shop.watermark("events"), undefined);
-      const { stderr } = await shop.succeed(daily, { PUSHGATEWAY_URL: gateway.url });
-      assert.match(stderr, / step=days archived=1 skipped=0 failed=0/);
-      assert.equal(gateway.requests.filter((line) => line.startsWith("POST ")).length, 1);
-      assert.ok(await shop.watermark("events"));
-    });
-  });
-
   suite("the daily run", { concurrency: 1 }, () => {
     let shop: Shop;
     let today: string;
@@ -194,20 +173,6 @@ suite("races", { concurrency: true }, () => {
       const keys = await objectKeys(shop);
       return [5, 4, 3, 2, 1, 0].filter((ago) => keys.includes(`events/dt=${addDays(today, -ago)}/manifest.json`));
     };
-
-    test("while a transaction is prepared, before there is a watermark: archives nothing, and says who holds it", async () => {
-      await shop.admin.unsafe(`begin; create table t (); prepare transaction '${shop.dataset}'`);
-      try {
-        const { code, stderr } = await shop.run(daily);
-        assert.match(stderr, new RegExp(` step=held by=".*prepared transaction .*${shop.dataset}`));
-        assert.deepEqual(await archivedDays(), []);
-        assert.equal(await shop.watermark("events"), undefined);
-        assert.doesNotMatch(stderr, /Invalid time value/);
-        assert.equal(code, 0, stderr);
-      } finally {
-        await shop.admin.unsafe(`rollback prepared '${shop.dataset}'`);
-      }
-    });
 
     test("the first time archives yesterday only, and prints the backfill of the older days that have events", async () => {
       await shop.insertEvents("1970-01-01", 1);

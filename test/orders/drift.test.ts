@@ -198,10 +198,6 @@ stepsOfPipeline((pipeline) => {
         next,
       ],
     },
-    "with an expression of another type": {
-      instead: `  length(${text}) as ${text},\n`,
-      says: [fault(text, "STRING NULLABLE", "integer"), next],
-    },
   };
 
   for (const [how, { what = `  ${text},\n`, instead, says }] of Object.entries(selects)) {

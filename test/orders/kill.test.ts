@@ -49,10 +49,8 @@ stepsOfPipeline((pipeline) => {
     });
   }
 
-  test(`${killed} after the MERGE and before the watermark moved is healed by a run that upserts the same rows again`, async ({
-    shop,
-    startHeld,
-  }) => {
+  test(`${killed} after the MERGE and before the watermark moved is healed by a run that upserts the same rows again`, async (change) => {
+    const { shop, startHeld } = change;
     const before = await shop.watermark();
     await kill(await startHeld(steps.mergeState, withhold()));
     await assertEqualRows(shop);
@@ -61,10 +59,8 @@ stepsOfPipeline((pipeline) => {
     assert.match(stderr, new RegExp(`inserted=0 updated=${changed} `));
   });
 
-  test(`${killed} after the watermark moved and before it was reported is reported by the next run, which moves 0 rows`, async ({
-    shop,
-    start,
-  }) => {
+  test(`${killed} after the watermark moved and before it was reported is reported by the next run, which moves 0 rows`, async (change) => {
+    const { shop, start } = change;
     await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
     const push = hold();
     gateway.fault(steps.push, push);
@@ -81,11 +77,8 @@ stepsOfPipeline((pipeline) => {
       assert.ok((metrics[name] ?? 0) > (before[1][name] ?? 0), name);
   });
 
-  test("the MERGE of a killed run that reaches BigQuery late, after newer runs, puts no old version back", async ({
-    shop,
-    first,
-    startHeld,
-  }) => {
+  test("the MERGE of a killed run that reaches BigQuery late, after newer runs, puts no old version back", async (change) => {
+    const { shop, first, startHeld } = change;
     const merge = hold();
     await kill(await startHeld(steps.merge, merge));
     await shop.updateRows(first, first + 39, "newer");
@@ -107,10 +100,8 @@ stepsOfPipeline((pipeline) => {
     await assertHeals(shop, changed - 60);
   });
 
-  test("a second run at the same time names the holder and since when, exits 0, pushes and records nothing", async ({
-    shop,
-    startHeld,
-  }) => {
+  test("a second run at the same time names the holder and since when, exits 0, pushes and records nothing", async (change) => {
+    const { shop, startHeld } = change;
     await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
     const merge = hold();
     const first = await startHeld(steps.merge, merge);
@@ -130,11 +121,8 @@ stepsOfPipeline((pipeline) => {
     await assertEqualRows(shop);
   });
 
-  test("two runs at once with the lock lost, at a first load, end equal: the loser's compare-and-set fails, exit 1", async ({
-    shop,
-    last,
-    startHeld,
-  }) => {
+  test("two runs at once with the lock lost, at a first load, end equal: the loser's compare-and-set fails, exit 1", async (change) => {
+    const { shop, last, startHeld } = change;
     await shop.admin`delete from etl.watermarks`;
     await shop.query(`DELETE FROM ${pipeline} WHERE true`);
     const merge = hold();
@@ -152,11 +140,8 @@ stepsOfPipeline((pipeline) => {
     await assertHeals(shop, 0);
   });
 
-  test("a run by hand waits for the lock, upserts its window, and leaves the watermark and the metrics alone", async ({
-    shop,
-    last,
-    startHeld,
-  }) => {
+  test("a run by hand waits for the lock, upserts its window, and leaves the watermark and the metrics alone", async (change) => {
+    const { shop, last, startHeld } = change;
     await using gateway = await createProxy(shop.env.PUSHGATEWAY_URL);
     const merge = hold();
     const first = await startHeld(steps.merge, merge);
@@ -179,11 +164,8 @@ stepsOfPipeline((pipeline) => {
     assert.deepEqual(gateway.requests, []);
   });
 
-  test("SIGTERM and SIGINT at once, as timeout and make send them, end a run with exit 1, a text, its job cancelled and its state recorded", async ({
-    shop,
-    proxy,
-    startHeld,
-  }) => {
+  test("SIGTERM and SIGINT at once, as timeout and make send them, end a run with exit 1, a text, its job cancelled and its state recorded", async (change) => {
+    const { shop, proxy, startHeld } = change;
     const run = await startHeld(steps.merge, hold());
     for (const signal of ["SIGTERM", "SIGINT"] as const) run.child.kill(signal); // two of one kind might arrive as one
     const { code, stderr } = await ending(run);
@@ -211,11 +193,8 @@ stepsOfPipeline((pipeline) => {
     await assertHeals(shop, changed);
   });
 
-  test("a watermark set back by SQL during a run stays set back: the run loses its compare-and-set, and the next reads all again", async ({
-    shop,
-    last,
-    startHeld,
-  }) => {
+  test("a watermark set back by SQL during a run stays set back: the run loses its compare-and-set, and the next reads all again", async (change) => {
+    const { shop, last, startHeld } = change;
     const merge = hold();
     const run = await startHeld(steps.merge, merge);
     await shop.admin`update etl.watermarks set watermark = '2017-06-01'`;

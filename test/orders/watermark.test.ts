@@ -40,20 +40,16 @@ async function begin(sql: Sql): Promise<{ start: string; pid: number }> {
   return row as unknown as { start: string; pid: number };
 }
 
-/** The fields of the log's lines with this step, as written: text with spaces is JSON. */
-function lines({ stderr }: Result, step: string): Record<string, string>[] {
-  const matching = stderr.split("\n").filter((line) => line.includes(` step=${step} `));
-  return matching.map((line) =>
-    Object.fromEntries(
-      [...line.matchAll(/(\w+)=("(?:[^"\\]|\\.)*"|\S*)/g)].map(([, key, value = ""]) => [
-        key,
-        value.startsWith('"') ? JSON.parse(value) : value,
-      ]),
-    ),
-  );
-}
+/** The log's lines with this step, which are objects here. */
+// biome-ignore lint/suspicious/noExplicitAny: each step has fields of its own
+const lines = ({ stderr }: Result, step: string): any[] =>
+  stderr
+    .split("\n")
+    .map((line) => JSON.parse(line))
+    .filter((line) => line.step === step);
+const errorOf = (result: Result): string => lines(result, "error")[0]?.error ?? assert.fail(result.stderr);
 const holder = (result: Result): string | undefined => lines(result, "held")[0]?.by;
-const chunks = (result: Result): string[][] => lines(result, "chunk").map(({ from = "", to = "", rows = "" }) => [from, to, rows]);
+const chunks = (result: Result): unknown[] => lines(result, "chunk").map(({ from, to, rows }) => [from, to, rows]);
 
 stepsOfPipeline((pipeline) => {
   /** The tests share a shop. Each compares with what had arrived before it, so none rests on the one before it. */
@@ -62,6 +58,7 @@ stepsOfPipeline((pipeline) => {
   const script = `scripts/${pipeline}.ts`;
   before(async () => {
     shop = await createShop({ pipeline });
+    shop.env.LOG_FORMAT = "json";
     await shop.insertRows(1, last);
     // Whatever the database writes times as, and in whatever zone: a run pins its own. (This session is older.)
     for (const setting of ["timezone = 'Asia/Kathmandu'", "datestyle = 'SQL, DMY'", "intervalstyle = 'sql_standard'"])
@@ -164,7 +161,7 @@ stepsOfPipeline((pipeline) => {
       assert.equal(await shop.watermark(), start);
       assert.match(holder(held) ?? "", new RegExp(`^prepared transaction "${gid}" of role postgres, prepared [\\d:]+ ago$`));
       const byHand = await shop.run(script, { FROM: "2017-01-01", TO: "9999-01-01" });
-      assert.match(byHand.stderr, /no bound is safe while a transaction is prepared \(.*Finish it, then run this again/);
+      assert.match(errorOf(byHand), /no bound is safe while a transaction is prepared \(.*Finish it, then run this again/);
       assert.equal(byHand.code, 1);
       assert.deepEqual(await shop.destinationRows(), arrived);
     } finally {
@@ -279,7 +276,7 @@ stepsOfPipeline((pipeline) => {
       await using own = new AsyncDisposableStack();
       const { code, says, variables } = await cause(own);
       const refused = await shop.run(script, variables);
-      const [, advice = ""] = new RegExp(says).exec(refused.stderr) ?? assert.fail(refused.stderr);
+      const [, advice = ""] = new RegExp(says).exec(errorOf(refused)) ?? assert.fail(refused.stderr);
       assert.equal(refused.code, code);
       assert.deepEqual(await state(), before);
       await shop.admin.unsafe(advice.replace("then end that session:", ""));
@@ -302,11 +299,11 @@ stepsOfPipeline((pipeline) => {
       [5, start],
       [6, start, 1],
     ]);
-    assert.equal(lines(await shop.succeed(script), "done")[0]?.rows, "3");
+    assert.equal(lines(await shop.succeed(script), "done")[0]?.rows, 3);
     assert.deepEqual(await syncedIds(), [2, 3, 4, 9]);
     assert.equal(await shop.watermark(), start);
     await checkout.unsafe("rollback");
-    assert.equal(lines(await shop.succeed(script), "done")[0]?.rows, "2");
+    assert.equal(lines(await shop.succeed(script), "done")[0]?.rows, 2);
     assert.deepEqual(
       await shop.destinationRows(),
       (await shop.sourceRows()).filter(({ id }) => id !== "1"),
@@ -321,16 +318,16 @@ stepsOfPipeline((pipeline) => {
     const first = await shop.succeed(script, variables);
     const end = padded(await shop.watermark());
     assert.deepEqual(chunks(first), [
-      ["-infinity", at(2), "1"], // the fourth row's timestamp; it is never split
-      [at(2), at(3), "5"], // so all of its rows, to the next distinct one
-      [at(3), end, "4"], // there is no next one
+      ["-infinity", at(2), 1], // the fourth row's timestamp; it is never split
+      [at(2), at(3), 5], // so all of its rows, to the next distinct one
+      [at(3), end, 4], // there is no next one
     ]);
     await assertSynced();
 
     await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: pipeline, TO: at(3).replace("+00", "Z") });
     const again = await shop.succeed(script, variables);
-    assert.deepEqual(chunks(again), [[at(3), padded(await shop.watermark()), "4"]]);
-    assert.ok(lines(again, "chunk").every(({ inserted }) => inserted === "0"));
+    assert.deepEqual(chunks(again), [[at(3), padded(await shop.watermark()), 4]]);
+    assert.ok(lines(again, "chunk").every(({ inserted }) => inserted === 0));
     await assertSynced();
   });
 
@@ -344,7 +341,7 @@ stepsOfPipeline((pipeline) => {
       [4, to],
     ]);
     const byHand = await shop.succeed(script, { FROM: "2020-06-01T12:00:00.000002+02:00", TO: "2020-06-02" });
-    assert.deepEqual(chunks(byHand), [[from, "2020-06-02T00:00:00.000000+00", "2"]]);
+    assert.deepEqual(chunks(byHand), [[from, "2020-06-02T00:00:00.000000+00", 2]]);
     assert.deepEqual(await syncedIds(), [2, 3]);
     assert.equal(await shop.watermark(), undefined);
   });
