@@ -10,7 +10,7 @@ import { addDays, type Manifest, type Part } from "../../shared/events/archive.t
 import { removeObjects } from "../../shared/events/s3.ts";
 import { ending, hold, reach } from "../lib/faults.ts";
 import { seed } from "../lib/random.ts";
-import { backfill as archiver, createS3Proxy, objectKeys, readObject, s3Steps } from "../lib/s3.ts";
+import { backfill as archiver, createS3Proxy, type EventRow, insertRows, objectKeys, readObject, s3Steps } from "../lib/s3.ts";
 import { createShop, type Result, type Shop } from "../lib/shop.ts";
 import { texts } from "../lib/texts.ts";
 import type { Env } from "../stack/env.ts";
@@ -27,15 +27,6 @@ const put = async (shop: Shop, Key: string, Body: Buffer | string): Promise<unkn
   shop.bucket.client.send(new PutObjectCommand({ Bucket: shop.bucket.name, Key, Body }));
 async function manifestOf(shop: Shop, day: string): Promise<Manifest> {
   return JSON.parse((await read(shop, `${folder(shop, day)}manifest.json`)).toString()) as Manifest;
-}
-
-type Row = Record<"id" | "user_id" | "type" | "payload" | "created_at", string | null>;
-/** Inserts events from text. */
-async function insert(shop: Shop, rows: Partial<Row>[]): Promise<void> {
-  await shop.admin`
-    insert into public.events (id, user_id, type, payload, created_at) overriding system value
-    select id::bigint, user_id::bigint, type, payload::jsonb, created_at::timestamptz
-    from jsonb_to_recordset(${JSON.stringify(rows)}::text::jsonb) r (id text, user_id text, type text, payload text, created_at text)`;
 }
 
 /** Source and restored table are equal: a record as text keeps NULL, '' and JSON's null apart, and each digit. */
@@ -71,7 +62,7 @@ suite("archive", { concurrency: true }, () => {
     const moments = ["00:00:00", "00:00:00.000001", "12:34:56.7", "23:59:59.999999"];
 
     test("whatever a row holds is archived, verified and restored as it was", async () => {
-      const rows: Partial<Row>[] = [
+      const rows: Partial<EventRow>[] = [
         {}, // NULL everywhere
         ...texts.map((type) => ({ type })),
         ...payloads.map((payload) => ({ payload })),
@@ -83,7 +74,7 @@ suite("archive", { concurrency: true }, () => {
         created_at: `${days[index % days.length]} ${moments[index % moments.length]}Z`,
         ...row,
       }));
-      await insert(shop, dated);
+      await insertRows(shop, dated);
       await backfill(shop, "2017-01-01", "2017-01-04", { CHUNK_ROWS: "7" });
       const { stderr } = await verify(shop, "2017-01-01", "2017-01-04");
       assert.match(stderr, new RegExp(`step=done days=3 rows=${rows.length} bytes=\\d+ failed=0 `));
@@ -130,7 +121,7 @@ suite("archive", { concurrency: true }, () => {
       const ids = fc.uniqueArray(fc.bigInt({ min: -(2n ** 62n), max: 2n ** 62n }), { minLength: 900, maxLength: 900 });
       const [id = []] = fc.sample(ids, { seed, numRuns: 1 });
       await clear();
-      await insert(
+      await insertRows(
         shop,
         fc.sample(row, { seed, numRuns: id.length }).map((values, index) => ({ id: String(id[index]), ...values })),
       );

@@ -143,6 +143,16 @@ export async function assertArchivedClean(shop: Shop, day: string): Promise<Arch
   return there;
 }
 
+export type EventRow = Record<"id" | "user_id" | "type" | "payload" | "created_at", string | null>;
+
+/** Inserts events from text. */
+export async function insertRows({ admin }: Shop, rows: Partial<EventRow>[]): Promise<void> {
+  await admin`
+    insert into public.events (id, user_id, type, payload, created_at) overriding system value
+    select id::bigint, user_id::bigint, type, payload::jsonb, created_at::timestamptz
+    from jsonb_to_recordset(${JSON.stringify(rows)}::text::jsonb) r (id text, user_id text, type text, payload text, created_at text)`;
+}
+
 /** Adds rows to a day: so many of 100 KB. They have one random text, which is longer than what gzip looks back. */
 export async function insertWide({ admin }: Shop, day: string, count: number): Promise<void> {
   await admin`

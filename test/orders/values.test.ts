@@ -194,13 +194,9 @@ const unmappable: [column: string, value: string, written?: string, of?: string]
   ["any_numeric", "0.0000000001"], // BigQuery would round it to NUMERIC's nine decimals
   ["any_numeric", "1e29", `1${"0".repeat(29)}`],
   ["float8", "NaN"],
-  ["float4", "-Infinity"],
-  ["date", "infinity"],
   ["date", "10000-01-01"],
   ["time", "24:00:00"],
-  ["timestamp", "-infinity"],
   ["timestamp", "0001-12-31 23:59:59 BC"],
-  ["created_at", "infinity"],
   ["created_at", "10000-01-01Z", "10000-01-01 00:00:00+00"],
   ["ints", "{1,NULL}"],
   ["ints", "{{1,2},{3,4}}"],
@@ -208,7 +204,6 @@ const unmappable: [column: string, value: string, written?: string, of?: string]
   ["moments", '{"0001-12-31 23:59:59+00 BC"}'],
   ["jsonbs", '{"null"}'],
   ["jsonb", '{"n": 0.1234567890123456789}'], // neither an integer of 64 bits nor a double
-  ["json", "[18446744073709551616]"],
   ["p", `[1e309]`, `[1${"0".repeat(198)}`],
   ["jsonb", "[".repeat(501) + "]".repeat(501), "[".repeat(200)],
   ["text", "gone", "NULL", "needed"], // an expression that is NULL, in a REQUIRED field
