@@ -9,10 +9,10 @@ import fc from "fast-check";
 import { addDays, type Manifest, type Part } from "../../shared/events/archive.ts";
 import { removeObjects } from "../../shared/events/s3.ts";
 import { ending, hold, reach } from "../lib/faults.ts";
-import { seed } from "../lib/random.ts";
+import { anyJson, anyText, seed } from "../lib/random.ts";
 import { backfill as archiver, createS3Proxy, type EventRow, insertRows, objectKeys, readObject, s3Steps } from "../lib/s3.ts";
 import { createShop, type Result, type Shop } from "../lib/shop.ts";
-import { texts } from "../lib/texts.ts";
+import { jsons, texts } from "../lib/texts.ts";
 import type { Env } from "../stack/env.ts";
 
 const [verifier, restorer] = ["scripts/ops/verify-events.ts", "scripts/ops/restore-events.ts"] as const;
@@ -40,12 +40,10 @@ async function assertRestored(shop: Shop): Promise<void> {
 }
 
 const payloads = [
-  ...["null", "{}", "[]", "0", "-0", "true", '""', '"null"', "[null]", '{"a": null}', '{"": {"": [null, false, {"a": []}]}}'],
-  "[9223372036854775807, -9223372036854775809, 9007199254740993, 123456789012345678901234567890.12345678901234567890]",
-  "[0.1, 0.10, 1e2, 1E400, -1.5e-7, 1.0, 1.00]",
-  '{"\\u00e9\\ud83d\\ude00\\u0001\\u2028": "\\u0002\\n\\r\\t\\"\\\\\\/", "id": 5, "created_at": "x", "payload": null}',
-  '{"a b": " \\\\u0041 ", "\\\\N": "\\\\."}',
-  `${"[".repeat(500)}${"]".repeat(500)}`,
+  ...jsons,
+  ...["null", "-0", '""', '"null"', "[null]", '{"a": null}', "[0.10, 1E400, 1.00]"],
+  "[-9223372036854775809, 123456789012345678901234567890.12345678901234567890]",
+  '{"id": 5, "created_at": "x", "payload": null}',
   ...texts.map((text) => JSON.stringify({ [text]: text })),
 ];
 const users = ["0", "-1", "9223372036854775807", "-9223372036854775808", "9007199254740993", "-9007199254740993"];
@@ -103,15 +101,11 @@ suite("archive", { concurrency: true }, () => {
     });
 
     test("random rows are archived, verified and restored as they were", async () => {
-      const text = fc.string({ unit: "binary", maxLength: 30 }).map((value) => value.replaceAll("\0", "\u0001"));
-      const json = fc
-        .oneof(fc.jsonValue({ stringUnit: "binary" }), fc.dictionary(text, fc.jsonValue({ stringUnit: "binary" })))
-        .map((value) => JSON.stringify(value).replaceAll("\\u0000", "\\u0002"));
       const microsecond = fc.integer({ min: 0, max: 3 * 86_400_000_000 - 1 });
       const row = fc.record({
         user_id: fc.option(fc.bigInt({ min: -(2n ** 63n), max: 2n ** 63n - 1n }).map(String)),
-        type: fc.option(text),
-        payload: fc.option(json, { freq: 10 }),
+        type: fc.option(anyText),
+        payload: fc.option(anyJson, { freq: 10 }),
         // Many of one time, too.
         created_at: fc.oneof(microsecond, microsecond, fc.constant(86_400_000_000)).map((at) => {
           const date = new Date(Date.UTC(2017, 1, 1) + Math.floor(at / 1000)).toISOString().slice(0, -1);

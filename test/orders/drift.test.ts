@@ -142,23 +142,20 @@ stepsOfPipeline((pipeline) => {
     });
   }
 
-  /** The destination's columns, in BigQuery's SQL: those of the contract, with these instead. None: null. */
-  const columns = (instead: Record<string, string | null>): string => {
-    const there = readContract(pipeline).fields.map(({ name, type, mode, precision, scale }) => {
-      const size = precision ? `(${precision},${scale})` : "";
-      return [name, `${type.replace("INTEGER", "INT64")}${size}${mode === "REQUIRED" ? " NOT NULL" : ""}`];
-    });
-    return Object.entries({ ...Object.fromEntries(there), ...instead })
-      .filter(([, type]) => type !== null)
-      .map(([name, type]) => `${name} ${type}`)
-      .join(", ");
-  };
   const destinationFault = (column: string, expected: string, found: string): string =>
     `.${pipeline}.${column}: expected ${expected} (${file}), found ${found}`;
   test("other columns, types, modes and precisions at the destination, all at once, stop the run before any row moves", async () => {
-    const precision = { total: "NUMERIC(10,1)" };
-    const instead = { [text]: null, id: "STRING NOT NULL", created_at: "TIMESTAMP", note: "STRING" };
-    await shop.query(`CREATE OR REPLACE TABLE ${pipeline} (${columns({ ...instead, ...(pipeline === "orders" && precision) })})`);
+    const tables = `/datasets/${shop.dataset}/tables`;
+    const { tableReference } = await shop.api(`${tables}/${pipeline}`);
+    const others: Record<string, object> = {
+      id: { type: "STRING" },
+      created_at: { mode: "NULLABLE" },
+      total: { precision: "10", scale: "1" },
+      [text]: { name: "note" },
+    };
+    const fields = readContract(pipeline).fields.map((field) => ({ ...field, ...others[field.name] }));
+    await shop.api(`${tables}/${pipeline}`, "DELETE");
+    await shop.api(tables, "POST", { tableReference, schema: { fields } });
     await assertStopped([
       destinationFault(text, "STRING NULLABLE", "no such column"),
       destinationFault("id", "INTEGER REQUIRED", "STRING REQUIRED"),

@@ -199,16 +199,6 @@ stepsOfPipeline((pipeline) => {
         assert.match(stderr, new RegExp(`step=done rows=${changed} `));
         await assertEqualRows(shop);
       });
-
-    test("a staging table that cannot be dropped costs a warning, and expires", async ({ shop, proxy, start }) => {
-      proxy.fault(steps.dropStaging, answer(403, { reason: "accessDenied" }));
-      const { code, stderr } = await ending(start());
-      assert.equal(code, 0, stderr);
-      const warning = `staging table ${pipeline}_staging_\\w+_1_1 was not dropped and expires in 24 h`;
-      assert.match(stderr, new RegExp(`step=warning warning="${warning}" error="answered 403 by the test"`));
-      await assertEqualRows(shop);
-      await assertExpiring(shop, 1);
-    });
   });
 
   suite("the destination fails for good: exit 1, and nothing moves", { concurrency: 1 }, () => {

@@ -31,6 +31,29 @@ stepsOfPipeline((pipeline) => {
     assert.deepEqual(await state(), before);
   };
 
+  test("a row whose created_at changes, to another month and another year too, stays one row", async () => {
+    // orders is partitioned by its month.
+    const times = ["2017-02-01", "2018-01-01 00:01", "2015-12-31 23:59:59.999999"];
+    for (const [at, time] of times.entries())
+      await shop.admin`update ${shop.admin(pipeline)} set created_at = ${time}::text::timestamptz where id = ${at + 1}`;
+    await assertSynced();
+  });
+
+  test("an older version never replaces a newer one, and of two of the same time the source's is right", async () => {
+    // The destination gets other values: in a version that is newer than the source's, in an older one, in one of its time.
+    for (const [id, change] of Object.entries({ 1: 1, 2: -1, 3: 0 }))
+      await shop.query(
+        `UPDATE \`${pipeline}\` SET \`${shop.text}\` = 'other', created_at = TIMESTAMP '2016-06-01',
+           updated_at = TIMESTAMP_ADD(updated_at, INTERVAL ${change} MICROSECOND) WHERE id = ${id}`,
+      );
+    const [newer] = await shop.destinationRows();
+    const [, ...others] = await shop.sourceRows();
+    await shop.succeed(script, { FROM: "2000-01-01", TO: "2100-01-01" });
+    assert.deepEqual(await shop.destinationRows(), [newer, ...others]);
+    await shop.updateRows(1, 1, "newest");
+    await assertSynced();
+  });
+
   test("a SELECT that returns a key twice merges nothing, and names the key", async () => {
     await shop.updateRows(1, 3, "changed");
     {

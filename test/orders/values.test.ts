@@ -5,26 +5,11 @@ import { after, suite, test } from "node:test";
 import fc from "fast-check";
 import { jsonLines } from "../../shared/bigquery/types.ts";
 import { openSession } from "../../shared/session.ts";
-import { seed } from "../lib/random.ts";
+import { anyJson, anyText, seed } from "../lib/random.ts";
 import { scratchCopy } from "../lib/scratch.ts";
 import { createShop, ofSteps, type Shop, type ShopOptions } from "../lib/shop.ts";
-import { texts } from "../lib/texts.ts";
+import { jsons, texts } from "../lib/texts.ts";
 
-/** No string at the top: local-bigquery reads {"c":"5"} into a JSON column as the number 5, and refuses {"c":"a"}, by hand too. */
-const jsons = [
-  "{}",
-  "[]",
-  "0",
-  "true",
-  '{"": {"": [null, false, {"a": []}]}}',
-  '{"\\u00e9\\ud83d\\ude00\\u0001\\u2028": "\\u0002\\n\\r\\t\\"\\\\\\/"}',
-  '{"a b": " \\\\u0041 ", "\\\\N": "\\\\."}',
-  "[9223372036854775807, -9223372036854775808, 9007199254740993, -9007199254740993]",
-  "[0.1, 1e2, -1.5e-7, 1.0]",
-  "[18446744073709551615, 1.7976931348623157e308, 0.30000000000000004]",
-  "[".repeat(500) + "]".repeat(500),
-  JSON.stringify(texts.slice(0, -1)),
-];
 const integers = ["0", "-1", "9223372036854775807", "-9223372036854775808", "9007199254740993", "-9007199254740993"];
 const floats = ["0", "-1.5", "0.1", "1e20", "1e-7"];
 const times = ["-01-01 00:00:00", "-12-31 23:59:59.999999"];
@@ -255,31 +240,18 @@ for (const pipeline of ofSteps) {
       );
       await shop.succeed(shop.script);
       assert.deepEqual(await differences(shop), []);
-    });
-
-    test("NULL and '', and jsonb's null in a STRING, stay apart", async () => {
-      const apart = `SELECT COUNTIF(text = '') AS blank, COUNTIF(text IS NULL) AS none, COUNTIF(jsonb_text = 'null') AS json_null FROM ${shop.pipeline}`;
-      assert.deepEqual(await shop.query(apart), [
-        {
-          blank: "1",
-          none: String(edgeRows.length + integers.length - 1 - texts.length),
-          json_null: "1",
-        },
-      ]);
+      const apart = `SELECT COUNTIF(jsonb_text = 'null') AS json_null FROM ${pipeline}`; // differences() takes it for NULL
+      assert.deepEqual(await shop.query(apart), [{ json_null: "1" }]);
     });
 
     test("random text, bytes and JSON arrive equal, as new rows and as changed ones", async () => {
-      const text = fc.string({ unit: "binary", maxLength: 20 }).map((value) => value.replaceAll("\0", "\u0001"));
-      const json = fc
-        .oneof(fc.array(fc.jsonValue({ stringUnit: "binary" })), fc.dictionary(text, fc.jsonValue({ stringUnit: "binary" })))
-        .map((value) => JSON.stringify(value).replaceAll("\\u0000", "\\u0002"));
       const row = fc.record({
         money: fc.integer().map((cents) => String(cents / 100)),
-        texts: fc.array(text).map((all) => `{${all.map((one) => `"${one.replace(/["\\]/g, "\\$&")}"`)}}`),
-        text: fc.option(text),
-        jsonb: fc.option(json),
-        json: json,
-        json_text: json,
+        texts: fc.array(anyText).map((all) => `{${all.map((one) => `"${one.replace(/["\\]/g, "\\$&")}"`)}}`),
+        text: fc.option(anyText),
+        jsonb: fc.option(anyJson),
+        json: anyJson,
+        json_text: anyJson,
         bytea: fc.uint8Array({ maxLength: 90 }).map((bytes) => `\\x${Buffer.from(bytes).toString("hex")}`),
         float8: fc.double({ noNaN: true, noDefaultInfinity: true }).map(String),
         int8: fc.bigInt({ min: -(2n ** 63n), max: 2n ** 63n - 1n }).map(String),
