@@ -57,6 +57,9 @@ test("an error is one object with the run's id, of several lines where it has th
   assert.match(message, /\n {2}column public\.orders\.created_at/);
   assert.equal(error?.error, message);
 
+  const [early] = parse((await shop.run(shop.script, { ...json, BIGQUERY_PROJECT: "" })).stderr);
+  assert.match(`${early?.step} ${early?.error}`, /^error .*BIGQUERY_PROJECT is missing/s);
+
   // A mistake in the code, thrown where nobody awaits it.
   const mistake = `setTimeout(() => (undefined as unknown as { x: string }).x, 1); process.emitWarning("careful"); await delay(1000);`;
   using _ = scratch.edit("shared/run.ts", (code) => code.replace("  const [lock] =", `  ${mistake}\n  const [lock] =`));
@@ -66,13 +69,6 @@ test("an error is one object with the run's id, of several lines where it has th
   assert.match(String(thrown?.error), /^TypeError: Cannot read properties of undefined \(reading 'x'\)$/);
   assert.match(String(thrown?.run), /^20/);
   assert.equal(broken.code, 1);
-});
-
-test("errors before a run begins are objects as well", async () => {
-  const { code, stderr } = await shop.run(shop.script, { ...json, BIGQUERY_PROJECT: "" });
-  const [error, ...others] = parse(stderr);
-  assert.deepEqual([others, error?.step, code], [[], "error", 2]);
-  assert.match(String(error?.error), /BIGQUERY_PROJECT is missing/);
 });
 
 /** One grep for a run's id, everywhere. */
