@@ -83,7 +83,7 @@ suite("archive", { concurrency: true }, () => {
     test("restoring a day again replaces that day's rows, and only those", async () => {
       await shop.admin.unsafe(`
         update etl.events_restored set type = 'touched', payload = '1' where created_at < '2017-01-03Z';
-        delete from etl.events_restored where id = (select min(id) from etl.events_restored where created_at >= '2017-01-02Z');
+        delete from etl.events_restored where created_at = '2017-01-02 00:00:00.000001Z';
         insert into etl.events_restored (id, created_at) values (77777, '2017-01-02Z'), (77778, '2017-01-02 23:59:59.999999Z'), (77779, '2017-01-03Z')`);
       await restore(shop, "2017-01-02", "2017-01-03");
       const wrong = await shop.admin`
