@@ -43,8 +43,9 @@ async function assertOnlyStrays(shop: Shop, day: string): Promise<void> {
 /** One day failed, of so many; it is listed, with its error, and what mends it. Nothing of it is in the bucket. */
 async function assertDayFailed({ shop, day }: Case, result: Result, error: string, days = 1): Promise<void> {
   assert.equal(result.code, 1, result.stderr);
-  const text = `^error: 1 of ${days} days failed(; the others are archived)?:\n  ${day}: ${error}\nNext: make backfill-events FROM=${day} TO=${addDays(day)} \\(days that are done are skipped\\)$`;
-  assert.match(result.stderr, new RegExp(text, "m"));
+  const next = `Next: make backfill-events FROM=${day} TO=${addDays(day)} \\(days that are done are skipped\\)$`;
+  const failed = `^error: 1 of ${days} days failed(; the others are archived)?:`;
+  assert.match(result.stderr, new RegExp(`${failed}\n  ${day}: ${error}\n${next}`, "m"));
   assert.match(result.stderr, new RegExp(` step=days archived=${days - 1} skipped=0 failed=1$`, "m"));
   assert.deepEqual(await objectKeys(shop, day), []);
   const { state, error: recorded } = await lastRun(shop);
@@ -173,11 +174,11 @@ suite("archive", { concurrency: true }, () => {
 
   archiveSuite("S3 that is silent, and the pace", {}, (test) => {
     const deadline = { RUN_TIMEOUT_SECONDS: "4" };
-    const text =
-      /^error: the run's deadline of 4 s \(RUN_TIMEOUT_SECONDS\) has passed\. No chunk is half applied; days that are done stay so\. To resume: the same command again$/m;
     const assertMet = ({ code, stderr }: Result): void => {
       assert.equal(code, 1);
-      assert.match(stderr, text);
+      const next = "days that are done stay so. To resume: the same command again";
+      const text = `error: the run's deadline of 4 s (RUN_TIMEOUT_SECONDS) has passed. No chunk is half applied; ${next}`;
+      assert.ok(stderr.includes(text), stderr);
     };
 
     test("a part that was put: the run meets its deadline, and leaves nothing", async ({ shop, proxy, day, run, heal }) => {
@@ -295,7 +296,7 @@ suite("archive", { concurrency: true }, () => {
       assert.ok((metrics.etl_last_success_timestamp_seconds ?? 0) > (metrics.etl_last_failure_timestamp_seconds ?? 0));
     });
 
-    test("metrics: make verify-events of the last eight days pushes how many differ, or its success; one of FROM and TO nothing", async (one) => {
+    test("metrics: make verify-events of the last eight days pushes how many differ, one of FROM and TO nothing", async (one) => {
       const { shop } = one;
       await shop.succeed(daily);
       const verified = async (): Promise<(number | undefined)[]> => {

@@ -84,7 +84,8 @@ suite("archive", { concurrency: true }, () => {
       await shop.admin.unsafe(`
         update etl.events_restored set type = 'touched', payload = '1' where created_at < '2017-01-03Z';
         delete from etl.events_restored where created_at = '2017-01-02 00:00:00.000001Z';
-        insert into etl.events_restored (id, created_at) values (77777, '2017-01-02Z'), (77778, '2017-01-02 23:59:59.999999Z'), (77779, '2017-01-03Z')`);
+        insert into etl.events_restored (id, created_at)
+          values (77777, '2017-01-02Z'), (77778, '2017-01-02 23:59:59.999999Z'), (77779, '2017-01-03Z')`);
       await restore(shop, "2017-01-02", "2017-01-03");
       const wrong = await shop.admin`
         select coalesce(e.created_at, r.created_at)::date::text as day, e.id is null as extra, count(*)::int > 1 as many
@@ -157,7 +158,7 @@ suite("archive", { concurrency: true }, () => {
       await assertRestored(shop);
     });
 
-    test("a cursor that may be null, a column that is gone and columns of other types are named, all at once, before a row moves", async () => {
+    test("a cursor that may be null, a missing column and columns of other types are named, all at once, before a row moves", async () => {
       await clear();
       const [FROM, TO] = ["2017-04-01", "2017-04-02"];
       await shop.insertEvents(FROM, 3);
@@ -350,7 +351,7 @@ suite("archive", { concurrency: true }, () => {
       }
     });
 
-    test("of a day whose rows are gone from the source the archive is the copy: a note; damaged, the object is to be restored", async () => {
+    test("a day whose rows are gone from the source is a note; damaged, its object is to be restored", async () => {
       const note = `step=note day=${purged} note="the source has none of its 7 rows any more: the archive is the copy"`;
       assert.ok(found.stderr.includes(note), found.stderr);
       assert.doesNotMatch(found.stderr, new RegExp(`^  ${purged}`, "m"));

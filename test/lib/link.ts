@@ -29,7 +29,7 @@ export interface Link extends AsyncDisposable {
   pass(): Promise<void>;
   /** Milliseconds that each piece waits, in both directions. */
   latency: number;
-  /** What is under way stands still until the promise resolves, then arrives, also where its sender is gone by then. New connections pass. */
+  /** What is under way stands still until the promise resolves, then arrives, even from a sender that is gone. New connections pass. */
   stall(until: Promise<unknown>): void;
   /** Calls `then` as the so-manieth HTTP request from now on that may change something comes, before it is passed on. */
   after(writes: number, then: () => void): void;

@@ -36,7 +36,7 @@ export const ofDay = (day: string, step: RegExp = s3Steps.anything): RegExp =>
 export function refuse(status: number, code: string): Fault {
   return async ({ request, response }) => {
     await buffer(request);
-    const xml = `<?xml version="1.0" encoding="UTF-8"?><Error><Code>${code}</Code><Message>answered ${status} by the test</Message></Error>`;
+    const xml = `<?xml version="1.0"?><Error><Code>${code}</Code><Message>answered ${status} by the test</Message></Error>`;
     response.writeHead(status, { "content-type": "application/xml" }).end(xml);
   };
 }

@@ -61,7 +61,7 @@ async function deadline(shop: Shop): Promise<{ RUN_TIMEOUT_SECONDS: string }> {
   const [last] = await shop.admin`
     select extract(epoch from finished_at - started_at)::float8 as seconds from etl.runs
     where state = 'succeeded' order by started_at desc limit 1`;
-  return { RUN_TIMEOUT_SECONDS: String(Math.ceil(4 + 3 * last?.seconds)) };
+  return { RUN_TIMEOUT_SECONDS: String(Math.ceil(3 + 2 * last?.seconds)) };
 }
 
 test("what Google says to try again is tried again, also with the token's server, and nothing else is", () => {
@@ -87,8 +87,7 @@ stepsOfPipeline((pipeline) => {
     const test = sharedShop({ pipeline });
 
     suite("a destination that hangs: the run meets its deadline and cancels its job", () => {
-      const text =
-        /error: the run's deadline of \d+ s \(RUN_TIMEOUT_SECONDS\) has passed\. No chunk is half applied; the next run resumes at the watermark\. Next: make status/;
+      const text = /error: the run's deadline of \d+ s \(RUN_TIMEOUT_SECONDS\) has passed\. No chunk is half applied; .* Next: make status/;
 
       test("the MERGE", async (change) => {
         await assertFailsCleanly(change, text, async () => change.startHeld(steps.merge, hold(), await deadline(change.shop)));

@@ -32,7 +32,7 @@ stepsOfPipeline((pipeline) => {
     { when: "while it extracts, with rows in flight", step: steps.upload, gate: pause(1000), inFlight: true },
     { when: "after the load and before the MERGE", step: steps.merge, gate: hold() },
   ]) {
-    test(`${killed} ${when} has merged nothing and moved nothing, leaves no session and no lock, and the next run heals it`, async (change) => {
+    test(`${killed} ${when} has moved nothing, leaves no session and no lock, and the next run heals it`, async (change) => {
       const { shop } = change;
       if (inFlight) await widen(change);
       const watermark = await shop.watermark();
@@ -132,8 +132,8 @@ stepsOfPipeline((pipeline) => {
     merge.release();
     const { code, stderr } = await ending(loser);
     assert.equal(code, 1);
-    const lost = `another run moved the watermark of ${pipeline} \\(expected -infinity, found \\S+\\): nothing is lost, the rows of this run are upserted`;
-    assert.match(stderr, new RegExp(`error: ${lost}\\. Next: make status`));
+    const lost = `another run moved the watermark of ${pipeline} \\(expected -infinity, found \\S+\\): nothing is lost, `;
+    assert.match(stderr, new RegExp(`error: ${lost}.* Next: make status`));
     assert.equal(await shop.watermark(), watermark);
     await assertEqualRows(shop);
     await assertHeals(shop, 0);
@@ -163,7 +163,7 @@ stepsOfPipeline((pipeline) => {
     assert.deepEqual(gateway.requests, []);
   });
 
-  test("SIGTERM and SIGINT at once, as timeout and make send them, end a run with exit 1, a text, its job cancelled and its state recorded", async (change) => {
+  test("SIGTERM and SIGINT at once, as timeout and make send them, end a run, cancel its job and record its state", async (change) => {
     const { shop, proxy, startHeld } = change;
     const run = await startHeld(steps.merge, hold());
     for (const signal of ["SIGTERM", "SIGINT"] as const) run.child.kill(signal); // two of one kind might arrive as one
@@ -179,7 +179,7 @@ stepsOfPipeline((pipeline) => {
     await assertHeals(shop, changed);
   });
 
-  test("a watermark set back by SQL during a run stays set back: the run loses its compare-and-set, and the next reads all again", async (change) => {
+  test("a watermark set back by SQL during a run stays set back, and the next run reads all again", async (change) => {
     const { shop, last, startHeld } = change;
     const merge = hold();
     const run = await startHeld(steps.merge, merge);

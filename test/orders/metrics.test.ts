@@ -83,7 +83,7 @@ stepsOfPipeline((pipeline) => {
     );
   });
 
-  test("after success the metrics of the design are there, with the run's values; after one that moved nothing, its time and 0 rows", async (change) => {
+  test("after success the metrics have the run's values; after one that moved nothing, its time and 0 rows", async (change) => {
     const { shop } = change;
     await forget(shop);
     const before = Date.now() / 1000;
@@ -113,7 +113,7 @@ stepsOfPipeline((pipeline) => {
       assert.ok((after[name] ?? 0) > (metrics[name] ?? 0), name);
   });
 
-  test("after a failure the last success is as it was, none where there was none; all runs push one group, job and pipeline", async (change) => {
+  test("after a failure the last success is as it was, none where there was none; all runs push one group", async (change) => {
     const { shop } = change;
     await forget(shop);
     await failRun(shop);

@@ -145,7 +145,8 @@ async function differences(shop: Shop): Promise<unknown[]> {
     const kind = columns[name]?.[1] ?? (type.startsWith("timestamp") ? "TIMESTAMP" : "");
     const value = (text: string): string => (read[kind] ?? "$").replaceAll("$", text);
     return isArray(type)
-      ? `(select coalesce(array_agg((${value("e")})::${type.slice(0, -2)} order by n), '{}') from jsonb_array_elements_text("${name}"::jsonb) with ordinality a(e, n)) as "${name}"`
+      ? `(select coalesce(array_agg((${value("e")})::${type.slice(0, -2)} order by n), '{}')
+          from jsonb_array_elements_text("${name}"::jsonb) with ordinality a(e, n)) as "${name}"`
       : `(${value(`"${name}"`)})::${type} as "${name}"`;
   });
   const sent = there.map(({ name, type }) => (isArray(type) ? `coalesce("${name}", '{}') as "${name}"` : `"${name}"`));
@@ -311,7 +312,8 @@ for (const pipeline of ofSteps) {
             ? "which it cannot hold"
             : `which has no safe mapping. Select it as a type that has one, for example "${name}"::text`;
         const named = type.replace("timetz", "time with time zone");
-        const text = `column ${shop.table}.${name}: expected STRING NULLABLE (schemas/bigquery/${pipeline}.json), found ${named}, ${remedy}`;
+        const expected = `expected STRING NULLABLE (schemas/bigquery/${pipeline}.json)`;
+        const text = `column ${shop.table}.${name}: ${expected}, found ${named}, ${remedy}`;
         assert.ok(stderr.includes(text), `${text}\n${stderr}`);
       }
     });
