@@ -1,5 +1,17 @@
 import assert from "node:assert/strict";
-import { answer, assertEqualRows, assertHeals, changed, createProxy, ending, lastRun, sharedShop, steps, trickle } from "../lib/faults.ts";
+import {
+  answer,
+  assertEqualRows,
+  assertHeals,
+  changed,
+  createProxy,
+  ending,
+  hold,
+  lastRun,
+  sharedShop,
+  steps,
+  trickle,
+} from "../lib/faults.ts";
 import { freePort, type Shop, stepsOfPipeline, until } from "../lib/shop.ts";
 
 const always = ["etl_future_rows", "etl_last_run_timestamp_seconds", "etl_unknown_source_columns", "etl_watermark_hold_seconds"];
@@ -55,11 +67,12 @@ stepsOfPipeline((pipeline) => {
 
   for (const { how, fault, error } of [
     { how: "are down", error: "ECONNREFUSED" },
-    { how: "answer too slowly to end", fault: trickle, error: "timeout" },
+    { how: "answer too slowly to end, or hang,", fault: hold(), error: "timeout" },
     { how: "answer 503", fault: answer(503), error: "503" },
   ])
     test(`a Pushgateway and a HEARTBEAT_URL that ${how} cost a warning each, never the run`, async ({ shop }) => {
       await using server = await createProxy(shop.env.PUSHGATEWAY_URL);
+      if (error === "timeout") server.fault(steps.push, trickle);
       if (fault) server.fault(steps.anything, fault);
       const url = fault ? server.url : `http://127.0.0.1:${await freePort()}`;
       const told = ["start", "success"].map((event) => warning(error, `HEARTBEAT_URL was not told of ${event}`));
