@@ -1,4 +1,4 @@
-// What a second pair of eyes broke once: each of these lost, doubled or hung something, or said nothing useful.
+// The upsert, and what a second pair of eyes broke once: each of these lost, doubled or hung something, or said nothing useful.
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { scratchCopy } from "../lib/scratch.ts";
