@@ -23,7 +23,6 @@ import type { Env } from "../stack/env.ts";
 
 const daily = "scripts/events.ts";
 const verifier = "scripts/ops/verify-events.ts";
-const slowDown = refuse(503, "SlowDown");
 const onePart = { CHUNK_ROWS: "1000" };
 
 /** A day is not archived; what there is of it are parts, which verify lists: they are deleted as CLEAN=1 does after a day. */
@@ -65,8 +64,8 @@ suite("archive", { concurrency: true }, () => {
     const conflict = refuse(409, "ConditionalRequestConflict"); // another PUT of it is under way
     const cases: Record<string, [step: RegExp, fault: Fault, times: number][]> = {
       "503, 500 and 409, at each step": [
-        [getManifest, slowDown, 3],
-        [/^PUT .*part-0001-/, slowDown, 1],
+        [getManifest, refuse(503, "SlowDown"), 3],
+        [/^PUT .*part-0001-/, refuse(503, "SlowDown"), 1],
         [/^PUT .*part-0002-/, conflict, 1],
         [/^PUT .*part-0003-/, refuse(500, "InternalError"), 5],
         [putManifest, conflict, 1],

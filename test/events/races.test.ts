@@ -102,6 +102,16 @@ suite("races", { concurrency: true }, () => {
         assert.deepEqual(await chunk(shop, day), { state: "succeeded", rows: 7, error: null, run_id: winner });
       });
 
+    test("the daily run during a backfill says who holds the lock, exits 0 and records nothing", async (one) => {
+      const { shop, startHeld } = one;
+      const gate = hold();
+      const { id, ended } = await startHeld(s3Steps.putPart, gate);
+      assert.match((await shop.succeed(daily)).stderr, new RegExp(` step=skipped because="another run holds the lock" holder=${id} `));
+      assert.equal((await lastRun(shop)).run_id, id);
+      gate.release();
+      assert.equal((await ended).code, 0);
+    });
+
     test("where a run fails while another of its days is under way, that day is published with its parts or not at all", async (one) => {
       const { shop, proxy, day, start } = one;
       const beside = addDays(day);

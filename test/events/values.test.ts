@@ -6,7 +6,7 @@ import { after, before, suite, test } from "node:test";
 import { gunzipSync, gzipSync } from "node:zlib";
 import { PutObjectCommand } from "@aws-sdk/client-s3";
 import fc from "fast-check";
-import { addDays, type Manifest, type Part } from "../../shared/events/archive.ts";
+import { addDays, type Manifest, type Part, readManifest } from "../../shared/events/archive.ts";
 import { removeObjects } from "../../shared/events/s3.ts";
 import { ending, hold, reach } from "../lib/faults.ts";
 import { anyJson, anyText, seed } from "../lib/random.ts";
@@ -25,9 +25,8 @@ const folder = (shop: Shop, day: string): string => `${shop.bucket.prefix}events
 const read = (shop: Shop, key: string): Promise<Buffer> => readObject(shop.bucket, key);
 const put = async (shop: Shop, Key: string, Body: Buffer | string): Promise<unknown> =>
   shop.bucket.client.send(new PutObjectCommand({ Bucket: shop.bucket.name, Key, Body }));
-async function manifestOf(shop: Shop, day: string): Promise<Manifest> {
-  return JSON.parse((await read(shop, `${folder(shop, day)}manifest.json`)).toString()) as Manifest;
-}
+const manifestOf = async ({ bucket }: Shop, day: string): Promise<Manifest> =>
+  (await readManifest(bucket, day))?.manifest ?? assert.fail(`${day} has no manifest`);
 
 /** Source and restored table are equal: a record as text keeps NULL, '' and JSON's null apart, and each digit. */
 async function assertRestored(shop: Shop): Promise<void> {

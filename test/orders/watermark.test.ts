@@ -57,7 +57,7 @@ stepsOfPipeline((pipeline) => {
   let last = 5;
   const script = `scripts/${pipeline}.ts`;
   before(async () => {
-    shop = await createShop({ pipeline });
+    shop = await createShop({ pipeline, pushgateway: true });
     shop.env.LOG_FORMAT = "json";
     await shop.insertRows(1, last);
     // Whatever the database writes times as, and in whatever zone: a run pins its own. (This session is older.)
@@ -115,6 +115,7 @@ stepsOfPipeline((pipeline) => {
     const held = await shop.succeed(script);
     const who = new RegExp(`^pid ${pid}, application "check out", role postgres, state idle in transaction, open for [\\d:]+$`);
     assert.match(holder(held) ?? "", who);
+    assert.ok(((await shop.metrics()).etl_watermark_hold_seconds ?? 0) > 0);
     const again = await shop.succeed(script);
     assert.match(holder(again) ?? "", who);
     assert.deepEqual(chunks(again), []);
@@ -126,6 +127,7 @@ stepsOfPipeline((pipeline) => {
     await writeWithNow(checkout, 2, "after");
     await checkout.unsafe("commit");
     assert.equal(holder(await shop.succeed(script)), undefined);
+    assert.equal((await shop.metrics()).etl_watermark_hold_seconds, 0);
     await assertSynced();
     assert.deepEqual(
       (await shop.destinationRows()).slice(0, 2).map((row) => row[shop.text]),
