@@ -39,7 +39,7 @@ async function assertOnlyStrays(shop: Shop, day: string): Promise<void> {
   await removeObjects(shop.bucket, strays);
 }
 
-/** One day failed, of so many; it is listed, with its error, and what mends it. Nothing of it is in the bucket. */
+/** One day failed, of so many; it is listed, with its error, and what repairs it. Nothing of it is in the bucket. */
 async function assertDayFailed({ shop, day }: Case, result: Result, error: string, days = 1): Promise<void> {
   assert.equal(result.code, 1, result.stderr);
   const next = `Next: make backfill-events FROM=${day} TO=${addDays(day)} \\(days that are done are skipped\\)$`;

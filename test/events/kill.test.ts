@@ -176,7 +176,7 @@ suite("killed", { concurrency: true }, () => {
       reader.catch(() => {}); // it is awaited below
       const furtherReads = async (): Promise<void> => {
         const goal = reads + 2;
-        await Promise.race([reader, until("the reader goes on", () => reads >= goal)]);
+        await Promise.race([reader, until("the reader reads on", () => reads >= goal)]);
       };
       try {
         for (const [step, gate, killed] of [
@@ -203,7 +203,7 @@ suite("killed", { concurrency: true }, () => {
   });
 
   archiveSuite("stopped by SIGTERM", {}, (test) => {
-    /** The run ends in time, and says how to go on. */
+    /** The run ends in time, and says how to resume. */
     const stop = async (shop: Shop, run: Process): Promise<void> => {
       run.child.kill("SIGTERM");
       const { code, stderr } = await ending(run);

@@ -210,8 +210,8 @@ suite("races", { concurrency: true }, () => {
       assert.equal(await shop.watermark("events"), midnight(4));
       assert.equal((await chunk(shop, bad))?.state, "failed");
 
-      const mended = await shop.succeed(daily);
-      assert.match(mended.stderr, / step=days archived=1 skipped=3 failed=0/);
+      const healed = await shop.succeed(daily);
+      assert.match(healed.stderr, / step=days archived=1 skipped=3 failed=0/);
       assert.equal(await shop.watermark("events"), midnight(0));
       assert.equal((await chunk(shop, bad))?.state, "succeeded");
       for (const ago of [5, 4, 3, 2, 1]) await assertArchivedClean(shop, addDays(today, -ago));

@@ -1,4 +1,4 @@
-// What is archived can be read back as it was, whatever its values; what is damaged is found, named and mended. Needs the local stack
+// What is archived can be read back as it was, whatever its values; what is damaged is found, named and repaired. Needs the local stack
 // (make up).
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
@@ -343,7 +343,7 @@ suite("archive", { concurrency: true }, () => {
       });
     }
 
-    test("the command that is named mends it, each of these", async () => {
+    test("the command that is named repairs it, each of these", async () => {
       for (const [options, days] of Map.groupBy(cases.keys(), (index) => cases[index]?.options ?? "")) {
         const variables = Object.fromEntries([...options.matchAll(/(\w+)=(\d)/g)].map(([, name, value]) => [name, value]));
         await backfill(shop, dayOf(days[0] ?? 0), addDays(dayOf(days.at(-1) ?? 0)), variables);

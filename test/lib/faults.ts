@@ -107,7 +107,7 @@ export function hold(): Gate {
   });
 }
 
-/** The upload stops after so many bytes, and goes on when released: the rows before it wait in flight. */
+/** The upload stops after so many bytes, and continues when released: the rows before it wait in flight. */
 export function pause(bytes: number): Gate {
   return gate(async ({ request, send, reply }, wait) => {
     const head = await readAtLeast(request, bytes);
@@ -300,7 +300,7 @@ export async function ending(run: Process, seconds = 90): Promise<Result> {
   return await until("the run ends", () => result, seconds);
 }
 
-/** Kills a run that goes on until then. */
+/** Kills a run that has not ended by then. */
 export async function kill(run: Process): Promise<void> {
   run.child.kill("SIGKILL");
   const { code, signal, stderr } = await ending(run);
@@ -336,7 +336,7 @@ export async function loseLock({ admin }: Shop): Promise<void> {
   assert.equal(ended.length, 1);
 }
 
-/** Waits until a run's COPY cannot go on because nobody takes its rows. @returns its backend's pid. */
+/** Waits until a run's COPY stands still because nobody takes its rows. @returns its backend's pid. */
 export async function copyBlocked(shop: Shop): Promise<number> {
   const blocked = async () => (await sessions(shop)).find(({ wait }) => wait === "ClientWrite");
   return (await until("the COPY waits for its reader", blocked)).pid;
