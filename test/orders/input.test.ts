@@ -111,7 +111,7 @@ stepsOfPipeline((pipeline) => {
   test("an unknown argument is refused, naming it but not what follows its =", async () => {
     const given = `SOURCE_DATABASE_URL=postgres://u:${secret}@db/shop`;
     const pair = await command(process.execPath, [script, given], shop.env);
-    assert.match(pair.stderr, /unknown argument SOURCE_DATABASE_URL=…: arguments are given as variables, FROM=… TO=…; --help explains\./);
+    assert.match(pair.stderr, /unknown argument SOURCE_DATABASE_URL=…: arguments are given as variables, .*; --help explains\./);
     assert.ok(!pair.stderr.includes(secret), pair.stderr);
     assert.equal(pair.code, 2);
   });
