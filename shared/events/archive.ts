@@ -119,7 +119,7 @@ export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">): Prom
  * The SELECT around `select` of JSON lines that Postgres reads back as they were: a column that is NULL is left out, so that
  * JSON's null stays apart from it. The id comes first and created_at last, so that both are found without reading the payload.
  */
-export function jsonLines(select: string, columns: Column[]): string {
+function jsonLines(select: string, columns: Column[]): string {
   // What is JSON as it stands needs no to_json, which costs a fifth of the whole query here.
   const json = /^(int[248]|jsonb)$/;
   const place = ({ name }: Column): number => (name === "id" ? 0 : name === "created_at" ? 2 : 1);

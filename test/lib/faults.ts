@@ -107,7 +107,7 @@ export function hold(): Gate {
   });
 }
 
-/** The upload stops after so many bytes, and goes on when released: the rows before it wait in flight. */
+/** The upload stops after so many bytes, and continues when released: the rows before it wait in flight. */
 export function pause(bytes: number): Gate {
   return gate(async ({ request, send, reply }, wait) => {
     const head = await readAtLeast(request, bytes);
@@ -247,8 +247,10 @@ export function sharedShop(options: ShopOptions): (name: string, body: (change: 
   const change = async (): Promise<Change> => {
     const half = changed / 2;
     if (!shop) {
-      shop = await syncedShop(half, options);
+      shop = await createShop(options);
       last = half;
+      await shop.insertRows(1, last);
+      await shop.succeed(shop.script);
     }
     last += half;
     const before = await shop.sourceRows();
@@ -284,27 +286,10 @@ export function sharedShop(options: ShopOptions): (name: string, body: (change: 
  * Makes the changed rows 20 MB: more than all the buffers between Postgres and BigQuery hold (9 to 11 MB, measured), so
  * that a stream of them is in flight until its reader has taken the last.
  */
-export async function widen({ shop, first, last }: Change): Promise<void> {
-  await shop.updateRows(first, last, "wide".repeat(50_000));
-}
+export const widen = ({ shop, first, last }: Change): Promise<void> => shop.updateRows(first, last, "wide".repeat(50_000));
 
 /** Makes them narrow again, so that what follows costs little. */
-export async function narrow({ shop, first, last }: Change): Promise<void> {
-  await shop.updateRows(first, last, "narrow");
-}
-
-/** A shop with so many rows, synced. Where that fails it is disposed of: its connections would keep the test's process. */
-async function syncedShop(rows: number, options: ShopOptions): Promise<Shop> {
-  const shop = await createShop(options);
-  try {
-    await shop.insertRows(1, rows);
-    await shop.succeed(shop.script);
-    return shop;
-  } catch (error) {
-    await shop[Symbol.asyncDispose]();
-    throw error;
-  }
-}
+export const narrow = ({ shop, first, last }: Change): Promise<void> => shop.updateRows(first, last, "narrow");
 
 /** The end of a run that must not hang: fails after `seconds`, and the shop then kills it. */
 export async function ending(run: Process, seconds = 90): Promise<Result> {
@@ -315,7 +300,7 @@ export async function ending(run: Process, seconds = 90): Promise<Result> {
   return await until("the run ends", () => result, seconds);
 }
 
-/** Kills a run that goes on until then. */
+/** Kills a run that has not ended by then. */
 export async function kill(run: Process): Promise<void> {
   run.child.kill("SIGKILL");
   const { code, signal, stderr } = await ending(run);
@@ -343,12 +328,18 @@ export async function sessions(shop: Shop): Promise<{ name: string; pid: number;
     where datname = current_database() and application_name like 'etl:%'`;
 }
 
-/** Waits until a run's COPY cannot go on because nobody takes its rows. Returns its backend's pid. */
+/** Ends the session that holds the pipeline's lock, as a failover or a careless administrator would. */
+export async function loseLock({ admin }: Shop): Promise<void> {
+  const ended = await admin`
+    select pg_terminate_backend(pid, 5000) from pg_locks
+    where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())`;
+  assert.equal(ended.length, 1);
+}
+
+/** Waits until a run's COPY stands still because nobody takes its rows. @returns its backend's pid. */
 export async function copyBlocked(shop: Shop): Promise<number> {
-  const blocked = await until("the COPY waits for its reader", async () =>
-    (await sessions(shop)).find(({ wait }) => wait === "ClientWrite"),
-  );
-  return blocked.pid;
+  const blocked = async () => (await sessions(shop)).find(({ wait }) => wait === "ClientWrite");
+  return (await until("the COPY waits for its reader", blocked)).pid;
 }
 
 /** Nothing is left of a run that has ended: no session, so no open transaction and no lock. */

@@ -29,7 +29,7 @@ export interface Link extends AsyncDisposable {
   pass(): Promise<void>;
   /** Milliseconds that each piece waits, in both directions. */
   latency: number;
-  /** What is under way stands still until the promise resolves, then arrives, also where its sender is gone by then. New connections pass. */
+  /** What is under way stands still until the promise resolves, then arrives, even from a sender that is gone. New connections pass. */
   stall(until: Promise<unknown>): void;
   /** Calls `then` as the so-manieth HTTP request from now on that may change something comes, before it is passed on. */
   after(writes: number, then: () => void): void;
@@ -109,22 +109,6 @@ export async function createLink(target = "", taps: { port?: number; fromClient?
   return link;
 }
 
-/** Sees the messages of a Postgres server, each whole, and passes those for which it is true. */
-const messages = (passes: (message: Buffer, pair: Pair) => boolean): Tap => {
-  let pending = Buffer.alloc(0);
-  return (data, pair) => {
-    pending = Buffer.concat([pending, data]);
-    const passed: Buffer[] = [];
-    // A message: its type, its length without the type, its content.
-    while (pending.length >= 5 && pending.length > pending.readUInt32BE(1)) {
-      const message = pending.subarray(0, 1 + pending.readUInt32BE(1));
-      pending = pending.subarray(message.length);
-      if (passes(message, pair)) passed.push(message);
-    }
-    return Buffer.concat(passed);
-  };
-};
-
 /**
  * In front of a Postgres, cuts a connection once `bytes` have come from the server, at the end of a message, so at the end of a COPY's
  * row: by a reset, by a FIN, the way a server ends whose machine shuts down, or by a stall: it stays open, and nothing comes any more.
@@ -135,29 +119,28 @@ export async function createCutLink(
   bytes: number,
 ): Promise<Link & { broken: Promise<void> }> {
   const broken = Promise.withResolvers<void>();
-  const end = ({ client, upstream }: Pair): void => {
+  const cut = ({ client, upstream }: Pair): void => {
     upstream.destroy();
     if (how === "fin") client.end();
     else client.resetAndDestroy();
   };
   const fromServer = (): Tap => {
-    let left = bytes;
-    return messages((message, pair) => {
-      if (left <= 0) return false;
-      left -= message.length;
-      if (left > 0) return true;
-      if (how !== "stall") setImmediate(end, pair); // once it is written
+    let [left, pending] = [bytes, Buffer.alloc(0)];
+    return (data, pair) => {
+      pending = Buffer.concat([pending, data]);
+      let end = 0;
+      // A message: its type, its length without the type, its content.
+      while (left > 0 && pending.length >= end + 5 && pending.length > end + pending.readUInt32BE(end + 1)) {
+        const length = 1 + pending.readUInt32BE(end + 1);
+        [end, left] = [end + length, left - length];
+      }
+      const passed = pending.subarray(0, end);
+      pending = pending.subarray(end);
+      if (left > 0 || !end) return passed;
       broken.resolve();
-      return true;
-    });
+      if (how !== "stall") setImmediate(cut, pair); // once it is written
+      return passed;
+    };
   };
   return Object.assign(await createLink(target, { fromServer }), { broken: broken.promise });
-}
-
-/** In front of a Postgres, in which the first rows of COPYs get lost: a stream that is short, and ends well. */
-export function createLossyLink(target: string | undefined, rows: number): Promise<Link> {
-  let left = rows;
-  return createLink(target, {
-    fromServer: () => messages((message) => message[0] !== "d".charCodeAt(0) || --left < 0),
-  });
 }

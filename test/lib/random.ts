@@ -10,3 +10,10 @@ export function random(of = seed): (below: number) => number {
   const [numbers] = fc.sample(endless, { seed: of, numRuns: 1, unbiased: true });
   return (below) => (numbers?.next().value ?? 0) % below;
 }
+
+/** Texts and JSON that Postgres takes. JSON is an array or an object (see jsons in texts.ts). */
+export const anyText = fc.string({ unit: "binary", maxLength: 25 }).map((value) => value.replaceAll("\0", "\u0001"));
+const anyValue = fc.jsonValue({ stringUnit: "binary" });
+export const anyJson = fc
+  .oneof(fc.array(anyValue), fc.dictionary(anyText, anyValue))
+  .map((value) => JSON.stringify(value).replaceAll("\\u0000", "\\u0002"));

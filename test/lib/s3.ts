@@ -1,24 +1,21 @@
 /**
  * Faults between a run and S3: createProxy of faults.ts for requests that are signed.
  *
- *   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
- *   const gate = hold();
- *   proxy.fault(s3Steps.putManifest, gate);
- *   const run = shop.start("scripts/ops/backfill-events.ts", { FROM, TO, S3_ENDPOINT: proxy.url });
- *   await gate.reached;
+ *   archiveSuite("killed", {}, (test) => test("before its manifest is put", async ({ startHeld }) => {
+ *     const run = await startHeld(s3Steps.putManifest, hold());
  */
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { buffer } from "node:stream/consumers";
-import { after, before, suite } from "node:test";
+import { after, before, suite, test } from "node:test";
 import { setTimeout } from "node:timers/promises";
 import { gunzipSync } from "node:zlib";
 import { addDays, type Manifest, readManifest } from "../../shared/events/archive.ts";
 import { type Bucket, get, listObjects } from "../../shared/events/s3.ts";
 import type { Env } from "../stack/env.ts";
-import { createProxy, type Fault, type Gate, type HttpProxy, lastRun, reach } from "./faults.ts";
-import { createShop, type Process, type Shop } from "./shop.ts";
+import { assertNoSessions, createProxy, ending, type Fault, type Gate, type HttpProxy, lastRun, reach } from "./faults.ts";
+import { createShop, type Process, type Result, type Shop, type ShopOptions } from "./shop.ts";
 
 /** The requests of a run, as `METHOD path?query`, decoded. A part is one putPart. */
 export const s3Steps = {
@@ -39,7 +36,7 @@ export const ofDay = (day: string, step: RegExp = s3Steps.anything): RegExp =>
 export function refuse(status: number, code: string): Fault {
   return async ({ request, response }) => {
     await buffer(request);
-    const xml = `<?xml version="1.0" encoding="UTF-8"?><Error><Code>${code}</Code><Message>answered ${status} by the test</Message></Error>`;
+    const xml = `<?xml version="1.0"?><Error><Code>${code}</Code><Message>answered ${status} by the test</Message></Error>`;
     response.writeHead(status, { "content-type": "application/xml" }).end(xml);
   };
 }
@@ -57,21 +54,6 @@ export function breakBody(how: "reset" | "stall"): Fault {
 
 /** An HTTP server in front of the S3 server at `target` that passes everything on until told otherwise. */
 export const createS3Proxy = (target?: string): Promise<HttpProxy> => createProxy(target, { signed: true });
-
-export interface HeldRun extends Process, AsyncDisposable {
-  proxy: HttpProxy;
-  id: string;
-}
-
-/** Starts a script with a fault that waits for its first request of a step, and returns when the run is there. */
-export async function startHeld(shop: Shop, script: string, variables: Env, step: RegExp, gate: Gate): Promise<HeldRun> {
-  const proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
-  proxy.fault(step, gate, 1);
-  const run = shop.start(script, { ...variables, S3_ENDPOINT: proxy.url });
-  await reach(run, gate.reached);
-  const { run_id: id } = await lastRun(shop);
-  return { ...run, proxy, id, [Symbol.asyncDispose]: proxy[Symbol.asyncDispose] };
-}
 
 /** An object's bytes. */
 export async function readObject(bucket: Bucket, key: string): Promise<Buffer> {
@@ -154,31 +136,85 @@ export async function strays(shop: Shop, day?: string): Promise<string[]> {
   return keys.filter((key) => !key.endsWith("/manifest.json") && !named.includes(key));
 }
 
-/** A suite with a shop, and a day of its own for each test, of so many rows: 150 are three parts of 60. */
-export function suiteOfDays(
-  name: string,
-  first: string,
-  tests: (shop: () => Shop, nextDay: (rows?: number) => Promise<string>) => void,
-): void {
-  suite(name, { concurrency: 1 }, () => {
-    let shop: Shop | undefined;
-    let day = first;
-    before(async () => {
-      shop = await createShop({ bigquery: false });
-    });
-    after(() => shop?.[Symbol.asyncDispose]());
-    const there = (): Shop => shop ?? assert.fail("no shop");
-    tests(there, async (rows = 150) => {
-      day = addDays(day, 5);
-      await there().insertEvents(day, rows);
-      return day;
-    });
-  });
-}
-
 /** The day is archived, and there is nothing else of it in the bucket. */
 export async function assertArchivedClean(shop: Shop, day: string): Promise<ArchivedDay> {
   const there = await assertArchived(shop, day);
   assert.deepEqual(await strays(shop, day), []);
   return there;
+}
+
+export type EventRow = Record<"id" | "user_id" | "type" | "payload" | "created_at", string | null>;
+
+/** Inserts events from text. */
+export async function insertRows({ admin }: Shop, rows: Partial<EventRow>[]): Promise<void> {
+  await admin`
+    insert into public.events (id, user_id, type, payload, created_at) overriding system value
+    select id::bigint, user_id::bigint, type, payload::jsonb, created_at::timestamptz
+    from jsonb_to_recordset(${JSON.stringify(rows)}::text::jsonb) r (id text, user_id text, type text, payload text, created_at text)`;
+}
+
+/** Adds rows to a day: so many of 100 KB. They have one random text, which is longer than what gzip looks back. */
+export async function insertWide({ admin }: Shop, day: string, count: number): Promise<void> {
+  await admin`
+    insert into public.events (type, payload, created_at)
+    select 'wide', jsonb_build_object('text', (
+        select encode(string_agg(uuid_send(gen_random_uuid()), ''), 'base64') from generate_series(1, 4700))),
+      ${`${day} 12:00Z`}::text::timestamptz from generate_series(1, ${count}::int)`;
+}
+
+/** What a test of a suite begins with. */
+export interface Case {
+  shop: Shop;
+  /** In front of the shop's S3. */
+  proxy: HttpProxy;
+  /** Of seven rows: in parts of three, three parts. The nine days after it have none yet. */
+  day: string;
+  /** Starts a backfill of so many days from `day` on, by way of the proxy. */
+  start(variables?: Env, days?: number): Process;
+  /** The same with a fault that waits, once: returns when the run is there. */
+  startHeld(step: RegExp, gate: Gate, variables?: Env, days?: number): Promise<Process & { id: string }>;
+  /** The same to its end. */
+  run(variables?: Env, days?: number): Promise<Result>;
+  /** Archives them with nothing in the way; what each of these days then has is what the source has, and nothing lies beside it. */
+  heal(variables?: Env, days?: number): Promise<Result>;
+}
+
+export const backfill = "scripts/ops/backfill-events.ts";
+
+/** Tests that share a shop, one after the other. */
+export function archiveSuite(
+  name: string,
+  options: ShopOptions,
+  tests: (test: (name: string, body: (one: Case) => Promise<void>) => void) => void,
+): void {
+  suite(name, { concurrency: 1 }, () => {
+    let shop: Shop;
+    let day = "2016-12-22";
+    before(async () => {
+      shop = await createShop({ bigquery: false, ...options });
+    });
+    after(() => shop?.[Symbol.asyncDispose]());
+    const body = async (of: (one: Case) => Promise<void>): Promise<void> => {
+      day = addDays(day, 10);
+      await shop.insertEvents(day, 7);
+      await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+      const window = (days: number): Env => ({ FROM: day, TO: addDays(day, days), CHUNK_ROWS: "3" });
+      const start: Case["start"] = (variables = {}, days = 1) =>
+        shop.start(backfill, { ...window(days), S3_ENDPOINT: proxy.url, ...variables });
+      const startHeld: Case["startHeld"] = async (step, gate, variables, days) => {
+        proxy.fault(step, gate, 1);
+        const run = start(variables, days);
+        await reach(run, gate.reached);
+        return { ...run, id: (await lastRun(shop)).run_id };
+      };
+      const heal: Case["heal"] = async (variables = {}, days = 1) => {
+        const result = await shop.succeed(backfill, { ...window(days), ...variables });
+        for (let index = 0; index < days; index++) await assertArchivedClean(shop, addDays(day, index));
+        return result;
+      };
+      await of({ shop, proxy, day, start, startHeld, run: (...given) => ending(start(...given)), heal });
+      await assertNoSessions(shop);
+    };
+    tests((title, of) => test(title, () => body(of)));
+  });
 }

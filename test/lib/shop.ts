@@ -23,7 +23,7 @@ import { createServers } from "./servers.ts";
 /** The pipelines to BigQuery, each with a text column of its table that a test may write to. */
 export const textColumns = { orders: "status", users: "age_band" };
 export type Pipeline = keyof typeof textColumns;
-export const pipelines = Object.keys(textColumns) as Pipeline[];
+const pipelines = Object.keys(textColumns) as Pipeline[];
 
 /**
  * Whose tests are run of what the script's steps hold, whatever the table's columns are: those of orders, and with SOAK=1 of each pipeline.

@@ -8,10 +8,8 @@ const [wantedRuns, wantedCommits] = process.env.SOAK ? [60, 600] : [6, 60];
 stepsOfPipeline((pipeline) => {
   const test = sharedShop({ pipeline });
 
-  test(`with many writers that hold, commit and roll back at random, and runs in between, source and destination end equal`, async ({
-    shop,
-    last,
-  }) => {
+  test("with many writers that hold, commit and roll back at random, source and destination end equal", async (change) => {
+    const { shop, last } = change;
     const [table, column] = [shop.admin(shop.table), shop.admin(shop.text)];
     await shop.insertRows(last + 1, last + 300);
     let next = last + 300;
