@@ -24,7 +24,6 @@ await main(import.meta, async () => {
   const config = kafkaConnect.connectorConfig(env);
   const debezium = await checkDebezium(env);
   await kafkaConnect.checkReplication(env);
-  await kafkaConnect.checkSlot(env);
   const step = await kafkaConnect.createReadingsTopic(env, config);
   if (step) log({ step, topic: env.SENSORS_TOPIC, max_message_bytes: config["topic.creation.default.max.message.bytes"] });
   await kafkaConnect.startConnector(env, config);

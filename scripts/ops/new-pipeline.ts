@@ -23,7 +23,7 @@ import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError 
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
-import { readSelect } from "../../shared/source.ts";
+import { askCatalogue } from "./lib/catalogue.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 import { fieldOf, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
 
@@ -171,9 +171,8 @@ function scheduled(line: string, { cron, limit }: Plan["schedule"]): string {
 
 /** The SQL of make doctor for what the table lacks besides grants: an index, a trigger. */
 async function readRemedies(url: string, { name, table, cursor }: Plan): Promise<string[]> {
-  const settings = { "etl.part": "source", "etl.tables": [name, table.path, cursor].join(":") };
-  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
-  const checks = await source.unsafe<{ check: string; ok: boolean; remedy: string }[]>(readSelect("doctor"));
+  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30 });
+  const checks = await askCatalogue(source, "source", { "etl.tables": [name, table.path, cursor].join(":") });
   const failed = checks.filter(({ check, ok }) => check.startsWith(`${name}: `) && !ok);
-  return failed.map(({ remedy }) => remedy.replace(/^.*? Run[^:]*: /, ""));
+  return failed.map(({ remedy }) => `${remedy}`.replace(/^.*? Run[^:]*: /, ""));
 }

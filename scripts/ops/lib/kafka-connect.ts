@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, like, optional, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, parsePostgresUrl, root, UsageError } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { canaryVariables } from "../../../shared/sensors/canary.ts";
@@ -21,6 +21,7 @@ import {
 import { type Admin, ConfigResourceTypes, ConfigSource, connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../../shared/session.ts";
 import { waitUntil } from "./answer.ts";
+import { askCatalogue, type CatalogueCheck } from "./catalogue.ts";
 
 export const connectorVariables = {
   ...connectVariables,
@@ -34,51 +35,29 @@ const readConfig = (): Record<string, string> => JSON.parse(readFileSync(join(ro
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
 export function connectorConfig(env: ConnectorEnv): Record<string, string> {
-  const { hostname, port, pathname, username, password, searchParams } = new URL(env.REPLICATION_DATABASE_URL);
+  const { host, port, database, user, password, sslmode } = parsePostgresUrl(env.REPLICATION_DATABASE_URL);
   const { prefix, slot } = namesOf(env);
-  return {
-    ...readConfig(),
-    "topic.prefix": prefix,
-    "slot.name": slot,
-    "database.hostname": hostname.replaceAll(/[[\]]/g, ""),
-    "database.port": port || "5432",
-    "database.dbname": decodeURIComponent(pathname.slice(1)),
-    "database.user": decodeURIComponent(username),
-    "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? decodeURIComponent(password),
-    "database.sslmode": searchParams.get("sslmode") ?? "prefer",
-  };
+  const login = { "database.user": user, "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? password };
+  const server = { "database.hostname": host, "database.port": String(port), "database.dbname": database, "database.sslmode": sslmode };
+  return { ...readConfig(), "topic.prefix": prefix, "slot.name": slot, ...server, ...login };
 }
 
-/**
- * Asks the source what the connector needs of it and has not.
- * @throws UsageError that lists it.
- */
-export async function checkReplication(env: ConnectorEnv): Promise<void> {
+/** What the connector needs of the source, and whether its slot still has what it has not read, as sql/doctor.sql checks it. */
+export async function askReplication(env: ConnectorEnv): Promise<CatalogueCheck[]> {
+  // Where Connect is away, that is said elsewhere.
+  const stored = await askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets").catch(() => undefined);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
-  const faults = await source.unsafe(readFileSync(join(root, "sql/replication_checks.sql"), "utf8"));
-  if (faults.length)
-    throw new UsageError(
-      `the source is not ready for Debezium:\n${faults.map(({ fault }) => `  ${fault}`).join("\n")}\nRun ` +
-        "sql/replication.sql in that database as an administrator, then: make connector",
-    );
+  return await askCatalogue(source, "replication", {
+    "etl.slot": namesOf(env).slot,
+    "etl.resumes": stored?.offsets.length ? "1" : "",
+  });
 }
 
-/**
- * Whether the connector can resume where it was: its slot still has what it has not read.
- * @throws UsageError where that is gone, which no restart brings back.
- */
-export async function checkSlot(env: ConnectorEnv): Promise<void> {
-  const stored = await askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets");
-  if (!stored?.offsets.length) return; // it begins with a snapshot
-  await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
-  const { slot } = namesOf(env);
-  const [found] = await source<{ wal: string }[]>`select wal_status as wal from pg_replication_slots where slot_name = ${slot}`;
-  if (found && found.wal !== "lost") return;
-  throw new UsageError(
-    `slot ${slot} ${found ? "has lost WAL that the connector has not read" : "is gone from the source"}, and with it the changes ` +
-      `since. Stop all consumers (systemctl stop etl-sensors), then run: make resnapshot`,
-  );
+/** @param slot false where it is to be made again. @throws UsageError with what is missing, and what to do. */
+export async function checkReplication(env: ConnectorEnv, slot = true): Promise<void> {
+  const faults = (await askReplication(env)).filter(({ check, ok }) => !ok && (slot || !check.startsWith("slot ")));
+  if (faults.length) throw new UsageError(faults.map(({ check, remedy }) => `${check}: ${remedy}`).join("\n"));
 }
 
 /** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes. @returns what it did. */
@@ -126,12 +105,6 @@ async function readTopicSettings(admin: Admin, topic: string) {
     own: Object.fromEntries(own.map(({ configName, configValue }) => [configName, configValue])),
     messageBytes: Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue),
   };
-}
-
-/** Whether Connect shows the database's password to everybody who may read the connector. */
-export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
-  const config = await askConnect<Record<string, string>>(env, "GET", "/config");
-  return !/^\$\{/.test(config?.["database.password"] ?? "${");
 }
 
 const failureOf = ({ connector, tasks }: ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
