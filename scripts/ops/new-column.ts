@@ -17,7 +17,7 @@ import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { after, applyEdits } from "./lib/edits.ts";
-import { fieldOf, formatContract, readTable } from "./lib/source-table.ts";
+import { castOf, declare, formatContract, readTable } from "./lib/source-table.ts";
 
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL } = pipelineVariables;
@@ -32,21 +32,17 @@ await main(import.meta, async () => {
   const { path, columns } = await readTable(env.SOURCE_DATABASE_URL, source.table);
   const column = columns.find((one) => one.name === name);
   if (!column) throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
-  const field = fieldOf({ ...column, notnull: false });
-  if (typeof field === "string")
-    throw new UsageError(
-      `column ${name} of ${path}: ${field}. Add to sql/${pipeline}.sql: ${column.ident}::text as ${name}, and to ${file} a STRING`,
-    );
-  const { ident, type, declared } = column;
-  const added = `alter table ${path} add column if not exists ${ident} ${type === "enum" ? "text" : declared};`;
+  const { field } = column;
+  if (!field) throw new UsageError(`column ${name} of ${path}: ${column.unfit}. Add to sql/${pipeline}.sql: ${castOf(column, file)}`);
   const addField = (json: string): string => {
     const contract = JSON.parse(json);
-    contract.schema.fields.push(field);
+    contract.schema.fields.push({ ...field, mode: field.mode.replace("REQUIRED", "NULLABLE") });
     return formatContract(contract);
   };
+  const added = `alter table ${path} add column if not exists ${declare(column)};`;
   const edits = [
     { file, has: `"name": "${name}"`, change: addField },
-    after(`sql/${pipeline}.sql`, ` ${ident},\n`, /^select\s+/im, () => `${ident},\n  `),
+    after(`sql/${pipeline}.sql`, ` ${column.ident},\n`, /^select\s+/im, () => `${column.ident},\n  `),
     after("test/data/schema.sql", added, /$/, () => `\n${added}\n`),
   ];
   applyEdits(edits, env.DRY_RUN);

@@ -18,14 +18,13 @@
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Field } from "../../shared/bigquery/types.ts";
 import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
 import { askCatalogue } from "./lib/catalogue.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
-import { fieldOf, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
+import { castOf, declare, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
 
 /** How the schedule is written: in words, in seconds, in the crontab (M is its minute), and as a limit of the run. */
 const schedules = {
@@ -66,113 +65,92 @@ await main(import.meta, async () => {
   checkPlan(plan);
 
   // 3. Write what is missing.
-  applyEdits([...newFiles(plan), ...edits(plan)], env.DRY_RUN);
+  const files = { [contractOf(name)]: contract(plan), [`sql/${name}.sql`]: select(plan), [`scripts/${name}.ts`]: script(plan) };
+  const written = Object.entries(files).map(([file, text]) => ({ file, has: "", change: () => text }));
+  applyEdits([...written, ...edits(plan)], env.DRY_RUN);
 
-  // 4. Print what is left: the SQL, then the commands.
-  const sql = [...table.grants, ...(await readRemedies(env.SOURCE_DATABASE_URL, plan))];
+  // 4. Print what is left: the SQL (grants; what make doctor says of an index and a trigger), then the commands.
+  await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
+  const checks = await askCatalogue(source, "source", { "etl.tables": [name, table.path, env.CURSOR].join(":") });
+  const failed = checks.filter(({ check, ok }) => check.startsWith(`${name}: `) && !ok);
+  const sql = [...table.grants, ...failed.map(({ remedy }) => `${remedy}`.replace(/^.*? Run[^:]*: /, ""))];
   if (sql.length) process.stdout.write(`Run in the source database, as a superuser:\n${sql.join("\n")}\n`);
   process.stdout.write(`Then: make migrate ${name} status\nIn production: crontab ops/crontab; reload ops/alerts.yml in Prometheus\n`);
 });
 
+const contractOf = (name: string): string => `schemas/bigquery/${name}.json`;
+
 /** @throws UsageError with everything that stands against the pipeline. */
 function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void {
-  for (const column of columns.filter((one) => key.includes(one.name))) {
-    const field = fieldOf(column);
-    if (typeof field === "string") faults.push(`column ${column.name} of the key: ${field}. Choose another KEY=`);
-  }
-  const contract = join(root, `schemas/bigquery/${name}.json`);
-  if (existsSync(contract)) {
-    const read = JSON.parse(readFileSync(contract, "utf8")).source?.table;
-    if (read !== path) faults.push(`schemas/bigquery/${name}.json is that of ${read}. Choose another NAME=`);
-  } else if (readFileSync(join(root, "Makefile"), "utf8").includes(`\n${name}: setup`))
+  for (const column of columns)
+    if (key.includes(column.name) && !column.field) faults.push(`column ${column.name} of the key: ${column.unfit}. Choose another KEY=`);
+  const file = contractOf(name);
+  const taken = existsSync(join(root, file)) ? JSON.parse(readFileSync(join(root, file), "utf8")).source?.table : undefined;
+  if (taken && taken !== path) faults.push(`${file} is that of ${taken}. Choose another NAME=`);
+  if (!taken && readFileSync(join(root, "Makefile"), "utf8").includes(`\n${name}: setup`))
     faults.push(`make ${name} is another command. Choose another NAME=`);
   if (faults.length) throw new UsageError(`${path} cannot be synced yet:\n  ${faults.join("\n  ")}`);
 }
 
-/** The contract, what is read, and the script: that of orders, step for step. */
-function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
-  const { path, columns, comment } = table;
-  const fields = columns.map(fieldOf).filter((field): field is Field => typeof field !== "string");
-  const contract = formatContract({
+const contract = ({ table: { path, columns, comment }, cursor, key }: Plan): string =>
+  formatContract({
     source: { table: path, cursor },
     description: comment ?? `Rows of ${path}, as they were when they last changed.`,
-    schema: { fields },
+    schema: { fields: columns.flatMap(({ field }) => field ?? []) },
     tableConstraints: { primaryKey: { columns: key } },
     clustering: { fields: key.slice(0, 4) },
   });
-  const leftOut = columns.flatMap((column) => {
-    const why = fieldOf(column);
-    if (typeof why !== "string") return [];
-    const cast = `${column.ident}::text as ${column.name.replaceAll(/\W/g, "_")}`;
-    return `  -- Left out: ${column.ident}, since ${why}. To sync it: ${cast}, and a STRING in the contract.`;
-  });
-  const listed = columns.filter((column) => typeof fieldOf(column) !== "string").map(({ ident }) => `  ${ident}`);
-  const select = [
-    `-- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of`,
-    `-- schemas/bigquery/${name}.json. In psql:`,
-    `--   set etl."from" = '2017-01-01'; set etl."to" = '2017-01-02'; \\i sql/${name}.sql`,
-    "select",
-    ...leftOut,
-    listed.join(",\n"),
-    `from ${path}`,
-    `where ${cursor} >= current_setting('etl.from')::timestamptz`,
-    `  and ${cursor} < current_setting('etl.to')::timestamptz;`,
-    "",
-  ];
-  const script = readFileSync(join(root, "scripts/orders.ts"), "utf8")
+
+const select = ({ name, table: { path, columns }, cursor }: Plan): string => `\
+-- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of
+-- ${contractOf(name)}. In psql:
+--   set etl."from" = '2017-01-01'; set etl."to" = '2017-01-02'; \\i sql/${name}.sql
+select
+${columns
+  .flatMap((column) =>
+    column.field ? [] : `  -- Left out: ${column.ident}, since ${column.unfit}. To sync it: ${castOf(column, "the contract")}.\n`,
+  )
+  .join("")}${columns.flatMap(({ field, ident }) => (field ? `  ${ident}` : [])).join(",\n")}
+from ${path}
+where ${cursor} >= current_setting('etl.from')::timestamptz
+  and ${cursor} < current_setting('etl.to')::timestamptz;
+`;
+
+/** That of orders, step for step. */
+const script = ({ name, table: { path }, cursor, key, schedule }: Plan): string =>
+  readFileSync(join(root, "scripts/orders.ts"), "utf8")
     .replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name))
     .replace(/^( \* {3}key +).*$/m, `$1${key.join(", ")}`)
     .replace(/^( \* {3}watermark +).*$/m, `$1${cursor}, set by the database`)
     .replace(/^( \* {3}schedule +).*$/m, `$1${schedule.words}, cron`);
-  const written = (file: string, text: string): Edit => ({ file, has: "", change: () => text });
-  return [
-    written(`schemas/bigquery/${name}.json`, contract),
-    written(`sql/${name}.sql`, select.join("\n")),
-    written(`scripts/${name}.ts`, script),
-  ];
-}
 
 /** What is added to files that exist: what users have there, with another name. */
-function edits({ name, table, cursor, key, schedule }: Plan): Edit[] {
-  const { path, columns } = table;
+function edits({ name, table: { path, columns }, cursor, key, schedule }: Plan): Edit[] {
   const renamed = (text: string): string => text.replaceAll(/\busers\b/g, name);
-  // An enum or a domain need not exist on the local stack.
-  const declared = columns.map(({ ident, type, declared, notnull }) => {
-    return `  ${ident} ${type === "enum" ? "text" : declared}${notnull ? " not null" : ""},`;
-  });
-  const created = [
-    `create schema if not exists ${path.replace(/\..*$/, "")};`,
-    `create table if not exists ${path} (\n${declared.join("\n")}\n  primary key (${key.join(", ")})\n);`,
-    `create index if not exists ${name}_${cursor} on ${path} (${cursor});`,
-  ];
+  const declared = columns.map((column) => `  ${declare(column)}${column.notnull ? " not null" : ""},\n`);
+  const created = `
+create schema if not exists ${path.replace(/\..*$/, "")};
+create table if not exists ${path} (\n${declared.join("")}  primary key (${key.join(", ")})\n);
+create index if not exists ${name}_${cursor} on ${path} (${cursor});\n`;
   // A pipeline that never ran is an alert: where users succeed in the tests of the alerts, this one does at every minute.
   const succeeds = (series: string): string =>
     /verify/.test(series) ? renamed(series) : renamed(series).replace(/values: "[^"]*"/, 'values: "0+60x1000"');
   const succeeded = /^ +- (\{ )?series: '\w+\{.*pipeline="users".*\n( +values: .*\n)?/gm;
   const seconds = (rule: string): string => renamed(rule).replace(/\d+(?=\)$)/m, String(schedule.seconds));
+  // By its schedule, at the first odd minute that no other line has.
+  const minutes = Array.from({ length: 30 }, (_, half) => `${2 * half + 1}`);
+  const minute = minutes.find((one) => !new RegExp(`^${one} `, "m").test(readFileSync(join(root, "ops/crontab"), "utf8"))) ?? "1";
+  const line = (users: string): string =>
+    renamed(users)
+      .replace(/^(\S+ +){4}\S+/, schedule.cron.replace("M", minute))
+      .replace(/-k 60 \w+/, `-k 60 ${schedule.limit}`);
   return [
     after("Makefile", `\n${name}: setup`, /^\.PHONY: users\n(.+\n)+\n/m, renamed),
     after("ops/alerts.yml", `{ pipeline: ${name} }`, /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m, seconds),
-    after("ops/crontab", ` make ${name} `, /^.* make users .*\n/m, (line) => renamed(scheduled(line, schedule))),
+    after("ops/crontab", ` make ${name} `, /^.* make users .*\n/m, line),
     after("test/ops/alerts.test.yml", `pipeline="${name}"`, succeeded, succeeds),
     after("test/ops/alerts.weekly.test.yml", `pipeline="${name}"`, succeeded, succeeds),
     after("sql/roles.sql", `'${path}'`, /in array array\[[^\]]*/, () => `, '${path}'`),
-    after("test/data/schema.sql", `table if not exists ${path} (`, /$/, () => `\n${created.join("\n")}\n`),
+    after("test/data/schema.sql", `table if not exists ${path} (`, /$/, () => created),
   ];
-}
-
-/** A line of the crontab by this schedule, at the first minute that no other has. */
-function scheduled(line: string, { cron, limit }: Plan["schedule"]): string {
-  const crontab = readFileSync(join(root, "ops/crontab"), "utf8");
-  const taken = Array.from(crontab.matchAll(/^(\d+) /gm), ([, minute]) => Number(minute));
-  const free = Array.from({ length: 60 }, (_, minute) => minute).find((minute) => !taken.includes(minute));
-  return line.replace(/^(\S+ +){4}\S+/, cron.replace("M", String(free ?? 0))).replace(/-k 60 \w+/, `-k 60 ${limit}`);
-}
-
-/** The SQL of make doctor for what the table lacks besides grants: an index, a trigger. */
-async function readRemedies(url: string, { name, table, cursor }: Plan): Promise<string[]> {
-  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30 });
-  const checks = await askCatalogue(source, "source", { "etl.tables": [name, table.path, cursor].join(":") });
-  const failed = checks.filter(({ check, ok }) => check.startsWith(`${name}: `) && !ok);
-  return failed.map(({ remedy }) => `${remedy}`.replace(/^.*? Run[^:]*: /, ""));
 }

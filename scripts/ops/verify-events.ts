@@ -99,15 +99,9 @@ async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: bool
   }
 }
 
-/** A day's manifest, with the hash of its raw lines or with what is wrong with it. */
-interface Archived {
-  manifest?: Manifest | undefined;
-  sha256?: string;
-  damage?: string;
-}
-
-async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
-  const archived: Archived = {};
+/** A day's manifest, the hash of its raw lines, and what is wrong with them, if anything is. */
+async function verifyParts(bucket: Bucket, day: string) {
+  const archived: { manifest?: Manifest; sha256?: string; damage?: string } = {};
   const reading = readDay(bucket, day, async (manifest) => {
     archived.manifest = manifest;
     const hash = createHash("sha256");
@@ -123,35 +117,33 @@ async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
   return archived;
 }
 
+type Ids = Pick<Manifest, "min_id" | "max_id">;
+const idsOf = ({ min_id, max_id }: Ids): string => `ids ${min_id} to ${max_id}`;
+
 /** @throws Error that says what is wrong with the day, with the next command. */
 function compareDay(
   day: string,
-  { manifest, sha256, damage }: Archived,
-  source: Pick<Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
+  { manifest, sha256, damage }: Awaited<ReturnType<typeof verifyParts>>,
+  source: Ids & { rows: number; sha256: string },
 ): Manifest {
   const window = `FROM=${day} TO=${addDays(day)}`;
   const again = `make backfill-events ${window}`;
-  if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
   const { rows } = source;
+  if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
-  const ids = ({ min_id, max_id }: Omit<typeof source, "rows" | "sha256">): string => `ids ${min_id} to ${max_id}`;
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
-  // A source that has none of the day's rows any more has let the archive be the copy.
-  const rules: [fault: unknown, words: string][] = [
-    [damage && rows < manifest.rows, `${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`],
-    [damage, `${damage}. Next: ${again} FORCE=1`],
-    [rows > manifest.rows, `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`],
-    [
-      rows && rows < manifest.rows,
-      `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`,
-    ],
-    [
-      rows && source.sha256 !== sha256,
-      `its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`,
-    ],
-    [rows && ids(source) !== ids(manifest), `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`],
-  ];
-  const [, found] = rules.find(([fault]) => fault) ?? [];
-  if (found) throw new Error(found);
+  let fault: string | undefined;
+  if (damage && rows < manifest.rows) fault = `${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`;
+  else if (damage) fault = `${damage}. Next: ${again} FORCE=1`;
+  else if (rows > manifest.rows) fault = `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
+  else if (!rows)
+    return manifest; // the source has let the archive be the copy
+  else if (rows < manifest.rows)
+    fault = `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
+  else if (source.sha256 !== sha256)
+    fault = `its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
+  else if (idsOf(source) !== idsOf(manifest))
+    fault = `its manifest says ${idsOf(manifest)}; its rows have ${idsOf(source)}. Next: ${again} FORCE=1`;
+  if (fault) throw new Error(fault);
   return manifest;
 }

@@ -4,7 +4,8 @@ import { UsageError } from "../../../shared/env.ts";
 import { openSession } from "../../../shared/session.ts";
 import { type Column, readSelect } from "../../../shared/source.ts";
 
-export type SourceColumn = Column & { ident: string; comment: string | null };
+/** `field`: the one that holds every value of the column; without one, `unfit` says why there is none. */
+type SourceColumn = Column & { ident: string; comment: string | null } & ({ field: Field } | { field?: undefined; unfit: string });
 
 /** A row of sql/table.sql, which says what each is. */
 export interface SourceTable extends Record<"faults" | "grants", string[]> {
@@ -19,22 +20,28 @@ export async function readTable(url: string, table: string, cursor = "", key = "
   const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
   await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
   const [found] = await source.unsafe<SourceTable[]>(readSelect("table"));
-  if (found) return found;
+  if (found) return { ...found, columns: found.columns.map((column) => ({ ...column, ...fieldOf(column) })) };
   throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
 }
 
-/** In the order in which they are tried: the first that holds every value of the column. */
+/** In the order in which they are tried. */
 const types = "INTEGER NUMERIC BIGNUMERIC FLOAT BOOLEAN JSON DATE TIME DATETIME TIMESTAMP BYTES STRING".split(" ");
 
-/** The field that holds the column; or why there is none, in words. */
-export function fieldOf(column: SourceColumn): Field | string {
+function fieldOf(column: SourceColumn): { field: Field } | { unfit: string } {
   const { name, array, notnull, comment } = column;
-  if (!/^[A-Za-z_]\w*$/.test(name)) return "a field's name holds letters, digits and _ only";
+  if (!/^[A-Za-z_]\w*$/.test(name)) return { unfit: "a field's name holds letters, digits and _ only" };
   const mode = array ? "REPEATED" : notnull ? "REQUIRED" : "NULLABLE";
   const fields = types.map((type): Field => ({ name, type, mode, ...(comment && { description: comment }) }));
-  const fit = fields.find((field) => !unmappable(column, field));
-  return fit ?? `${column.declared} has no safe mapping`;
+  const field = fields.find((one) => !unmappable(column, one));
+  return field ? { field } : { unfit: `${column.declared} has no safe mapping` };
 }
+
+/** The column in the local stack's table, where an enum need not exist. */
+export const declare = ({ ident, type, declared }: SourceColumn): string => `${ident} ${type === "enum" ? "text" : declared}`;
+
+/** How a column without a field is synced all the same, in words. @param file the contract. */
+export const castOf = ({ ident, name }: SourceColumn, file: string): string =>
+  `${ident}::text as ${name.replaceAll(/\W/g, "_")}, and a STRING in ${file}`;
 
 /** A contract's file. What holds no other object is on one line, as each field. */
 export function formatContract(contract: object): string {
