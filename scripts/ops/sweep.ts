@@ -19,11 +19,11 @@
  *
  * Touches: reads the source; deletes from the target; writes a staging table beside it, and a row of etl.runs.
  */
-import { type Env, flag, number, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
+import { flag, number, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { runPipeline, takeLock } from "../../shared/run.ts";
+import { takeLock } from "../../shared/run.ts";
 import { beside, distrusted, eachPipeline, verifyVariables } from "./lib/verify.ts";
 
 const others = " (deleted readings come by the log; events are deleted only once they are archived)";
@@ -37,16 +37,10 @@ const variables = {
 
 await main(import.meta, async () => {
   const env = readEnv(variables);
-  const { PIPELINE: only } = env;
-  if (env.CONFIRM && !only) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
-  await eachPipeline("sweep", only ? [only] : pipelines(), (pipeline) => sweep(pipeline, env));
-});
-
-async function sweep(pipeline: string, env: Env<typeof variables>): Promise<undefined> {
   const { SWEEP_MAX_SHARE: most } = env;
-  // By hand: it says nothing of the pipeline's schedule, and waits for its lock.
-  await runPipeline(pipeline, { ...env, DRY_RUN: true }, async (run) => {
-    run.next = `the same command begins again. Next: make sweep PIPELINE=${pipeline}`;
+  if (env.CONFIRM && !env.PIPELINE) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
+  await eachPipeline("sweep", env, pipelines(), async (run) => {
+    const { pipeline } = run;
     // 1. Lock.
     if (!env.DRY_RUN) await takeLock(run);
     const reason = await distrusted(run);
@@ -56,14 +50,14 @@ async function sweep(pipeline: string, env: Env<typeof variables>): Promise<unde
       // 2. Find.
       const found = await both.compare();
       const gone = found.counts.extra;
-      const rows = found.rows + gone;
+      const compared = found.rows + gone;
       const keys = found.shown.filter(({ kind }) => kind === "extra").map(({ name }) => name);
-      run.log(env.DRY_RUN ? "would-delete" : "found", { rows, gone, keys: keys.join() || undefined });
+      run.log(env.DRY_RUN ? "would-delete" : "found", { compared, gone, keys: keys.join() || undefined });
 
       // 3. Refuse.
-      if (gone > most * rows && !env.CONFIRM)
+      if (gone > most * compared && !env.CONFIRM)
         throw new UsageError(
-          `nothing was deleted: ${thousands(gone)} of ${thousands(rows)} rows of ${pipeline} are not at the ` +
+          `nothing was deleted: ${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the ` +
             `source, more than SWEEP_MAX_SHARE=${most} of them. Is SOURCE_DATABASE_URL the right ` +
             `database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`,
         );
@@ -74,4 +68,4 @@ async function sweep(pipeline: string, env: Env<typeof variables>): Promise<unde
       run.log("swept", { deleted: run.totals.rows, kept: gone - run.totals.rows });
     });
   });
-}
+});

@@ -26,7 +26,7 @@ import { flag, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts"
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
+import { type Run, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
@@ -40,33 +40,23 @@ const verified = [...pipelines(), "sensors"];
 await main(import.meta, async () => {
   const PIPELINE = optional(oneOf(verified, " (of events: make verify-events FROM=… TO=…)"));
   const env = readEnv({ ...verifyVariables, PIPELINE, REPAIR: optional(flag, false) });
-  const { PIPELINE: only, REPAIR: repairs } = env;
-  if (repairs && only === "sensors")
+  if (env.REPAIR && env.PIPELINE === "sensors")
     throw new UsageError(
       "REPAIR=1 is not available for sensors: a change still in Kafka could overwrite the repair. Next: make resnapshot",
     );
-  const sensors = (only ?? "sensors") === "sensors" && readEnv({ ...clickhouseVariables, ...kafkaVariables });
+  const sensors = (env.PIPELINE ?? "sensors") === "sensors" && readEnv({ ...clickhouseVariables, ...kafkaVariables });
   const results: Record<string, string>[] = [];
-  const verifying = eachPipeline("verify", only ? [only] : verified, async (pipeline) => {
-    let wrong: string | undefined;
-    // By hand: it says nothing of the pipeline's schedule, and waits for its lock.
-    const comparing = runPipeline(pipeline, { ...env, DRY_RUN: true }, async (run) => {
-      run.next = `the same command begins again. Next: make verify PIPELINE=${pipeline}`;
-      const ofSensors = sensors && pipeline === "sensors" && compareReadings(run, { ...env, ...sensors });
-      const found: Verified = await (ofSensors || verifyTable(run, env));
-      const { rows, counts } = found;
-      const differences = total(found);
-      if (differences) wrong = describe(pipeline, found, env.LIMIT);
-      results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
-      run.log("compared", { rows, differences });
-      const differing = kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
-      await recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
-    });
-    await comparing.catch((error: Error) => {
-      if (!wrong) throw error;
-      wrong = `${pipeline}: ${error.message}\n${wrong}`; // stopped after it was compared
-    });
-    return wrong;
+  const verifying = eachPipeline("verify", env, verified, async (run, wrong) => {
+    const { pipeline } = run;
+    const ofSensors = sensors && pipeline === "sensors" && compareReadings(run, { ...env, ...sensors });
+    const found: Verified = await (ofSensors || verifyTable(run, env));
+    const { rows, counts } = found;
+    const differences = total(found);
+    if (differences) wrong.push(describe(pipeline, found, env.LIMIT));
+    results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
+    run.log("compared", { rows, differences });
+    const differing = kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
+    await recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
   });
   await verifying.finally(() => results.length && process.stdout.write(`${table(results)}\n`));
 });

@@ -20,7 +20,7 @@ import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
-import { pipelineVariables, type Run, withRetry } from "../../../shared/run.ts";
+import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
 /** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
@@ -60,28 +60,35 @@ export const verifyVariables = {
 export type VerifyEnv = Env<typeof verifyVariables>;
 
 /**
- * Does `work` for each of the pipelines, past one that fails, until a signal stops it. @param work returns what is wrong, in words.
+ * Does `work` as a run of each of the pipelines, past one that fails, until a signal stops it. By hand: it says nothing of the pipelines'
+ * schedules, and waits for their locks. @param work adds what is wrong, in words.
  * @throws the error of the only one, or Error with all that failed.
  */
 export async function eachPipeline(
   command: string,
-  wanted: string[],
-  work: (pipeline: string) => Promise<string | undefined>,
+  env: VerifyEnv & { PIPELINE?: string | undefined },
+  all: string[],
+  work: (run: Run, wrong: string[]) => Promise<void>,
 ): Promise<void> {
-  let stopped: Error | undefined; // a run hears of a signal until it has ended
+  let stopped = ""; // a run hears of a signal until it has ended
   onSignal((signal) => {
-    stopped = new Error(`it was not begun: stopped by ${signal}. Next: make ${command}`);
+    stopped = `it was not begun: stopped by ${signal}. Next: make ${command}`;
   });
   const failures: string[] = [];
-  for (const pipeline of wanted)
-    try {
-      if (stopped) throw stopped;
-      const wrong = await work(pipeline);
-      if (wrong) failures.push(wrong);
-    } catch (error) {
-      if (wanted.length === 1) throw error;
-      failures.push(`${pipeline}: ${(error as Error).message}`);
-    }
+  for (const pipeline of env.PIPELINE ? [env.PIPELINE] : all) {
+    const wrong: string[] = [];
+    const working = async (run: Run): Promise<void> => {
+      run.next = `the same command begins again. Next: make ${command} PIPELINE=${pipeline}`;
+      await work(run, wrong);
+    };
+    if (stopped) failures.push(`${pipeline}: ${stopped}`);
+    else
+      await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
+        if (env.PIPELINE && !wrong.length) throw error;
+        failures.push(`${pipeline}: ${error.message}`);
+      });
+    failures.push(...wrong);
+  }
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
