@@ -98,7 +98,7 @@ function describe(pipeline: string, found: Comparison, limit: number): string {
   const { counts } = found;
   const all = total(found);
   const lines = found.shown.slice(0, limit).map(({ kind, name, columns, newer }) => {
-    const what = kind === "different" ? `: ${columns.join(", ")}` : "";
+    const what = kind === "different" ? `: ${columns}` : "";
     return `  ${kind.padEnd(11)}  ${name}${what}${newer ? "  (newer at the destination)" : ""}`;
   });
   if (all > lines.length) lines.push(`  … and ${thousands(all - lines.length)} more (LIMIT=)`);

@@ -72,9 +72,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
     for (const { kind, n } of found) counts[kind] = Number(n);
     const differ = found.reduce((sum, { n }) => sum + Number(n), 0);
     if (!differ) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-    const shown = found.flatMap(({ kind, shown }) =>
-      shown.map(([id, columns]) => ({ kind, name: `id=${id}`, columns: columns.split(", "), newer: false })),
-    );
+    const shown = found.flatMap(({ kind, shown }) => shown.map(([id, columns]) => ({ kind, name: `id=${id}`, columns, newer: false })));
     return { rows, fresh: Math.max(0, candidates - differ), counts, shown };
   } finally {
     await dropTables(client, `startsWith(name, '${at("")}')`);

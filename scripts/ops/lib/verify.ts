@@ -32,8 +32,8 @@ interface Difference {
   kind: Kind;
   /** The key for people, such as id=17. */
   name: string;
-  /** In which columns, if it is `different`. */
-  columns: string[];
+  /** In which columns, with commas between them, if it is `different`. */
+  columns: string;
   /** The table has a later version than the source, which then went back. */
   newer: boolean;
 }
@@ -135,7 +135,7 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
     const job = (name: string): string => `etl_${staging.name}_${name}`;
     return await work({
-      compare: async () => comparison(to.contract, rows, await ask<Found>(run, to, sql.compare)),
+      compare: async () => comparison(rows, await ask<Found>(run, to, sql.compare)),
       deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
       repair: async () => {
         const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
@@ -148,22 +148,13 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
 }
 
 /** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
-type Found = Record<string, string> & { kind: Kind | "new"; newer: boolean; total: number; staged: number };
+type Found = (Difference | { kind: "new" }) & { total: number; staged: number };
 
-function comparison({ key, fields }: Contract, rows: number, found: Found[]): Comparison {
+function comparison(rows: number, found: Found[]): Comparison {
   const of = (kind: string) => found.find((one) => one.kind === kind);
-  const differing = found.filter((one): one is Found & { kind: Kind } => one.kind !== "new");
-  return {
-    rows: rows - (of("new")?.staged ?? 0),
-    fresh: of("new")?.total ?? 0,
-    counts: Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Record<Kind, number>,
-    shown: differing.map(({ kind, newer, columns, ...row }) => ({
-      kind,
-      newer,
-      name: key.map((name, index) => `${name}=${row[`k${index}`]}`).join(", "),
-      columns: kind === "different" ? (columns ?? "").split(",").map((index) => fields[Number(index)]?.name ?? "") : [],
-    })),
-  };
+  const counts = Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Comparison["counts"];
+  const shown = found.filter((one) => one.kind !== "new");
+  return { rows: rows - (of("new")?.staged ?? 0), fresh: of("new")?.total ?? 0, counts, shown };
 }
 
 /**
@@ -190,11 +181,10 @@ export function verifyStatements(
   const [staged, version, first] = [at(s, source.cursor), at(t, source.cursor), key[0] ?? ""];
   const keys = key.map((_, index) => `k${index}`).join(", ");
   const same = (alias: string) => key.map((name, index) => `${at(alias, name)} = ${d}.k${index}`).join(" AND ");
-  // Indexes instead of names: they would make the text twice as long.
-  const distinct = fields.flatMap((field, index) =>
-    key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${index}', NULL)`,
+  const distinct = fields.flatMap((field) =>
+    key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${field.name}', NULL)`,
   );
-  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '')`;
+  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ', '), '')`;
   const each = (columns: string): string => `(SELECT *, CASE
   WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable'
   WHEN (staged >= TIMESTAMP '${watermark}' OR version >= TIMESTAMP '${watermark}')
@@ -217,8 +207,10 @@ FROM (
   const rows = `(SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s}
   JOIN ${each(columns)} AS ${d} ON ${same(s)} WHERE ${d}.kind IN ('missing', 'different'))`;
   const order = keys.replaceAll("k", "found.k");
+  const bytes = (name: string): boolean => fields.some((field) => field.name === name && apiType(field.type) === "BYTES");
+  const texts = key.map((name, index) => `'${name}=' || ${bytes(name) ? `TO_HEX(k${index})` : `CAST(k${index} AS STRING)`}`);
   return {
-    compare: `SELECT kind, ${key.map((name, index) => `${keyText(contract, name, `k${index}`)} AS k${index}`).join(", ")}, columns,
+    compare: `SELECT kind, ${texts.join(" || ', ' || ")} AS name, columns,
   COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE) AS newer,
   COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged
 FROM ${each(columns)} AS found
@@ -229,10 +221,4 @@ WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
     // After the DELETE the keys that were twice are missing.
     merge: mergeStatement(contract, table, rows, compared),
   };
-}
-
-/** A key's value for people: SQL. */
-function keyText({ fields }: Contract, name: string, value: string): string {
-  const bytes = apiType(fields.find((field) => field.name === name)?.type ?? "") === "BYTES";
-  return bytes ? `TO_HEX(${value})` : `CAST(${value} AS STRING)`;
 }
