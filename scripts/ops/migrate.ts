@@ -121,8 +121,9 @@ async function migrateBigQuery(env: Env<typeof variables>, apply: Step): Promise
   return refused;
 }
 
-const columnOf = (table: TableMetadata, { name }: TableField): TableField | undefined =>
-  table.schema?.fields?.find((one: TableField) => one.name === name);
+function columnOf(table: TableMetadata, { name }: TableField): TableField | undefined {
+  return table.schema?.fields?.find((one: TableField) => one.name === name);
+}
 
 /** What the contract has and the table has not: additions, and what needs a person's decision, with what that person would do. */
 function compare(contract: Contract, name: string, actual: TableMetadata): { additions: string[]; decisions: string[] } {

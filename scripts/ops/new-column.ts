@@ -16,8 +16,8 @@ import { flag, oneOf, optional, readEnv, required, text, UsageError } from "../.
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { pipelineVariables } from "../../shared/run.ts";
+import { castOf, declare, formatContract, readTable } from "./lib/catalogue.ts";
 import { after, applyEdits } from "./lib/edits.ts";
-import { castOf, declare, formatContract, readTable } from "./lib/source-table.ts";
 
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL } = pipelineVariables;

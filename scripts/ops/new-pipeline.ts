@@ -22,9 +22,8 @@ import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError 
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
-import { askCatalogue } from "./lib/catalogue.ts";
+import { askCatalogue, castOf, declare, formatContract, readTable, type SourceTable } from "./lib/catalogue.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
-import { castOf, declare, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
 
 /** How the schedule is written: in words, in seconds, in the crontab (M is its minute), and as a limit of the run. */
 const schedules = {
@@ -78,7 +77,9 @@ await main(import.meta, async () => {
   process.stdout.write(`Then: make migrate ${name} status\nIn production: crontab ops/crontab; reload ops/alerts.yml in Prometheus\n`);
 });
 
-const contractOf = (name: string): string => `schemas/bigquery/${name}.json`;
+function contractOf(name: string): string {
+  return `schemas/bigquery/${name}.json`;
+}
 
 /** @throws UsageError with everything that stands against the pipeline. */
 function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void {
@@ -92,37 +93,41 @@ function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void 
   if (faults.length) throw new UsageError(`${path} cannot be synced yet:\n  ${faults.join("\n  ")}`);
 }
 
-const contract = ({ table: { path, columns, comment }, cursor, key }: Plan): string =>
-  formatContract({
+function contract({ table: { path, columns, comment }, cursor, key }: Plan): string {
+  return formatContract({
     source: { table: path, cursor },
     description: comment ?? `Rows of ${path}, as they were when they last changed.`,
     schema: { fields: columns.flatMap(({ field }) => field ?? []) },
     tableConstraints: { primaryKey: { columns: key } },
     clustering: { fields: key.slice(0, 4) },
   });
+}
 
-const select = ({ name, table: { path, columns }, cursor }: Plan): string => `\
--- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of
+function select({ name, table: { path, columns }, cursor }: Plan): string {
+  const leftOut = columns.flatMap((column) => {
+    if (column.field) return [];
+    return `  -- Left out: ${column.ident}, since ${column.unfit}. To sync it: ${castOf(column, "the contract")}.\n`;
+  });
+  const listed = columns.flatMap(({ field, ident }) => (field ? `  ${ident}` : []));
+  return `-- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of
 -- ${contractOf(name)}. In psql:
 --   set etl."from" = '2017-01-01'; set etl."to" = '2017-01-02'; \\i sql/${name}.sql
 select
-${columns
-  .flatMap((column) =>
-    column.field ? [] : `  -- Left out: ${column.ident}, since ${column.unfit}. To sync it: ${castOf(column, "the contract")}.\n`,
-  )
-  .join("")}${columns.flatMap(({ field, ident }) => (field ? `  ${ident}` : [])).join(",\n")}
+${leftOut.join("")}${listed.join(",\n")}
 from ${path}
 where ${cursor} >= current_setting('etl.from')::timestamptz
   and ${cursor} < current_setting('etl.to')::timestamptz;
 `;
+}
 
 /** That of orders, step for step. */
-const script = ({ name, table: { path }, cursor, key, schedule }: Plan): string =>
-  readFileSync(join(root, "scripts/orders.ts"), "utf8")
+function script({ name, table: { path }, cursor, key, schedule }: Plan): string {
+  return readFileSync(join(root, "scripts/orders.ts"), "utf8")
     .replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name))
     .replace(/^( \* {3}key +).*$/m, `$1${key.join(", ")}`)
     .replace(/^( \* {3}watermark +).*$/m, `$1${cursor}, set by the database`)
     .replace(/^( \* {3}schedule +).*$/m, `$1${schedule.words}, cron`);
+}
 
 /** What is added to files that exist: what users have there, with another name. */
 function edits({ name, table: { path, columns }, cursor, key, schedule }: Plan): Edit[] {

@@ -117,20 +117,18 @@ async function verifyParts(bucket: Bucket, day: string) {
   return archived;
 }
 
-type Ids = Pick<Manifest, "min_id" | "max_id">;
-const idsOf = ({ min_id, max_id }: Ids): string => `ids ${min_id} to ${max_id}`;
-
 /** @throws Error that says what is wrong with the day, with the next command. */
 function compareDay(
   day: string,
   { manifest, sha256, damage }: Awaited<ReturnType<typeof verifyParts>>,
-  source: Ids & { rows: number; sha256: string },
+  source: Pick<Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
 ): Manifest {
   const window = `FROM=${day} TO=${addDays(day)}`;
   const again = `make backfill-events ${window}`;
   const { rows } = source;
   if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
+  const [is, says] = [source, manifest].map(({ min_id, max_id }) => `ids ${min_id} to ${max_id}`);
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
   let fault: string | undefined;
   if (damage && rows < manifest.rows) fault = `${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`;
@@ -142,8 +140,7 @@ function compareDay(
     fault = `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
   else if (source.sha256 !== sha256)
     fault = `its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
-  else if (idsOf(source) !== idsOf(manifest))
-    fault = `its manifest says ${idsOf(manifest)}; its rows have ${idsOf(source)}. Next: ${again} FORCE=1`;
+  else if (is !== says) fault = `its manifest says ${says}; its rows have ${is}. Next: ${again} FORCE=1`;
   if (fault) throw new Error(fault);
   return manifest;
 }

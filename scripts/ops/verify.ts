@@ -34,7 +34,6 @@ import { recordVerified } from "./lib/verified.ts";
 import { beside, type Comparison, distrusted, eachPipeline, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
-type Verified = Comparison & { repaired?: number };
 const verified = [...pipelines(), "sensors"];
 
 await main(import.meta, async () => {
@@ -48,12 +47,17 @@ await main(import.meta, async () => {
   const results: Record<string, string>[] = [];
   const verifying = eachPipeline("verify", env, verified, async (run, wrong) => {
     const { pipeline } = run;
-    const ofSensors = sensors && pipeline === "sensors" && compareReadings(run, { ...env, ...sensors });
-    const found: Verified = await (ofSensors || verifyTable(run, env));
+    const isTable = pipeline !== "sensors";
+    const comparing = sensors && !isTable ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env);
+    const found = await comparing;
     const { rows, counts } = found;
     const differences = total(found);
     if (differences) wrong.push(describe(pipeline, found, env.LIMIT));
-    results.push({ pipeline, ...columnsOf(found), seconds: run.seconds().toFixed(1) });
+    results.push({
+      ...{ pipeline, rows: thousands(rows), new: thousands(found.fresh) },
+      ...Object.fromEntries(kinds.map((kind) => [kind, thousands(counts[kind])])),
+      ...{ repaired: env.REPAIR && isTable ? thousands(run.totals.rows) : "-", seconds: run.seconds().toFixed(1) },
+    });
     run.log("compared", { rows, differences });
     const differing = kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
     await recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
@@ -61,7 +65,7 @@ await main(import.meta, async () => {
   await verifying.finally(() => results.length && process.stdout.write(`${table(results)}\n`));
 });
 
-async function verifyTable(run: Run, env: VerifyEnv & { REPAIR: boolean }): Promise<Verified> {
+async function verifyTable(run: Run, env: VerifyEnv & { REPAIR: boolean }): Promise<Comparison> {
   // 1. With REPAIR=1 the lock: no run writes meanwhile.
   if (env.REPAIR) await takeLock(run);
 
@@ -71,26 +75,15 @@ async function verifyTable(run: Run, env: VerifyEnv & { REPAIR: boolean }): Prom
   if (reason) run.log("warning", { warning: reason });
 
   // 3. Compare; with REPAIR=1 repair, and compare again.
-  const found = await beside(run, env, "all", async ({ compare, repair }): Promise<Verified> => {
+  const found = await beside(run, env, "all", async ({ compare, repair }) => {
     const first = await compare();
-    if (!env.REPAIR) return first;
-    const repaired = total(first) ? await repair() : 0;
-    run.totals.rows += repaired;
-    return { ...(repaired ? await compare() : first), repaired };
+    if (!env.REPAIR || !total(first)) return first;
+    run.totals.rows += await repair();
+    return await compare();
   });
   if (env.REPAIR || !found.counts.missing) return found;
   run.log("again", { because: "rows are missing, which a sweep or a repair beside this may have removed" });
   return await beside(run, env, "all", (both) => both.compare());
-}
-
-/** What the printed table says of it. */
-function columnsOf(found: Verified): Record<string, string> {
-  return {
-    rows: thousands(found.rows),
-    new: thousands(found.fresh),
-    ...Object.fromEntries(kinds.map((kind) => [kind, thousands(found.counts[kind])])),
-    repaired: found.repaired === undefined ? "-" : thousands(found.repaired),
-  };
 }
 
 /** What differs, and what to do. */

@@ -1,7 +1,9 @@
-/** The checks of sql/doctor.sql, which make doctor prints, make connector requires, and make new-pipeline takes its SQL from. */
+/** What Postgres's catalogue says: the checks of sql/doctor.sql; a table of the source, and the fields and the file that it becomes. */
 import type { Sql } from "postgres";
-import { queryWith, type Settings } from "../../../shared/session.ts";
-import { readSelect } from "../../../shared/source.ts";
+import { type Field, unmappable } from "../../../shared/bigquery/types.ts";
+import { UsageError } from "../../../shared/env.ts";
+import { openSession, queryWith, type Settings } from "../../../shared/session.ts";
+import { type Column, readSelect } from "../../../shared/source.ts";
 
 /** `remedy`: what to do where it is not ok, else what is worth knowing. */
 export interface CatalogueCheck {
@@ -13,3 +15,48 @@ export interface CatalogueCheck {
 /** @param part whose role asks. @param settings that the part reads. */
 export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replication", settings: Settings = {}): Promise<CatalogueCheck[]> =>
   queryWith(sql, { "etl.part": part, ...settings }, readSelect("doctor"));
+
+/** `field`: the one that holds every value of the column; without one, `unfit` says why there is none. */
+type SourceColumn = Column & { ident: string; comment: string | null } & ({ field: Field } | { field?: undefined; unfit: string });
+
+/** A row of sql/table.sql, which says what each is. */
+export interface SourceTable extends Record<"faults" | "grants", string[]> {
+  path: string;
+  comment: string | null;
+  columns: SourceColumn[];
+  key: string[] | null;
+}
+
+/** @throws UsageError where there is no such table. */
+export async function readTable(url: string, table: string, cursor = "", key = ""): Promise<SourceTable> {
+  const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
+  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
+  const [found] = await source.unsafe<SourceTable[]>(readSelect("table"));
+  if (found) return { ...found, columns: found.columns.map((column) => ({ ...column, ...fieldOf(column) })) };
+  throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
+}
+
+/** In the order in which they are tried. */
+const types = "INTEGER NUMERIC BIGNUMERIC FLOAT BOOLEAN JSON DATE TIME DATETIME TIMESTAMP BYTES STRING".split(" ");
+
+function fieldOf(column: SourceColumn): { field: Field } | { unfit: string } {
+  const { name, array, notnull, comment } = column;
+  if (!/^[A-Za-z_]\w*$/.test(name)) return { unfit: "a field's name holds letters, digits and _ only" };
+  const mode = array ? "REPEATED" : notnull ? "REQUIRED" : "NULLABLE";
+  const fields = types.map((type): Field => ({ name, type, mode, ...(comment && { description: comment }) }));
+  const field = fields.find((one) => !unmappable(column, one));
+  return field ? { field } : { unfit: `${column.declared} has no safe mapping` };
+}
+
+/** The column in the local stack's table, where an enum need not exist. */
+export const declare = ({ ident, type, declared }: SourceColumn): string => `${ident} ${type === "enum" ? "text" : declared}`;
+
+/** How a column without a field is synced all the same, in words. @param file the contract. */
+export const castOf = ({ ident, name }: SourceColumn, file: string): string =>
+  `${ident}::text as ${name.replaceAll(/\W/g, "_")}, and a STRING in ${file}`;
+
+/** A contract's file. What holds no other object is on one line, as each field. */
+export function formatContract(contract: object): string {
+  const inLine = (part: string): string => part.replaceAll(/(?<=\[)\n\s*|\n\s*(?=\])/g, "").replaceAll(/\n\s*/g, " ");
+  return `${JSON.stringify(contract, null, 2).replaceAll(/\{[^{}]*\}/g, inLine)}\n`;
+}

@@ -19,7 +19,7 @@ import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
 import { topicState } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { waitUntil } from "./answer.ts";
-import { type Comparison, type Kind, kinds } from "./verify.ts";
+import { type Comparison, comparison, type Found, total } from "./verify.ts";
 
 const { select } = clickhouse;
 type SensorsEnv = clickhouse.ClickHouseEnv &
@@ -55,25 +55,22 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
     const rows = await loadSource(run, client, at("source"), columns);
     const [first] = await select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
     const candidates = Number(first?.n);
-    const counts = Object.fromEntries(kinds.map((kind) => [kind, 0])) as Comparison["counts"];
-    if (!candidates) {
-      await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-      return { rows, fresh: 0, counts, shown: [] };
+    const found: Found[] = [];
+    if (candidates) {
+      run.log("again", { because: "what differs may be on its way", differences: candidates });
+      await awaitArrival(run, env, candidates, fill);
+      await create("still", differing);
+      const query = `
+        SELECT s.kind AS kind, 'id=' || toString(s.id) AS name, s.columns AS columns, false AS newer,
+          toUInt32(count() OVER (PARTITION BY s.kind)) AS total, 0 AS staged
+        FROM ${at("still")} AS s LEFT JOIN ${at("before")} AS b ON b.id = s.id
+        LEFT JOIN (${versions(`id IN (SELECT id FROM ${at("still")})`)}) AS a ON a.id = s.id
+        WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} ORDER BY s.id LIMIT ${env.LIMIT} BY s.kind ${settings}`;
+      found.push(...(await select<Found>(client, query)));
     }
-    run.log("again", { because: "what differs may be on its way", differences: candidates });
-    await awaitArrival(run, env, candidates, fill);
-    await create("still", differing);
-    const found = await select<{ kind: Kind; n: string; shown: [id: string, columns: string][] }>(
-      client,
-      `SELECT s.kind AS kind, count() AS n, groupArraySorted(${env.LIMIT})((s.id, s.columns)) AS shown FROM ${at("still")} AS s
-       LEFT JOIN ${at("before")} AS b ON b.id = s.id LEFT JOIN (${versions(`id IN (SELECT id FROM ${at("still")})`)}) AS a ON a.id = s.id
-       WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} GROUP BY kind ${settings}`,
-    );
-    for (const { kind, n } of found) counts[kind] = Number(n);
-    const differ = found.reduce((sum, { n }) => sum + Number(n), 0);
-    if (!differ) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-    const shown = found.flatMap(({ kind, shown }) => shown.map(([id, columns]) => ({ kind, name: `id=${id}`, columns, newer: false })));
-    return { rows, fresh: Math.max(0, candidates - differ), counts, shown };
+    const compared = comparison(rows, found);
+    if (!found.length) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
+    return { ...compared, fresh: Math.max(0, candidates - total(compared)) };
   } finally {
     await dropTables(client, `startsWith(name, '${at("")}')`);
   }
@@ -96,12 +93,9 @@ async function loadSource(run: Run, client: ClickHouseClient, table: string, col
   const selected = columns.map(({ name, type }) => (type.startsWith("DateTime64") ? time(name) : `"${name}"`));
   const lines = `select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`;
   await using rows = run.copy(lines, {});
-  const pieces = async function* (): AsyncGenerator<Buffer> {
-    for await (const piece of rows.lines) yield Buffer.from(piece); // its memory is used again
-  };
   const { stream } = await client.exec({
     query: `INSERT INTO ${table} FORMAT JSONEachRow`,
-    values: Readable.from(pieces(), { objectMode: false }),
+    values: Readable.from(rows.lines, { objectMode: false }),
     abort_signal: run.signal,
     clickhouse_settings: { async_insert: 0, wait_end_of_query: 1 },
   });
@@ -133,16 +127,10 @@ async function awaitArrival({ source }: Run, env: SensorsEnv, differences: numbe
   const { slot } = namesOf(env);
   const late = `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s`;
   const [now] = await source<{ lsn: string }[]>`select pg_current_wal_lsn()::text as lsn`;
-  const decoded = async (): Promise<boolean> => {
-    const passed = await source`
-      select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
-    return passed.count > 0;
-  };
-  await waitUntil(
-    decoded,
-    ARRIVAL_SECONDS,
-    `${late} Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`,
-  );
+  const passed = () => source`
+    select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
+  const undecoded = `${late} Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`;
+  await waitUntil(async () => (await passed()).count > 0, ARRIVAL_SECONDS, undecoded);
   await fill?.();
   const ends = await where();
   const inserted = async (): Promise<boolean> => (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));

@@ -148,9 +148,9 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
 }
 
 /** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
-type Found = (Difference | { kind: "new" }) & { total: number; staged: number };
+export type Found = (Difference | { kind: "new" }) & { total: number; staged: number };
 
-function comparison(rows: number, found: Found[]): Comparison {
+export function comparison(rows: number, found: Found[]): Comparison {
   const of = (kind: string) => found.find((one) => one.kind === kind);
   const counts = Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Comparison["counts"];
   const shown = found.filter((one) => one.kind !== "new");
