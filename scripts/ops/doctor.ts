@@ -3,13 +3,10 @@
  * doctor: checks a set-up before its first run, one line a check: `ok`, or `FAIL` with what to do. What a run checks first is
  * checked by the same code; it continues past what fails, and exits 1 if anything did.
  *
- *   the source        its connection and role, which may write nothing; open transactions can be seen; track_activities; of each
- *                     pipeline its columns, the index on its cursor, the trigger that keeps it, and the watermark (sql/doctor.sql)
- *   the metadata      its connection, not through a transaction pooler; its tables are those of sql/etl, and may be written
+ *   Postgres          connections, roles, and of each pipeline columns, index, trigger and watermark (sql/doctor.sql)
  *   the destinations  BigQuery by dry runs, which need the permissions and do nothing; the bucket by an object put and deleted;
  *                     ClickHouse by an insert without rows
- *   sensors           wal_level, role, publication, slot; Kafka's topic and group; the connector
- *   the Pushgateway   takes a push
+ *   sensors           publication, slot, connector, topic and group
  *   safe to re-run    yes: what it puts (an object, a metric group, both of them named doctor) it deletes
  *
  *   make doctor                    every pipeline that has its variables
@@ -125,10 +122,8 @@ async function checkMetadata(check: Check): Promise<void> {
     // A transaction pooler gives each statement whatever connection is free. Unnamed statements: a prepared one stays on its connection.
     for (const sql of [etl, other, other, etl]) pids.push((await sql.unsafe("select pg_backend_pid() as pid"))[0]?.pid);
     if (pids[0] !== pids[1] && pids[0] === pids[3] && pids[1] === pids[2]) return;
-    throw new Error(
-      "ETL_DATABASE_URL goes through a transaction pooler: two sessions met on one connection, so a run's lock would not be its own. " +
-        "Point it at Postgres itself, or at a pool in session mode",
-    );
+    const next = "Point it at Postgres itself, or at a pool in session mode";
+    throw new Error(`ETL_DATABASE_URL goes through a transaction pooler, where a run's lock would not be its own. ${next}`);
   });
   if (!isDirect) return;
   await check("tables are those of sql/etl", async () => {

@@ -2,17 +2,13 @@
 /**
  * migrate: creates and evolves what the pipelines need, from the committed files. What it does is printed first.
  *
- *   etl tables       sql/etl/*.sql in ETL_DATABASE_URL: each applied once, in order of its number; one that was applied may
- *                    not be edited, which its checksum tells
- *   BigQuery tables  schemas/bigquery/*.json in BIGQUERY_DATASET: created, or extended by what loses nothing (a new NULLABLE
- *                    column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL
- *                    that a person would run
- *   the models' dataset  BIGQUERY_VIEWS_DATASET: created where it is missing; make views fills it
- *   the bucket       S3_BUCKET: created where it is missing; left out where the variable is not set
- *   ClickHouse       schemas/clickhouse/*.sql in CLICKHOUSE_DATABASE: as sql/etl, and recorded there in etl_migrations. A database that
- *                    an older version made is taken over: each file keeps what exists, and replaces the views' SELECTs. Left out where
- *                    CLICKHOUSE_URL is not set
- *   safe to re-run   yes: what is there already is left as it is; a second migrate waits for the first
+ *   schema etl       sql/etl/*.sql, each applied once, in order of its number; one that was applied may not be edited
+ *   BigQuery         BIGQUERY_DATASET and BIGQUERY_VIEWS_DATASET. schemas/bigquery/*.json: created, or extended by what loses nothing
+ *                    (a new column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL that a
+ *                    person would run
+ *   the bucket       S3_BUCKET, where that is set
+ *   ClickHouse       schemas/clickhouse/*.sql, as sql/etl, where CLICKHOUSE_URL is set. A database that an older version made is taken over
+ *   safe to re-run   yes: what exists is left as it is; a second migrate waits for the first
  *
  *   make migrate             do it
  *   make migrate DRY_RUN=1   say what would be done

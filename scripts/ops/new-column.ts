@@ -5,9 +5,9 @@
  *   make new-column PIPELINE=orders COLUMN=channel
  *     DRY_RUN=1            prints the differences, and writes nothing
  *
- *   writes     its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column in
- *              test/data/schema.sql, for make check and the local stack
- *   safe to re-run   yes: what is there already stays as it is
+ *   writes           its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column
+ *                    of the local stack
+ *   safe to re-run   yes: what exists stays as it is
  *
  * Touches: reads the source's catalogue; writes files of the project.
  */

@@ -8,10 +8,8 @@
  *     KEY=id               columns of a unique, non-null index, by default of the primary key
  *     DRY_RUN=1            prints the differences, and writes nothing
  *
- *   writes     the contract, with types, modes and the columns' comments; the SELECT; the script; the target; the interval of the alerts,
- *              and successes in their tests; a line of the crontab, at a free minute; the grant in sql/roles.sql; the table in
- *              test/data/schema.sql, for make check and the local stack
- *   refuses    a table without a key or a cursor. A column whose type has no mapping is left out, with a comment in the SELECT
+ *   writes           schemas/README.md, "Adding a pipeline", lists it. A column whose type has no mapping is left out, with a comment
+ *   refuses          a table without a key or a cursor
  *   safe to re-run   yes: a file or line that exists is never written over
  *
  * Touches: reads the source's catalogue; writes files of the project.

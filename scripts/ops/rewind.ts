@@ -42,9 +42,7 @@ await main(import.meta, async () => {
       throw new UsageError(`${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`);
     const { watermark } = stored;
     if (to > watermark)
-      throw new UsageError(
-        `TO=${to} is after the watermark ${watermark}: a rewind goes back only, since the rows between them would never be read.`,
-      );
+      throw new UsageError(`TO=${to} is after the watermark ${watermark}: a rewind goes back only, the rows between would never be read.`);
     const bound = await readBound(source);
     const reason = await distrust({ pipeline, source }, stored, bound);
     const kept = "the destination may hold versions that the source has lost, dated later, which the upsert keeps";

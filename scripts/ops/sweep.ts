@@ -57,9 +57,8 @@ await main(import.meta, async () => {
       // 3. Refuse.
       if (gone > most * compared && !env.CONFIRM)
         throw new UsageError(
-          `nothing was deleted: ${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the ` +
-            `source, more than SWEEP_MAX_SHARE=${most} of them. Is SOURCE_DATABASE_URL the right ` +
-            `database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`,
+          `nothing was deleted: ${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the source, more than ` +
+            `SWEEP_MAX_SHARE=${most} of them. Is that database whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`,
         );
 
       // 4. Delete.

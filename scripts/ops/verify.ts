@@ -10,14 +10,12 @@
  *   events           make verify-events
  *
  *   make verify                            all of them
- *   make verify PIPELINE=orders            one
  *   make verify PIPELINE=orders REPAIR=1   repairs what differs, by primary key, under the pipeline's lock: writes the source's rows over
  *                                          whatever the table has, deletes what the source has not, and compares again
  *
  *   schedule         nightly, cron
  *   safe to re-run   yes, also after a kill in mid-repair
- *   exit code        1 where anything differs: prints keys and columns (LIMIT of them), and the command that repairs it. No values:
- *                    they may be personal
+ *   exit code        1 where anything differs: prints keys and columns (LIMIT of them, no values), and the command that repairs it
  *
  * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
@@ -40,9 +38,7 @@ await main(import.meta, async () => {
   const PIPELINE = optional(oneOf(verified, " (of events: make verify-events FROM=… TO=…)"));
   const env = readEnv({ ...verifyVariables, PIPELINE, REPAIR: optional(flag, false) });
   if (env.REPAIR && env.PIPELINE === "sensors")
-    throw new UsageError(
-      "REPAIR=1 is not available for sensors: a change still in Kafka could overwrite the repair. Next: make resnapshot",
-    );
+    throw new UsageError("REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair. Next: make resnapshot");
   const sensors = (env.PIPELINE ?? "sensors") === "sensors" && readEnv({ ...clickhouseVariables, ...kafkaVariables });
   const results: Record<string, string>[] = [];
   const verifying = eachPipeline("verify", env, verified, async (run, wrong) => {

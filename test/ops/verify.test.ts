@@ -430,7 +430,7 @@ suite("a shop's orders", () => {
       ],
       [
         { PIPELINE: "sensors", ...repair },
-        /REPAIR=1 is not available for sensors: a change still in Kafka could overwrite the repair\. Next: make resnapshot/,
+        /REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair\. Next: make resnapshot/,
       ],
     ];
     for (const [variables, says] of refused) {

@@ -90,8 +90,8 @@ export async function checkMessageBytes(admin: Admin, topic: string): Promise<vo
   const sent = Number(readConfig()["producer.override.max.request.size"]);
   if (messageBytes < sent)
     throw new Error(
-      `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}. Run: make connector ` +
-        `(it raises max.message.bytes; where the service does not allow that, lower the sizes in ${file} before)`,
+      `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}. Run: make connector, ` +
+        `which raises that; where the service does not allow it, lower the sizes in ${file} before`,
     );
 }
 

@@ -102,9 +102,7 @@ async function loadSource(run: Run, client: ClickHouseClient, table: string, col
   for await (const _ of stream); // an answer that is not read keeps its connection
   const [loaded] = await select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
   if (Number(loaded?.n) === rows.sent.rows) return rows.sent.rows;
-  throw new Error(
-    `${rows.sent.rows} readings were read from the source, and ${loaded?.n} were loaded into ${table}. Next: make verify PIPELINE=sensors`,
-  );
+  throw new Error(`${rows.sent.rows} readings were read, and ${loaded?.n} were loaded into ${table}. Next: make verify PIPELINE=sensors`);
 }
 
 /** Both sides' readings by id, and in which columns they differ; two rows where ClickHouse has an id twice. Floats by their bits. */
