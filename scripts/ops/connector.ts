@@ -24,8 +24,7 @@ await main(import.meta, async () => {
   const config = kafkaConnect.connectorConfig(env);
   const debezium = await checkDebezium(env);
   await kafkaConnect.checkReplication(env);
-  const step = await kafkaConnect.createReadingsTopic(env, config);
-  if (step) log({ step, topic: env.SENSORS_TOPIC, max_message_bytes: config["topic.creation.default.max.message.bytes"] });
+  await kafkaConnect.createReadingsTopic(env, config);
   await kafkaConnect.startConnector(env, config);
   const { connector, slot } = namesOf(env);
   log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING", debezium });

@@ -16,18 +16,7 @@
 import { createHash } from "node:crypto";
 import type { Sql } from "postgres";
 import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
-import {
-  addDays,
-  checkArchivable,
-  dayPrefix,
-  daysBetween,
-  daysFailed,
-  type Manifest,
-  manifestKey,
-  readManifest,
-  readSource,
-  rowsOf,
-} from "../../shared/events/archive.ts";
+import * as archive from "../../shared/events/archive.ts";
 import { type Bucket, checkBucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -44,7 +33,7 @@ await main(import.meta, async () => {
   // By hand: it says nothing of the pipeline's schedule.
   await runPipeline("events", { ...env, DRY_RUN: true }, async (run) => {
     const bucket = connectS3(env);
-    const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+    const [lines] = await Promise.all([archive.checkArchivable(run), checkBucket(bucket)]);
     const days = wanted || (await lastDays(run.etl));
     const failed = await readBack(run, "verify-events", days, async (day) => {
       // 1. What killed runs left.
@@ -55,8 +44,8 @@ await main(import.meta, async () => {
 
       // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
       const hash = createHash("sha256");
-      await using stream = run.copy(lines(), rowsOf(day));
-      const source = await readSource(run.source, day);
+      await using stream = run.copy(lines(), archive.rowsOf(day));
+      const source = await archive.readSource(run.source, day);
       for await (const piece of stream.lines) {
         hash.update(piece);
         progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);
@@ -68,7 +57,7 @@ await main(import.meta, async () => {
     });
     const found = `${failed.size} of the days ${days[0]} to ${days.at(-1)}`;
     if (!wanted) await recordVerified(run, env.PUSHGATEWAY_URL, run.totals.rows, failed.size, found);
-    if (failed.size) throw daysFailed(failed, days.length);
+    if (failed.size) throw archive.daysFailed(failed, days.length);
   });
 });
 
@@ -79,16 +68,16 @@ async function lastDays(etl: Sql): Promise<string[]> {
       (select min(chunk_from) from etl.chunks where pipeline = 'events' and state = 'succeeded'))::date::text as from
     from etl.watermarks where pipeline = 'events'`;
   if (!last) throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
-  return daysBetween(last.from, last.to);
+  return archive.daysBetween(last.from, last.to);
 }
 
 /** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */
 async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: boolean): Promise<void> {
-  const objects = await Array.fromAsync(listObjects(bucket, dayPrefix(bucket, day)));
+  const objects = await Array.fromAsync(listObjects(bucket, archive.dayPrefix(bucket, day)));
   // After the list: what it names was not stray. One that cannot be read may name any of them.
-  const found = objects.length ? await readManifest(bucket, day).catch(() => null) : null;
+  const found = objects.length ? await archive.readManifest(bucket, day).catch(() => null) : null;
   if (found === null) return;
-  const named = new Set([manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
+  const named = new Set([archive.manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
   for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
     const seconds = (Date.now() - modified.getTime()) / 1000;
     const stray = { what: "a part that no manifest names", key, age: duration(seconds) };
@@ -101,14 +90,15 @@ async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: bool
 
 /** A day's manifest, the hash of its raw lines, and what is wrong with them, if anything is. */
 async function verifyParts(bucket: Bucket, day: string) {
-  const archived: { manifest?: Manifest; sha256?: string; damage?: string } = {};
+  const archived: { manifest?: archive.Manifest; sha256?: string; damage?: string } = {};
   const reading = readDay(bucket, day, async (manifest) => {
     archived.manifest = manifest;
     const hash = createHash("sha256");
     for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
     archived.sha256 = hash.digest("hex");
     const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
-    if (rows !== manifest.rows) throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+    if (rows !== manifest.rows)
+      throw damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
   });
   await reading.catch((error: Error) => {
     if (error.name !== "Damaged") throw error;
@@ -121,9 +111,9 @@ async function verifyParts(bucket: Bucket, day: string) {
 function compareDay(
   day: string,
   { manifest, sha256, damage }: Awaited<ReturnType<typeof verifyParts>>,
-  source: Pick<Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
-): Manifest {
-  const window = `FROM=${day} TO=${addDays(day)}`;
+  source: Pick<archive.Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
+): archive.Manifest {
+  const window = `FROM=${day} TO=${archive.addDays(day)}`;
   const again = `make backfill-events ${window}`;
   const { rows } = source;
   if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);

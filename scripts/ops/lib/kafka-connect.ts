@@ -6,25 +6,17 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Env, like, optional, parsePostgresUrl, root, UsageError } from "../../../shared/env.ts";
-import { thousands } from "../../../shared/log.ts";
+import { log, thousands } from "../../../shared/log.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { canaryVariables } from "../../../shared/sensors/canary.ts";
-import {
-  allRunning,
-  askConnect,
-  type ConnectorStatus,
-  connectorStatus,
-  connectVariables,
-  namesOf,
-  sourceTable,
-} from "../../../shared/sensors/connector.ts";
+import * as connect from "../../../shared/sensors/connector.ts";
 import { type Admin, ConfigResourceTypes, ConfigSource, connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../../shared/session.ts";
 import { waitUntil } from "./answer.ts";
 import { askCatalogue, type CatalogueCheck } from "./catalogue.ts";
 
 export const connectorVariables = {
-  ...connectVariables,
+  ...connect.connectVariables,
   ...canaryVariables,
   REPLICATION_PASSWORD_REFERENCE: optional(like(/^\$\{\w+:.+\}$/, "must be PROVIDER:PATH:KEY in braces, behind a $")),
 };
@@ -36,7 +28,7 @@ const readConfig = (): Record<string, string> => JSON.parse(readFileSync(join(ro
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
 export function connectorConfig(env: ConnectorEnv): Record<string, string> {
   const { host, port, database, user, password, sslmode } = parsePostgresUrl(env.REPLICATION_DATABASE_URL);
-  const { prefix, slot } = namesOf(env);
+  const { prefix, slot } = connect.namesOf(env);
   const login = { "database.user": user, "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? password };
   const server = { "database.hostname": host, "database.port": String(port), "database.dbname": database, "database.sslmode": sslmode };
   return { ...readConfig(), "topic.prefix": prefix, "slot.name": slot, ...server, ...login };
@@ -45,11 +37,11 @@ export function connectorConfig(env: ConnectorEnv): Record<string, string> {
 /** What the connector needs of the source, and whether its slot still has what it has not read, as sql/doctor.sql checks it. */
 export async function askReplication(env: ConnectorEnv): Promise<CatalogueCheck[]> {
   // Where Connect is away, that is said elsewhere.
-  const stored = await askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets").catch(() => undefined);
+  const stored = await connect.askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets").catch(() => undefined);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
   return await askCatalogue(source, "replication", {
-    "etl.slot": namesOf(env).slot,
+    "etl.slot": connect.namesOf(env).slot,
     "etl.resumes": stored?.offsets.length ? "1" : "",
   });
 }
@@ -60,27 +52,30 @@ export async function checkReplication(env: ConnectorEnv, slot = true): Promise<
   if (faults.length) throw new UsageError(faults.map(({ check, remedy }) => `${check}: ${remedy}`).join("\n"));
 }
 
-/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes. @returns what it did. */
-export async function createReadingsTopic(
-  env: Env<typeof kafkaVariables>,
-  config: Record<string, string>,
-): Promise<"created" | "raised" | undefined> {
+/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes. */
+export async function createReadingsTopic(env: Env<typeof kafkaVariables>, config: Record<string, string>): Promise<void> {
   const { SENSORS_TOPIC: topic } = env;
   const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
   const { undefined: _, partitions, "replication.factor": replicas, ...wanted } = Object.fromEntries(settings);
+  const { "max.message.bytes": max_message_bytes } = wanted;
   const entries = (values: Record<string, string>) => Object.entries(values).map(([name, value]) => ({ name, value }));
-  return await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
+  await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
     if (!(await admin.listTopics()).includes(topic)) {
       const numbers = { numPartitions: Number(partitions), replicationFactor: Number(replicas) };
-      return (await createTopic(admin, { topic, ...numbers, configEntries: entries(wanted) })) ? "created" : undefined;
+      const isNew = await createTopic(admin, { topic, ...numbers, configEntries: entries(wanted) });
+      if (isNew) log({ step: "created", topic, max_message_bytes });
+      return;
     }
     const { own, messageBytes } = await readTopicSettings(admin, topic);
-    if (messageBytes >= Number(wanted["max.message.bytes"])) return undefined;
+    if (messageBytes >= Number(max_message_bytes)) return;
     // kafkajs writes a topic's settings as a whole: those that are its own are written again as they are.
-    const configEntries = entries({ ...own, "max.message.bytes": wanted["max.message.bytes"] });
-    const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic, configEntries }];
-    await admin.alterConfigs({ validateOnly: false, resources });
-    return "raised";
+    const resource = {
+      type: ConfigResourceTypes.TOPIC,
+      name: topic,
+      configEntries: entries({ ...own, "max.message.bytes": max_message_bytes }),
+    };
+    await admin.alterConfigs({ validateOnly: false, resources: [resource] });
+    log({ step: "raised", topic, max_message_bytes });
   });
 }
 
@@ -107,62 +102,66 @@ async function readTopicSettings(admin: Admin, topic: string) {
   };
 }
 
-const failureOf = ({ connector, tasks }: ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
+const failureOf = ({ connector, tasks }: connect.ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
 
 /** A change carries the old row and the new: which rows are the largest at the source, and what lets them pass. */
 async function nextOfLargeRow(env: ConnectorEnv): Promise<string> {
-  const statement = `select id::text, octet_length(r::text) as bytes from ${sourceTable} r order by bytes desc limit 3`;
+  const statement = `select id::text, octet_length(r::text) as bytes from ${connect.sourceTable} r order by bytes desc limit 3`;
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 60 });
   const rows = await source.unsafe<{ id: string; bytes: number }[]>(statement).catch(() => []); // of a large table it takes too long
   const largest = rows.map(({ id, bytes }) => `id=${id} of ${thousands(bytes)} bytes`).join(", ");
   return (
-    `The largest rows of ${sourceTable}: ${largest || `ask the source: ${statement};`}. Raise max.message.bytes, max.request.size and ` +
-    `buffer.memory in ${file}, then: make connector. Deleting the row is not enough: its change is in the WAL (make resnapshot)`
+    `The largest rows of ${connect.sourceTable}: ${largest || `ask the source: ${statement};`}. Raise max.message.bytes, max.request.size ` +
+    `and buffer.memory in ${file}, then: make connector. Deleting the row is not enough: its change is in the WAL (make resnapshot)`
   );
 }
 
-/** Whether the connector and its task run. @param patient a failure is not the last word yet. @throws Error with a failure's trace. */
-async function runs(env: ConnectorEnv, patient: boolean): Promise<boolean> {
-  const status = await connectorStatus(env);
+/** Whether the connector and its task run. @throws Error with a failure's trace. */
+async function runs(env: ConnectorEnv): Promise<boolean> {
+  const status = await connect.connectorStatus(env);
   const failed = status && failureOf(status);
-  if (!status || !failed || patient) return status !== undefined && allRunning(status);
+  if (!failed) return status !== undefined && connect.allRunning(status);
   const words = failed.trace?.trim().replaceAll(/\n\tat .*/g, "") ?? "";
   let next = "Fix it, then: make connector";
   if (/replication slot/i.test(words)) next = "Where the slot is gone, so are the changes since: make resnapshot";
   if (words.includes("RecordTooLargeException")) next = await nextOfLargeRow(env);
-  throw new Error(`connector ${namesOf(env).connector} failed:\n${words}\n${next}`);
+  throw new Error(`connector ${connect.namesOf(env).connector} failed:\n${words}\n${next}`);
 }
 
 /**
  * Creates or changes the connector and waits until it and its task run. What has failed is restarted, which an unchanged configuration
- * does not do; Connect says FAILED for a moment after that.
+ * does not do.
  * @throws Error with the trace of what failed, or its status after 90 s.
  */
 export async function startConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  await askConnect(env, "PUT", "/config", config).catch((error: Error) => {
+  await connect.askConnect(env, "PUT", "/config", config).catch((error: Error) => {
     // Of a reference that it cannot resolve, Connect says nothing useful.
     const resolve = 'Can its worker resolve REPLICATION_PASSWORD_REFERENCE? ops/README.md, "Kafka and ClickHouse"';
     throw env.REPLICATION_PASSWORD_REFERENCE ? new Error(`${error.message}. ${resolve}`) : error;
   });
-  const before = await connectorStatus(env);
-  await askConnect(env, "PUT", "/resume");
-  await askConnect(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
-  const started = performance.now();
-  await awaitState(env, "RUNNING", () => runs(env, performance.now() - started < 5000));
+  const before = await connect.connectorStatus(env);
+  const restarts = before !== undefined && failureOf(before) !== undefined;
+  await connect.askConnect(env, "PUT", "/resume");
+  await connect.askConnect(env, "POST", "/restart?includeTasks=true&onlyFailed=true");
+  if (restarts) await delay(5000); // Connect says FAILED for a moment more
+  await awaitState(env, "RUNNING", () => runs(env));
   // What a task has failed of may come again a moment after it runs.
-  if (!before || !failureOf(before)) return;
-  for (let seconds = 0; seconds < 30; seconds++, await delay(1000)) await runs(env, false);
+  for (let seconds = 0; restarts && seconds < 30; seconds++, await delay(1000)) await runs(env);
 }
 
 const awaitState = (env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> =>
-  waitUntil(done, 90, `connector ${namesOf(env).connector} is not ${wanted} after 90 s. Read its worker's log, then: make connector`);
+  waitUntil(
+    done,
+    90,
+    `connector ${connect.namesOf(env).connector} is not ${wanted} after 90 s. Read its worker's log, then: make connector`,
+  );
 
 /** Stops the connector. One that does not exist is put first: Connect keeps the offsets even of one that was deleted. */
 export async function stopConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  if (!(await askConnect(env, "GET", ""))) await askConnect(env, "PUT", "/config", config);
-  await askConnect(env, "PUT", "/stop");
+  if (!(await connect.askConnect(env, "GET", ""))) await connect.askConnect(env, "PUT", "/config", config);
+  await connect.askConnect(env, "PUT", "/stop");
   await awaitState(env, "STOPPED", async () => {
-    const status = await connectorStatus(env);
+    const status = await connect.connectorStatus(env);
     return status?.connector.state === "STOPPED" && status.tasks.length === 0;
   });
 }
@@ -170,8 +169,8 @@ export async function stopConnector(env: ConnectorEnv, config: Record<string, st
 /** Waits until the snapshot is in Kafka as a whole: the connector's offsets are then no longer a snapshot's. */
 export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Promise<void> {
   for (;;) {
-    await awaitState(env, "RUNNING", () => runs(env, false));
-    const answer = await askConnect<{ offsets: { offset: Record<string, unknown> }[] }>(env, "GET", "/offsets");
+    await awaitState(env, "RUNNING", () => runs(env));
+    const answer = await connect.askConnect<{ offsets: { offset: Record<string, unknown> }[] }>(env, "GET", "/offsets");
     const offset = answer?.offsets[0]?.offset;
     if (offset && !offset.snapshot && !("snapshot_completed" in offset && !offset.snapshot_completed)) return;
     progress();
@@ -185,8 +184,8 @@ export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Pr
  * @throws Error where the slot is still held after 60 s.
  */
 export async function forgetProgress(env: ConnectorEnv): Promise<void> {
-  await askConnect(env, "DELETE", "/offsets");
-  const { slot } = namesOf(env);
+  await connect.askConnect(env, "DELETE", "/offsets");
+  const { slot } = connect.namesOf(env);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
   const drop = async (): Promise<boolean> => {
