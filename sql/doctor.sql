@@ -1,6 +1,6 @@
--- What make doctor asks Postgres about roles, indexes, triggers, and what Debezium needs: a row a check; remedy is what to do where it is not
--- ok, else what is worth knowing. It reads the catalogue only. etl.part is the URL whose role asks: source, metadata or replication (which
--- make connector asks too: etl.slot, and etl.resumes = '1' where Connect knows how far it was). In psql:
+-- What make doctor asks Postgres about roles, indexes, triggers, and what Debezium needs: a row a check; remedy is what to do where it is
+-- not ok, else what is worth knowing. It reads the catalogue only. etl.part is the URL whose role asks: source, metadata, or replication:
+-- make connector asks that too, with etl.slot, and etl.resumes = '1' where Connect knows how far it was. In psql:
 --   set etl.part = 'source'; set etl.tables = 'orders:public.orders:updated_at events:public.events:created_at'; \i sql/doctor.sql
 with tables as (
   -- By the names in the catalogue: make new-pipeline asks before the role may use the schema.

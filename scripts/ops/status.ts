@@ -11,11 +11,9 @@
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
  *                        null where a pipeline has no such thing
  *
- *   state      red     stale by the rule of the alerts (two intervals), last run failed or abandoned, the watermark held for longer than
- *                      its alert allows or not to be trusted (the source restored, a clock set back), a part that does not answer,
- *                      sensors' lag or WAL over its alert, no connector, no slot, no consumer while there are messages
- *              warn    a shorter hold, a run by hand that failed or was abandoned, failed days, dead letters, no consumer of a
- *                      topic that is read to its end
+ *   state      red     what an alert tells, or would: stale by two intervals, last run failed or abandoned, the watermark held for long
+ *                      or not to be trusted, a part that does not answer, sensors that stopped or are far behind
+ *              warn    what can wait: a shorter hold, a run by hand or a day that failed, dead letters
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
@@ -48,6 +46,8 @@ type Row = { pipeline: string; state: State; line: Record<string, string>; said:
 /** What other servers say of a pipeline; `found` is what is wrong already. */
 type Fact = { pipeline: string; found: { state: State; reason: string }[]; [fact: string]: unknown };
 
+/** Their thresholds are those of ops/alerts.yml. */
+const alerts = ["etl_watermark_hold_seconds", "etl_sensors_lag", "etl_sensors_canary_timestamp_seconds", "etl_sensors_slot_retained_bytes"];
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
 
@@ -64,12 +64,7 @@ await main(import.meta, async () => {
   const facts = await readFacts(etl, source);
 
   // 2. Judge.
-  const limits = {
-    hold: readThreshold("etl_watermark_hold_seconds"),
-    lag: readThreshold("etl_sensors_lag"),
-    canary: readThreshold("etl_sensors_canary_timestamp_seconds"),
-    wal: readThreshold("etl_sensors_slot_retained_bytes"),
-  };
+  const limits = Object.fromEntries(alerts.map((metric) => [metric, readThreshold(metric)]));
   const judged = { "etl.facts": JSON.stringify(facts), "etl.limits": JSON.stringify(limits) };
   const rows = await queryWith<Row>(etl, judged, readSelect("status"));
 
@@ -125,6 +120,9 @@ async function askSensors(fact: Fact, etl: Sql, source: Sql): Promise<void> {
   const { slot } = namesOf(env);
   const broker = connectKafka(env, "etl-status");
   broker.logger().setLogLevel(0); // nothing: what it waits for is told in one line
+  const readSlot = () => source`
+    select wal_status as slot_wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
+    from pg_replication_slots where slot_name = ${slot}`;
   const [kafka, letters, connector_running, slots] = await Promise.all([
     ask(fact, "Kafka", () =>
       withAdmin(broker, env, async (admin) => {
@@ -138,14 +136,7 @@ async function askSensors(fact: Fact, etl: Sql, source: Sql): Promise<void> {
       return (await select<{ dead_letters: number }>(client, query, { topic }))[0];
     }),
     ask(fact, "Kafka Connect", () => isRunning(env)),
-    ask(
-      fact,
-      "the slot",
-      async () =>
-        await source`
-        select wal_status as slot_wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
-        from pg_replication_slots where slot_name = ${slot}`,
-    ),
+    ask(fact, "the slot", readSlot),
   ]);
   fact.sensors = { topic, slot, slot_wal: slots && "none", ...kafka, ...letters, connector_running, ...slots?.[0] };
 }
