@@ -26,7 +26,7 @@ await main(import.meta, async () => {
   const parameters = { topic: env.SENSORS_TOPIC, epoch, marked: 0 };
   const count = async (some: string): Promise<{ n: number; latest: number }> => {
     const query = `SELECT toUInt32(count()) AS n, max(attempt) AS latest FROM ${letters} AND ${some}`;
-    return (await select<{ n: number; latest: number }>(client, query, parameters))[0] ?? { n: 0, latest: 0 };
+    return ((await select(client, query, parameters)) as [{ n: number; latest: number }])[0];
   };
   const settings = { wait_end_of_query: 1, lightweight_deletes_sync: "2" } as const;
   const change = (query: string) => client.command({ query, query_params: parameters, clickhouse_settings: settings });

@@ -37,22 +37,17 @@ type Report = Record<"now" | "week" | "models" | "proofs" | "billed", Row[] | nu
 await main(import.meta, async () => {
   const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), OUT: optional(text, "report.html") });
   // 1. The present, as make status says it; it exits with 1 where a pipeline is red.
-  const status = spawnSync(process.execPath, [join(root, "scripts/ops/status.ts")], {
-    env: { ...process.env, JSON: "1" },
-  });
+  const status = spawnSync(process.execPath, [join(root, "scripts/ops/status.ts")], { env: { ...process.env, JSON: "1" } });
   if (!status.stdout.length) throw new Error(`make status failed: ${status.stderr}`);
 
   // 2. The past, of schema etl.
-  const settings = {
-    "etl.status": String(status.stdout),
-    "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")),
-  };
+  const settings = { "etl.status": String(status.stdout), "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")) };
   await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
   await checkSession("ETL_DATABASE_URL", etl);
-  const [row] = await etl.unsafe<{ report: Report }[]>(readSelect("report"));
+  const [row] = (await etl.unsafe(readSelect("report"))) as [{ report: Report }];
 
   // 3. The page.
-  const page = String(render(row?.report as Report, readFileSync(join(root, "ops/report.css"), "utf8")));
+  const page = String(render(row.report, readFileSync(join(root, "ops/report.css"), "utf8")));
   const file = resolve(env.OUT);
   writeFileSync(`${file}.tmp`, page);
   renameSync(`${file}.tmp`, file);
