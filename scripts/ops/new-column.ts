@@ -16,20 +16,18 @@ import { flag, oneOf, optional, readEnv, required, text, UsageError } from "../.
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { pipelineVariables } from "../../shared/run.ts";
+import { openSession } from "../../shared/session.ts";
 import { castOf, declare, formatContract, readTable } from "./lib/catalogue.ts";
 import { after, applyEdits } from "./lib/edits.ts";
 
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL } = pipelineVariables;
-  const env = readEnv({
-    SOURCE_DATABASE_URL,
-    PIPELINE: required(oneOf(pipelines())),
-    COLUMN: required(text),
-    DRY_RUN: optional(flag, false),
-  });
+  const own = { PIPELINE: required(oneOf(pipelines())), COLUMN: required(text), DRY_RUN: optional(flag, false) };
+  const env = readEnv({ SOURCE_DATABASE_URL, ...own });
   const { PIPELINE: pipeline, COLUMN: name } = env;
   const { file, source } = readContract(pipeline);
-  const { path, columns } = await readTable(env.SOURCE_DATABASE_URL, source.table);
+  await using session = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
+  const { path, columns } = await readTable(session, source.table);
   const column = columns.find((one) => one.name === name);
   if (!column) throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
   const { field } = column;

@@ -41,22 +41,15 @@ const variables = {
   DRY_RUN: optional(flag, false),
 };
 
-interface Plan {
-  name: string;
-  table: SourceTable;
-  cursor: string;
-  key: string[];
-  schedule: (typeof schedules)["1h"];
-}
+type Plan = SourceTable & { name: string; cursor: string; schedule: (typeof schedules)["1h"] };
 
 await main(import.meta, async () => {
   const env = readEnv(variables);
   // 1. Read the table.
-  const path = env.TABLE.includes(".") ? env.TABLE : `public.${env.TABLE}`;
-  const table = await readTable(env.SOURCE_DATABASE_URL, path, env.CURSOR, env.KEY);
+  await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
+  const table = await readTable(source, env.TABLE.includes(".") ? env.TABLE : `public.${env.TABLE}`, env.CURSOR, env.KEY);
   const name = env.NAME ?? table.path.replace(/^.*\./, "");
-  const schedule = schedules[env.EVERY as keyof typeof schedules];
-  const plan = { name, table, cursor: env.CURSOR, key: table.key ?? [], schedule };
+  const plan = { ...table, name, cursor: env.CURSOR, schedule: schedules[env.EVERY as keyof typeof schedules] };
 
   // 2. Refuse what could not be synced, and a name that is taken.
   checkPlan(plan);
@@ -67,7 +60,6 @@ await main(import.meta, async () => {
   applyEdits([...written, ...edits(plan)], env.DRY_RUN);
 
   // 4. Print what is left: the SQL (grants; what make doctor says of an index and a trigger), then the commands.
-  await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
   const checks = await askCatalogue(source, "source", { "etl.tables": [name, table.path, env.CURSOR].join(":") });
   const failed = checks.filter(({ check, ok }) => check.startsWith(`${name}: `) && !ok);
   const sql = [...table.grants, ...failed.map(({ remedy }) => `${remedy}`.replace(/^.*? Run[^:]*: /, ""))];
@@ -80,7 +72,7 @@ function contractOf(name: string): string {
 }
 
 /** @throws UsageError with everything that stands against the pipeline. */
-function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void {
+function checkPlan({ name, path, columns, faults, key }: Plan): void {
   for (const column of columns)
     if (key.includes(column.name) && !column.field) faults.push(`column ${column.name} of the key: ${column.unfit}. Choose another KEY=`);
   const file = contractOf(name);
@@ -91,7 +83,7 @@ function checkPlan({ name, table: { path, columns, faults }, key }: Plan): void 
   if (faults.length) throw new UsageError(`${path} cannot be synced yet:\n  ${faults.join("\n  ")}`);
 }
 
-function contract({ table: { path, columns, comment }, cursor, key }: Plan): string {
+function contract({ path, columns, comment, cursor, key }: Plan): string {
   return formatContract({
     source: { table: path, cursor },
     description: comment ?? `Rows of ${path}, as they were when they last changed.`,
@@ -101,7 +93,7 @@ function contract({ table: { path, columns, comment }, cursor, key }: Plan): str
   });
 }
 
-function select({ name, table: { path, columns }, cursor }: Plan): string {
+function select({ name, path, columns, cursor }: Plan): string {
   const leftOut = columns.flatMap((column) => {
     if (column.field) return [];
     return `  -- Left out: ${column.ident}, since ${column.unfit}. To sync it: ${castOf(column, "the contract")}.\n`;
@@ -119,7 +111,7 @@ where ${cursor} >= current_setting('etl.from')::timestamptz
 }
 
 /** That of orders, step for step. */
-function script({ name, table: { path }, cursor, key, schedule }: Plan): string {
+function script({ name, path, cursor, key, schedule }: Plan): string {
   return readFileSync(join(root, "scripts/orders.ts"), "utf8")
     .replaceAll(/\b(public\.)?orders\b/g, (_, schema) => (schema ? path : name))
     .replace(/^( \* {3}key +).*$/m, `$1${key.join(", ")}`)
@@ -128,7 +120,7 @@ function script({ name, table: { path }, cursor, key, schedule }: Plan): string 
 }
 
 /** What is added to files that exist: what users have there, with another name. */
-function edits({ name, table: { path, columns }, cursor, key, schedule }: Plan): Edit[] {
+function edits({ name, path, columns, cursor, key, schedule }: Plan): Edit[] {
   const renamed = (text: string): string => text.replaceAll(/\busers\b/g, name);
   const declared = columns.map((column) => `  ${declare(column)}${column.notnull ? " not null" : ""},\n`);
   const created = `

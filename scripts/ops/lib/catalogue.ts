@@ -2,7 +2,7 @@
 import type { Sql } from "postgres";
 import { type Field, unmappable } from "../../../shared/bigquery/types.ts";
 import { UsageError } from "../../../shared/env.ts";
-import { openSession, queryWith, type Settings } from "../../../shared/session.ts";
+import { queryWith, type Settings } from "../../../shared/session.ts";
 import { type Column, readSelect } from "../../../shared/source.ts";
 
 /** `remedy`: what to do where it is not ok, else what is worth knowing. */
@@ -20,18 +20,16 @@ export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replicatio
 type SourceColumn = Column & { ident: string; comment: string | null } & ({ field: Field } | { field?: undefined; unfit: string });
 
 /** A row of sql/table.sql, which says what each is. */
-export interface SourceTable extends Record<"faults" | "grants", string[]> {
+export interface SourceTable extends Record<"faults" | "grants" | "key", string[]> {
   path: string;
   comment: string | null;
   columns: SourceColumn[];
-  key: string[] | null;
 }
 
 /** @throws UsageError where there is no such table. */
-export async function readTable(url: string, table: string, cursor = "", key = ""): Promise<SourceTable> {
+export async function readTable(source: Sql, table: string, cursor = "", key = ""): Promise<SourceTable> {
   const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
-  await using source = openSession(url, { application: "etl:new", timeoutSeconds: 30, settings });
-  const [found] = await source.unsafe<SourceTable[]>(readSelect("table"));
+  const [found] = await queryWith<SourceTable>(source, settings, readSelect("table"));
   if (found) return { ...found, columns: found.columns.map((column) => ({ ...column, ...fieldOf(column) })) };
   throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
 }
