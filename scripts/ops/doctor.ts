@@ -95,7 +95,7 @@ await main(import.meta, async () => {
 
 /** Opens a session of the variable, and says how it is encrypted: in clear text, passwords and rows can be read on the way. */
 async function openChecked(check: Check, variable: string, url: string): Promise<Sql | undefined> {
-  const sql = openSession(url, { ...session, settings: { "etl.lag_seconds": "0" } });
+  const sql = openSession(url, session);
   const { user, sslmode } = parsePostgresUrl(url);
   const isOpen = await check("connection", async () => {
     await checkSession(variable, sql);
@@ -138,6 +138,7 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
   const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
   const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL);
   if (!source) return;
+  await source`select set_config('etl.lag_seconds', '0', false)`;
   const etl = openSession(env.ETL_DATABASE_URL, session);
   await check("open transactions can be seen", async () => (await readBound(source)).holder ?? "none holds a watermark");
   const named: string[] = [];
