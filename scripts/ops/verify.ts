@@ -20,6 +20,7 @@
  * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
+import { readContract } from "../../shared/bigquery/contract.ts";
 import { flag, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -92,15 +93,14 @@ function describe(pipeline: string, found: Comparison, limit: number): string {
   });
   if (all > lines.length) lines.push(`  … and ${thousands(all - lines.length)} more (LIMIT=)`);
   if (found.shown.some(({ newer }) => newer))
+    lines.push('Newer than anything at the source: was it restored? ops/runbook.md, "After a restore, a failover or a clock set back"');
+  if (counts.unreachable) {
+    const { table, cursor } = readContract(pipeline).source;
+    const correct = `update ${table} set ${cursor} = now() where ${cursor} > now();`;
     lines.push(
-      "Newer than anything at the source: was it restored from an older backup? " +
-        'ops/runbook.md, "After a restore, a failover or a clock set back"',
+      `${thousands(counts.unreachable)} lie in the future, and no run reads them. At the source run: ${correct} then: make ${pipeline}`,
     );
-  if (counts.unreachable)
-    lines.push(
-      `${thousands(counts.unreachable)} have an updated_at in the future, and no run reads them. At the source ` +
-        `run: update public.${pipeline} set updated_at = now() where updated_at > now(); then make ${pipeline}`,
-    );
+  }
   let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;
   if (all === counts.extra) next += `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}`;
   if (pipeline === "sensors") next = "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";

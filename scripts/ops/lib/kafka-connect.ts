@@ -40,10 +40,8 @@ export async function askReplication(env: ConnectorEnv): Promise<CatalogueCheck[
   const stored = await connect.askConnect<{ offsets: unknown[] }>(env, "GET", "/offsets").catch(() => undefined);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
-  return await askCatalogue(source, "replication", {
-    "etl.slot": connect.namesOf(env).slot,
-    "etl.resumes": stored?.offsets.length ? "1" : "",
-  });
+  const settings = { "etl.slot": connect.namesOf(env).slot, "etl.resumes": stored?.offsets.length ? "1" : "" };
+  return await askCatalogue(source, "replication", settings);
 }
 
 /** @param slot false where it is to be made again. @throws UsageError with what is missing, and what to do. */
@@ -69,12 +67,8 @@ export async function createReadingsTopic(env: Env<typeof kafkaVariables>, confi
     const { own, messageBytes } = await readTopicSettings(admin, topic);
     if (messageBytes >= Number(max_message_bytes)) return;
     // kafkajs writes a topic's settings as a whole: those that are its own are written again as they are.
-    const resource = {
-      type: ConfigResourceTypes.TOPIC,
-      name: topic,
-      configEntries: entries({ ...own, "max.message.bytes": max_message_bytes }),
-    };
-    await admin.alterConfigs({ validateOnly: false, resources: [resource] });
+    const configEntries = [...own, { name: "max.message.bytes", value: max_message_bytes }];
+    await admin.alterConfigs({ validateOnly: false, resources: [{ ...resourceOf(topic), configEntries }] });
     log({ step: "raised", topic, max_message_bytes });
   });
 }
@@ -90,16 +84,15 @@ export async function checkMessageBytes(admin: Admin, topic: string): Promise<vo
     );
 }
 
-/** The settings that are the topic's own, and how large a message of it may be, in bytes. */
+const resourceOf = (name: string) => ({ type: ConfigResourceTypes.TOPIC, name });
+
+/** How large a message of the topic may be, in bytes; and what else is set for the topic itself. */
 async function readTopicSettings(admin: Admin, topic: string) {
-  const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic }];
-  const described = await admin.describeConfigs({ includeSynonyms: false, resources });
-  const settings = described.resources[0]?.configEntries ?? [];
-  const own = settings.filter(({ configSource }) => configSource === ConfigSource.TOPIC_CONFIG);
-  return {
-    own: Object.fromEntries(own.map(({ configName, configValue }) => [configName, configValue])),
-    messageBytes: Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue),
-  };
+  const { resources } = await admin.describeConfigs({ includeSynonyms: false, resources: [resourceOf(topic)] });
+  const { limit: [limit] = [], own = [] } = Object.groupBy(resources[0]?.configEntries ?? [], ({ configName, configSource }) =>
+    configName === "max.message.bytes" ? "limit" : configSource === ConfigSource.TOPIC_CONFIG ? "own" : "default",
+  );
+  return { messageBytes: Number(limit?.configValue), own: own.map(({ configName: name, configValue: value }) => ({ name, value })) };
 }
 
 const failureOf = ({ connector, tasks }: connect.ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
