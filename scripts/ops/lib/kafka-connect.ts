@@ -89,9 +89,9 @@ const resourceOf = (name: string) => ({ type: ConfigResourceTypes.TOPIC, name })
 /** How large a message of the topic may be, in bytes; and what else is set for the topic itself. */
 async function readTopicSettings(admin: Admin, topic: string) {
   const { resources } = await admin.describeConfigs({ includeSynonyms: false, resources: [resourceOf(topic)] });
-  const { limit: [limit] = [], own = [] } = Object.groupBy(resources[0]?.configEntries ?? [], ({ configName, configSource }) =>
-    configName === "max.message.bytes" ? "limit" : configSource === ConfigSource.TOPIC_CONFIG ? "own" : "default",
-  );
+  const settings = resources[0]?.configEntries ?? [];
+  const limit = settings.find(({ configName }) => configName === "max.message.bytes");
+  const own = settings.filter((one) => one !== limit && one.configSource === ConfigSource.TOPIC_CONFIG);
   return { messageBytes: Number(limit?.configValue), own: own.map(({ configName: name, configValue: value }) => ({ name, value })) };
 }
 
