@@ -2,12 +2,9 @@
 /**
  * sweep: removes from the destination the rows that were deleted at the source, which no cursor sees.
  *
- *   1. lock          the pipeline's: no run writes meanwhile
- *   2. find          loads the key of every row of the source into a staging table: gone are the rows of the table that are not in it and
- *                    whose updated_at is before the watermark
- *   3. refuse        more than SWEEP_MAX_SHARE of the rows without CONFIRM=1: a source that lost its rows, or another database
- *   4. delete        by the same condition, in one statement. A row that is inserted again has an updated_at at or past the watermark
- *                    (read before the keys): it stays where a run has brought it already, else the next run brings it
+ * Gone are the rows of the table whose key no row of the source has, and whose updated_at is before the watermark. They are deleted by the
+ * same condition, in one statement. A row that is inserted again has an updated_at at or past the watermark (read before the keys): it
+ * stays where a run has brought it already, else the next run brings it.
  *
  *   schedule         weekly, cron
  *   safe to re-run   yes, at any time, also after a kill. A row whose deletion has not been committed at the source stays
@@ -41,20 +38,20 @@ await main(import.meta, async () => {
   if (env.CONFIRM && !env.PIPELINE) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
   await eachPipeline("sweep", env, pipelines(), async (run) => {
     const { pipeline } = run;
-    // 1. Lock.
+    // 1. Lock: no run writes meanwhile.
     if (!env.DRY_RUN) await takeLock(run);
     const reason = await distrusted(run);
     if (reason) throw new UsageError(`nothing was deleted: ${reason}`);
 
     await beside(run, env, "key", async (both) => {
-      // 2. Find.
+      // 2. Find: the key of every row of the source is loaded into a staging table.
       const found = await both.compare();
       const gone = found.counts.extra;
       const compared = found.rows + gone;
       const keys = found.shown.filter(({ kind }) => kind === "extra").map(({ name }) => name);
       run.log(env.DRY_RUN ? "would-delete" : "found", { compared, gone, keys: keys.join() || undefined });
 
-      // 3. Refuse.
+      // 3. Refuse: a source that lost its rows, or another database.
       if (gone > most * compared && !env.CONFIRM)
         throw new UsageError(
           `nothing was deleted: ${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the source, more than ` +

@@ -116,21 +116,21 @@ function compareDay(
   const window = `FROM=${day} TO=${archive.addDays(day)}`;
   const again = `make backfill-events ${window}`;
   const { rows } = source;
-  if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
-  const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
-  const [is, says] = [source, manifest].map(({ min_id, max_id }) => `ids ${min_id} to ${max_id}`);
+  const fail: (why: string) => never = (why) => {
+    throw new Error(why);
+  };
+  if (!manifest) return fail(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
-  let fault: string | undefined;
-  if (damage && rows < manifest.rows) fault = `${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`;
-  else if (damage) fault = `${damage}. Next: ${again} FORCE=1`;
-  else if (rows > manifest.rows) fault = `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`;
-  else if (!rows)
-    return manifest; // the source has let the archive be the copy
-  else if (rows < manifest.rows)
-    fault = `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`;
-  else if (source.sha256 !== sha256)
-    fault = `its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`;
-  else if (is !== says) fault = `its manifest says ${says}; its rows have ${is}. Next: ${again} FORCE=1`;
-  if (fault) throw new Error(fault);
+  if (damage && rows < manifest.rows) fail(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
+  if (damage) fail(`${damage}. Next: ${again} FORCE=1`);
+  if (!rows) return manifest; // the source has let the archive be the copy
+  const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
+  if (rows > manifest.rows) fail(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
+  const deleted = "rows were deleted at the source. If they are to go from the archive too";
+  if (rows < manifest.rows) fail(`${both}: ${deleted}: ${again} FORCE=1 ALLOW_SHRINK=1`);
+  const changed = "rows were changed there. If the archive is to have that too";
+  if (source.sha256 !== sha256) fail(`its ${rows} rows are not the source's: ${changed}: ${again} FORCE=1`);
+  const [is, says] = [source, manifest].map(({ min_id, max_id }) => `ids ${min_id} to ${max_id}`);
+  if (is !== says) fail(`its manifest says ${says}; its rows have ${is}. Next: ${again} FORCE=1`);
   return manifest;
 }

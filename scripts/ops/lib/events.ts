@@ -11,13 +11,10 @@ export const dayVariables = { ...pipelineVariables, ...bucketVariables };
 
 /** FROM and TO as the days they are. @throws UsageError where they are no dates, or no day lies between them. */
 export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "TO">, command: string): string[] {
+  const [from, to] = [FROM, TO].map((value = "") => /^(.*)T00:00:00\.000000\+00$/.exec(value)?.[1]);
+  if (from && to && from !== to) return daysBetween(from, to);
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
-  if (!FROM || !TO || FROM === TO)
-    throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
-  for (const [name, value] of Object.entries({ FROM, TO }))
-    if (!value.endsWith("T00:00:00.000000+00"))
-      throw new UsageError(`${name} ${value} must be a date: the archive is by days of UTC. ${example}`);
-  return daysBetween(FROM.slice(0, 10), TO.slice(0, 10));
+  throw new UsageError(`make ${command} needs FROM and TO as dates, of UTC: the first day, and the day after the last. ${example}`);
 }
 
 /**
