@@ -23,7 +23,7 @@ import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
 import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
-import { recordVerified } from "./lib/verified.ts";
+import { recordVerified } from "./lib/verify.ts";
 
 const DAY_SECONDS = 86_400;
 

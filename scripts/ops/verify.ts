@@ -21,7 +21,7 @@
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
 import { readContract } from "../../shared/bigquery/contract.ts";
-import { flag, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
+import { flag, isSet, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
@@ -29,64 +29,61 @@ import { type Run, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
 import { table } from "../../shared/table.ts";
-import { recordVerified } from "./lib/verified.ts";
-import { beside, type Comparison, distrusted, eachPipeline, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
+import * as verify from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
-const verified = [...pipelines(), "sensors"];
-
 await main(import.meta, async () => {
-  const PIPELINE = optional(oneOf(verified, " (of events: make verify-events FROM=… TO=…)"));
-  const env = readEnv({ ...verifyVariables, PIPELINE, REPAIR: optional(flag, false) });
+  const PIPELINE = optional(oneOf([...pipelines(), "sensors"], " (of events: make verify-events FROM=… TO=…)"));
+  const env = readEnv({ ...verify.verifyVariables, PIPELINE, REPAIR: optional(flag, false) });
   if (env.REPAIR && env.PIPELINE === "sensors")
     throw new UsageError("REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair. Next: make resnapshot");
-  const sensors = (env.PIPELINE ?? "sensors") === "sensors" && readEnv({ ...clickhouseVariables, ...kafkaVariables });
+  const captures = isSet("KAFKA_BROKERS") || env.PIPELINE === "sensors"; // a shop may have no sensors
+  const sensors = captures && readEnv({ ...clickhouseVariables, ...kafkaVariables });
   const results: Record<string, string>[] = [];
-  const verifying = eachPipeline("verify", env, verified, async (run, wrong) => {
+  const verifying = verify.eachPipeline("verify", env, captures ? [...pipelines(), "sensors"] : pipelines(), async (run, wrong) => {
     const { pipeline } = run;
     const isTable = pipeline !== "sensors";
-    const comparing = sensors && !isTable ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env);
-    const found = await comparing;
+    const found = await (sensors && !isTable ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env));
     const { rows, counts } = found;
-    const differences = total(found);
+    const differences = verify.total(found);
     if (differences) wrong.push(describe(pipeline, found, env.LIMIT));
     results.push({
       ...{ pipeline, rows: thousands(rows), new: thousands(found.fresh) },
-      ...Object.fromEntries(kinds.map((kind) => [kind, thousands(counts[kind])])),
+      ...Object.fromEntries(verify.kinds.map((kind) => [kind, thousands(counts[kind])])),
       ...{ repaired: env.REPAIR && isTable ? thousands(run.totals.rows) : "-", seconds: run.seconds().toFixed(1) },
     });
     run.log("compared", { rows, differences });
-    const differing = kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
-    await recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
+    const differing = verify.kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
+    await verify.recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
   });
   await verifying.finally(() => results.length && process.stdout.write(`${table(results)}\n`));
 });
 
-async function verifyTable(run: Run, env: VerifyEnv & { REPAIR: boolean }): Promise<Comparison> {
+async function verifyTable(run: Run, env: verify.VerifyEnv & { REPAIR: boolean }): Promise<verify.Comparison> {
   // 1. With REPAIR=1 the lock: no run writes meanwhile.
   if (env.REPAIR) await takeLock(run);
 
   // 2. Is it still the source that was synced?
-  const reason = await distrusted(run);
+  const reason = await verify.distrusted(run);
   if (reason && env.REPAIR) throw new UsageError(`nothing was repaired: ${reason}`);
   if (reason) run.log("warning", { warning: reason });
 
   // 3. Compare; with REPAIR=1 repair, and compare again.
-  const found = await beside(run, env, "all", async ({ compare, repair }) => {
+  const found = await verify.beside(run, env, "all", async ({ compare, repair }) => {
     const first = await compare();
-    if (!env.REPAIR || !total(first)) return first;
+    if (!env.REPAIR || !verify.total(first)) return first;
     run.totals.rows += await repair();
     return await compare();
   });
   if (env.REPAIR || !found.counts.missing) return found;
   run.log("again", { because: "rows are missing, which a sweep or a repair beside this may have removed" });
-  return await beside(run, env, "all", (both) => both.compare());
+  return await verify.beside(run, env, "all", (both) => both.compare());
 }
 
 /** What differs, and what to do. */
-function describe(pipeline: string, found: Comparison, limit: number): string {
+function describe(pipeline: string, found: verify.Comparison, limit: number): string {
   const { counts } = found;
-  const all = total(found);
+  const all = verify.total(found);
   const lines = found.shown.slice(0, limit).map(({ kind, name, columns, newer }) => {
     const what = kind === "different" ? `: ${columns}` : "";
     return `  ${kind.padEnd(11)}  ${name}${what}${newer ? "  (newer at the destination)" : ""}`;
@@ -98,7 +95,7 @@ function describe(pipeline: string, found: Comparison, limit: number): string {
     const { table, cursor } = readContract(pipeline).source;
     const correct = `update ${table} set ${cursor} = now() where ${cursor} > now();`;
     lines.push(
-      `${thousands(counts.unreachable)} lie in the future, and no run reads them. At the source run: ${correct} then: make ${pipeline}`,
+      `${thousands(counts.unreachable)} lie in the future, and no run reads them. At the source: ${correct} then: make ${pipeline}`,
     );
   }
   let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;

@@ -20,6 +20,7 @@ import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
+import { type Metrics, pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
@@ -52,11 +53,7 @@ export interface Comparison {
 export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], 0);
 
 /** What make verify and make sweep read. */
-export const verifyVariables = {
-  ...pipelineVariables,
-  ...bigqueryVariables,
-  LIMIT: optional(number(1, 100_000), 20),
-};
+export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIMIT: optional(number(1, 100_000), 20) };
 export type VerifyEnv = Env<typeof verifyVariables>;
 
 /**
@@ -98,10 +95,7 @@ export async function eachPipeline(
  */
 type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
 
-/**
- * Why the watermark cannot be trusted, in words with the next command, if it cannot.
- * @throws UsageError where there is none: nothing has been synced.
- */
+/** Why the watermark cannot be trusted, in words, if it cannot. @throws UsageError where there is none: nothing has been synced. */
 export async function distrusted(run: Run): Promise<string | undefined> {
   const { pipeline, etl } = run;
   const stored = await readWatermark(etl, pipeline);
@@ -110,10 +104,8 @@ export async function distrusted(run: Run): Promise<string | undefined> {
 }
 
 /**
- * Checks the source and the table as a run does, loads every row of the source, whatever its cursor, into a staging table, and drops
- * that after `work`. What is transient is tried again.
- * @param columns which are loaded and compared; the key and the cursor are enough to find rows that the source no longer has.
- * @throws UsageError as a run does, and where a key comes twice.
+ * Checks the source and the table as a run does, and loads every row of the source, whatever its cursor, into a staging table.
+ * @param columns which are compared; the key and the cursor are enough to find rows that the source no longer has.
  */
 export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key", work: (both: Both) => Promise<T>): Promise<T> {
   const contract = readContract(run.pipeline);
@@ -221,4 +213,20 @@ WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
     // After the DELETE the keys that were twice are missing.
     merge: mergeStatement(contract, table, rows, compared),
   };
+}
+
+/**
+ * Pushes how much differs, and where nothing does the time; a Pushgateway that is away costs a warning. Records the proof for make report.
+ * @param rows that were compared. @param differences rows, of events days, that differ. @param found the same in words.
+ */
+export async function recordVerified(run: Run, url: string, rows: number, differences: number, found: string | null): Promise<void> {
+  const { pipeline, etl, totals } = run;
+  const values: Metrics = { etl_verify_differences: differences };
+  if (!differences) values.etl_verify_last_success_timestamp_seconds = Date.now() / 1000;
+  await pushMetrics(url, pipeline, values, { command: "verify" }).catch(({ message }: Error) =>
+    run.log("warning", { warning: "the metrics were not pushed", error: message }),
+  );
+  await etl`
+    insert into etl.verifications (pipeline, rows, differences, found, bytes_billed)
+    values (${pipeline}, ${rows}, ${differences}, ${found}, ${totals.bytes_billed})`;
 }
