@@ -7,8 +7,6 @@
  *                    raised where they are lower
  *   the connector    named after the topic, as its slot, etl_PREFIX; the source's address and role are added to the file's settings
  *   safe to re-run   yes: a connector that is as the file says stays as it was
- *
- *   make connector
  */
 import { readEnv } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";

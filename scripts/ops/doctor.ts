@@ -88,8 +88,7 @@ await main(import.meta, async () => {
   for (const lines of printed) process.stdout.write(await lines);
   for (const name of Object.keys(own).filter((name) => !only && !has(name)))
     process.stdout.write(`-     ${name}: not checked, since none of ${own[name]?.join(", ")} is set\n`);
-  const fix = `${failures} checks failed. Fix the lines marked FAIL, then run: make doctor`;
-  process.stdout.write(`${failures ? fix : "all is well"}\n`);
+  process.stdout.write(failures ? `${failures} checks failed. Fix the lines marked FAIL, then run: make doctor\n` : "all is well\n");
   process.exit(failures ? 1 : 0); // a client may still be asking a server that is away
 });
 

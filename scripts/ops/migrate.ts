@@ -10,8 +10,7 @@
  *   ClickHouse       schemas/clickhouse/*.sql, as sql/etl, where CLICKHOUSE_URL is set. A database that an older version made is taken over
  *   safe to re-run   yes: what exists is left as it is; a second migrate waits for the first
  *
- *   make migrate             do it
- *   make migrate DRY_RUN=1   say what would be done
+ *   make migrate DRY_RUN=1   says what would be done; without DRY_RUN=1 it does it
  */
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
@@ -75,11 +74,9 @@ await main(import.meta, async () => {
     await migrateClickHouse(client, apply);
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
 
-  if (refused.length)
-    throw new UsageError(
-      `these differences could lose data or need a decision, and were left as they are:\n  ${refused.join("\n  ")}\n` +
-        "Run the SQL there, or bring the contract back to the table; then: make migrate",
-    );
+  const kept = "these differences could lose data or need a decision, and were left as they are";
+  const next = "Run the SQL there, or bring the contract back to the table; then: make migrate";
+  if (refused.length) throw new UsageError(`${kept}:\n  ${refused.join("\n  ")}\n${next}`);
   log({ step: "done" });
 });
 
@@ -141,10 +138,8 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
     const [wanted, found] = [resource[part] ?? {}, actual[part] ?? {}] as [Record<string, unknown>, Record<string, unknown>];
     // What the service adds itself, such as an expiry that is 0, is nobody's difference.
     if (Object.entries(wanted).every(([key, value]) => isDeepStrictEqual(found[key], value))) continue;
-    decisions.push(
-      `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${file}), found ${JSON.stringify(found)}. ` +
-        "A table keeps these for its life: create a new one, and copy its rows",
-    );
+    const fault = `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${file}), found ${JSON.stringify(found)}`;
+    decisions.push(`${fault}. A table keeps these for its life: create a new one, and copy its rows`);
   }
   return { additions, decisions };
 }

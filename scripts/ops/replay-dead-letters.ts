@@ -3,7 +3,6 @@
  * replay-dead-letters: sends the dead letters of the topic's current epoch through the views again, as they are and with the versions that
  * they had, so that none wins over newer data. Those that now are changes are dead letters no more; the rest stays.
  *
- *   make replay-dead-letters
  *   safe to re-run   yes: a message that is replayed twice writes the same row
  */
 import { postgresUrl, readEnv, required } from "../../shared/env.ts";

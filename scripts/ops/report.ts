@@ -3,8 +3,7 @@
  * report: one page for the half hour a week: what needs a person, the state and the last 60 runs of each pipeline, the archive as a
  * calendar, the models, the proofs of make verify, and bytes billed by week. The file holds all it needs and asks nothing of any server.
  *
- *   make report                    writes report.html
- *   make report OUT=/srv/www/etl.html
+ *   make report OUT=/srv/www/etl.html     without OUT, report.html
  *
  *   schedule         weekly, cron
  *   safe to re-run   yes: the page is replaced at once, by a rename

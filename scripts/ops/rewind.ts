@@ -6,8 +6,7 @@
  *   keeps            a row in etl.runs with state rewound, and the window that is read again
  *   also             takes over the source's identity, after a restore or a failover
  *
- *   make rewind PIPELINE=orders TO=2017-06-01
- *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    say what would be read again
+ *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    says what would be read again; without DRY_RUN=1 it does it
  */
 import { hostname } from "node:os";
 import { flag, oneOf, optional, readEnv, required, timestamp, UsageError } from "../../shared/env.ts";

@@ -7,8 +7,6 @@
  *   refused          while consumers run, without a rebuild, and where make verify's comparison finds that it differs from the source (a
  *                    change that was dead-lettered is no difference)
  *   safe to re-run   yes: killed between the tables, it exchanges the other one
- *
- *   make swap-readings
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";

@@ -25,8 +25,6 @@ import { duration } from "../../shared/table.ts";
 import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 import { recordVerified } from "./lib/verify.ts";
 
-const DAY_SECONDS = 86_400;
-
 await main(import.meta, async () => {
   const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
   const wanted = env.FROM && readDays(env, "verify-events");
@@ -81,7 +79,7 @@ async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: bool
   for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
     const seconds = (Date.now() - modified.getTime()) / 1000;
     const stray = { what: "a part that no manifest names", key, age: duration(seconds) };
-    if (clean && seconds > DAY_SECONDS) {
+    if (clean && seconds > 86_400) {
       await removeObjects(bucket, [key]);
       log("removed", stray);
     } else log("stray", { ...stray, next: "CLEAN=1 deletes it once it is older than a day" });

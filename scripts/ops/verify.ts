@@ -95,7 +95,7 @@ function describe(pipeline: string, found: verify.Comparison, limit: number): st
     const { table, cursor } = readContract(pipeline).source;
     const correct = `update ${table} set ${cursor} = now() where ${cursor} > now();`;
     lines.push(
-      `${thousands(counts.unreachable)} lie in the future, and no run reads them. At the source: ${correct} then: make ${pipeline}`,
+      `${thousands(counts.unreachable)} lie in the future, which no run reads. At the source run: ${correct} then make ${pipeline}`,
     );
   }
   let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;

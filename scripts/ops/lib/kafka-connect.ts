@@ -77,11 +77,9 @@ export async function createReadingsTopic(env: Env<typeof kafkaVariables>, confi
 export async function checkMessageBytes(admin: Admin, topic: string): Promise<void> {
   const { messageBytes } = await readTopicSettings(admin, topic);
   const sent = Number(readConfig()["producer.override.max.request.size"]);
-  if (messageBytes < sent)
-    throw new Error(
-      `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}. Run: make connector, ` +
-        `which raises that; where the service does not allow it, lower the sizes in ${file} before`,
-    );
+  const fault = `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}`;
+  const next = `Run: make connector, which raises that; where the service does not allow it, lower the sizes in ${file} before`;
+  if (messageBytes < sent) throw new Error(`${fault}. ${next}`);
 }
 
 const resourceOf = (name: string) => ({ type: ConfigResourceTypes.TOPIC, name });
@@ -103,10 +101,9 @@ async function nextOfLargeRow(env: ConnectorEnv): Promise<string> {
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:connector", timeoutSeconds: 60 });
   const rows = await source.unsafe<{ id: string; bytes: number }[]>(statement).catch(() => []); // of a large table it takes too long
   const largest = rows.map(({ id, bytes }) => `id=${id} of ${thousands(bytes)} bytes`).join(", ");
-  return (
-    `The largest rows of ${connect.sourceTable}: ${largest || `ask the source: ${statement};`}. Raise max.message.bytes, max.request.size ` +
-    `and buffer.memory in ${file}, then: make connector. Deleting the row is not enough: its change is in the WAL (make resnapshot)`
-  );
+  const raise = `Raise max.message.bytes, max.request.size and buffer.memory in ${file}, then: make connector`;
+  const not = "Deleting the row is not enough: its change is in the WAL (make resnapshot)";
+  return `The largest rows of ${connect.sourceTable}: ${largest || `ask the source: ${statement};`}. ${raise}. ${not}`;
 }
 
 /** Whether the connector and its task run. @throws Error with a failure's trace. */
@@ -121,11 +118,7 @@ async function runs(env: ConnectorEnv): Promise<boolean> {
   throw new Error(`connector ${connect.namesOf(env).connector} failed:\n${words}\n${next}`);
 }
 
-/**
- * Creates or changes the connector and waits until it and its task run. What has failed is restarted, which an unchanged configuration
- * does not do.
- * @throws Error with the trace of what failed, or its status after 90 s.
- */
+/** Creates or changes the connector, restarts what has failed, and waits until all runs. @throws Error with the trace of what failed. */
 export async function startConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
   await connect.askConnect(env, "PUT", "/config", config).catch((error: Error) => {
     // Of a reference that it cannot resolve, Connect says nothing useful.
@@ -173,8 +166,7 @@ export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Pr
 
 /**
  * Forgets how far the stopped connector was, in Connect and at the source, whose slot is dropped: started again, it begins with a
- * snapshot. A task that was stopped while it started may hold the slot for seconds after Connect says STOPPED: its session is ended.
- * @throws Error where the slot is still held after 60 s.
+ * snapshot. A task that was stopped while it started may hold the slot for seconds: its session is ended.
  */
 export async function forgetProgress(env: ConnectorEnv): Promise<void> {
   await connect.askConnect(env, "DELETE", "/offsets");

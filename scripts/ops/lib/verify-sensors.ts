@@ -21,13 +21,10 @@ import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { waitUntil } from "./answer.ts";
 import { type Comparison, comparison, type Found, total } from "./verify.ts";
 
-const { select } = clickhouse;
-type SensorsEnv = clickhouse.ClickHouseEnv &
-  Env<typeof kafkaVariables> & { SOURCE_DATABASE_URL: string /** How many differences are named. */; LIMIT: number };
+type SensorsEnv = clickhouse.ClickHouseEnv & Env<typeof kafkaVariables> & { LIMIT: number };
 
 /** How long what is on its way may take. */
 const ARRIVAL_SECONDS = 120;
-const DAY_MS = 86_400_000;
 
 /**
  * Compares all readings.
@@ -47,13 +44,13 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
   const differing = `
     SELECT id, multiIf(count() > 1, 'twice', NOT max(in_table), 'missing', NOT max(in_source), 'extra', 'different') AS kind,
       arrayStringConcat(any(columns), ', ') AS columns FROM (${joined(columns, at("source"))}) GROUP BY id HAVING max(differs)`;
-  // Of one that was killed.
-  await dropTables(client, `match(name, '^verify_[0-9]{8}_') AND name < 'verify_${newRunId(Date.now() - DAY_MS)}'`);
+  // Of one that was killed, a day ago or more.
+  await dropTables(client, `match(name, '^verify_[0-9]{8}_') AND name < 'verify_${newRunId(Date.now() - 86_400_000)}'`);
   const canary = await readCanary(run.etl, env.SENSORS_TOPIC);
   try {
     await create("before", versions());
     const rows = await loadSource(run, client, at("source"), columns);
-    const [first] = await select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
+    const [first] = await clickhouse.select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
     const candidates = Number(first?.n);
     const found: Found[] = [];
     if (candidates) {
@@ -66,7 +63,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
         FROM ${at("still")} AS s LEFT JOIN ${at("before")} AS b ON b.id = s.id
         LEFT JOIN (${versions(`id IN (SELECT id FROM ${at("still")})`)}) AS a ON a.id = s.id
         WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} ORDER BY s.id LIMIT ${env.LIMIT} BY s.kind ${settings}`;
-      found.push(...(await select<Found>(client, query)));
+      found.push(...(await clickhouse.select<Found>(client, query)));
     }
     const compared = comparison(rows, found);
     if (!found.length) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
@@ -80,7 +77,8 @@ const deadIds = "SELECT JSONExtractInt(ifNull(key, ''), 'id') FROM sensor_dead_l
 
 async function dropTables(client: ClickHouseClient, which: string): Promise<void> {
   const query = `SELECT name FROM system.tables WHERE database = currentDatabase() AND ${which}`;
-  for (const { name } of await select<{ name: string }>(client, query)) await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
+  for (const { name } of await clickhouse.select<{ name: string }>(client, query))
+    await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
 }
 
 /** Loads all readings of the source, from one snapshot. A time that DateTime64 cannot hold comes as NULL. @returns how many. */
@@ -100,7 +98,7 @@ async function loadSource(run: Run, client: ClickHouseClient, table: string, col
     clickhouse_settings: { async_insert: 0, wait_end_of_query: 1 },
   });
   for await (const _ of stream); // an answer that is not read keeps its connection
-  const [loaded] = await select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
+  const [loaded] = await clickhouse.select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
   if (Number(loaded?.n) === rows.sent.rows) return rows.sent.rows;
   throw new Error(`${rows.sent.rows} readings were read, and ${loaded?.n} were loaded into ${table}. Next: make verify PIPELINE=sensors`);
 }

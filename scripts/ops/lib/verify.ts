@@ -28,25 +28,25 @@ import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts
 export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
 export type Kind = (typeof kinds)[number];
 
-/** A key whose rows are not the same on both sides. */
+/**
+ * A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas;
+ * `newer` where the table has a later version than the source, which then went back.
+ */
 interface Difference {
   kind: Kind;
-  /** The key for people, such as id=17. */
   name: string;
-  /** In which columns, with commas between them, if it is `different`. */
   columns: string;
-  /** The table has a later version than the source, which then went back. */
   newer: boolean;
 }
 
-/** Counts are of keys. */
+/**
+ * How many rows of the source were compared; how many keys are the next run's (`fresh`: at or past the watermark on either side), and of
+ * each kind; the first LIMIT of each kind.
+ */
 export interface Comparison {
-  /** Rows of the source that were compared. */
   rows: number;
-  /** At or past the watermark on either side: the next run's. */
   fresh: number;
   counts: Record<Kind, number>;
-  /** Of each kind the first LIMIT, by key. */
   shown: Difference[];
 }
 
@@ -89,10 +89,7 @@ export async function eachPipeline(
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
-/**
- * A table, and every row of its source beside it. `deleteExtra` deletes the rows that the source has not, `repair` makes the table's rows
- * what the source has; both return how many rows they changed.
- */
+/** What can be done with a table beside its source's rows. `deleteExtra` and `repair` return how many rows of the table they changed. */
 type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
 
 /** Why the watermark cannot be trusted, in words, if it cannot. @throws UsageError where there is none: nothing has been synced. */
