@@ -44,7 +44,6 @@ await main(import.meta, async () => {
     after("test/data/schema.sql", added, /$/, () => `\n${added}\n`),
   ];
   applyEdits(edits, env.DRY_RUN);
-  process.stdout.write(
-    `Then: make migrate ${pipeline}\nRows that do not change keep NULL until: make ${pipeline} FROM=2000-01-01 TO=2100-01-01\n`,
-  );
+  const again = `make ${pipeline} FROM=2000-01-01 TO=2100-01-01`;
+  process.stdout.write(`Then: make migrate ${pipeline}\nRows that do not change keep NULL until: ${again}\n`);
 });

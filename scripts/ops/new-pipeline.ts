@@ -30,13 +30,12 @@ const schedules = {
   "1w": { words: "weekly", seconds: 604_800, cron: "M 4  * * 1", limit: "4h" },
 };
 
-const plain = like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only");
 const variables = {
   SOURCE_DATABASE_URL: pipelineVariables.SOURCE_DATABASE_URL,
   TABLE: required(text),
   EVERY: required(oneOf(Object.keys(schedules))),
   NAME: optional(like(/^[a-z]\w*$/, "must begin with a small letter, and may hold letters, digits and _ only")),
-  CURSOR: optional(plain, "updated_at"),
+  CURSOR: optional(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only"), "updated_at"),
   KEY: optional(like(/^[A-Za-z_]\w*(,[A-Za-z_]\w*)*$/, "must be columns with commas between them")),
   DRY_RUN: optional(flag, false),
 };

@@ -6,11 +6,7 @@ import { queryWith, type Settings } from "../../../shared/session.ts";
 import { type Column, readSelect } from "../../../shared/source.ts";
 
 /** `remedy`: what to do where it is not ok, else what is worth knowing. */
-export interface CatalogueCheck {
-  check: string;
-  ok: boolean;
-  remedy: string | null;
-}
+export type CatalogueCheck = { check: string; ok: boolean; remedy: string | null };
 
 /** @param part whose role asks. @param settings that the part reads. */
 export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replication", settings: Settings = {}): Promise<CatalogueCheck[]> =>

@@ -17,11 +17,7 @@ export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "
   throw new UsageError(`make ${command} needs FROM and TO as dates, of UTC: the first day, and the day after the last. ${example}`);
 }
 
-/**
- * Reads days back, and continues past one that fails.
- * @param read returns the day's manifest, or throws what is wrong with the day.
- * @returns the days that failed, with the reason and the next command.
- */
+/** Reads days back, past one that fails. @returns the days for which `read` has thrown, with what was wrong and the next command. */
 export async function readBack(
   run: Run,
   command: string,

@@ -1,6 +1,4 @@
-/**
- * Applies numbered files of SQL to Postgres or ClickHouse. One at a time: the caller holds a lock, or is alone with the database.
- */
+/** Applies numbered files of SQL to Postgres or ClickHouse. One at a time: the caller holds a lock, or is alone with the database. */
 import type { ClickHouseClient } from "@clickhouse/client";
 import type { Sql } from "postgres";
 import { UsageError } from "../../../shared/env.ts";
@@ -34,10 +32,7 @@ export async function migratePostgres(etl: Sql, step: Step = silently): Promise<
 /** A statement ends with a semicolon at the end of a line. */
 export const statementsOf = (sql: string): string[] => sql.split(/;[ \t]*$/m).filter((statement) => /^\w/m.test(statement));
 
-/**
- * Applies schemas/clickhouse. ClickHouse has no transactions for this: a file that was killed halfway is applied again, so each of its
- * statements must allow that.
- */
+/** Applies schemas/clickhouse, without transactions: a file that was killed halfway is applied again, and its statements allow that. */
 export async function migrateClickHouse(client: ClickHouseClient, step = silently): Promise<void> {
   const record = `CREATE TABLE IF NOT EXISTS etl_migrations
     (file String, sha256 String, applied_at DateTime('UTC') DEFAULT now()) ENGINE = MergeTree ORDER BY file`;
