@@ -80,11 +80,8 @@ ${table(["pipeline", "verified", "rows compared", "differences", "found"], proof
 
 function renderPipeline({ name, state, facts, reasons, label = "", cells, runs }: Pipeline): Markup {
   const words = `${label}. Height: rows, logarithmic. A cross failed; dashes: abandoned (killed), or still running.`;
+  const names = ["at", "state", "rows", "took", "billed", "watermark held", "error"];
+  const past = html`<details><summary>The runs as text</summary>${table(names, runs)}</details>`;
   return html`<article><h3>${name} <span class="${state}">${state}</span></h3><p>${facts}</p>
-    ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}
-    ${
-      cells &&
-      html`${chart(words, cells, "bars")}<details><summary>The runs as text</summary>
-    ${table(["at", "state", "rows", "took", "billed", "watermark held", "error"], runs)}</details>`
-    }</article>`;
+    ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}${cells && [chart(words, cells, "bars"), past]}</article>`;
 }

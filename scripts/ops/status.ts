@@ -1,8 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
- * status: where each pipeline is. Reads schema etl, the source's open transactions, and, where they are configured, Kafka, Kafka Connect,
- * ClickHouse, BigQuery and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql
- * judges, and says what each key means.
+ * status: where each pipeline is. Reads schema etl, the source, and, where they are configured, BigQuery, Kafka, Connect and ClickHouse; a
+ * part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql judges, and says what each key means.
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
  *   make status JSON=1   the same for programs, on stdout: an object for each pipeline, each with every key of sql/status.sql:

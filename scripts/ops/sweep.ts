@@ -10,7 +10,6 @@
  *   safe to re-run   yes, at any time, also after a kill. A row whose deletion has not been committed at the source stays
  *
  *   make sweep                                every pipeline to BigQuery, one after the other, past one that fails
- *   make sweep PIPELINE=orders
  *   make sweep PIPELINE=orders DRY_RUN=1      says what it would delete
  *   make sweep PIPELINE=orders CONFIRM=1      however many
  *

@@ -57,9 +57,8 @@ export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIM
 export type VerifyEnv = Env<typeof verifyVariables>;
 
 /**
- * Does `work` as a run of each of the pipelines, past one that fails, until a signal stops it. By hand: it says nothing of the pipelines'
- * schedules, and waits for their locks. @param work adds what is wrong, in words.
- * @throws the error of the only one, or Error with all that failed.
+ * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it. @param work adds what is wrong, in
+ * words. @throws the error of the only one, or Error with all that failed.
  */
 export async function eachPipeline(
   command: string,
@@ -147,8 +146,8 @@ export function comparison(rows: number, found: Found[]): Comparison {
 }
 
 /**
- * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON,
- * arrays and structs are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
+ * SQL: whether two values of a field are distinct; NULL equals NULL, and NaN NaN (documented of IS DISTINCT FROM). JSON, arrays and structs
+ * are not comparable; TO_JSON_STRING writes both sides' by one rule.
  */
 function isDistinct({ type, mode }: Field, a: string, b: string): string {
   const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
