@@ -12,9 +12,8 @@ import { clickhouseVariables, connectClickHouse, select } from "../../shared/sen
 import { table } from "../../shared/table.ts";
 
 await main(import.meta, async () => {
-  const { SENSORS_TOPIC } = kafkaVariables;
-  const own = { LIMIT: optional(number(1, 100_000), 20), JSON: optional(flag, false) };
-  const env = readEnv({ ...clickhouseVariables, SENSORS_TOPIC, ...own });
+  const own = { SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC, LIMIT: optional(number(1, 100_000), 20), JSON: optional(flag, false) };
+  const env = readEnv({ ...clickhouseVariables, ...own });
   const { SENSORS_TOPIC: topic, LIMIT: limit } = env;
   await using client = connectClickHouse(env);
   const ask = (query: string) => select<Record<string, string>>(client, query, { topic, limit });

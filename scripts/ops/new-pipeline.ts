@@ -119,7 +119,7 @@ function script({ name, path, cursor, key, schedule }: Plan): string {
 }
 
 /** What is added to files that exist: what users have there, with another name. */
-function edits({ name, path, columns, cursor, key, schedule }: Plan): Edit[] {
+function edits({ name, path, columns, cursor, key, schedule: { cron, limit, seconds } }: Plan): Edit[] {
   const renamed = (text: string): string => text.replaceAll(/\busers\b/g, name);
   const declared = columns.map((column) => `  ${declare(column)}${column.notnull ? " not null" : ""},\n`);
   const created = `
@@ -130,18 +130,16 @@ create index if not exists ${name}_${cursor} on ${path} (${cursor});\n`;
   const succeeds = (series: string): string =>
     /verify/.test(series) ? renamed(series) : renamed(series).replace(/values: "[^"]*"/, 'values: "0+60x1000"');
   const succeeded = /^ +- (\{ )?series: '\w+\{.*pipeline="users".*\n( +values: .*\n)?/gm;
-  const seconds = (rule: string): string => renamed(rule).replace(/\d+(?=\)$)/m, String(schedule.seconds));
+  const expected = (rule: string): string => renamed(rule).replace(/\d+(?=\)$)/m, String(seconds));
   // By its schedule, at the first odd minute that no other line has.
-  const minutes = Array.from({ length: 30 }, (_, half) => `${2 * half + 1}`);
-  const minute = minutes.find((one) => !new RegExp(`^${one} `, "m").test(readFileSync(join(root, "ops/crontab"), "utf8"))) ?? "1";
-  const line = (users: string): string =>
-    renamed(users)
-      .replace(/^(\S+ +){4}\S+/, schedule.cron.replace("M", minute))
-      .replace(/-k 60 \w+/, `-k 60 ${schedule.limit}`);
+  const minutes = Array.from({ length: 25 }, (_, half) => `${2 * half + 11}`);
+  const minute = minutes.find((one) => !new RegExp(`^${one} `, "m").test(readFileSync(join(root, "ops/crontab"), "utf8"))) ?? "59";
+  const scheduled = (line: string): string =>
+    line.replace(/^(\S+ +){4}\S+/, cron.replace("M", minute)).replace(/-k 60 \w+/, `-k 60 ${limit}`);
   return [
     after("Makefile", `\n${name}: setup`, /^\.PHONY: users\n(.+\n)+\n/m, renamed),
-    after("ops/alerts.yml", `{ pipeline: ${name} }`, /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m, seconds),
-    after("ops/crontab", ` make ${name} `, /^.* make users .*\n/m, line),
+    after("ops/alerts.yml", `{ pipeline: ${name} }`, /^ +- record: \w+\n +labels: \{ pipeline: users \}\n.*\n/m, expected),
+    after("ops/crontab", ` make ${name} `, /^.* make users .*\n/m, (users) => scheduled(renamed(users))),
     after("test/ops/alerts.test.yml", `pipeline="${name}"`, succeeded, succeeds),
     after("test/ops/alerts.weekly.test.yml", `pipeline="${name}"`, succeeded, succeeds),
     after("sql/roles.sql", `'${path}'`, /in array array\[[^\]]*/, () => `, '${path}'`),

@@ -14,8 +14,8 @@ import { readEpoch } from "../../shared/sensors/epoch.ts";
 import { openSession } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
-  const { SENSORS_TOPIC } = kafkaVariables;
-  const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), ...clickhouseVariables, SENSORS_TOPIC });
+  const own = { ETL_DATABASE_URL: required(postgresUrl), SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC };
+  const env = readEnv({ ...clickhouseVariables, ...own });
   await using client = connectClickHouse(env);
 
   // 1. This epoch's only: what was dead before is in the snapshot that the epoch began with, or was deleted since.

@@ -26,12 +26,8 @@ type Chart = { label: string; cells: Cell[] };
 type Pipeline = Partial<Chart> & { name: string; state: string; reasons: string[]; facts: string; runs: Row[] };
 
 /** The document of sql/report.sql; a part that has nothing is null. */
-type Report = Record<"now" | "week" | "models" | "proofs" | "billed", Row[] | null> & {
-  at: string;
-  pipelines: Pipeline[];
-  archive: string | null;
-  years: Chart[] | null;
-};
+type Report = { at: string; pipelines: Pipeline[]; archive: string | null; years: Chart[] | null } & Tables;
+type Tables = Record<"now" | "week" | "models" | "proofs" | "billed", Row[] | null>;
 
 await main(import.meta, async () => {
   const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), OUT: optional(text, "report.html") });

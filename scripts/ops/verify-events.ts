@@ -78,11 +78,10 @@ async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: bool
   const named = new Set([archive.manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
   for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
     const seconds = (Date.now() - modified.getTime()) / 1000;
-    const stray = { what: "a part that no manifest names", key, age: duration(seconds) };
-    if (clean && seconds > 86_400) {
-      await removeObjects(bucket, [key]);
-      log("removed", stray);
-    } else log("stray", { ...stray, next: "CLEAN=1 deletes it once it is older than a day" });
+    const removes = clean && seconds > 86_400;
+    if (removes) await removeObjects(bucket, [key]);
+    const next = removes ? undefined : "CLEAN=1 deletes it once it is older than a day";
+    log(removes ? "removed" : "stray", { what: "a part that no manifest names", key, age: duration(seconds), next });
   }
 }
 

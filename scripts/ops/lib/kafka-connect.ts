@@ -56,12 +56,11 @@ export async function createReadingsTopic(env: Env<typeof kafkaVariables>, confi
   const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
   const { undefined: _, partitions, "replication.factor": replicas, ...wanted } = Object.fromEntries(settings);
   const { "max.message.bytes": max_message_bytes } = wanted;
-  const entries = (values: Record<string, string>) => Object.entries(values).map(([name, value]) => ({ name, value }));
   await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
     if (!(await admin.listTopics()).includes(topic)) {
       const numbers = { numPartitions: Number(partitions), replicationFactor: Number(replicas) };
-      const isNew = await createTopic(admin, { topic, ...numbers, configEntries: entries(wanted) });
-      if (isNew) log({ step: "created", topic, max_message_bytes });
+      const configEntries = Object.entries<string>(wanted).map(([name, value]) => ({ name, value }));
+      if (await createTopic(admin, { topic, ...numbers, configEntries })) log({ step: "created", topic, max_message_bytes });
       return;
     }
     const { own, messageBytes } = await readTopicSettings(admin, topic);

@@ -27,9 +27,8 @@ type SensorsEnv = clickhouse.ClickHouseEnv & Env<typeof kafkaVariables> & { LIMI
 const ARRIVAL_SECONDS = 120;
 
 /**
- * Compares all readings.
- * @param fill of a rebuild, which no consumer fills while it is compared: inserts what the topic has. Its dead letters are no differences.
- * @throws Error where what the source had committed does not arrive.
+ * Compares all readings. @param fill of a rebuild, which no consumer fills meanwhile: inserts what the topic has. Its dead letters are no
+ * differences. @throws Error where what the source had committed does not arrive.
  */
 export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Promise<void>): Promise<Comparison> {
   await using client = clickhouse.connectClickHouse(env);

@@ -115,9 +115,8 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     // What a run at work beside this one may bring until this has ended is no row of the future.
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
-    const all = { from: "-infinity", to: "infinity" };
     await using staging = await createStaging(run, to, attempt);
-    const { rows } = await loadChunk(run, from, staging, all);
+    const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
