@@ -105,11 +105,7 @@ async function openChecked(check: Check, variable: string, url: string): Promise
 }
 
 async function printCatalogue(check: Check, answers: Promise<CatalogueCheck[]>): Promise<void> {
-  for (const { check: name, ok, remedy } of await answers)
-    await check(name, () => {
-      if (!ok) throw new Error(`${remedy}`);
-      return remedy;
-    });
+  for (const { check: name, ok, remedy } of await answers) await check(name, () => (ok ? remedy : Promise.reject(new Error(`${remedy}`))));
 }
 
 async function checkMetadata(check: Check): Promise<void> {
@@ -239,7 +235,7 @@ async function checkKafka(check: Check): Promise<void> {
 async function checkClickHouse(check: Check): Promise<void> {
   const env = readEnv({ SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables });
   const client = clickhouse.connectClickHouse(env);
-  const migrations = () => clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch(nameClickHouse(env));
+  const migrations = () => clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => nameClickHouse(env, error));
   if (!(await check("the files of schemas/clickhouse are applied", migrations))) return;
   await check("rows may be inserted", () =>
     clickhouse.insertRowBinary(client, "sensor_landing", Buffer.alloc(0), AbortSignal.timeout(30_000)),

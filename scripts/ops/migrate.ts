@@ -69,7 +69,7 @@ await main(import.meta, async () => {
     await using server = connectClickHouse(clickhouse, "default");
     // A dry run asks the server all the same, so that a wrong login is known.
     const query = env.DRY_RUN ? "SELECT 1 FORMAT Null" : `CREATE DATABASE IF NOT EXISTS ${clickhouse.CLICKHOUSE_DATABASE}`;
-    await server.command({ query }).catch(nameClickHouse(clickhouse));
+    await server.command({ query }).catch((error: Error) => nameClickHouse(clickhouse, error));
     await using client = connectClickHouse(clickhouse);
     await migrateClickHouse(client, apply);
   } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");

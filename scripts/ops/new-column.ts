@@ -2,8 +2,7 @@
 /**
  * new-column: adds a column that the source has and the contract has not, and prints what is left for a person.
  *
- *   make new-column PIPELINE=orders COLUMN=channel
- *     DRY_RUN=1            prints the differences, and writes nothing
+ *   make new-column PIPELINE=orders COLUMN=channel DRY_RUN=1      prints the differences; without DRY_RUN=1 it writes them
  *
  *   writes           its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column
  *                    of the local stack
@@ -17,7 +16,7 @@ import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
-import { castOf, declare, formatContract, readTable } from "./lib/catalogue.ts";
+import { declare, formatContract, readTable, unfitness } from "./lib/catalogue.ts";
 import { after, applyEdits } from "./lib/edits.ts";
 
 await main(import.meta, async () => {
@@ -31,7 +30,7 @@ await main(import.meta, async () => {
   const column = columns.find((one) => one.name === name);
   if (!column) throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
   const { field } = column;
-  if (!field) throw new UsageError(`column ${name} of ${path}: ${column.unfit}. Add to sql/${pipeline}.sql: ${castOf(column, file)}`);
+  if (!field) throw new UsageError(`column ${name} of ${path} cannot be synced, ${unfitness(column, file)}`);
   const addField = (json: string): string => {
     const contract = JSON.parse(json);
     contract.schema.fields.push({ ...field, mode: field.mode.replace("REQUIRED", "NULLABLE") });

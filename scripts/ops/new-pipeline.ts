@@ -20,7 +20,7 @@ import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError 
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
-import { askCatalogue, castOf, declare, formatContract, readTable, type SourceTable } from "./lib/catalogue.ts";
+import { askCatalogue, declare, formatContract, readTable, type SourceTable, unfitness } from "./lib/catalogue.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 
 /** How the schedule is written: in words, in seconds, in the crontab (M is its minute), and as a limit of the run. */
@@ -93,10 +93,7 @@ function contract({ path, columns, comment, cursor, key }: Plan): string {
 }
 
 function select({ name, path, columns, cursor }: Plan): string {
-  const leftOut = columns.flatMap((column) => {
-    if (column.field) return [];
-    return `  -- Left out: ${column.ident}, since ${column.unfit}. To sync it: ${castOf(column, "the contract")}.\n`;
-  });
+  const leftOut = columns.flatMap((one) => (one.field ? [] : `  -- Left out: ${one.ident}, ${unfitness(one, "the contract")}.\n`));
   const listed = columns.flatMap(({ field, ident }) => (field ? `  ${ident}` : []));
   return `-- What \`make ${name}\` reads: the window [etl.from, etl.to) of ${cursor}. Its columns are the fields of
 -- ${contractOf(name)}. In psql:

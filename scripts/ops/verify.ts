@@ -7,7 +7,6 @@
  *                    that no run reads it, is a difference
  *   sensors          Postgres and ClickHouse: what differs is compared again once all messages are inserted, and is a difference if no
  *                    message has changed it meanwhile
- *   events           make verify-events
  *
  *   make verify                            all of them
  *   make verify PIPELINE=orders REPAIR=1   repairs what differs, by primary key, under the pipeline's lock: writes the source's rows over

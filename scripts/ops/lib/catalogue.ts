@@ -12,8 +12,8 @@ export type CatalogueCheck = { check: string; ok: boolean; remedy: string | null
 export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replication", settings: Settings = {}): Promise<CatalogueCheck[]> =>
   queryWith(sql, { "etl.part": part, ...settings }, readSelect("doctor"));
 
-/** `field`: the one that holds every value of the column; without one, `unfit` says why there is none. */
-type SourceColumn = Column & { ident: string; comment: string | null } & ({ field: Field } | { field?: undefined; unfit: string });
+/** `field`: the one that holds every value of the column; or else `unfit`: why there is none. */
+type SourceColumn = Column & { ident: string; comment: string | null; field?: Field; unfit?: string };
 
 /** A row of sql/table.sql, which says what each is. */
 export interface SourceTable extends Record<"faults" | "grants" | "key", string[]> {
@@ -45,9 +45,9 @@ function fieldOf(column: SourceColumn): { field: Field } | { unfit: string } {
 /** The column in the local stack's table, where an enum need not exist. */
 export const declare = ({ ident, type, declared }: SourceColumn): string => `${ident} ${type === "enum" ? "text" : declared}`;
 
-/** How a column without a field is synced all the same, in words. @param file the contract. */
-export const castOf = ({ ident, name }: SourceColumn, file: string): string =>
-  `${ident}::text as ${name.replaceAll(/\W/g, "_")}, and a STRING in ${file}`;
+/** Of a column without a field: why, and how it is synced all the same. @param file the contract. */
+export const unfitness = ({ unfit, ident, name }: SourceColumn, file: string): string =>
+  `since ${unfit}. To sync it: ${ident}::text as ${name.replaceAll(/\W/g, "_")}, and a STRING in ${file}`;
 
 /** A contract's file. What holds no other object is on one line, as each field. */
 export function formatContract(contract: object): string {

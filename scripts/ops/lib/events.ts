@@ -29,8 +29,7 @@ export async function readBack(
   for (const [day, why] of failed)
     if (!/\bmake /.test(why)) failed.set(day, `${why}. Next: make ${command} FROM=${day} TO=${addDays(day)}`);
   const { rows, bytes } = run.totals;
-  const done = { days: days.length, rows, bytes, failed: failed.size, seconds: run.seconds() };
-  run.log(failed.size ? "days" : "done", done);
+  run.log(failed.size ? "days" : "done", { days: days.length, rows, bytes, failed: failed.size, seconds: run.seconds() });
   return failed;
 }
 

@@ -44,10 +44,8 @@ export async function migrateClickHouse(client: ClickHouseClient, step = silentl
 }
 
 /** Names the server in an error of its own, or of the way to it. */
-export const nameClickHouse =
-  ({ CLICKHOUSE_URL: url }: ClickHouseEnv) =>
-  (error: Error): never => {
-    if (error instanceof UsageError) throw error;
-    const next = "Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD; is it running?";
-    throw new Error(`ClickHouse at ${new URL(url).host} (CLICKHOUSE_URL): ${error.message.trim()} ${next}`);
-  };
+export function nameClickHouse({ CLICKHOUSE_URL: url }: ClickHouseEnv, error: Error): never {
+  if (error instanceof UsageError) throw error;
+  const next = "Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD; is it running?";
+  throw new Error(`ClickHouse at ${new URL(url).host} (CLICKHOUSE_URL): ${error.message.trim()} ${next}`);
+}

@@ -106,8 +106,7 @@ export async function distrusted(run: Run): Promise<string | undefined> {
 export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key", work: (both: Both) => Promise<T>): Promise<T> {
   const contract = readContract(run.pipeline);
   const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
-  const needed = [...contract.key, contract.source.cursor];
-  const fields = contract.fields.filter(({ name }) => columns === "all" || needed.includes(name));
+  const fields = contract.fields.filter(({ name }) => columns === "all" || [...contract.key, contract.source.cursor].includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
