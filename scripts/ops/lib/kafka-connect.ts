@@ -134,12 +134,10 @@ export async function startConnector(env: ConnectorEnv, config: Record<string, s
   for (let seconds = 0; restarts && seconds < 30; seconds++, await delay(1000)) await runs(env);
 }
 
-const awaitState = (env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> =>
-  waitUntil(
-    done,
-    90,
-    `connector ${connect.namesOf(env).connector} is not ${wanted} after 90 s. Read its worker's log, then: make connector`,
-  );
+function awaitState(env: ConnectorEnv, wanted: string, done: () => Promise<boolean>): Promise<void> {
+  const late = `connector ${connect.namesOf(env).connector} is not ${wanted} after 90 s`;
+  return waitUntil(done, 90, `${late}. Read its worker's log, then: make connector`);
+}
 
 /** Stops the connector. One that does not exist is put first: Connect keeps the offsets even of one that was deleted. */
 export async function stopConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
