@@ -87,7 +87,7 @@ export function optionFaults(name: string, { type = "TABLE", expirationTime, ...
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */
-export function describeField({ type, mode, precision, scale }: TableField): string {
+function describeField({ type, mode, precision, scale }: TableField): string {
   const size = precision ? `(${precision}${scale ? `,${scale}` : ""})` : "";
   return `${apiType(type ?? "")}${size} ${(mode ?? "NULLABLE").toUpperCase()}`;
 }

@@ -26,7 +26,7 @@ import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts
 
 /** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
 export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
-export type Kind = (typeof kinds)[number];
+type Kind = (typeof kinds)[number];
 
 /**
  * A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas;
