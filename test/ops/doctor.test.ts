@@ -424,6 +424,7 @@ test("wal_level; a slot that is lost; no slot that is free", async () => {
   await assertFails(
     "sensors",
     without,
+    /sensors: slot \w+: it is gone, /,
     /sensors: wal_level, role and publication: .*wal_level is replica: alter system set wal_level = logical; and restart the server/,
   );
 });
