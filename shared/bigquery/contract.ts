@@ -60,10 +60,7 @@ export function differingColumns({ fields, file }: Contract, name: string, { sch
   });
 }
 
-/**
- * Compares the destination table with the contract. @param hidden where a policy hides rows.
- * @throws UsageError naming column, expected and found, all of them at once.
- */
+/** Compares the table with the contract. @param hidden where a policy hides rows. @throws UsageError with all that differs, at once. */
 export function checkDestination(contract: Contract, name: string, actual: TableMetadata, hidden: boolean): void {
   const faults = [...differingColumns(contract, name, actual).map(({ fault }) => fault), ...optionFaults(name, actual, hidden)];
   if (faults.length) throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
