@@ -51,9 +51,10 @@ await main(import.meta, async () => {
       run.log(env.DRY_RUN ? "would-delete" : "found", { compared, gone, keys: keys.join() || undefined });
 
       // 3. Refuse: a source that lost its rows, or another database.
-      const share = `${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the source, more than SWEEP_MAX_SHARE=${most}`;
+      const share = `${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the source`;
+      const limit = `more than SWEEP_MAX_SHARE=${most} of them`;
       const next = `Is SOURCE_DATABASE_URL the right database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`;
-      if (gone > most * compared && !env.CONFIRM) throw new UsageError(`nothing was deleted: ${share} of them. ${next}`);
+      if (gone > most * compared && !env.CONFIRM) throw new UsageError(`nothing was deleted: ${share}, ${limit}. ${next}`);
 
       // 4. Delete.
       if (env.DRY_RUN) return;
