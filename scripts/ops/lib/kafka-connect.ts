@@ -26,9 +26,10 @@ const file = "schemas/debezium/sensor_readings.json";
 const readConfig = (): Record<string, string> => JSON.parse(readFileSync(join(root, file), "utf8"));
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
-export function connectorConfig(env: ConnectorEnv): Record<string, string> {
-  const { host, port, database, user, password, sslmode } = parsePostgresUrl(env.REPLICATION_DATABASE_URL);
+export function connectorConfig({ REPLICATION_DATABASE_URL: url, ...env }: ConnectorEnv): Record<string, string> {
+  const { host, port, database, user, password, ...parsed } = parsePostgresUrl(url);
   const { prefix, slot } = connect.namesOf(env);
+  const sslmode = url.includes("sslmode=") ? parsed.sslmode : "prefer"; // Debezium encrypts where it can
   const login = { "database.user": user, "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? password };
   const server = { "database.hostname": host, "database.port": String(port), "database.dbname": database, "database.sslmode": sslmode };
   return { ...readConfig(), "topic.prefix": prefix, "slot.name": slot, ...server, ...login };
@@ -161,16 +162,14 @@ export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Pr
   }
 }
 
-/**
- * Forgets how far the stopped connector was, in Connect and at the source, whose slot is dropped: started again, it begins with a
- * snapshot. A task that was stopped while it started may hold the slot for seconds: its session is ended.
- */
+/** Forgets how far the stopped connector was, in Connect and at the source, whose slot is dropped: it begins again with a snapshot. */
 export async function forgetProgress(env: ConnectorEnv): Promise<void> {
   await connect.askConnect(env, "DELETE", "/offsets");
   const { slot } = connect.namesOf(env);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
   await checkSession("REPLICATION_DATABASE_URL", source);
   const drop = async (): Promise<boolean> => {
+    // A task that was stopped while it started may hold the slot for seconds.
     await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
     await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot} and not active`;
     return (await source`select from pg_replication_slots where slot_name = ${slot}`).count === 0;
