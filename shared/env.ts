@@ -158,7 +158,7 @@ export function parsePostgresUrl(value: string) {
   const [match, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
   if (!match || /%(?![\da-f]{2})/i.test(value))
     throw new Error("is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)");
-  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent);
+  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent) as [string, string, string];
   if (password) for (const secretForm of [typed, password]) secret(secretForm);
   const { host = inUrl.replaceAll(/[[\]]/g, ""), sslmode = "disable", ...others } = Object.fromEntries(new URLSearchParams(query));
   if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");

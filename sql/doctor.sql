@@ -1,5 +1,6 @@
--- What make doctor asks Postgres about roles, indexes, triggers and the slot: a row a check; remedy is what to do where it is not ok, else
--- what is worth knowing. It reads the catalogue only. etl.part is the URL whose role asks: source, metadata or replication. In psql:
+-- What make doctor asks Postgres about roles, indexes, triggers, and what Debezium needs: a row a check; remedy is what to do where it is
+-- not ok, else what is worth knowing. It reads the catalogue only. etl.part is the URL whose role asks: source, metadata, or replication:
+-- make connector asks that too, with etl.slot, and etl.resumes = '1' where Connect knows how far it was. In psql:
 --   set etl.part = 'source'; set etl.tables = 'orders:public.orders:updated_at events:public.events:created_at'; \i sql/doctor.sql
 with tables as (
   -- By the names in the catalogue: make new-pipeline asks before the role may use the schema.
@@ -62,6 +63,35 @@ with tables as (
   select name from tables join pg_attrdef on adrelid = relation
   join pg_attribute on attrelid = adrelid and attnum = adnum and attname = cursor
   where pg_get_expr(adbin, adrelid) ~* '[[:<:]](now|clock_timestamp|transaction_timestamp|statement_timestamp)[(][)]|current_timestamp'
+), needed (name, privileges) as (
+  values ('public.sensor_readings', array['select']), ('public.etl_heartbeat', array['select', 'insert', 'update'])
+), unready (fault) as (
+  -- What keeps Debezium from reading the source.
+  select format('wal_level is %s: alter system set wal_level = logical; and restart the server (managed: by its parameters)',
+    current_setting('wal_level'))
+  where current_setting('wal_level') <> 'logical'
+  union all
+  select format('role %s may not replicate', rolname) from pg_roles where rolname = current_user
+    and not (rolreplication or rolsuper
+      or coalesce(pg_has_role(to_regrole('rds_replication'), 'member'), false)) -- Amazon's stands for the attribute
+  union all
+  select format('table %s does not exist', name) from needed where to_regclass(name) is null
+  union all
+  select format('role %s may not %s table %s', current_user, privilege, name) from needed, unnest(privileges) privilege
+  where not has_table_privilege(to_regclass(name), privilege)
+  union all
+  select format('table %s is not REPLICA IDENTITY FULL', oid::regclass) from pg_class
+  where relreplident <> 'f' and (oid in (select to_regclass(name) from needed)
+    or oid in (select relid from pg_partition_tree(to_regclass('public.sensor_readings')))) -- none where it is not partitioned
+  union all
+  select format('table %s lacks the trigger etl_row_by_row: rows of a COPY would be lost where Debezium restarts among them', name)
+  from (select to_regclass('public.sensor_readings') as name) readings
+  where name is not null and not exists (select from pg_trigger where tgrelid = name and tgname = 'etl_row_by_row' and tgenabled <> 'D')
+  union all
+  select 'function public.etl_write_heartbeat() does not exist' where to_regprocedure('public.etl_write_heartbeat()') is null
+  union all
+  select format('publication etl_sensors does not exist, or lacks %s', name) from needed
+  where name not in (select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors')
 ), slot as (
   select s.*, current_setting('etl.slot', true) as name from (select) one
   left join pg_replication_slots s on slot_name = current_setting('etl.slot', true)
@@ -108,9 +138,14 @@ with tables as (
       and not (has_table_privilege(oid, 'select') and has_table_privilege(oid, 'insert')
         and has_table_privilege(oid, 'update') and has_table_privilege(oid, 'delete'))) unwritable
   union all
-  select 'replication', 'slot ' || name, not elsewhere and not lost and not none_free, case
+  select 'replication', 'wal_level, role and publication', count(*) = 0, E'the source is not ready for Debezium:\n  '
+    || string_agg(fault, E'\n  ') || E'\nRun sql/replication.sql in that database as an administrator, then: make connector'
+  from unready
+  union all
+  select 'replication', 'slot ' || name, not elsewhere and not lost and not gone and not none_free, case
     when elsewhere then format('it is of database %s. Choose another prefix in SENSORS_TOPIC, then: make connector', database)
     when lost then 'it is lost, and with it the changes since. Run: make resnapshot'
+    when gone then 'it is gone, and with it the changes since. Run: make resnapshot'
     when none_free then 'it does not exist, and the server has no free replication slot. Raise max_replication_slots and restart'
     else coalesce('its WAL is ' || wal_status, 'it does not exist yet: make connector creates it')
       || case when current_setting('max_slot_wal_keep_size') = '-1'
@@ -119,6 +154,7 @@ with tables as (
         then '; a failover to a standby loses it: see slot.failover in ops/README.md' else '' end end
   from slot, lateral (
     select coalesce(database <> current_database(), false) as elsewhere, coalesce(wal_status = 'lost', false) as lost,
+      slot_name is null and current_setting('etl.resumes', true) = '1' as gone,
       slot_name is null and (select count(*) from pg_replication_slots) >= current_setting('max_replication_slots')::int as none_free) state
 )
 select check_name as "check", ok, remedy from checks where part = current_setting('etl.part') order by check_name;

@@ -1,12 +1,13 @@
 -- What make status says: a row for each pipeline, times in UTC, ages in seconds. Schema etl knows of its runs; what other servers say is
--- in etl.facts, an array with an object for each pipeline, which scripts/ops/status.ts asks for. etl.limits are those of ops/alerts.yml.
+-- in etl.facts, an array with an object for each pipeline, which scripts/ops/status.ts asks for. etl.limits has those of ops/alerts.yml.
 -- In psql:
 --   set etl.facts = '[{"pipeline": "orders", "interval_seconds": 3600}]'; set etl.limits = '{}'; \i sql/status.sql
 with facts as (
   select * from jsonb_to_recordset(current_setting('etl.facts')::jsonb) as f (pipeline text, interval_seconds float8, lock text,
-    lock_since text, held_by text, hold_seconds float8, found jsonb, future_rows bigint, slot text, slot_wal text, sensors jsonb)
+    lock_since text, held_by text, hold_seconds float8, found jsonb, future_rows bigint, sensors jsonb)
 ), limits as (
-  select * from jsonb_to_record(current_setting('etl.limits')::jsonb) as l (hold float8, lag float8, canary float8, wal float8)
+  select * from jsonb_to_record(current_setting('etl.limits')::jsonb) as l (etl_watermark_hold_seconds float8, etl_sensors_lag float8,
+    etl_sensors_canary_timestamp_seconds float8, etl_sensors_slot_retained_bytes float8)
 ), consumed as (
   -- Sensors have no runs: a commit of a batch is their success.
     select f.pipeline, max(updated_at) as at from facts f join etl.topic_offsets on topic = f.sensors ->> 'topic' group by 1
@@ -54,13 +55,13 @@ with facts as (
   cross join lateral (
     select coalesce(consumed.at, ok.finished_at) as success,
       case when last.state = 'running' and f.lock is distinct from last.run_id then 'abandoned' else last.state end as run) ended
-  cross join lateral (select extract(epoch from now() - success)::float8 as age,
+  cross join lateral (select extract(epoch from now() - success)::float8 as age, f.sensors ->> 'slot_wal' as slot_wal,
     'the changes since are lost to Debezium. Next: systemctl stop etl-sensors, then: make resnapshot' as lost) a
   left join lateral (
     select topic, epoch, lag, consumers, dead_letters, connector_running, slot_active, slot_retained_bytes,
-      age_seconds as canary_age_seconds, gap as canary_gap
-    from jsonb_to_record(f.sensors) as kafka (topic text, epoch int, lag float8, consumers int, dead_letters float8,
-      connector_running boolean, slot_active boolean, slot_retained_bytes float8, age_seconds float8, gap text)) s on true
+      extract(epoch from now() - coalesce(canary_seen, t.started_at))::float8 as canary_age_seconds, canary_gap
+    from jsonb_to_record(f.sensors) as kafka (topic text, lag float8, consumers int, dead_letters float8,
+      connector_running boolean, slot_active boolean, slot_retained_bytes float8) join etl.topics t using (topic)) s on true
   cross join lateral (
     select (array_agg(state order by severity desc))[1] as state,
       coalesce(json_agg(reason order by severity = 3 desc, number), '[]') as reasons
@@ -80,23 +81,24 @@ with facts as (
         (case when last.by_hand then 'warn' else 'red' end, run = 'abandoned',
           format('its last run, %s, was abandoned: it was killed, and the next run resumes', last.run_id)),
         ('warn', (days ->> 'failed')::int > 0, 'days that failed in a backfill, or are to be archived again: ' || (days ->> 'failed')),
-        (case when f.hold_seconds > limits.hold then 'red' else 'warn' end, f.hold_seconds is not null and f.held_by is not null,
+        (case when f.hold_seconds > etl_watermark_hold_seconds then 'red' else 'warn' end,
+          f.hold_seconds is not null and f.held_by is not null,
           format('its watermark is held for %s by %s', etl.duration(f.hold_seconds), f.held_by)),
         ('warn', f.future_rows > 0, to_char(f.future_rows, 'FM999,999,999,999') || ' rows of its source lie in the future'),
         -- Sensors are always on, so that lag, connector, slot and canary tell what an interval would.
-        ('red', s.lag > limits.lag, format('ClickHouse is %s messages behind Kafka', to_char(s.lag, 'FM999,999,999,999'))),
+        ('red', s.lag > etl_sensors_lag, format('ClickHouse is %s messages behind Kafka', to_char(s.lag, 'FM999,999,999,999'))),
         (case when s.lag > 0 then 'red' else 'warn' end, consumers = 0,
-          'no consumer runs. Next: systemctl status etl-sensors'),
+          'no consumer runs. Next: systemctl status etl-sensors (local stack: make sensors)'),
         ('red', not connector_running, 'Debezium''s connector does not run. Next: make connector'),
-        ('red', f.slot_wal = 'none', format('the source has no slot %s (any more): %s', f.slot, lost)),
-        ('red', f.slot_wal = 'lost', format('the source has removed WAL that slot %s needs: %s', f.slot, lost)),
-        ('warn', not slot_active, format('nobody reads the slot %s. Next: make connector', f.slot)),
+        ('red', slot_wal = 'none', format('the source has no slot %s (any more): %s', f.sensors ->> 'slot', lost)),
+        ('red', slot_wal = 'lost', format('the source has removed WAL that slot %s needs: %s', f.sensors ->> 'slot', lost)),
+        ('warn', not slot_active, format('nobody reads the slot %s. Next: make connector', f.sensors ->> 'slot')),
         ('red', canary_gap is not null,
           canary_gap || '. Next: make verify PIPELINE=sensors, and where rows differ: make resnapshot'),
-        (case when canary_age_seconds > 300 then 'red' else 'warn' end, canary_age_seconds > limits.canary,
+        (case when canary_age_seconds > 300 then 'red' else 'warn' end, canary_age_seconds > etl_sensors_canary_timestamp_seconds,
           format('no canary has come from the source for %s. Next: ops/runbook.md#etlsensorscanarystale',
             etl.duration(canary_age_seconds))),
-        ('red', slot_retained_bytes > limits.wal,
+        ('red', slot_retained_bytes > etl_sensors_slot_retained_bytes,
           format('the source keeps %s MB of WAL for the slot', to_char(slot_retained_bytes / 1e6, 'FM999,999,999,990'))),
         ('warn', dead_letters > 0, to_char(dead_letters, 'FM999,999,999,999') || ' dead letters. Next: make dead-letters')
       ) rule (state, holds, reason)

@@ -44,7 +44,7 @@ with relation as (
 )
 select path, comment,
   (select json_agg(columns order by attnum) from columns) as columns,
-  (select key from asked) as key, (select coalesce(json_agg(fault), '[]') from faults) as faults,
+  (select coalesce(key, '[]') from asked) as key, (select coalesce(json_agg(fault), '[]') from faults) as faults,
   array_to_json(array_remove(array[
     case when not has_schema_privilege(schema, 'usage') then format('grant usage on schema %I to %I;', nspname, current_user) end,
     case when not has_table_privilege(oid, 'select') then format('grant select on %s to %I;', path, current_user) end], null)) as grants

@@ -2,15 +2,11 @@
 /**
  * connector: puts schemas/debezium/sensor_readings.json to Kafka Connect, and waits until it runs.
  *
- *   Debezium         3.6.1 or later
- *   the source       is looked at first: wal_level, role, publication, replica identity (sql/replication.sql)
+ *   the source       is looked at first (sql/doctor.sql); sql/replication.sql makes what is missing
  *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say; its max.message.bytes are
  *                    raised where they are lower
- *   the connector    named after the topic; what differs per installation is added here: the source's address and role, the
- *                    topic's prefix, and the slot, etl_PREFIX
+ *   the connector    named after the topic, as its slot, etl_PREFIX; the source's address and role are added to the file's settings
  *   safe to re-run   yes: a connector that is as the file says stays as it was
- *
- *   make connector
  */
 import { readEnv } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
@@ -24,9 +20,7 @@ await main(import.meta, async () => {
   const config = kafkaConnect.connectorConfig(env);
   const debezium = await checkDebezium(env);
   await kafkaConnect.checkReplication(env);
-  await kafkaConnect.checkSlot(env);
-  const step = await kafkaConnect.createReadingsTopic(env, config);
-  if (step) log({ step, topic: env.SENSORS_TOPIC, max_message_bytes: config["topic.creation.default.max.message.bytes"] });
+  await kafkaConnect.createReadingsTopic(env, config);
   await kafkaConnect.startConnector(env, config);
   const { connector, slot } = namesOf(env);
   log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING", debezium });

@@ -3,13 +3,10 @@
  * doctor: checks a set-up before its first run, one line a check: `ok`, or `FAIL` with what to do. What a run checks first is
  * checked by the same code; it continues past what fails, and exits 1 if anything did.
  *
- *   the source        its connection and role, which may write nothing; open transactions can be seen; track_activities; of each
- *                     pipeline its columns, the index on its cursor, the trigger that keeps it, and the watermark (sql/doctor.sql)
- *   the metadata      its connection, not through a transaction pooler; its tables are those of sql/etl, and may be written
+ *   Postgres          connections, roles, and of each pipeline columns, index, trigger and watermark (sql/doctor.sql)
  *   the destinations  BigQuery by dry runs, which need the permissions and do nothing; the bucket by an object put and deleted;
  *                     ClickHouse by an insert without rows
- *   sensors           wal_level, role, publication, slot; Kafka's topic and group; the connector
- *   the Pushgateway   takes a push
+ *   sensors           publication, slot, connector, topic and group
  *   safe to re-run    yes: what it puts (an object, a metric group, both of them named doctor) it deletes
  *
  *   make doctor                    every pipeline that has its variables
@@ -19,7 +16,7 @@ import type { Sql } from "postgres";
 import { type ApiError, type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
-import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact, UsageError } from "../../shared/env.ts";
+import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact } from "../../shared/env.ts";
 import { checkArchivable, eventsSource } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import type { Fields } from "../../shared/log.ts";
@@ -30,17 +27,17 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import * as clickhouse from "../../shared/sensors/clickhouse.ts";
-import { checkDebezium, isRunning, namesOf } from "../../shared/sensors/connector.ts";
+import { askConnect, checkDebezium, isRunning, namesOf } from "../../shared/sensors/connector.ts";
 import { checkReadings } from "../../shared/sensors/consumer.ts";
 import { topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
-import { readSelect } from "../../shared/source.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
-import { checkMessageBytes, checkReplication, connectorVariables, showsPassword } from "./lib/kafka-connect.ts";
-import { appliedInPostgres } from "./lib/migrations.ts";
+import { askCatalogue, type CatalogueCheck } from "./lib/catalogue.ts";
+import { askReplication, checkMessageBytes, connectorVariables } from "./lib/kafka-connect.ts";
+import { appliedInPostgres, nameClickHouse } from "./lib/migrations.ts";
 
 /** Prints the check's line. @returns whether it is ok. `work` returns what else is worth knowing, or throws what to do. */
 type Check = (name: string, work: () => unknown) => Promise<boolean>;
@@ -49,7 +46,6 @@ const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVaria
 const session = { application: "etl:doctor", timeoutSeconds: 30 };
 /** A check that hangs must not keep the others from being printed. */
 const DEADLINE_SECONDS = 40;
-const late = `no answer within ${DEADLINE_SECONDS} s. Is it reachable from here?`;
 
 /** What only these pipelines need: a shop that has set none of it does not have them. */
 const own: Record<string, string[]> = {
@@ -61,10 +57,9 @@ const own: Record<string, string[]> = {
 
 await main(import.meta, async () => {
   const { PIPELINE: only } = readEnv({ PIPELINE: optional(oneOf(Object.keys(own))) });
-  const checked = Object.keys(own).filter((name) => (only ? name === only : own[name]?.some(isSet)));
-  const synced = checked.filter((name) => pipelines().includes(name));
-  const tables = checked.filter((name) => synced.includes(name) || name === "events");
-  const has = (name: string): boolean => checked.includes(name);
+  const has = (name: string): boolean => (only ? name === only : (own[name] ?? []).some(isSet));
+  const synced = pipelines().filter(has);
+  const tables = [...synced, "events"].filter(has);
   const sections: [title: string, needed: boolean, work: (check: Check) => Promise<unknown>][] = [
     ["etl", true, checkMetadata],
     ["source", tables.length > 0 || has("sensors"), (check) => checkSourceDatabase(check, tables)],
@@ -81,7 +76,7 @@ await main(import.meta, async () => {
   const printed = sections.map(async ([title, needed, work]) => {
     const lines: string[] = [];
     const check: Check = async (name, inner) => {
-      const { value, error } = await answer(DEADLINE_SECONDS, late, inner);
+      const { value, error } = await answer(DEADLINE_SECONDS, inner);
       const said = error?.replaceAll(/\s*\n\s*/g, "; ").replaceAll(":;", ":") ?? (typeof value === "string" ? value : "");
       if (error) failures += 1;
       lines.push(redact(`${error ? "FAIL" : "ok  "}  ${title}: ${name}${said && `: ${said}`}\n`));
@@ -93,111 +88,93 @@ await main(import.meta, async () => {
   for (const lines of printed) process.stdout.write(await lines);
   for (const name of Object.keys(own).filter((name) => !only && !has(name)))
     process.stdout.write(`-     ${name}: not checked, since none of ${own[name]?.join(", ")} is set\n`);
-  const fix = `${failures} checks failed. Fix the lines marked FAIL, then run: make doctor`;
-  process.stdout.write(`${failures ? fix : "all is well"}\n`);
+  process.stdout.write(failures ? `${failures} checks failed. Fix the lines marked FAIL, then run: make doctor\n` : "all is well\n");
   process.exit(failures ? 1 : 0); // a client may still be asking a server that is away
 });
 
 /** Opens a session of the variable, and says how it is encrypted: in clear text, passwords and rows can be read on the way. */
-async function openChecked(check: Check, variable: string, url: string, settings = {}): Promise<Sql | undefined> {
-  const sql = openSession(url, { ...session, settings });
-  const connection = async (): Promise<string> => {
+async function openChecked(check: Check, variable: string, url: string): Promise<Sql | undefined> {
+  const sql = openSession(url, session);
+  const { user, sslmode } = parsePostgresUrl(url);
+  const isOpen = await check("connection", async () => {
     await checkSession(variable, sql);
-    const [row] = await sql<{ role: string; tls: boolean }[]>`
-      select current_user as role, coalesce((select ssl from pg_stat_ssl where pid = pg_backend_pid()), false) as tls`;
-    if (!row?.tls) return `as ${row?.role}; in clear text: sslmode=verify-full in the URL would encrypt it`;
-    const verified = parsePostgresUrl(url).sslmode.startsWith("verify-");
-    return `as ${row.role}; TLS, certificate ${verified ? "checked" : "not checked: sslmode=verify-full would"}`;
-  };
-  return (await check("connection", connection)) ? sql : undefined;
+    if (sslmode.startsWith("verify-")) return `as ${user}; TLS, certificate checked`;
+    return `as ${user}; sslmode=${sslmode}: verify-full would encrypt it, and check the certificate`;
+  });
+  return isOpen ? sql : undefined;
 }
 
-/** The checks of sql/doctor.sql. */
-async function checkCatalogue(check: Check, sql: Sql, part: "source" | "metadata" | "replication"): Promise<void> {
-  await sql`select set_config('etl.part', ${part}, false)`;
-  const answers = await sql.unsafe<{ check: string; ok: boolean; remedy: string }[]>(readSelect("doctor"));
-  for (const { check: name, ok, remedy } of answers) await check(name, () => (ok ? remedy : Promise.reject(new Error(remedy))));
+async function printCatalogue(check: Check, answers: Promise<CatalogueCheck[]>): Promise<void> {
+  for (const { check: name, ok, remedy } of await answers) await check(name, () => (ok ? remedy : Promise.reject(new Error(`${remedy}`))));
 }
 
 async function checkMetadata(check: Check): Promise<void> {
   const { ETL_DATABASE_URL: url } = readEnv({ ETL_DATABASE_URL });
   const etl = await openChecked(check, "ETL_DATABASE_URL", url);
-  const direct = () => etl && checkNoPooler(etl, openSession(url, session));
-  if (!etl || !(await check("one session is one connection to Postgres", direct))) return;
+  if (!etl) return;
+  const isDirect = await check("one session is one connection to Postgres", async () => {
+    const [other, pids] = [openSession(url, session), [] as number[]];
+    // A transaction pooler gives each statement whatever connection is free. Unnamed statements: a prepared one stays on its connection.
+    for (const sql of [etl, other, other, etl]) pids.push((await sql.unsafe("select pg_backend_pid() as pid"))[0]?.pid);
+    if (pids[0] !== pids[1] && pids[0] === pids[3] && pids[1] === pids[2]) return;
+    const next = "Point it at Postgres itself, or at a pool in session mode";
+    throw new Error(`ETL_DATABASE_URL goes through a transaction pooler, where a run's lock would not be its own. ${next}`);
+  });
+  if (!isDirect) return;
   await check("tables are those of sql/etl", async () => {
     const missing = pendingMigrations("sql/etl", await appliedInPostgres(etl)).map(({ file }) => file);
     if (missing.length) throw new Error(`not applied: ${missing.join(", ")}. Run: make migrate`);
   });
-  await checkCatalogue(check, etl, "metadata");
-}
-
-/**
- * A transaction pooler gives each statement whatever connection is free: two sessions that are open at once meet on one backend,
- * or one session on several. The lock of a run would then be held by nobody, or by somebody else.
- */
-async function checkNoPooler(one: Sql, other: Sql): Promise<void> {
-  const pids: unknown[] = [];
-  // Unnamed statements: a prepared one stays on its connection.
-  for (const sql of [one, other, other, one]) pids.push((await sql.unsafe("select pg_backend_pid() as pid"))[0]?.pid);
-  const [mine, theirs, theirsAgain, mineAgain] = pids;
-  if (mine !== theirs && mine === mineAgain && theirs === theirsAgain) return;
-  throw new Error(
-    "ETL_DATABASE_URL goes through a transaction pooler: two sessions met on one connection, so a run's lock would not be its own. " +
-      "Point it at Postgres itself, or at a pool in session mode",
-  );
+  await printCatalogue(check, askCatalogue(etl, "metadata"));
 }
 
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
 async function checkSourceDatabase(check: Check, tables: string[]): Promise<void> {
   const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
-  const named = tables.map((pipeline) => {
-    const { table, cursor } = pipeline === "events" ? eventsSource : readContract(pipeline).source;
-    return [pipeline, table, cursor].join(":");
-  });
-  const settings = { "etl.lag_seconds": "0", "etl.tables": named.join(" ") };
-  const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, settings);
+  const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL);
   if (!source) return;
+  await source`select set_config('etl.lag_seconds', '0', false)`;
   const etl = openSession(env.ETL_DATABASE_URL, session);
-  const bound = async () => (await readBound(source)).holder ?? "none holds a watermark";
-  await check("open transactions can be seen", bound);
+  await check("open transactions can be seen", async () => (await readBound(source)).holder ?? "none holds a watermark");
+  const named: string[] = [];
   for (const pipeline of tables) {
+    const contract = pipeline === "events" ? undefined : readContract(pipeline);
+    const { table, cursor } = contract?.source ?? eventsSource;
+    named.push([pipeline, table, cursor].join(":"));
     await check(`${pipeline}: table and sql/${pipeline}.sql`, async () => {
       const warnings: Fields[] = [];
-      const log = (_step: string, fields: Fields = {}): void => void warnings.push(fields);
-      const run = { pipeline, source, etl, log, metrics: {} };
-      await (pipeline === "events" ? checkArchivable(run) : checkSource(run, readContract(pipeline)));
+      const run = { pipeline, source, etl, log: (_: string, fields: Fields = {}) => void warnings.push(fields), metrics: {} };
+      await (contract ? checkSource(run, contract) : checkArchivable(run));
       const future = warnings.find(({ rows }) => rows);
       if (future) throw new Error(`${future.warning}`);
       return warnings.map(({ columns }) => `not synced: ${columns}`).join();
     });
     await check(`${pipeline}: watermark`, async () => {
       const stored = await readWatermark(etl, pipeline);
-      const open = () => (pipeline === "events" ? undefined : openDestination(readEnv(bigqueryVariables), readContract(pipeline)));
-      const target = await answer(DEADLINE_SECONDS, late, open); // why there is none, its own section says
+      // Why there is no target, its own section says.
+      const target = await answer(DEADLINE_SECONDS, () => contract && openDestination(readEnv(bigqueryVariables), contract));
       const reason = stored && (await distrust({ pipeline, source }, stored, await readBound(source), target.value));
       if (reason) throw new Error(reason);
       return stored?.watermark ?? "none yet";
     });
   }
-  await checkCatalogue(check, source, "source");
+  await printCatalogue(check, askCatalogue(source, "source", { "etl.tables": named.join(" ") }));
 }
 
 /** BigQuery checks the permissions of a dry run as those of the query itself. */
 async function dryRun(env: BigQueryEnv, query: string): Promise<void> {
   const job = { query, dryRun: true, useLegacySql: false, location: env.BIGQUERY_LOCATION };
-  await connectBigQuery(env)
-    .createQueryJob(job)
-    .catch((error: ApiError) => {
-      throw new Error(`${error.message}. ${remedy(error)}`);
-    });
+  const created = connectBigQuery(env).createQueryJob(job);
+  await created.catch((error: ApiError) => {
+    throw new Error(`${error.message}. ${remedy(error)}`);
+  });
 }
 
 async function checkBigQuery(check: Check, synced: string[]): Promise<void> {
   const env = readEnv(bigqueryVariables);
   for (const pipeline of synced) {
     const contract = readContract(pipeline);
-    const destination = () => openDestination(env, contract);
-    if (!(await check(`${pipeline}: table is as ${contract.file} says`, destination))) continue;
+    if (!(await check(`${pipeline}: table is as ${contract.file} says`, () => openDestination(env, contract)))) continue;
     const target = `\`${env.BIGQUERY_PROJECT}.${env.BIGQUERY_DATASET}.${pipeline}\``;
     await check(`${pipeline}: staging tables may be created and merged (dry run)`, async () => {
       await dryRun(env, `CREATE TABLE ${target.replace(/`$/, "_staging_doctor`")} AS SELECT * FROM ${target}`);
@@ -228,35 +205,29 @@ async function checkS3(check: Check): Promise<void> {
 
 async function checkCapture(check: Check): Promise<void> {
   const env = readEnv({ ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC });
-  const { connector, slot } = namesOf(env);
-  const settings = { "etl.slot": slot };
-  const replication = await openChecked(check, "REPLICATION_DATABASE_URL", env.REPLICATION_DATABASE_URL, settings);
-  if (replication) {
-    await check("wal_level, role and publication", () => checkReplication(env));
-    await checkCatalogue(check, replication, "replication");
-  }
+  if (await openChecked(check, "REPLICATION_DATABASE_URL", env.REPLICATION_DATABASE_URL)) await printCatalogue(check, askReplication(env));
   await check("Debezium's version", () => checkDebezium(env));
-  await check(`connector ${connector}`, async () => {
+  await check(`connector ${namesOf(env).connector}`, async () => {
     if (!(await isRunning(env))) throw new Error("it does not exist, or does not run. Run: make connector (says why)");
-    return (await showsPassword(env)) ? "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE" : "";
+    const config = await askConnect<Record<string, string>>(env, "GET", "/config");
+    const hidden = config?.["database.password"]?.startsWith("${");
+    return hidden ? "" : "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE";
   });
 }
 
 async function checkKafka(check: Check): Promise<void> {
   const env = readEnv(kafkaVariables);
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
-  const broker = connectKafka(env, "etl-doctor");
   await check(`topic ${topic} and group ${group}`, async () => {
-    const state = withAdmin(broker, env, async (admin) => {
+    const asked = withAdmin(connectKafka(env, "etl-doctor"), env, async (admin) => {
       const partitions = await topicState(admin, topic, group);
       await checkMessageBytes(admin, topic);
-      return partitions;
+      return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
     });
-    const partitions = await state.catch((error: Error) => {
+    return await asked.catch((error: Error) => {
       if (/authorized|group coordinator/.test(error.message)) error.message += ". KAFKA_USERNAME needs READ on topic and group";
       throw error;
     });
-    return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
   });
 }
 
@@ -264,12 +235,7 @@ async function checkKafka(check: Check): Promise<void> {
 async function checkClickHouse(check: Check): Promise<void> {
   const env = readEnv({ SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables });
   const client = clickhouse.connectClickHouse(env);
-  const migrations = () =>
-    clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => {
-      if (error instanceof UsageError) throw error;
-      const where = `ClickHouse at ${new URL(env.CLICKHOUSE_URL).host} (CLICKHOUSE_URL)`;
-      throw new Error(`${where}: ${error.message.trim()} Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD; is it running?`);
-    });
+  const migrations = () => clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => nameClickHouse(env, error));
   if (!(await check("the files of schemas/clickhouse are applied", migrations))) return;
   await check("rows may be inserted", () =>
     clickhouse.insertRowBinary(client, "sensor_landing", Buffer.alloc(0), AbortSignal.timeout(30_000)),
@@ -282,8 +248,5 @@ async function checkClickHouse(check: Check): Promise<void> {
 
 async function checkPushgateway(check: Check): Promise<void> {
   const { PUSHGATEWAY_URL: url } = readEnv({ PUSHGATEWAY_URL });
-  await check("takes a push", async () => {
-    await pushMetrics(url, "doctor", {});
-    await deleteMetrics(url, "doctor");
-  });
+  await check("takes a push", () => pushMetrics(url, "doctor", {}).then(() => deleteMetrics(url, "doctor")));
 }

@@ -2,12 +2,11 @@
 /**
  * new-column: adds a column that the source has and the contract has not, and prints what is left for a person.
  *
- *   make new-column PIPELINE=orders COLUMN=channel
- *     DRY_RUN=1            prints the differences, and writes nothing
+ *   make new-column PIPELINE=orders COLUMN=channel DRY_RUN=1      prints the differences; without DRY_RUN=1 it writes them
  *
- *   writes     its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column in
- *              test/data/schema.sql, for make check and the local stack
- *   safe to re-run   yes: what is there already stays as it is
+ *   writes           its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column
+ *                    of the local stack
+ *   safe to re-run   yes: what exists stays as it is
  *
  * Touches: reads the source's catalogue; writes files of the project.
  */
@@ -16,41 +15,34 @@ import { flag, oneOf, optional, readEnv, required, text, UsageError } from "../.
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { pipelineVariables } from "../../shared/run.ts";
+import { openSession } from "../../shared/session.ts";
+import { declare, formatContract, readTable, unfitness } from "./lib/catalogue.ts";
 import { after, applyEdits } from "./lib/edits.ts";
-import { fieldOf, formatContract, readTable } from "./lib/source-table.ts";
 
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL } = pipelineVariables;
-  const env = readEnv({
-    SOURCE_DATABASE_URL,
-    PIPELINE: required(oneOf(pipelines())),
-    COLUMN: required(text),
-    DRY_RUN: optional(flag, false),
-  });
+  const own = { PIPELINE: required(oneOf(pipelines())), COLUMN: required(text), DRY_RUN: optional(flag, false) };
+  const env = readEnv({ SOURCE_DATABASE_URL, ...own });
   const { PIPELINE: pipeline, COLUMN: name } = env;
   const { file, source } = readContract(pipeline);
-  const { path, columns } = await readTable(env.SOURCE_DATABASE_URL, source.table);
+  await using session = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
+  const { path, columns } = await readTable(session, source.table);
   const column = columns.find((one) => one.name === name);
   if (!column) throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
-  const field = fieldOf({ ...column, notnull: false });
-  if (typeof field === "string")
-    throw new UsageError(
-      `column ${name} of ${path}: ${field}. Add to sql/${pipeline}.sql: ${column.ident}::text as ${name}, and to ${file} a STRING`,
-    );
-  const { ident, type, declared } = column;
-  const added = `alter table ${path} add column if not exists ${ident} ${type === "enum" ? "text" : declared};`;
+  const { field } = column;
+  if (!field) throw new UsageError(`column ${name} of ${path} cannot be synced, ${unfitness(column, file)}`);
   const addField = (json: string): string => {
     const contract = JSON.parse(json);
-    contract.schema.fields.push(field);
+    contract.schema.fields.push({ ...field, mode: field.mode.replace("REQUIRED", "NULLABLE") });
     return formatContract(contract);
   };
+  const added = `alter table ${path} add column if not exists ${declare(column)};`;
   const edits = [
     { file, has: `"name": "${name}"`, change: addField },
-    after(`sql/${pipeline}.sql`, ` ${ident},\n`, /^select\s+/im, () => `${ident},\n  `),
+    after(`sql/${pipeline}.sql`, ` ${column.ident},\n`, /^select\s+/im, () => `${column.ident},\n  `),
     after("test/data/schema.sql", added, /$/, () => `\n${added}\n`),
   ];
   applyEdits(edits, env.DRY_RUN);
-  process.stdout.write(
-    `Then: make migrate ${pipeline}\nRows that do not change keep NULL until: make ${pipeline} FROM=2000-01-01 TO=2100-01-01\n`,
-  );
+  const again = `make ${pipeline} FROM=2000-01-01 TO=2100-01-01`;
+  process.stdout.write(`Then: make migrate ${pipeline}\nRows that do not change keep NULL until: ${again}\n`);
 });

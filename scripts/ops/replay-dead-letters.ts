@@ -3,7 +3,6 @@
  * replay-dead-letters: sends the dead letters of the topic's current epoch through the views again, as they are and with the versions that
  * they had, so that none wins over newer data. Those that now are changes are dead letters no more; the rest stays.
  *
- *   make replay-dead-letters
  *   safe to re-run   yes: a message that is replayed twice writes the same row
  */
 import { postgresUrl, readEnv, required } from "../../shared/env.ts";
@@ -15,8 +14,8 @@ import { readEpoch } from "../../shared/sensors/epoch.ts";
 import { openSession } from "../../shared/session.ts";
 
 await main(import.meta, async () => {
-  const { SENSORS_TOPIC } = kafkaVariables;
-  const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), ...clickhouseVariables, SENSORS_TOPIC });
+  const own = { ETL_DATABASE_URL: required(postgresUrl), SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC };
+  const env = readEnv({ ...clickhouseVariables, ...own });
   await using client = connectClickHouse(env);
 
   // 1. This epoch's only: what was dead before is in the snapshot that the epoch began with, or was deleted since.
@@ -26,7 +25,7 @@ await main(import.meta, async () => {
   const parameters = { topic: env.SENSORS_TOPIC, epoch, marked: 0 };
   const count = async (some: string): Promise<{ n: number; latest: number }> => {
     const query = `SELECT toUInt32(count()) AS n, max(attempt) AS latest FROM ${letters} AND ${some}`;
-    return (await select<{ n: number; latest: number }>(client, query, parameters))[0] ?? { n: 0, latest: 0 };
+    return ((await select(client, query, parameters)) as [{ n: number; latest: number }])[0];
   };
   const settings = { wait_end_of_query: 1, lightweight_deletes_sync: "2" } as const;
   const change = (query: string) => client.command({ query, query_params: parameters, clickhouse_settings: settings });

@@ -3,8 +3,7 @@
  * report: one page for the half hour a week: what needs a person, the state and the last 60 runs of each pipeline, the archive as a
  * calendar, the models, the proofs of make verify, and bytes billed by week. The file holds all it needs and asks nothing of any server.
  *
- *   make report                    writes report.html
- *   make report OUT=/srv/www/etl.html
+ *   make report OUT=/srv/www/etl.html     without OUT, report.html
  *
  *   schedule         weekly, cron
  *   safe to re-run   yes: the page is replaced at once, by a rename
@@ -27,32 +26,23 @@ type Chart = { label: string; cells: Cell[] };
 type Pipeline = Partial<Chart> & { name: string; state: string; reasons: string[]; facts: string; runs: Row[] };
 
 /** The document of sql/report.sql; a part that has nothing is null. */
-type Report = Record<"now" | "week" | "models" | "proofs" | "billed", Row[] | null> & {
-  at: string;
-  pipelines: Pipeline[];
-  archive: string | null;
-  years: Chart[] | null;
-};
+type Report = { at: string; pipelines: Pipeline[]; archive: string | null; years: Chart[] | null } & Tables;
+type Tables = Record<"now" | "week" | "models" | "proofs" | "billed", Row[] | null>;
 
 await main(import.meta, async () => {
   const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), OUT: optional(text, "report.html") });
   // 1. The present, as make status says it; it exits with 1 where a pipeline is red.
-  const status = spawnSync(process.execPath, [join(root, "scripts/ops/status.ts")], {
-    env: { ...process.env, JSON: "1" },
-  });
+  const status = spawnSync(process.execPath, [join(root, "scripts/ops/status.ts")], { env: { ...process.env, JSON: "1" } });
   if (!status.stdout.length) throw new Error(`make status failed: ${status.stderr}`);
 
   // 2. The past, of schema etl.
-  const settings = {
-    "etl.status": String(status.stdout),
-    "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")),
-  };
+  const settings = { "etl.status": String(status.stdout), "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")) };
   await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
   await checkSession("ETL_DATABASE_URL", etl);
-  const [row] = await etl.unsafe<{ report: Report }[]>(readSelect("report"));
+  const [row] = (await etl.unsafe(readSelect("report"))) as [{ report: Report }];
 
   // 3. The page.
-  const page = String(render(row?.report as Report, readFileSync(join(root, "ops/report.css"), "utf8")));
+  const page = String(render(row.report, readFileSync(join(root, "ops/report.css"), "utf8")));
   const file = resolve(env.OUT);
   writeFileSync(`${file}.tmp`, page);
   renameSync(`${file}.tmp`, file);
@@ -86,11 +76,8 @@ ${table(["pipeline", "verified", "rows compared", "differences", "found"], proof
 
 function renderPipeline({ name, state, facts, reasons, label = "", cells, runs }: Pipeline): Markup {
   const words = `${label}. Height: rows, logarithmic. A cross failed; dashes: abandoned (killed), or still running.`;
+  const names = ["at", "state", "rows", "took", "billed", "watermark held", "error"];
+  const past = html`<details><summary>The runs as text</summary>${table(names, runs)}</details>`;
   return html`<article><h3>${name} <span class="${state}">${state}</span></h3><p>${facts}</p>
-    ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}
-    ${
-      cells &&
-      html`${chart(words, cells, "bars")}<details><summary>The runs as text</summary>
-    ${table(["at", "state", "rows", "took", "billed", "watermark held", "error"], runs)}</details>`
-    }</article>`;
+    ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}${cells && [chart(words, cells, "bars"), past]}</article>`;
 }

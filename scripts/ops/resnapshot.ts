@@ -24,7 +24,7 @@ await main(import.meta, async () => {
   const { env, topic, groupId, rebuild, etl, ask, where, epoch } = await openRebuild("resnapshot");
 
   // 1. Stop the connector, so that nothing of the old epoch comes after.
-  await connector.checkReplication(env);
+  await connector.checkReplication(env, false);
   const config = connector.connectorConfig(env);
   await connector.createReadingsTopic(env, config);
   await connector.stopConnector(env, config);

@@ -6,21 +6,19 @@
  *
  *   safe to re-run   yes: it replaces a day's rows in one transaction
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import { pipeline } from "node:stream/promises";
-import { readEnv, root } from "../../shared/env.ts";
+import { readEnv } from "../../shared/env.ts";
 import { addDays, daysFailed, midnight } from "../../shared/events/archive.ts";
 import { checkBucket, connectS3 } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { queryWith } from "../../shared/session.ts";
+import { readSelect } from "../../shared/source.ts";
 import { dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(dayVariables);
   const days = readDays(env, "restore-events");
-  const restore = readFileSync(join(root, "sql/restore_events.sql"), "utf8");
   // Without the source, which may be what was lost.
   await runPipeline("events", { ...env, SOURCE_DATABASE_URL: "" }, async (run) => {
     const [bucket, { etl }] = [connectS3(env), run];
@@ -36,7 +34,7 @@ await main(import.meta, async () => {
           await pipeline(readPart(bucket, part), copy);
         }
         // 2. Those in the place of the day's rows.
-        await queryWith(etl, { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) }, restore);
+        await queryWith(etl, { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) }, readSelect("restore_events"));
       }).catch((error: Error) => {
         if (error.name !== "Damaged") throw error;
         throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);

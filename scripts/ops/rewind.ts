@@ -6,14 +6,13 @@
  *   keeps            a row in etl.runs with state rewound, and the window that is read again
  *   also             takes over the source's identity, after a restore or a failover
  *
- *   make rewind PIPELINE=orders TO=2017-06-01
- *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    say what would be read again
+ *   make rewind PIPELINE=orders TO=2017-06-01 DRY_RUN=1    says what would be read again; without DRY_RUN=1 it does it
  */
 import { hostname } from "node:os";
 import { flag, oneOf, optional, readEnv, required, timestamp, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { watermarked } from "../../shared/pipelines.ts";
-import { describeHolder, lockKey, pipelineVariables, type Run, runPipeline } from "../../shared/run.ts";
+import { describeHolder, lockKey, pipelineVariables, runPipeline } from "../../shared/run.ts";
 import { queryWith } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
@@ -42,16 +41,21 @@ await main(import.meta, async () => {
       throw new UsageError(`${pipeline} has no watermark: it has never run, and its first run reads everything. Next: make ${pipeline}`);
     const { watermark } = stored;
     if (to > watermark)
-      throw new UsageError(
-        `TO=${to} is after the watermark ${watermark}: a rewind goes back only, since the rows between them would never be read.`,
-      );
+      throw new UsageError(`TO=${to} is after the watermark ${watermark}: a rewind goes back only, the rows between would never be read.`);
     const bound = await readBound(source);
     const reason = await distrust({ pipeline, source }, stored, bound);
     const kept = "the destination may hold versions that the source has lost, dated later, which the upsert keeps";
     if (reason) run.log("warning", { warning: `${kept}: ${reason}` });
-    const rows = await countAgain(run, to, watermark);
-    const rows_to_read_again = rows ?? "not counted: it takes too long";
-    run.log(env.DRY_RUN ? "would-rewind" : "rewind", { from: watermark, to, rows_to_read_again });
+    // Of events: every id of the first day.
+    const all = { "etl.after": "-9223372036854775809", "etl.rows": "9223372036854775807", statement_timeout: "300s" };
+    const count = `select count(*)::float8 as rows from (${readSelect(pipeline)}) q`;
+    const counted = queryWith<{ rows: number }>(source, { "etl.from": to, "etl.to": watermark, ...all }, count);
+    const [{ rows } = { rows: undefined }] = await counted.catch((error: { code?: string }) => {
+      if (error.code === "57014") return []; // query_canceled: the number is only for the reader
+      throw error;
+    });
+    const step = env.DRY_RUN ? "would-rewind" : "rewind";
+    run.log(step, { from: watermark, to, rows_to_read_again: rows ?? "not counted: it takes too long" });
     if (env.DRY_RUN) return;
 
     // 3. Set it, and keep the history: one statement.
@@ -70,17 +74,3 @@ await main(import.meta, async () => {
     run.log("done", { watermark: to, next: `make ${pipeline}` });
   });
 });
-
-/** How many rows lie in [from, to); undefined where that takes longer than five minutes. */
-async function countAgain({ source, pipeline }: Run, from: string, to: string): Promise<number | undefined> {
-  // Of events: every id of the first day.
-  const all = { "etl.after": "-9223372036854775809", "etl.rows": "9223372036854775807", statement_timeout: "300s" };
-  const query = `select count(*) as rows from (${readSelect(pipeline)}) q`;
-  return await queryWith<{ rows: string }>(source, { "etl.from": from, "etl.to": to, ...all }, query).then(
-    ([counted]) => Number(counted?.rows),
-    (error: { code?: string }) => {
-      if (error.code === "57014") return undefined; // query_canceled: the number is only for the reader
-      throw error;
-    },
-  );
-}

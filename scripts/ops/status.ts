@@ -1,8 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
- * status: where each pipeline is. Reads schema etl, the source's open transactions, and, where they are configured, Kafka, Kafka Connect,
- * ClickHouse, BigQuery and the source's slot; a part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql
- * judges, and says what each key means.
+ * status: where each pipeline is. Reads schema etl, the source, and, where they are configured, BigQuery, Kafka, Connect and ClickHouse; a
+ * part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql judges, and says what each key means.
  *
  *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
  *   make status JSON=1   the same for programs, on stdout: an object for each pipeline, each with every key of sql/status.sql:
@@ -11,31 +10,31 @@
  *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
  *                        null where a pipeline has no such thing
  *
- *   state      red     stale by the rule of the alerts (two intervals), last run failed or abandoned, the watermark held for longer than
- *                      its alert allows or not to be trusted (the source restored, a clock set back), a part that does not answer,
- *                      sensors' lag or WAL over its alert, no connector, no slot, no consumer while there are messages
- *              warn    a shorter hold, a run by hand that failed or was abandoned, failed days, dead letters, no consumer of a
- *                      topic that is read to its end
+ *   state      red     what an alert tells, or would: stale by two intervals, last run failed or abandoned, the watermark held for long
+ *                      or not to be trusted, a part that does not answer, sensors that stopped or are far behind
+ *              warn    what can wait: a shorter hold, a run by hand or a day that failed, dead letters
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
 import { styleText } from "node:util";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
-import { type Env, flag, isSet, optional, readEnv } from "../../shared/env.ts";
+import { bigqueryVariables } from "../../shared/bigquery/client.ts";
+import { readContract } from "../../shared/bigquery/contract.ts";
+import { openDestination } from "../../shared/bigquery/load.ts";
+import { flag, isSet, optional, readEnv } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines, watermarked } from "../../shared/pipelines.ts";
 import { describeHolder, pipelineVariables } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
-import { readCanary } from "../../shared/sensors/canary.ts";
 import { clickhouseVariables, connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
 import { connectVariables, isRunning, namesOf } from "../../shared/sensors/connector.ts";
 import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
-import { checkSession, openSession } from "../../shared/session.ts";
+import { checkSession, openSession, queryWith } from "../../shared/session.ts";
 import { findUnreachable, readSelect } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
-import { type Bound, distrust, readBound, readWatermark } from "../../shared/watermark.ts";
+import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
 
 type State = "ok" | "new" | "warn" | "red";
@@ -44,33 +43,29 @@ type State = "ok" | "new" | "warn" | "red";
 type Row = { pipeline: string; state: State; line: Record<string, string>; said: string[] | null };
 
 /** What other servers say of a pipeline; `found` is what is wrong already. */
-type Facts = { found: { state: State; reason: string }[]; [fact: string]: unknown };
+type Fact = { pipeline: string; found: { state: State; reason: string }[]; [fact: string]: unknown };
 
+/** Their thresholds are those of ops/alerts.yml. */
+const alerts = ["etl_watermark_hold_seconds", "etl_sensors_lag", "etl_sensors_canary_timestamp_seconds", "etl_sensors_slot_retained_bytes"];
 /** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
-const sensorsVariables = { ...clickhouseVariables, ...kafkaVariables, ...connectVariables };
 
 await main(import.meta, async () => {
   const { SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS } = pipelineVariables;
   const env = readEnv({ SOURCE_DATABASE_URL, ETL_DATABASE_URL, WATERMARK_LAG_SECONDS, JSON: optional(flag, false) });
-  const open = (url: string, settings: Record<string, string> = {}) =>
-    openSession(url, { application: "etl:status", timeoutSeconds: 4, settings });
-  const etl = open(env.ETL_DATABASE_URL);
-  const source = open(env.SOURCE_DATABASE_URL, { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) });
+  const session = { application: "etl:status", timeoutSeconds: 4 };
+  const etl = openSession(env.ETL_DATABASE_URL, session);
+  const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS) };
+  const source = openSession(env.SOURCE_DATABASE_URL, { ...session, settings });
   await checkSession("ETL_DATABASE_URL", etl);
 
-  // 1. Ask the other servers.
+  // 1. Ask the other servers, side by side.
   const facts = await readFacts(etl, source);
 
   // 2. Judge.
-  const limits = {
-    hold: readThreshold("etl_watermark_hold_seconds"),
-    lag: readThreshold("etl_sensors_lag"),
-    canary: readThreshold("etl_sensors_canary_timestamp_seconds"),
-    wal: readThreshold("etl_sensors_slot_retained_bytes"),
-  };
-  await etl`select set_config('etl.facts', ${JSON.stringify(facts)}, false), set_config('etl.limits', ${JSON.stringify(limits)}, false)`;
-  const rows = await etl.unsafe<Row[]>(readSelect("status"));
+  const limits = Object.fromEntries(alerts.map((metric) => [metric, readThreshold(metric)]));
+  const judged = { "etl.facts": JSON.stringify(facts), "etl.limits": JSON.stringify(limits) };
+  const rows = await queryWith<Row>(etl, judged, readSelect("status"));
 
   // 3. Print.
   const statuses = rows.map(({ line, said, ...status }) => status);
@@ -79,100 +74,72 @@ await main(import.meta, async () => {
   process.exit(rows.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
 
-async function readFacts(etl: Sql, source: Sql): Promise<Facts[]> {
+async function readFacts(etl: Sql, source: Sql): Promise<Fact[]> {
   const intervals = readIntervals();
-  const facts: Facts[] = [];
-  const bound = await askPart("the source", () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)));
-  for (const pipeline of new Set([...watermarked(), "sensors", "views", ...intervals.keys()])) {
+  const bound = answer(PART_SECONDS, () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)));
+  const names = new Set([...watermarked(), "sensors", "views", ...intervals.keys()]);
+  const asked = [...names].map(async (pipeline) => {
     const { holder: lock, since: lock_since } = await describeHolder(etl, pipeline);
-    const fact: Facts = { pipeline, interval_seconds: intervals.get(pipeline), lock, lock_since, found: [] };
+    const fact: Fact = { pipeline, interval_seconds: intervals.get(pipeline), lock, lock_since, found: [] };
     if (pipeline === "sensors") await askSensors(fact, etl, source);
-    // The metadata is worth showing also when the source is down; that is when people look.
-    if (watermarked().includes(pipeline)) {
-      if (bound.value) await askSource(fact, pipeline, etl, source, bound.value);
-      else {
-        fact.held_by = `unknown: ${bound.error}`;
-        blame(fact, `cannot tell which transaction holds its watermark: ${bound.error}`);
-      }
-    }
-    facts.push(fact);
+    const stored = watermarked().includes(pipeline) ? await readWatermark(etl, pipeline) : undefined;
+    const contract = stored && pipelines().includes(pipeline) ? readContract(pipeline) : undefined;
+    // Without retries: the first error is said, and in time.
+    const open = () => contract && openDestination(readEnv(bigqueryVariables), contract, { autoRetry: false });
+    return { fact, stored, contract, target: isSet("BIGQUERY_PROJECT") ? await ask(fact, "BigQuery", open) : undefined };
+  });
+  const all = await Promise.all(asked);
+  // What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future.
+  for (const { fact, stored, contract, target } of all) {
+    const { pipeline, found } = fact;
+    const { value, error } = await bound;
+    if (!watermarked().includes(pipeline)) continue;
+    Object.assign(fact, { held_by: value ? value.holder : `unknown: ${error}`, hold_seconds: value?.hold_seconds });
+    let reason = `cannot tell which transaction holds its watermark: ${error}`;
+    if (value) reason = (stored && (await distrust({ pipeline, source }, stored, value, target))) ?? "";
+    if (reason) found.push({ state: "red", reason });
+    // A lock on the table may keep this one from being answered; nothing is wrong then.
+    const ahead = await answer(PART_SECONDS, () => value && contract && findUnreachable(source, contract.source, []));
+    fact.future_rows = ahead.value?.future;
   }
-  return facts;
+  return all.map(({ fact }) => fact);
 }
 
-function blame({ found }: Facts, reason: string, state: State = "red"): void {
-  found.push({ state, reason });
+/** What the part gives; where it gives none, that is a reason. */
+async function ask<T>({ found }: Fact, part: string, work: () => T | Promise<T>): Promise<T | undefined> {
+  const { value, error } = await answer(PART_SECONDS, work);
+  if (error) found.push({ state: "red", reason: `${part} is not known: ${error}` });
+  return value;
 }
 
-/** What the part gives, or the error in words. */
-async function askPart<T>(part: string, work: () => Promise<T>): Promise<{ value?: T; error?: string }> {
-  return await answer(PART_SECONDS, `${part} has not answered within ${PART_SECONDS} s`, work);
-}
-
-/** What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future. */
-async function askSource(fact: Facts, pipeline: string, etl: Sql, source: Sql, bound: Bound): Promise<void> {
-  Object.assign(fact, { held_by: bound.holder, hold_seconds: bound.hold_seconds });
-  const stored = await readWatermark(etl, pipeline);
-  if (!stored) return;
-  let target: Parameters<typeof distrust>[3];
-  if (pipelines().includes(pipeline) && isSet("BIGQUERY_PROJECT")) {
-    const { bigqueryVariables } = await import("../../shared/bigquery/client.ts");
-    const contract = (await import("../../shared/bigquery/contract.ts")).readContract(pipeline);
-    const { openDestination } = await import("../../shared/bigquery/load.ts");
-    const opened = await askPart("BigQuery", () => openDestination(readEnv(bigqueryVariables), contract));
-    if (opened.error) blame(fact, opened.error);
-    target = opened.value;
-    fact.future_rows = (await askPart("the source", () => findUnreachable(source, contract.source, []))).value?.future;
-  }
-  const reason = await distrust({ pipeline, source }, stored, bound, target);
-  if (reason) blame(fact, reason);
-}
-
-async function askSensors(fact: Facts, etl: Sql, source: Sql): Promise<void> {
-  if (!isSet("SENSORS_TOPIC")) return blame(fact, "it is not configured (SENSORS_TOPIC)", "new");
-  const env = readEnv(sensorsVariables);
+async function askSensors(fact: Fact, etl: Sql, source: Sql): Promise<void> {
+  const isNew = (reason: string): void => void fact.found.push({ state: "new", reason });
+  if (!isSet("SENSORS_TOPIC")) return isNew("it is not configured (SENSORS_TOPIC)");
+  const env = readEnv({ ...clickhouseVariables, ...kafkaVariables, ...connectVariables });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
+  if (!(await readEpoch(etl, topic))) return isNew(`no consumer of topic ${topic} ever ran (group ${group})`);
   const { slot } = namesOf(env);
-  const epoch = await readEpoch(etl, topic);
-  if (!epoch) return blame(fact, `no consumer of topic ${topic} ever ran (group ${group})`, "new");
-  const ask = async <T>(part: string, work: () => Promise<T>): Promise<T | undefined> => {
-    const { value, error } = await askPart(part, work);
-    if (error) blame(fact, `${part} is not known: ${error}`);
-    return value;
-  };
-  const canary = await readCanary(etl, topic);
-  const [kafka, dead_letters, connector_running, slots] = await Promise.all([
-    ask("Kafka", () => readTopic(env)),
-    ask("ClickHouse", () => countDeadLetters(env)),
-    ask("Kafka Connect", () => isRunning(env)),
-    ask(
-      "the slot",
-      async () =>
-        await source<{ wal: string }[]>`
-        select wal_status as wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
-        from pg_replication_slots where slot_name = ${slot}`,
-    ),
-  ]);
-  const [kept] = slots ?? [];
-  Object.assign(fact, { slot, slot_wal: kept?.wal ?? (slots && "none") });
-  fact.sensors = { topic, epoch: epoch.number, ...kafka, dead_letters, connector_running, ...kept, ...canary };
-}
-
-async function readTopic(env: Env<typeof sensorsVariables>): Promise<{ lag: number; consumers: number }> {
   const broker = connectKafka(env, "etl-status");
   broker.logger().setLogLevel(0); // nothing: what it waits for is told in one line
-  return await withAdmin(broker, env, async (admin) => {
-    const partitions = await topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP);
-    const { groups } = await admin.describeGroups([env.SENSORS_GROUP]);
-    return { lag: partitions.reduce((sum, { lag }) => sum + lag, 0), consumers: groups[0]?.members.length ?? 0 };
-  });
-}
-
-async function countDeadLetters(env: Env<typeof sensorsVariables>): Promise<number> {
-  await using client = connectClickHouse(env);
-  const query = "SELECT count() AS letters FROM sensor_dead_letters FINAL WHERE topic = {topic: String}";
-  const [row] = await select<{ letters: string }>(client, query, { topic: env.SENSORS_TOPIC });
-  return Number(row?.letters);
+  const readSlot = () => source`
+    select wal_status as slot_wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
+    from pg_replication_slots where slot_name = ${slot}`;
+  const [kafka, letters, connector_running, slots] = await Promise.all([
+    ask(fact, "Kafka", () =>
+      withAdmin(broker, env, async (admin) => {
+        const lag = (await topicState(admin, topic, group)).reduce((sum, { lag }) => sum + lag, 0);
+        return { lag, consumers: (await admin.describeGroups([group])).groups[0]?.members.length ?? 0 };
+      }),
+    ),
+    ask(fact, "ClickHouse", async () => {
+      await using client = connectClickHouse(env);
+      const query = "SELECT toUInt32(count()) AS dead_letters FROM sensor_dead_letters FINAL WHERE topic = {topic: String}";
+      return (await select<{ dead_letters: number }>(client, query, { topic }))[0];
+    }),
+    ask(fact, "Kafka Connect", () => isRunning(env)),
+    ask(fact, "the slot", readSlot),
+  ]);
+  fact.sensors = { topic, slot, slot_wal: slots && "none", ...kafka, ...letters, connector_running, ...slots?.[0] };
 }
 
 function print(rows: Row[]): void {

@@ -7,8 +7,6 @@
  *   refused          while consumers run, without a rebuild, and where make verify's comparison finds that it differs from the source (a
  *                    change that was dead-lettered is no difference)
  *   safe to re-run   yes: killed between the tables, it exchanges the other one
- *
- *   make swap-readings
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -70,11 +68,8 @@ async function prove(env: Parameters<typeof compareReadings>[1] & Parameters<typ
     run.next = "nothing was swapped. Next: make swap-readings";
     const found = await compareReadings(run, env, fill);
     const names = found.shown.map(({ kind, name }) => `${kind} ${name}`).join(", ");
-    if (total(found))
-      throw new Error(
-        `${CLICKHOUSE_DATABASE}.sensor_readings differs from the source in ${thousands(total(found))} of ${thousands(found.rows)} ` +
-          `rows (${names}). Nothing was swapped. Next: make resnapshot`,
-      );
+    const differ = `differs from the source in ${thousands(total(found))} of ${thousands(found.rows)} rows (${names})`;
+    if (total(found)) throw new Error(`${CLICKHOUSE_DATABASE}.sensor_readings ${differ}. Nothing was swapped. Next: make resnapshot`);
     run.log("proven", { rows: found.rows });
   });
 }

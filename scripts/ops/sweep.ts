@@ -2,28 +2,24 @@
 /**
  * sweep: removes from the destination the rows that were deleted at the source, which no cursor sees.
  *
- *   1. lock          the pipeline's: no run writes meanwhile
- *   2. find          loads the key of every row of the source into a staging table: gone are the rows of the table that are not in it and
- *                    whose updated_at is before the watermark
- *   3. refuse        more than SWEEP_MAX_SHARE of the rows without CONFIRM=1: a source that lost its rows, or another database
- *   4. delete        by the same condition, in one statement. A row that is inserted again has an updated_at at or past the watermark
- *                    (read before the keys): it stays where a run has brought it already, else the next run brings it
+ * Gone are the rows of the table whose key no row of the source has, and whose updated_at is before the watermark. They are deleted by the
+ * same condition, in one statement. A row that is inserted again has an updated_at at or past the watermark (read before the keys): it
+ * stays where a run has brought it already, else the next run brings it.
  *
  *   schedule         weekly, cron
  *   safe to re-run   yes, at any time, also after a kill. A row whose deletion has not been committed at the source stays
  *
  *   make sweep                                every pipeline to BigQuery, one after the other, past one that fails
- *   make sweep PIPELINE=orders
  *   make sweep PIPELINE=orders DRY_RUN=1      says what it would delete
  *   make sweep PIPELINE=orders CONFIRM=1      however many
  *
  * Touches: reads the source; deletes from the target; writes a staging table beside it, and a row of etl.runs.
  */
-import { type Env, flag, number, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
+import { flag, number, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { runPipeline, takeLock } from "../../shared/run.ts";
+import { takeLock } from "../../shared/run.ts";
 import { beside, distrusted, eachPipeline, verifyVariables } from "./lib/verify.ts";
 
 const others = " (deleted readings come by the log; events are deleted only once they are archived)";
@@ -37,36 +33,28 @@ const variables = {
 
 await main(import.meta, async () => {
   const env = readEnv(variables);
-  const { PIPELINE: only } = env;
-  if (env.CONFIRM && !only) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
-  await eachPipeline("sweep", only ? [only] : pipelines(), (pipeline) => sweep(pipeline, env));
-});
-
-async function sweep(pipeline: string, env: Env<typeof variables>): Promise<undefined> {
   const { SWEEP_MAX_SHARE: most } = env;
-  // By hand: it says nothing of the pipeline's schedule, and waits for its lock.
-  await runPipeline(pipeline, { ...env, DRY_RUN: true }, async (run) => {
-    run.next = `the same command begins again. Next: make sweep PIPELINE=${pipeline}`;
-    // 1. Lock.
+  if (env.CONFIRM && !env.PIPELINE) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
+  await eachPipeline("sweep", env, pipelines(), async (run) => {
+    const { pipeline } = run;
+    // 1. Lock: no run writes meanwhile.
     if (!env.DRY_RUN) await takeLock(run);
     const reason = await distrusted(run);
     if (reason) throw new UsageError(`nothing was deleted: ${reason}`);
 
     await beside(run, env, "key", async (both) => {
-      // 2. Find.
+      // 2. Find: the key of every row of the source is loaded into a staging table.
       const found = await both.compare();
       const gone = found.counts.extra;
-      const rows = found.rows + gone;
+      const compared = found.rows + gone;
       const keys = found.shown.filter(({ kind }) => kind === "extra").map(({ name }) => name);
-      run.log(env.DRY_RUN ? "would-delete" : "found", { rows, gone, keys: keys.join() || undefined });
+      run.log(env.DRY_RUN ? "would-delete" : "found", { compared, gone, keys: keys.join() || undefined });
 
-      // 3. Refuse.
-      if (gone > most * rows && !env.CONFIRM)
-        throw new UsageError(
-          `nothing was deleted: ${thousands(gone)} of ${thousands(rows)} rows of ${pipeline} are not at the ` +
-            `source, more than SWEEP_MAX_SHARE=${most} of them. Is SOURCE_DATABASE_URL the right ` +
-            `database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`,
-        );
+      // 3. Refuse: a source that lost its rows, or another database.
+      const share = `${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the source`;
+      const limit = `more than SWEEP_MAX_SHARE=${most} of them`;
+      const next = `Is SOURCE_DATABASE_URL the right database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`;
+      if (gone > most * compared && !env.CONFIRM) throw new UsageError(`nothing was deleted: ${share}, ${limit}. ${next}`);
 
       // 4. Delete.
       if (env.DRY_RUN) return;
@@ -74,4 +62,4 @@ async function sweep(pipeline: string, env: Env<typeof variables>): Promise<unde
       run.log("swept", { deleted: run.totals.rows, kept: gone - run.totals.rows });
     });
   });
-}
+});

@@ -16,27 +16,14 @@
 import { createHash } from "node:crypto";
 import type { Sql } from "postgres";
 import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
-import {
-  addDays,
-  checkArchivable,
-  dayPrefix,
-  daysBetween,
-  daysFailed,
-  type Manifest,
-  manifestKey,
-  readManifest,
-  readSource,
-  rowsOf,
-} from "../../shared/events/archive.ts";
+import * as archive from "../../shared/events/archive.ts";
 import { type Bucket, checkBucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
 import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
-import { recordVerified } from "./lib/verified.ts";
-
-const DAY_SECONDS = 86_400;
+import { recordVerified } from "./lib/verify.ts";
 
 await main(import.meta, async () => {
   const env = readEnv({ ...dayVariables, CLEAN: optional(flag, false) });
@@ -44,7 +31,7 @@ await main(import.meta, async () => {
   // By hand: it says nothing of the pipeline's schedule.
   await runPipeline("events", { ...env, DRY_RUN: true }, async (run) => {
     const bucket = connectS3(env);
-    const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
+    const [lines] = await Promise.all([archive.checkArchivable(run), checkBucket(bucket)]);
     const days = wanted || (await lastDays(run.etl));
     const failed = await readBack(run, "verify-events", days, async (day) => {
       // 1. What killed runs left.
@@ -55,8 +42,8 @@ await main(import.meta, async () => {
 
       // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
       const hash = createHash("sha256");
-      await using stream = run.copy(lines(), rowsOf(day));
-      const source = await readSource(run.source, day);
+      await using stream = run.copy(lines(), archive.rowsOf(day));
+      const source = await archive.readSource(run.source, day);
       for await (const piece of stream.lines) {
         hash.update(piece);
         progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);
@@ -68,7 +55,7 @@ await main(import.meta, async () => {
     });
     const found = `${failed.size} of the days ${days[0]} to ${days.at(-1)}`;
     if (!wanted) await recordVerified(run, env.PUSHGATEWAY_URL, run.totals.rows, failed.size, found);
-    if (failed.size) throw daysFailed(failed, days.length);
+    if (failed.size) throw archive.daysFailed(failed, days.length);
   });
 });
 
@@ -79,42 +66,36 @@ async function lastDays(etl: Sql): Promise<string[]> {
       (select min(chunk_from) from etl.chunks where pipeline = 'events' and state = 'succeeded'))::date::text as from
     from etl.watermarks where pipeline = 'events'`;
   if (!last) throw new UsageError("make events has archived no day yet, and there is no FROM and TO. Next: make events");
-  return daysBetween(last.from, last.to);
+  return archive.daysBetween(last.from, last.to);
 }
 
 /** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */
 async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: boolean): Promise<void> {
-  const objects = await Array.fromAsync(listObjects(bucket, dayPrefix(bucket, day)));
+  const objects = await Array.fromAsync(listObjects(bucket, archive.dayPrefix(bucket, day)));
   // After the list: what it names was not stray. One that cannot be read may name any of them.
-  const found = objects.length ? await readManifest(bucket, day).catch(() => null) : null;
+  const found = objects.length ? await archive.readManifest(bucket, day).catch(() => null) : null;
   if (found === null) return;
-  const named = new Set([manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
+  const named = new Set([archive.manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
   for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
     const seconds = (Date.now() - modified.getTime()) / 1000;
-    const stray = { what: "a part that no manifest names", key, age: duration(seconds) };
-    if (clean && seconds > DAY_SECONDS) {
-      await removeObjects(bucket, [key]);
-      log("removed", stray);
-    } else log("stray", { ...stray, next: "CLEAN=1 deletes it once it is older than a day" });
+    const removes = clean && seconds > 86_400;
+    if (removes) await removeObjects(bucket, [key]);
+    const next = removes ? undefined : "CLEAN=1 deletes it once it is older than a day";
+    log(removes ? "removed" : "stray", { what: "a part that no manifest names", key, age: duration(seconds), next });
   }
 }
 
-/** A day's manifest, with the hash of its raw lines or with what is wrong with it. */
-interface Archived {
-  manifest?: Manifest | undefined;
-  sha256?: string;
-  damage?: string;
-}
-
-async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
-  const archived: Archived = {};
+/** A day's manifest, the hash of its raw lines, and what is wrong with them, if anything is. */
+async function verifyParts(bucket: Bucket, day: string) {
+  const archived: { manifest?: archive.Manifest; sha256?: string; damage?: string } = {};
   const reading = readDay(bucket, day, async (manifest) => {
     archived.manifest = manifest;
     const hash = createHash("sha256");
     for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
     archived.sha256 = hash.digest("hex");
     const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
-    if (rows !== manifest.rows) throw damaged(bucket, manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+    if (rows !== manifest.rows)
+      throw damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
   });
   await reading.catch((error: Error) => {
     if (error.name !== "Damaged") throw error;
@@ -126,32 +107,27 @@ async function verifyParts(bucket: Bucket, day: string): Promise<Archived> {
 /** @throws Error that says what is wrong with the day, with the next command. */
 function compareDay(
   day: string,
-  { manifest, sha256, damage }: Archived,
-  source: Pick<Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
-): Manifest {
-  const window = `FROM=${day} TO=${addDays(day)}`;
+  { manifest, sha256, damage }: Awaited<ReturnType<typeof verifyParts>>,
+  source: Pick<archive.Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
+): archive.Manifest {
+  const window = `FROM=${day} TO=${archive.addDays(day)}`;
   const again = `make backfill-events ${window}`;
-  if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${source.rows} rows of it`}. Next: ${again}`);
   const { rows } = source;
-  const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
-  const ids = ({ min_id, max_id }: Omit<typeof source, "rows" | "sha256">): string => `ids ${min_id} to ${max_id}`;
+  const fail: (why: string) => never = (why) => {
+    throw new Error(why);
+  };
+  if (!manifest) return fail(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
-  // A source that has none of the day's rows any more has let the archive be the copy.
-  const rules: [fault: unknown, words: string][] = [
-    [damage && rows < manifest.rows, `${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`],
-    [damage, `${damage}. Next: ${again} FORCE=1`],
-    [rows > manifest.rows, `${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`],
-    [
-      rows && rows < manifest.rows,
-      `${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`,
-    ],
-    [
-      rows && source.sha256 !== sha256,
-      `its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too: ${again} FORCE=1`,
-    ],
-    [rows && ids(source) !== ids(manifest), `its manifest says ${ids(manifest)}; its rows have ${ids(source)}. Next: ${again} FORCE=1`],
-  ];
-  const [, found] = rules.find(([fault]) => fault) ?? [];
-  if (found) throw new Error(found);
+  if (damage && rows < manifest.rows) fail(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
+  if (damage) fail(`${damage}. Next: ${again} FORCE=1`);
+  if (!rows) return manifest; // the source has let the archive be the copy
+  const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
+  if (rows > manifest.rows) fail(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
+  const deleted = "rows were deleted at the source. If they are to go from the archive too";
+  if (rows < manifest.rows) fail(`${both}: ${deleted}: ${again} FORCE=1 ALLOW_SHRINK=1`);
+  const changed = "rows were changed there. If the archive is to have that too";
+  if (source.sha256 !== sha256) fail(`its ${rows} rows are not the source's: ${changed}: ${again} FORCE=1`);
+  const [is, says] = [source, manifest].map(({ min_id, max_id }) => `ids ${min_id} to ${max_id}`);
+  if (is !== says) fail(`its manifest says ${says}; its rows have ${is}. Next: ${again} FORCE=1`);
   return manifest;
 }

@@ -1,6 +1,6 @@
 /** BigQuery: the client, and which of its errors are worth another attempt. */
 import { setTimeout as delay } from "node:timers/promises";
-import { BigQuery } from "@google-cloud/bigquery";
+import { BigQuery, type BigQueryOptions } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
 import { type Env, like, name, optional, required, serverUrl } from "../env.ts";
@@ -17,8 +17,8 @@ export const bigqueryVariables = {
 export type BigQueryEnv = Env<typeof bigqueryVariables>;
 
 /** The client, with the credentials of the environment; for a local server (BIGQUERY_ENDPOINT), without. */
-export function connectBigQuery(env: BigQueryEnv): BigQuery {
-  const options = { projectId: env.BIGQUERY_PROJECT, location: env.BIGQUERY_LOCATION };
+export function connectBigQuery(env: BigQueryEnv, others: BigQueryOptions = {}): BigQuery {
+  const options = { projectId: env.BIGQUERY_PROJECT, location: env.BIGQUERY_LOCATION, ...others };
   if (!env.BIGQUERY_ENDPOINT) return new BigQuery(options);
   // Without a token the client sends no headers at all to a custom endpoint, and its upload then crashes; and it would
   // look for a metadata server for 15 s first.

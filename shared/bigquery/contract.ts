@@ -49,18 +49,20 @@ export function checkSource(run: SchemaCheck, { fields, file, source }: Contract
   return checkColumns(run, file, source, wanted);
 }
 
-/**
- * Compares the destination table with the contract. @param name of it, with its dataset. @param hidden where a policy hides rows.
- * @throws UsageError naming column, expected and found, all of them at once.
- */
-export function checkDestination({ fields, file }: Contract, name: string, actual: TableMetadata, hidden: boolean): void {
-  const described = (list: TableField[] = []) => new Map(list.map((field) => [field.name, describeField(field)]));
-  const [expected, found] = [described(fields), described(actual.schema?.fields)];
-  const faults = [...new Set([...expected.keys(), ...found.keys()])].flatMap((column) => {
-    const [wanted, is] = [expected.get(column) ?? "no such field", found.get(column) ?? "no such column"];
-    return wanted === is ? [] : [`column ${name}.${column}: expected ${wanted} (${file}), found ${is}`];
+/** The columns that contract and table do not have alike, as describeField names them; "" where there is none. @param name of the table. */
+export function differingColumns({ fields, file }: Contract, name: string, { schema }: TableMetadata) {
+  const described = (list: TableField[] = []) => new Map(list.map((field) => [field.name ?? "", describeField(field)]));
+  const [wanted, there] = [described(fields), described(schema?.fields)];
+  return [...new Set([...wanted.keys(), ...there.keys()])].flatMap((column) => {
+    const [expected = "", found = ""] = [wanted.get(column), there.get(column)];
+    const fault = `column ${name}.${column}: expected ${expected || "no such field"} (${file}), found ${found || "no such column"}`;
+    return expected === found ? [] : [{ column, expected, found, fault }];
   });
-  faults.push(...optionFaults(name, actual, hidden));
+}
+
+/** Compares the table with the contract. @param hidden where a policy hides rows. @throws UsageError with all that differs, at once. */
+export function checkDestination(contract: Contract, name: string, actual: TableMetadata, hidden: boolean): void {
+  const faults = [...differingColumns(contract, name, actual).map(({ fault }) => fault), ...optionFaults(name, actual, hidden)];
   if (faults.length) throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
 }
 
@@ -82,7 +84,7 @@ export function optionFaults(name: string, { type = "TABLE", expirationTime, ...
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */
-export function describeField({ type, mode, precision, scale }: TableField): string {
+function describeField({ type, mode, precision, scale }: TableField): string {
   const size = precision ? `(${precision}${scale ? `,${scale}` : ""})` : "";
   return `${apiType(type ?? "")}${size} ${(mode ?? "NULLABLE").toUpperCase()}`;
 }

@@ -1,6 +1,6 @@
 /** BigQuery: a staging table per chunk and attempt, a streamed load job, and one MERGE by primary key. */
 import { pipeline } from "node:stream/promises";
-import type { Job, QueryRowsResponse } from "@google-cloud/bigquery";
+import type { BigQueryOptions, Job, QueryRowsResponse } from "@google-cloud/bigquery";
 import type { RowStream } from "../copy.ts";
 import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
@@ -20,8 +20,8 @@ export type Destination = Awaited<ReturnType<typeof openDestination>>;
  * The pipeline's table, compared with its contract.
  * @throws UsageError where it does not exist or differs, or hides rows.
  */
-export async function openDestination(env: BigQueryEnv, contract: Contract) {
-  const bigquery = connectBigQuery(env);
+export async function openDestination(env: BigQueryEnv, contract: Contract, options: BigQueryOptions = {}) {
+  const bigquery = connectBigQuery(env, options);
   const [dataset, { pipeline }] = [env.BIGQUERY_DATASET, contract];
   const table = bigquery.dataset(dataset).table(pipeline);
   const [metadata] = await table.getMetadata().catch((error: ApiError) => {

@@ -395,13 +395,18 @@ test("wal_level; a slot that is lost; no slot that is free", async () => {
   const there = { ...cluster.variables, ...at("REPLICATION_DATABASE_URL", { host, pathname: "/shop" }) };
   await cluster.admin.unsafe("alter role etl_replicator password 'local-only'");
   const slot = `etl_${shop.dataset}`;
-  const { lines } = await run("sensors", there);
+  // Connect knows how far it was, of the shop's own source; of one that is away that is not known.
+  await assertFails("sensors", there, /sensors: slot \w+: it is gone, and with it the changes since\. Run: make resnapshot$/);
+  const away = { ...there, CONNECT_URL: "http://127.0.0.1:1" };
+  const { lines } = await run("sensors", away);
   assert.match(lines.join("\n"), new RegExp(`^ok {4}sensors: slot ${slot}: it does not exist yet: make connector creates it$`, "m"));
   await cluster.admin`select pg_create_logical_replication_slot('somebodys', 'pgoutput')`;
   await assertFails(
     "sensors",
-    there,
+    away,
     /sensors: slot \w+: it does not exist, and the server has no free replication slot\. Raise max_replication_slots/,
+    /sensors: Debezium's version: /,
+    /sensors: connector /,
   );
   await cluster.admin`select pg_drop_replication_slot('somebodys')`;
   await cluster.admin`select pg_create_logical_replication_slot(${slot}, 'pgoutput')`;
@@ -419,6 +424,7 @@ test("wal_level; a slot that is lost; no slot that is free", async () => {
   await assertFails(
     "sensors",
     without,
+    /sensors: slot \w+: it is gone, /,
     /sensors: wal_level, role and publication: .*wal_level is replica: alter system set wal_level = logical; and restart the server/,
   );
 });

@@ -182,7 +182,11 @@ await test("a new nullable column, a relaxed mode and a description are printed,
       .map((field) => (field.name === "created_at" ? { ...field, mode: "NULLABLE", description: "Changed." } : field))
       .concat({ name: "note", type: "STRING" }),
   );
-  const additions = [`relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`, `add column ${table}.note STRING NULLABLE`];
+  const additions = [
+    `relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`,
+    `add column ${table}.note STRING NULLABLE`,
+    `describe ${table}`,
+  ];
   const before = await created();
   const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
   assert.deepEqual(steps(dry.stderr), [...additions.map((what) => `would-apply what=${what}`), "done"]);
@@ -199,7 +203,7 @@ await test("a new nullable column, a relaxed mode and a description are printed,
   writeFileSync(contract, committed);
   await assertRefused([
     /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE\. .* create the table again/,
-    /column \S+\.note: expected no such column .*, found STRING NULLABLE\. SQL: ALTER TABLE \S+\.orders DROP COLUMN note;/,
+    /column \S+\.note: expected no such field .*, found STRING NULLABLE\. SQL: ALTER TABLE \S+\.orders DROP COLUMN note;/,
   ]);
 });
 

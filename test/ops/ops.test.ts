@@ -34,7 +34,7 @@ const refusals: [variables: Record<string, string>, says: RegExp][] = [
   [orders, /TO is missing\. The end, exclusive; of rewind, the time to set the watermark back to\. Example: TO=/],
   [
     { ...orders, TO: "2999-01-01" },
-    /TO=2999-01-01T00:00:00\.000000\+00 is after the watermark \d{4}-\S+: a rewind goes back only, since the rows between them would never be read\./,
+    /TO=2999-01-01T00:00:00\.000000\+00 is after the watermark \d{4}-\S+: a rewind goes back only, the rows between would never be read\./,
   ],
   [{ TO: "2017-01-01" }, /PIPELINE is missing\. The pipeline's name\. Example: PIPELINE=orders/],
   [{ PIPELINE: "order", TO: "2017-01-01" }, /PIPELINE must be one of events, orders, users\./],

@@ -222,7 +222,7 @@ suite("with one pipeline", () => {
       assert.match(of.orders?.reasons.join() ?? "", /cannot tell which transaction holds its watermark: cannot connect to SOURCE/);
       const said = of.sensors?.reasons.join("\n") ?? "";
       for (const part of ["Kafka", "ClickHouse", "Kafka Connect"])
-        assert.match(said, new RegExp(`^${part} is not known: ${part} has not answered within 5 s$`, "m"));
+        assert.match(said, new RegExp(`^${part} is not known: no answer within 5 s$`, "m"));
       assert.match(said, /^the slot is not known: /m);
       assert.deepEqual([of.sensors?.state, of.orders?.watermark], ["red", await shop.watermark()]);
     } finally {

@@ -33,11 +33,11 @@ const startHeld = async (step: RegExp, gate: Gate): Promise<[Process, HttpProxy]
 const assertEqual = async () => assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
 
 test("rows that were deleted at the source are removed; DRY_RUN=1 says which, and removes nothing", async () => {
-  assert.match((await swept()).stderr, /step=found rows=1000 gone=0$/m);
+  assert.match((await swept()).stderr, /step=found compared=1000 gone=0$/m);
   await remove(3, 4);
   await sync();
   const dry = await swept({ DRY_RUN: "1" });
-  assert.match(dry.stderr, /step=would-delete rows=1000 gone=2 keys="id=3,id=4"$/m);
+  assert.match(dry.stderr, /step=would-delete compared=1000 gone=2 keys="id=3,id=4"$/m);
   assert.equal((await there()).length, 1000);
   assert.match((await swept()).stderr, /step=swept deleted=2 kept=0$/m);
   await assertEqual();

@@ -395,7 +395,7 @@ suite("a shop's orders", () => {
     const newer = "  (newer at the destination)";
     const changed = [100, 101, 102].map((id) => `different id=${id}: status, updated_at${newer}`);
     const { stderr } = await finds(shop, [...changed, `extra id=5001${newer}`, `extra id=5002${newer}`]);
-    assert.match(stderr, /^Newer than anything at the source: was it restored from an older backup\? ops\/runbook\.md/m);
+    assert.match(stderr, /^Newer than anything at the source: was it restored\? ops\/runbook\.md/m);
     await shop.succeed("scripts/ops/rewind.ts", { PIPELINE: "orders", TO: at.replace(" ", "T").replace(/\+00$/, "Z") });
     await sync();
     await finds(shop, [], repair);
@@ -430,7 +430,7 @@ suite("a shop's orders", () => {
       ],
       [
         { PIPELINE: "sensors", ...repair },
-        /REPAIR=1 is not available for sensors: a change still in Kafka could overwrite the repair\. Next: make resnapshot/,
+        /REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair\. Next: make resnapshot/,
       ],
     ];
     for (const [variables, says] of refused) {

@@ -1,13 +1,11 @@
 /** Asking servers that may not answer, or not yet. */
 import { setTimeout as delay } from "node:timers/promises";
 
-/** What `work` gives within so many seconds, or its error in words. @param late what to say of one that takes longer. */
-export async function answer<T>(seconds: number, late: string, work: () => T | Promise<T>): Promise<{ value?: T; error?: string }> {
-  const over = delay(seconds * 1000).then(() => {
-    throw new Error(late);
-  });
+/** What `work` gives within so many seconds, or its error in words. */
+export async function answer<T>(seconds: number, work: () => T | Promise<T>): Promise<{ value?: T; error?: string }> {
+  const late = new Error(`no answer within ${seconds} s`);
   try {
-    return { value: await Promise.race([work(), over]) };
+    return { value: await Promise.race([work(), delay(seconds * 1000).then(() => Promise.reject(late))]) };
   } catch (error) {
     const { message, code, name } = error as Error & { code?: string };
     return { error: message || code || name };

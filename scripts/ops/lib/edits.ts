@@ -5,14 +5,8 @@ import { join } from "node:path";
 import { root, UsageError } from "../../../shared/env.ts";
 import { log } from "../../../shared/log.ts";
 
-export interface Edit {
-  /** From the project's root. */
-  file: string;
-  /** What tells that the file has been edited. Nothing for a new file, which is never written over another. */
-  has: string;
-  /** @param text of the file, "" where it is new. */
-  change(text: string): string;
-}
+/** Of a file, from the project's root. `has` tells that it has been edited: nothing for a new file, which is never written over another. */
+export type Edit = { file: string; has: string; change(text: string): string };
 
 /** Puts text behind what `found` finds. @param text gets that. @throws UsageError where it finds nothing. */
 export const after = (file: string, has: string, found: RegExp, text: (found: string) => string): Edit => ({

@@ -1,5 +1,5 @@
 /** What the operations on the archive of events share: the days of FROM and TO, and reading a day back. */
-import { createHash } from "node:crypto";
+import { createHash, hash } from "node:crypto";
 import { createGunzip } from "node:zlib";
 import { type Env, UsageError } from "../../../shared/env.ts";
 import { addDays, addTotals, daysBetween, eachDay, type Manifest, type Part, readManifest } from "../../../shared/events/archive.ts";
@@ -11,20 +11,13 @@ export const dayVariables = { ...pipelineVariables, ...bucketVariables };
 
 /** FROM and TO as the days they are. @throws UsageError where they are no dates, or no day lies between them. */
 export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "TO">, command: string): string[] {
+  const [from, to] = [FROM, TO].map((value = "") => /^(.*)T00:00:00\.000000\+00$/.exec(value)?.[1]);
+  if (from && to && from !== to) return daysBetween(from, to);
   const example = `Example: make ${command} FROM=2017-01-01 TO=2018-01-01`;
-  if (!FROM || !TO || FROM === TO)
-    throw new UsageError(`make ${command} needs FROM and TO: the first day, and the day after the last. ${example}`);
-  for (const [name, value] of Object.entries({ FROM, TO }))
-    if (!value.endsWith("T00:00:00.000000+00"))
-      throw new UsageError(`${name} ${value} must be a date: the archive is by days of UTC. ${example}`);
-  return daysBetween(FROM.slice(0, 10), TO.slice(0, 10));
+  throw new UsageError(`make ${command} needs FROM and TO as dates, of UTC: the first day, and the day after the last. ${example}`);
 }
 
-/**
- * Reads days back, and continues past one that fails.
- * @param read returns the day's manifest, or throws what is wrong with the day.
- * @returns the days that failed, with the reason and the next command.
- */
+/** Reads days back, past one that fails. @returns the days for which `read` has thrown, with what was wrong and the next command. */
 export async function readBack(
   run: Run,
   command: string,
@@ -36,8 +29,7 @@ export async function readBack(
   for (const [day, why] of failed)
     if (!/\bmake /.test(why)) failed.set(day, `${why}. Next: make ${command} FROM=${day} TO=${addDays(day)}`);
   const { rows, bytes } = run.totals;
-  const done = { days: days.length, rows, bytes, failed: failed.size, seconds: run.seconds() };
-  run.log(failed.size ? "days" : "done", done);
+  run.log(failed.size ? "days" : "done", { days: days.length, rows, bytes, failed: failed.size, seconds: run.seconds() });
   return failed;
 }
 
@@ -71,7 +63,7 @@ export async function* readPart(bucket: Bucket, part: Part): AsyncGenerator<Buff
     if (found !== part[field]) throw damaged(bucket, part.key, `expected ${field} ${part[field]} (its manifest), found ${found}`);
   };
   check("bytes", object.body.length);
-  check("sha256", createHash("sha256").update(object.body).digest("hex"));
+  check("sha256", hash("sha256", object.body));
   const [raw, gunzip] = [createHash("sha256"), createGunzip({ chunkSize: 2 ** 16 })];
   let rows = 0;
   gunzip.end(object.body);

@@ -25,8 +25,8 @@ export async function openRebuild(application: string) {
   const checkIsEmpty = () => ask((admin) => waitUntil(() => isEmpty(admin, groupId), 40, busy));
   await checkIsEmpty();
   const where = () => ask((admin) => topicState(admin, topic, groupId));
-  const names = { topic, groupId, database, rebuild: `${database}_rebuild` };
-  return { env, ...names, etl, ask, where, checkIsEmpty, epoch: await readEpoch(etl, topic) };
+  const epoch = await readEpoch(etl, topic);
+  return { env, topic, groupId, database, rebuild: `${database}_rebuild`, etl, ask, where, checkIsEmpty, epoch };
 }
 
 /** @throws UsageError where the group has consumers, which a change of its offsets would not reach. */

@@ -19,20 +19,16 @@ import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
 import { topicState } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { waitUntil } from "./answer.ts";
-import { type Comparison, type Kind, kinds } from "./verify.ts";
+import { type Comparison, comparison, type Found, total } from "./verify.ts";
 
-const { select } = clickhouse;
-type SensorsEnv = clickhouse.ClickHouseEnv &
-  Env<typeof kafkaVariables> & { SOURCE_DATABASE_URL: string /** How many differences are named. */; LIMIT: number };
+type SensorsEnv = clickhouse.ClickHouseEnv & Env<typeof kafkaVariables> & { LIMIT: number };
 
 /** How long what is on its way may take. */
 const ARRIVAL_SECONDS = 120;
-const DAY_MS = 86_400_000;
 
 /**
- * Compares all readings.
- * @param fill of a rebuild, which no consumer fills while it is compared: inserts what the topic has. Its dead letters are no differences.
- * @throws Error where what the source had committed does not arrive.
+ * Compares all readings. @param fill of a rebuild, which no consumer fills meanwhile: inserts what the topic has. Its dead letters are no
+ * differences. @throws Error where what the source had committed does not arrive.
  */
 export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Promise<void>): Promise<Comparison> {
   await using client = clickhouse.connectClickHouse(env);
@@ -47,35 +43,30 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
   const differing = `
     SELECT id, multiIf(count() > 1, 'twice', NOT max(in_table), 'missing', NOT max(in_source), 'extra', 'different') AS kind,
       arrayStringConcat(any(columns), ', ') AS columns FROM (${joined(columns, at("source"))}) GROUP BY id HAVING max(differs)`;
-  // Of one that was killed.
-  await dropTables(client, `match(name, '^verify_[0-9]{8}_') AND name < 'verify_${newRunId(Date.now() - DAY_MS)}'`);
+  // Of one that was killed, a day ago or more.
+  await dropTables(client, `match(name, '^verify_[0-9]{8}_') AND name < 'verify_${newRunId(Date.now() - 86_400_000)}'`);
   const canary = await readCanary(run.etl, env.SENSORS_TOPIC);
   try {
     await create("before", versions());
     const rows = await loadSource(run, client, at("source"), columns);
-    const [first] = await select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
+    const [first] = await clickhouse.select<{ n: string }>(client, `SELECT count() AS n FROM (${differing}) ${settings}`);
     const candidates = Number(first?.n);
-    const counts = Object.fromEntries(kinds.map((kind) => [kind, 0])) as Comparison["counts"];
-    if (!candidates) {
-      await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-      return { rows, fresh: 0, counts, shown: [] };
+    const found: Found[] = [];
+    if (candidates) {
+      run.log("again", { because: "what differs may be on its way", differences: candidates });
+      await awaitArrival(run, env, candidates, fill);
+      await create("still", differing);
+      const query = `
+        SELECT s.kind AS kind, 'id=' || toString(s.id) AS name, s.columns AS columns, false AS newer,
+          toUInt32(count() OVER (PARTITION BY s.kind)) AS total, 0 AS staged
+        FROM ${at("still")} AS s LEFT JOIN ${at("before")} AS b ON b.id = s.id
+        LEFT JOIN (${versions(`id IN (SELECT id FROM ${at("still")})`)}) AS a ON a.id = s.id
+        WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} ORDER BY s.id LIMIT ${env.LIMIT} BY s.kind ${settings}`;
+      found.push(...(await clickhouse.select<Found>(client, query)));
     }
-    run.log("again", { because: "what differs may be on its way", differences: candidates });
-    await awaitArrival(run, env, candidates, fill);
-    await create("still", differing);
-    const found = await select<{ kind: Kind; n: string; shown: [id: string, columns: string][] }>(
-      client,
-      `SELECT s.kind AS kind, count() AS n, groupArraySorted(${env.LIMIT})((s.id, s.columns)) AS shown FROM ${at("still")} AS s
-       LEFT JOIN ${at("before")} AS b ON b.id = s.id LEFT JOIN (${versions(`id IN (SELECT id FROM ${at("still")})`)}) AS a ON a.id = s.id
-       WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} GROUP BY kind ${settings}`,
-    );
-    for (const { kind, n } of found) counts[kind] = Number(n);
-    const differ = found.reduce((sum, { n }) => sum + Number(n), 0);
-    if (!differ) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-    const shown = found.flatMap(({ kind, shown }) =>
-      shown.map(([id, columns]) => ({ kind, name: `id=${id}`, columns: columns.split(", "), newer: false })),
-    );
-    return { rows, fresh: Math.max(0, candidates - differ), counts, shown };
+    const compared = comparison(rows, found);
+    if (!found.length) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
+    return { ...compared, fresh: Math.max(0, candidates - total(compared)) };
   } finally {
     await dropTables(client, `startsWith(name, '${at("")}')`);
   }
@@ -85,7 +76,8 @@ const deadIds = "SELECT JSONExtractInt(ifNull(key, ''), 'id') FROM sensor_dead_l
 
 async function dropTables(client: ClickHouseClient, which: string): Promise<void> {
   const query = `SELECT name FROM system.tables WHERE database = currentDatabase() AND ${which}`;
-  for (const { name } of await select<{ name: string }>(client, query)) await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
+  for (const { name } of await clickhouse.select<{ name: string }>(client, query))
+    await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
 }
 
 /** Loads all readings of the source, from one snapshot. A time that DateTime64 cannot hold comes as NULL. @returns how many. */
@@ -98,21 +90,16 @@ async function loadSource(run: Run, client: ClickHouseClient, table: string, col
   const selected = columns.map(({ name, type }) => (type.startsWith("DateTime64") ? time(name) : `"${name}"`));
   const lines = `select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`;
   await using rows = run.copy(lines, {});
-  const pieces = async function* (): AsyncGenerator<Buffer> {
-    for await (const piece of rows.lines) yield Buffer.from(piece); // its memory is used again
-  };
   const { stream } = await client.exec({
     query: `INSERT INTO ${table} FORMAT JSONEachRow`,
-    values: Readable.from(pieces(), { objectMode: false }),
+    values: Readable.from(rows.lines, { objectMode: false }),
     abort_signal: run.signal,
     clickhouse_settings: { async_insert: 0, wait_end_of_query: 1 },
   });
   for await (const _ of stream); // an answer that is not read keeps its connection
-  const [loaded] = await select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
+  const [loaded] = await clickhouse.select<{ n: string }>(client, `SELECT count() AS n FROM ${table}`);
   if (Number(loaded?.n) === rows.sent.rows) return rows.sent.rows;
-  throw new Error(
-    `${rows.sent.rows} readings were read from the source, and ${loaded?.n} were loaded into ${table}. Next: make verify PIPELINE=sensors`,
-  );
+  throw new Error(`${rows.sent.rows} readings were read, and ${loaded?.n} were loaded into ${table}. Next: make verify PIPELINE=sensors`);
 }
 
 /** Both sides' readings by id, and in which columns they differ; two rows where ClickHouse has an id twice. Floats by their bits. */
@@ -135,16 +122,10 @@ async function awaitArrival({ source }: Run, env: SensorsEnv, differences: numbe
   const { slot } = namesOf(env);
   const late = `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s`;
   const [now] = await source<{ lsn: string }[]>`select pg_current_wal_lsn()::text as lsn`;
-  const decoded = async (): Promise<boolean> => {
-    const passed = await source`
-      select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
-    return passed.count > 0;
-  };
-  await waitUntil(
-    decoded,
-    ARRIVAL_SECONDS,
-    `${late} Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`,
-  );
+  const passed = () => source`
+    select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
+  const undecoded = `${late} Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`;
+  await waitUntil(async () => (await passed()).count > 0, ARRIVAL_SECONDS, undecoded);
   await fill?.();
   const ends = await where();
   const inserted = async (): Promise<boolean> => (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));

@@ -20,81 +20,78 @@ import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
-import { pipelineVariables, type Run, withRetry } from "../../../shared/run.ts";
+import { type Metrics, pushMetrics } from "../../../shared/metrics.ts";
+import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
 /** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
 export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
-export type Kind = (typeof kinds)[number];
+type Kind = (typeof kinds)[number];
 
-/** A key whose rows are not the same on both sides. */
+/**
+ * A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas;
+ * `newer` where the table has a later version than the source, which then went back.
+ */
 interface Difference {
   kind: Kind;
-  /** The key for people, such as id=17. */
   name: string;
-  /** In which columns, if it is `different`. */
-  columns: string[];
-  /** The table has a later version than the source, which then went back. */
+  columns: string;
   newer: boolean;
 }
 
-/** Counts are of keys. */
+/**
+ * How many rows of the source were compared; how many keys are the next run's (`fresh`: at or past the watermark on either side), and of
+ * each kind; the first LIMIT of each kind.
+ */
 export interface Comparison {
-  /** Rows of the source that were compared. */
   rows: number;
-  /** At or past the watermark on either side: the next run's. */
   fresh: number;
   counts: Record<Kind, number>;
-  /** Of each kind the first LIMIT, by key. */
   shown: Difference[];
 }
 
 export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], 0);
 
 /** What make verify and make sweep read. */
-export const verifyVariables = {
-  ...pipelineVariables,
-  ...bigqueryVariables,
-  LIMIT: optional(number(1, 100_000), 20),
-};
+export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIMIT: optional(number(1, 100_000), 20) };
 export type VerifyEnv = Env<typeof verifyVariables>;
 
 /**
- * Does `work` for each of the pipelines, past one that fails, until a signal stops it. @param work returns what is wrong, in words.
- * @throws the error of the only one, or Error with all that failed.
+ * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it. @param work adds what is wrong, in
+ * words. @throws the error of the only one, or Error with all that failed.
  */
 export async function eachPipeline(
   command: string,
-  wanted: string[],
-  work: (pipeline: string) => Promise<string | undefined>,
+  env: VerifyEnv & { PIPELINE?: string | undefined },
+  all: string[],
+  work: (run: Run, wrong: string[]) => Promise<void>,
 ): Promise<void> {
-  let stopped: Error | undefined; // a run hears of a signal until it has ended
+  let stopped = ""; // a run hears of a signal until it has ended
   onSignal((signal) => {
-    stopped = new Error(`it was not begun: stopped by ${signal}. Next: make ${command}`);
+    stopped = `it was not begun: stopped by ${signal}. Next: make ${command}`;
   });
   const failures: string[] = [];
-  for (const pipeline of wanted)
-    try {
-      if (stopped) throw stopped;
-      const wrong = await work(pipeline);
-      if (wrong) failures.push(wrong);
-    } catch (error) {
-      if (wanted.length === 1) throw error;
-      failures.push(`${pipeline}: ${(error as Error).message}`);
-    }
+  for (const pipeline of env.PIPELINE ? [env.PIPELINE] : all) {
+    const wrong: string[] = [];
+    const working = async (run: Run): Promise<void> => {
+      run.next = `the same command begins again. Next: make ${command} PIPELINE=${pipeline}`;
+      await work(run, wrong);
+    };
+    if (stopped) failures.push(`${pipeline}: ${stopped}`);
+    else
+      await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
+        if (env.PIPELINE && !wrong.length) throw error;
+        failures.push(`${pipeline}: ${error.message}`);
+      });
+    failures.push(...wrong);
+  }
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
-/**
- * A table, and every row of its source beside it. `deleteExtra` deletes the rows that the source has not, `repair` makes the table's rows
- * what the source has; both return how many rows they changed.
- */
+/** What can be done with a table beside its source's rows. `deleteExtra` and `repair` return how many rows of the table they changed. */
 type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
 
-/**
- * Why the watermark cannot be trusted, in words with the next command, if it cannot.
- * @throws UsageError where there is none: nothing has been synced.
- */
+/** Why the watermark cannot be trusted, in words, if it cannot. @throws UsageError where there is none: nothing has been synced. */
 export async function distrusted(run: Run): Promise<string | undefined> {
   const { pipeline, etl } = run;
   const stored = await readWatermark(etl, pipeline);
@@ -103,16 +100,13 @@ export async function distrusted(run: Run): Promise<string | undefined> {
 }
 
 /**
- * Checks the source and the table as a run does, loads every row of the source, whatever its cursor, into a staging table, and drops
- * that after `work`. What is transient is tried again.
- * @param columns which are loaded and compared; the key and the cursor are enough to find rows that the source no longer has.
- * @throws UsageError as a run does, and where a key comes twice.
+ * Checks the source and the table as a run does, and loads every row of the source, whatever its cursor, into a staging table.
+ * @param columns which are compared; the key and the cursor are enough to find rows that the source no longer has.
  */
 export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key", work: (both: Both) => Promise<T>): Promise<T> {
   const contract = readContract(run.pipeline);
   const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
-  const needed = [...contract.key, contract.source.cursor];
-  const fields = contract.fields.filter(({ name }) => columns === "all" || needed.includes(name));
+  const fields = contract.fields.filter(({ name }) => columns === "all" || [...contract.key, contract.source.cursor].includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
@@ -120,15 +114,14 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     // What a run at work beside this one may bring until this has ended is no row of the future.
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
-    const all = { from: "-infinity", to: "infinity" };
     await using staging = await createStaging(run, to, attempt);
-    const { rows } = await loadChunk(run, from, staging, all);
+    const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
     const job = (name: string): string => `etl_${staging.name}_${name}`;
     return await work({
-      compare: async () => comparison(to.contract, rows, await ask<Found>(run, to, sql.compare)),
+      compare: async () => comparison(rows, await ask<Found>(run, to, sql.compare)),
       deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
       repair: async () => {
         const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
@@ -141,27 +134,18 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
 }
 
 /** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
-type Found = Record<string, string> & { kind: Kind | "new"; newer: boolean; total: number; staged: number };
+export type Found = (Difference | { kind: "new" }) & { total: number; staged: number };
 
-function comparison({ key, fields }: Contract, rows: number, found: Found[]): Comparison {
+export function comparison(rows: number, found: Found[]): Comparison {
   const of = (kind: string) => found.find((one) => one.kind === kind);
-  const differing = found.filter((one): one is Found & { kind: Kind } => one.kind !== "new");
-  return {
-    rows: rows - (of("new")?.staged ?? 0),
-    fresh: of("new")?.total ?? 0,
-    counts: Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Record<Kind, number>,
-    shown: differing.map(({ kind, newer, columns, ...row }) => ({
-      kind,
-      newer,
-      name: key.map((name, index) => `${name}=${row[`k${index}`]}`).join(", "),
-      columns: kind === "different" ? (columns ?? "").split(",").map((index) => fields[Number(index)]?.name ?? "") : [],
-    })),
-  };
+  const counts = Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Comparison["counts"];
+  const shown = found.filter((one) => one.kind !== "new");
+  return { rows: rows - (of("new")?.staged ?? 0), fresh: of("new")?.total ?? 0, counts, shown };
 }
 
 /**
- * Whether two values of a field are distinct, of which NULL equals NULL and NaN equals NaN (documented of IS DISTINCT FROM): SQL. JSON,
- * arrays and structs are not comparable; TO_JSON_STRING writes both sides' by one rule, each element in full.
+ * SQL: whether two values of a field are distinct; NULL equals NULL, and NaN NaN (documented of IS DISTINCT FROM). JSON, arrays and structs
+ * are not comparable; TO_JSON_STRING writes both sides' by one rule.
  */
 function isDistinct({ type, mode }: Field, a: string, b: string): string {
   const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
@@ -183,11 +167,10 @@ export function verifyStatements(
   const [staged, version, first] = [at(s, source.cursor), at(t, source.cursor), key[0] ?? ""];
   const keys = key.map((_, index) => `k${index}`).join(", ");
   const same = (alias: string) => key.map((name, index) => `${at(alias, name)} = ${d}.k${index}`).join(" AND ");
-  // Indexes instead of names: they would make the text twice as long.
-  const distinct = fields.flatMap((field, index) =>
-    key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${index}', NULL)`,
+  const distinct = fields.flatMap((field) =>
+    key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${field.name}', NULL)`,
   );
-  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ','), '')`;
+  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ', '), '')`;
   const each = (columns: string): string => `(SELECT *, CASE
   WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable'
   WHEN (staged >= TIMESTAMP '${watermark}' OR version >= TIMESTAMP '${watermark}')
@@ -210,8 +193,10 @@ FROM (
   const rows = `(SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s}
   JOIN ${each(columns)} AS ${d} ON ${same(s)} WHERE ${d}.kind IN ('missing', 'different'))`;
   const order = keys.replaceAll("k", "found.k");
+  const bytes = (name: string): boolean => fields.some((field) => field.name === name && apiType(field.type) === "BYTES");
+  const texts = key.map((name, index) => `'${name}=' || ${bytes(name) ? `TO_HEX(k${index})` : `CAST(k${index} AS STRING)`}`);
   return {
-    compare: `SELECT kind, ${key.map((name, index) => `${keyText(contract, name, `k${index}`)} AS k${index}`).join(", ")}, columns,
+    compare: `SELECT kind, ${texts.join(" || ', ' || ")} AS name, columns,
   COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE) AS newer,
   COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged
 FROM ${each(columns)} AS found
@@ -224,8 +209,18 @@ WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
   };
 }
 
-/** A key's value for people: SQL. */
-function keyText({ fields }: Contract, name: string, value: string): string {
-  const bytes = apiType(fields.find((field) => field.name === name)?.type ?? "") === "BYTES";
-  return bytes ? `TO_HEX(${value})` : `CAST(${value} AS STRING)`;
+/**
+ * Pushes how much differs, and where nothing does the time; a Pushgateway that is away costs a warning. Records the proof for make report.
+ * @param rows that were compared. @param differences rows, of events days, that differ. @param found the same in words.
+ */
+export async function recordVerified(run: Run, url: string, rows: number, differences: number, found: string | null): Promise<void> {
+  const { pipeline, etl, totals } = run;
+  const values: Metrics = { etl_verify_differences: differences };
+  if (!differences) values.etl_verify_last_success_timestamp_seconds = Date.now() / 1000;
+  await pushMetrics(url, pipeline, values, { command: "verify" }).catch(({ message }: Error) =>
+    run.log("warning", { warning: "the metrics were not pushed", error: message }),
+  );
+  await etl`
+    insert into etl.verifications (pipeline, rows, differences, found, bytes_billed)
+    values (${pipeline}, ${rows}, ${differences}, ${found}, ${totals.bytes_billed})`;
 }
