@@ -2,6 +2,7 @@
  * A shop of one's own for a test: a source database with schema etl, a BigQuery dataset and a Pushgateway group, on the
  * local stack's servers, and the scripts run against it as real processes, in the roles that production uses.
  */
+import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
@@ -74,6 +75,8 @@ export interface Shop extends AsyncDisposable {
   run(script: string, variables?: Env): Promise<Result>;
   /** Runs it and requires exit code 0. */
   succeed(script: string, variables?: Env): Promise<Result>;
+  /** Runs it and requires this exit code, and words like these on stderr. */
+  refused(script: string, code: number, says: RegExp, variables?: Env): Promise<Result>;
   /** Inserts rows with the ids first..last into the pipeline's table; the trigger sets updated_at. */
   insertRows(first: number, last: number, pipeline?: Pipeline): Promise<void>;
   /** Inserts events of a day (YYYY-MM-DD), spread over it, each at its own time. */
@@ -224,6 +227,12 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     if (result.code !== 0) throw new Error(`${script} exited ${result.code ?? result.signal}:\n${result.stderr}`);
     return result;
   };
+  const refused = async (script: string, code: number, says: RegExp, variables?: Env): Promise<Result> => {
+    const result = await run(script, variables);
+    assert.match(result.stderr, says);
+    assert.equal(result.code, code, result.stderr);
+    return result;
+  };
   // The bucket is all shops', and there already. There are more than a hundred shops: what migrate leaves out is worth it.
   if (bigquery) await succeed("scripts/ops/migrate.ts", { S3_BUCKET: "", ...(wantsClickHouse ? {} : { CLICKHOUSE_URL: "" }) });
   else if (wantsClickHouse) await createReadings(env);
@@ -300,6 +309,7 @@ export async function createShop(options: ShopOptions = {}): Promise<Shop> {
     start,
     run,
     succeed,
+    refused,
     query,
     sourceRows,
     destinationRows,
