@@ -178,10 +178,8 @@ const faults: Record<string, () => Env> = {
     ...Object.fromEntries(["BIGQUERY_PROJECT", "FROM", "TO", "PIPELINE", "CHUNK_ROWS"].map((name) => [name, `${mark} 1`])),
   }),
 };
-/** Of each client one command, or two: what an error may quote is made in the modules that all share. */
-const clients = ["doctor", "status", "backfill-events", "verify-events", "connector", "dead-letters"].map(
-  (name) => `scripts/ops/${name}.ts`,
-);
+/** Of each client one command, or two: what an error may quote is made in the modules that all share. Not doctor: it waits longest. */
+const clients = ["status", "backfill-events", "verify-events", "connector", "dead-letters"].map((name) => `scripts/ops/${name}.ts`);
 for (const [what, variables] of Object.entries(faults)) {
   test(`where ${what}`, async () => {
     // The consumer waits for a server that is away, until it is told to end.
