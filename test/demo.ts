@@ -2,7 +2,7 @@
  * make demo: the pipelines on the real data and the local stack, and what happened as a table. May be run again at any time.
  * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source. DEMO_ENV_FILE= names a copy of
  * .env.example with other databases, datasets, prefixes and topics: docs/readme.test.ts leaves those of the demo alone. DEMO_SMALL=1, for
- * it too, loads the first days only.
+ * it too, takes the first weeks of the data only.
  */
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";

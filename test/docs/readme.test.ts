@@ -39,7 +39,7 @@ suite("a newcomer's hour, in databases of its own on the local stack", () => {
     const given: Env = { ...env, METRICS_PORT: localEnv().METRICS_PORT };
     const lines = [...exampleVariables()].flatMap((name) => (given[name] === undefined ? [] : `${name}="${given[name]}"\n`));
     writeFileSync(file, lines.join(""));
-    // A test runner in it is no part of this one. The first days are enough to see each command work; make soak takes the year.
+    // A test runner in it is no part of this one. The first weeks are enough to see each command work; make soak takes all.
     Object.assign(env, { DEMO_ENV_FILE: file, NODE_TEST_CONTEXT: undefined, DEMO_SMALL: soak ? undefined : "1" });
   });
   after(async () => {
