@@ -1,7 +1,8 @@
 /**
  * make demo: the pipelines on the real data and the local stack, and what happened as a table. May be run again at any time.
  * It always runs on the local stack (.env.example), whatever .env says: it changes rows of the source. DEMO_ENV_FILE= names a copy of
- * .env.example with other databases, datasets, prefixes and topics: docs/readme.test.ts leaves those of the demo alone.
+ * .env.example with other databases, datasets, prefixes and topics: docs/readme.test.ts leaves those of the demo alone. DEMO_SMALL=1, for
+ * it too, takes the first weeks of the data only.
  */
 import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { once } from "node:events";
@@ -24,6 +25,7 @@ import { say } from "./stack/stack.ts";
 
 const env = localEnv(process.env.DEMO_ENV_FILE);
 const admin = env.STACK_ADMIN_DATABASE_URL ?? "";
+const small = env.DEMO_SMALL === "1";
 
 // The commands that it ends with read .env.
 if (!existsSync(join(root, ".env"))) copyFileSync(join(root, ".env.example"), join(root, ".env"), constants.COPYFILE_EXCL);
@@ -72,12 +74,12 @@ async function archive(): Promise<void> {
     bucket,
     old.map(({ key }) => key),
   );
-  const year = { FROM: "2017-01-01", TO: "2018-01-01" };
+  const year = { FROM: "2017-01-01", TO: small ? "2017-02-01" : "2018-01-01" };
   const tell = (archive: string, { days = "", rows, seconds = "" }: Record<string, string>) =>
     story.push({ archive, days, rows: thousands(Number(rows)), seconds });
   let days = 0;
 
-  say("\ndemo: make backfill-events FROM=2017-01-01 TO=2018-01-01, killed with SIGKILL at day 18");
+  say(`\ndemo: make backfill-events FROM=${year.FROM} TO=${year.TO}, killed with SIGKILL at day 18`);
   const started = performance.now();
   let rows = 0;
   await command("scripts/ops/backfill-events.ts", year, (line, child) => {
@@ -94,10 +96,11 @@ async function archive(): Promise<void> {
   });
   tell("resumed", { ...resumed, days: resumed.chunks ?? "" });
 
-  say("\ndemo: make verify-events FROM=2017-01-01 TO=2018-01-01: every part read back, against manifests and source");
+  say(`\ndemo: make verify-events FROM=${year.FROM} TO=${year.TO}: every part read back, against manifests and source`);
   tell("verified", await command("scripts/ops/verify-events.ts", year));
-  say("\ndemo: make restore-events FROM=2017-12-24 TO=2017-12-27");
-  tell("restored", await command("scripts/ops/restore-events.ts", { FROM: "2017-12-24", TO: "2017-12-27" }));
+  const few = small ? { FROM: "2017-01-02", TO: "2017-01-05" } : { FROM: "2017-12-24", TO: "2017-12-27" };
+  say(`\ndemo: make restore-events FROM=${few.FROM} TO=${few.TO}`);
+  tell("restored", await command("scripts/ops/restore-events.ts", few));
   say("\ndemo: make events: from now on every day that ends");
   await command("scripts/events.ts");
   bucket.client.destroy();
@@ -140,7 +143,7 @@ await main(import.meta, async () => {
   say("demo: starting the local stack (make up)");
   await command("test/stack/up.ts");
   say("\ndemo: the real data (make data)");
-  const loaded = await loadData(admin, { log: (line) => say(`  ${line}`) });
+  const loaded = await loadData(admin, { ...(small && { maxRows: 60_000 }), log: (line) => say(`  ${line}`) });
   // Rows that were loaded only now, with timestamps of 2017, may be behind a watermark of earlier runs.
   const { stdout } = await promisify(execFile)(process.execPath, [join(root, "scripts/ops/status.ts")], {
     env: { ...env, JSON: "1" },

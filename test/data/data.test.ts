@@ -1,5 +1,4 @@
-// The real data set as loaded, and what guards it; needs the local stack (make up). All of its events are loaded by make soak, and by
-// make demo in docs/readme.test.ts.
+// The real data set as loaded, and what guards it; needs the local stack (make up). All of its events are loaded by make soak.
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { after, before, test } from "node:test";

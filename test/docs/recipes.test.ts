@@ -55,46 +55,32 @@ function apply(scratch: Scratch, { attributes: { file = "", at, after, replace }
   });
 }
 
-interface Done {
-  code: number;
-  output: string;
-}
-
-/** Runs a command line in the copy. Its node_modules is a link to the project's: make is kept from installing there. */
-async function shell(scratch: Scratch, env: Env, command: string): Promise<Done> {
+/**
+ * Runs a command line in the copy, and requires this exit code: make's own is 2. @returns what it printed.
+ * Its node_modules is a link to the project's: make is kept from installing there.
+ */
+async function shell(scratch: Scratch, env: Env, command: string, expected = 0): Promise<string> {
   const make = 'make() { command make -o node_modules/.package-lock.json "$@"; }';
   const { NODE_TEST_CONTEXT: _, ...rest } = env;
   const child = spawn("bash", ["-ec", `exec 2>&1; ${make}; ${command}`], { cwd: scratch.folder, env: rest });
   const [output, [code]] = await Promise.all([text(child.stdout), once(child, "close")]);
-  return { code, output };
+  assert.equal(code, expected, `${command}\n${output}`);
+  return output;
 }
 
 /** make check's parts that look at the files that a recipe touches; the others look at all code, or at what is as it was. */
-async function check(scratch: Scratch, ...files: string[]): Promise<void> {
-  for (const file of files) {
-    const { code, output } = await shell(scratch, localEnv(), `node ${file}`);
-    assert.equal(code, 0, output);
-  }
-}
+const check = (scratch: Scratch, ...files: string[]): Promise<string[]> =>
+  Promise.all(files.map((file) => shell(scratch, localEnv(), `node ${file}`)));
 
 /** The copy's own test tools: its contracts and its source tables are those that the recipe has made. */
-async function tools(scratch: Scratch) {
-  const { createShop } = (await import(join(scratch.folder, "test/lib/shop.ts"))) as typeof import("../lib/shop.ts");
-  const { createSource } = (await import(join(scratch.folder, "test/data/source.ts"))) as typeof import("../data/source.ts");
-  return { createShop, createSource };
-}
+const tools = async (scratch: Scratch) => (await import(join(scratch.folder, "test/lib/shop.ts"))) as typeof import("../lib/shop.ts");
 
 await test("the recipe for a column, followed to the letter, adds it, fills it and refills its history", async () => {
   using scratch = scratchCopy(["test", "ops"]);
   const { createShop } = await tools(scratch);
   await using shop = await createShop({ pushgateway: true });
   const { prose, diff, commands } = recipe("column");
-  const run = (command: string): Promise<Done> => shell(scratch, shop.env, command);
-  const succeed = async (command: string): Promise<string> => {
-    const { code, output } = await run(command);
-    assert.equal(code, 0, `${command}\n${output}`);
-    return output;
-  };
+  const run = (command: string, code?: number): Promise<string> => shell(scratch, shop.env, command, code);
   const channels = (): Promise<Record<string, string | null>[]> => shop.query("SELECT id, channel FROM orders ORDER BY id");
 
   // Before: a warning and a metric, by the names that the recipe gives.
@@ -102,23 +88,21 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   await shop.admin.unsafe(
     "alter table orders add channel text default 'web'; comment on column orders.channel is 'Where it was ordered: web, app or till.'",
   );
-  assert.match(await succeed("make orders"), /step=warning .*public\.orders has columns that are not in .* columns=channel/);
+  assert.match(await run("make orders"), /step=warning .*public\.orders has columns that are not in .* columns=channel/);
   const [metric = ""] = /\betl_unknown\w+/.exec(prose) ?? [];
   assert.equal((await shop.metrics())[metric], 1);
   assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
 
   // What is written, as the dry run shows it; twice is once.
   const [[write = "", ...migration] = [], runs] = commands;
-  const shown = await succeed(`DRY_RUN=1 ${write}`);
+  const shown = await run(`DRY_RUN=1 ${write}`);
   for (const line of (diff ?? "").trim().split("\n")) assert.ok(shown.split("\n").includes(line), `${line}\n${shown}`);
-  await succeed(write);
-  const again = await succeed(write);
+  await run(write);
+  const again = await run(write);
   assert.deepEqual([again.match(/step=kept/g)?.length, again.match(/step=wrote/g)], [3, null]);
   await shop.updateRows(1, 1, "early");
   const watermark = await shop.watermark();
-  const early = await run("make orders");
-  assert.match(early.output, /orders\.channel: expected STRING NULLABLE .* found no such column[\s\S]*make migrate/);
-  assert.notEqual(early.code, 0);
+  assert.match(await run("make orders", 2), /orders\.channel: expected STRING NULLABLE .* found no such column[\s\S]*make migrate/);
   assert.equal(await shop.watermark(), watermark);
 
   // 2. and 3. The commands.
@@ -127,19 +111,19 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   await check(scratch, "test/check/googlesql.ts", "test/check/postgres.ts");
   const addition = /add column \S+\.orders\.channel STRING NULLABLE/;
   assert.match(prose, addition);
-  assert.match(await succeed(dry), addition);
+  assert.match(await run(dry), addition);
   await assert.rejects(channels(), /channel/);
-  assert.match(await succeed(migrate), addition);
+  assert.match(await run(migrate), addition);
   const [next = "", all = "", ...more] = runs ?? [];
   assert.deepEqual(more, []);
-  assert.doesNotMatch(await succeed(next), /step=warning/);
+  assert.doesNotMatch(await run(next), /step=warning/);
   assert.equal((await shop.metrics())[metric], 0);
   assert.deepEqual(
     await channels(),
     ["web", null, null, null].map((channel, at) => ({ id: String(at + 1), channel })),
   );
   const reached = await shop.watermark();
-  await succeed(all);
+  await run(all);
   assert.equal(await shop.watermark(), reached);
   const rows = await shop.destinationRows();
   assert.deepEqual(rows, await shop.sourceRows());
@@ -160,7 +144,7 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
     scratch.edit(file, (sql) => sql.replace(`  ${now},`, `  ${expression},`));
     now = expression;
     await shop.admin`update orders set item_count = ${10 + at} where id = ${at + 1}`;
-    await succeed("make orders");
+    await run("make orders");
   }
   assert.deepEqual(
     await shop.query("SELECT status, item_count FROM orders ORDER BY id LIMIT 3"),
@@ -173,10 +157,9 @@ await test("the recipe for a column, followed to the letter, adds it, fills it a
   // Or, once it is in neither file, the SQL that migrate prints.
   scratch.edit("sql/orders.sql", (sql) => sql.replace(`  ${now},\n`, ""));
   scratch.editFields("orders", (fields) => fields.filter(({ name }) => name !== "status"));
-  const refused = await run(migrate);
-  assert.notEqual(refused.code, 0);
-  await shop.query(/ALTER TABLE \S+ DROP COLUMN status/.exec(refused.output)?.[0] ?? assert.fail(refused.output));
-  await succeed(`${migrate} orders`);
+  const refused = await run(migrate, 2);
+  await shop.query(/ALTER TABLE \S+ DROP COLUMN status/.exec(refused)?.[0] ?? assert.fail(refused));
+  await run(`${migrate} orders`);
   assert.deepEqual(await shop.destinationRows(), await shop.sourceRows());
 });
 
@@ -184,11 +167,7 @@ await test("the recipe for a pipeline: make new-pipeline, from a table made a mi
   using scratch = scratchCopy(["test"]);
   await using shop = await createShop({ folder: scratch.folder, pushgateway: true });
   const { sql, commands } = recipe("pipeline");
-  const run = async (command: string, code = 0): Promise<string> => {
-    const done = await shell(scratch, shop.env, command);
-    assert.equal(done.code, code, `${command}\n${done.output}`);
-    return done.output;
-  };
+  const run = (command: string, code?: number): Promise<string> => shell(scratch, shop.env, command, code);
   const [[write = ""] = [], [sync = ""] = []] = commands;
   await shop.admin.unsafe(`
     create schema crm;
@@ -276,9 +255,7 @@ await test("the recipe for a model, followed to the letter, publishes it; a chec
   assert.deepEqual([checked, others], ["make check", []]);
   await check(scratch, "test/check/googlesql.ts");
 
-  const first = await shell(scratch, shop.env, make);
-  assert.equal(first.code, 0, first.output);
-  assert.match(first.output, /^weekday_orders +\d+ +2 .* yes$/m);
+  assert.match(await shell(scratch, shop.env, make), /^weekday_orders +\d+ +2 .* yes$/m);
   const rows = () => shop.query(`SELECT weekday, order_count, total FROM ${shop.dataset}_warehouse.weekday_orders ORDER BY weekday`);
   const published = await rows();
   const expected = await shop.admin`
@@ -295,9 +272,7 @@ await test("the recipe for a model, followed to the letter, publishes it; a chec
   };
   for (const [name, [now = "", wrong = ""]] of Object.entries(faults)) {
     using _edit = scratch.edit("views/weekday_orders.sql", (sql) => sql.replace(now, wrong));
-    const { code, output } = await shell(scratch, shop.env, make);
-    assert.notEqual(code, 0, output);
-    assert.match(output, new RegExp(`views/checks/weekday_orders__${name}\\.sql`));
+    assert.match(await shell(scratch, shop.env, make, 2), new RegExp(`views/checks/weekday_orders__${name}\\.sql`));
     assert.deepEqual(await rows(), published);
   }
 });
@@ -325,19 +300,15 @@ await test("the recipe for a column of the readings, followed to the letter, fil
   await sensors.produce([change("c", 1, { quality: 7 }), change("c", 2, { quality: null }), change("c", 3, {})]);
   const consumer = await sensors.consumer();
   await consumer.line(/step=warning .* columns=quality$/);
-  const rows = async (columns: string): Promise<unknown[]> => {
-    const query = `SELECT toInt32(id) AS id, ${columns} FROM sensor_readings FINAL ORDER BY sensor_readings.id`;
-    return await (await shop.clickhouse.query({ query, format: "JSONEachRow" })).json();
-  };
+  const rows = (columns: string): Promise<unknown[]> =>
+    shop.select(`SELECT toInt32(id) AS id, ${columns} FROM sensor_readings FINAL ORDER BY sensor_readings.id`);
   await until("they are there", async () => (await rows("1")).length === 3);
 
   const { prose, edits, commands } = recipe("readings-column");
   for (const block of edits) apply(scratch, block);
   assert.deepEqual(commands, [["make check", "make migrate"]]);
   await check(scratch, "test/check/clickhouse.ts");
-  const migrated = await shell(scratch, shop.env, "make migrate");
-  assert.equal(migrated.code, 0, migrated.output);
-  assert.match(migrated.output, /step=apply what=schemas\/clickhouse\/009_quality\.sql$/m);
+  assert.match(await shell(scratch, shop.env, "make migrate"), /step=apply what=schemas\/clickhouse\/009_quality\.sql$/m);
   // By the consumer that still runs, and by one that starts.
   await sensors.produce([change("c", 4, { quality: 9 }), change("d", 1, { quality: 7 })]);
   const expected = [

@@ -12,7 +12,7 @@ import { startServer } from "./servers.ts";
 import { freePort, until } from "./shop.ts";
 
 type Labels = Record<string, string>;
-export interface Sample {
+interface Sample {
   metric: Labels;
   value: number;
 }

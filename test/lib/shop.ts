@@ -2,6 +2,7 @@
  * A shop of one's own for a test: a source database with schema etl, a BigQuery dataset and a Pushgateway group, on the
  * local stack's servers, and the scripts run against it as real processes, in the roles that production uses.
  */
+import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { randomBytes } from "node:crypto";
 import { once } from "node:events";
@@ -219,7 +220,14 @@ function scriptsOf(folder: string, env: Env) {
     if (result.code !== 0) throw new Error(`${script} exited ${result.code ?? result.signal}:\n${result.stderr}`);
     return result;
   };
-  return { children, start, run, succeed };
+  /** Runs it and requires this exit code, and words like these on stderr. */
+  const refused = async (script: string, code: number, says: RegExp, variables?: Env): Promise<Result> => {
+    const result = await run(script, variables);
+    assert.match(result.stderr, says);
+    assert.equal(result.code, code, result.stderr);
+    return result;
+  };
+  return { children, start, run, succeed, refused };
 }
 
 /** A row in one form for the source and the destination: numbers and times as text. */

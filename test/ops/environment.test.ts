@@ -127,9 +127,8 @@ test("forms of a Postgres URL: each works, or is refused without a piece of its 
       ({ message }: Error) => message.includes(says) && !/HU|SH(?!OT)/.test(message.replace("PASSWORD@HOST", "")),
       typed,
     );
-  const { code, stderr } = await shop.run(shop.script, { BIGQUERY_PROJECT: "example.com:shop" });
-  assert.match(stderr, /BIGQUERY_PROJECT must be a project's id: .*\(example\.com:shop\) are not supported/);
-  assert.equal(code, 2);
+  const says = /BIGQUERY_PROJECT must be a project's id: .*\(example\.com:shop\) are not supported/;
+  await shop.refused(shop.script, 2, says, { BIGQUERY_PROJECT: "example.com:shop" });
 });
 
 test(".env with a byte order mark, and with a # in a value", async () => {
