@@ -35,7 +35,11 @@ export const kafkaInstall: Install = {
     // Under another name until they are verified.
     const fresh = `${libs}.new`;
     rmSync(fresh, { recursive: true, force: true });
-    const copy = ["dependency:copy-dependencies", "-DincludeScope=runtime", `-DoutputDirectory=${fresh}`];
+    const copy = [
+      "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:copy-dependencies",
+      "-DincludeScope=runtime",
+      `-DoutputDirectory=${fresh}`,
+    ];
     // Settings and mirrors are the user's own; what it downloads is not. Strict: a jar that is not what its repository says ends it.
     const own = stackPath("kafka", "m2");
     await run("mvn", ["-B", "-q", "--strict-checksums", `-Dmaven.repo.local=${own}`, "-f", pom, ...copy], { needs: needsMaven });

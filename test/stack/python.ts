@@ -1,11 +1,11 @@
 // A CPython of our own in .stack/python/, with the packages of requirements.txt: the machine's Python, if it has one, plays
 // no part, so the lock file is for one version. It comes as a Go module (the stack needs Go anyway), which brings a pip.
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { gunzipSync } from "node:zlib";
 import { downloadModule } from "./go.ts";
 import { type Install, run } from "./install.ts";
-import { say, stackDir, stackPath } from "./stack.ts";
+import { say, stackPath } from "./stack.ts";
 
 export const python = stackPath("python", "bin", "python3");
 const module = {
@@ -45,9 +45,9 @@ async function install(): Promise<void> {
   const dir = await downloadModule(module);
   const data = join(dir, "python/internal/data", `${process.platform}-${arch}`);
   if (!existsSync(data)) throw new Error(`python: ${module.path} has no CPython for ${process.platform} on ${arch}`);
-  // Under a name of its own until it is whole; what an install that was killed left behind goes first.
-  for (const name of readdirSync(stackDir)) if (name.startsWith("python.")) rmSync(stackPath(name), { recursive: true });
-  const fresh = stackPath(`python.${process.pid}`);
+  // Under another name until it is whole; what an install that was killed left behind goes first.
+  const fresh = stackPath("python.new");
+  rmSync(fresh, { recursive: true, force: true });
   unpack(data, fresh);
   say("python: CPython unpacked, installing its packages");
   const env = { ...process.env, PYTHONPATH: join(dir, "pip/internal/data"), PYTHONHOME: undefined };
