@@ -22,7 +22,7 @@ import type { Field } from "../../shared/bigquery/types.ts";
 import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
-import { openSession } from "../../shared/session.ts";
+import { ident, openSession } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 import { fieldOf, formatContract, readTable, type SourceTable } from "./lib/source-table.ts";
@@ -58,7 +58,7 @@ await main(import.meta, async () => {
   // 1. Read the table.
   const path = env.TABLE.includes(".") ? env.TABLE : `public.${env.TABLE}`;
   const table = await readTable(env.SOURCE_DATABASE_URL, path, env.CURSOR, env.KEY);
-  const name = env.NAME ?? table.path.replace(/^.*\./, "");
+  const name = env.NAME ?? table.path.replaceAll(/^.*\.|"/g, "").toLowerCase();
   const schedule = schedules[env.EVERY as keyof typeof schedules];
   const plan = { name, table, cursor: env.CURSOR, key: table.key ?? [], schedule };
 
@@ -115,8 +115,8 @@ function newFiles({ name, table, cursor, key, schedule }: Plan): Edit[] {
     ...leftOut,
     listed.join(",\n"),
     `from ${path}`,
-    `where ${cursor} >= current_setting('etl.from')::timestamptz`,
-    `  and ${cursor} < current_setting('etl.to')::timestamptz;`,
+    `where ${ident(cursor)} >= current_setting('etl.from')::timestamptz`,
+    `  and ${ident(cursor)} < current_setting('etl.to')::timestamptz;`,
     "",
   ];
   const script = readFileSync(join(root, "scripts/orders.ts"), "utf8")
@@ -142,8 +142,8 @@ function edits({ name, table, cursor, key, schedule }: Plan): Edit[] {
   });
   const created = [
     `create schema if not exists ${path.replace(/\..*$/, "")};`,
-    `create table if not exists ${path} (\n${declared.join("\n")}\n  primary key (${key.join(", ")})\n);`,
-    `create index if not exists ${name}_${cursor} on ${path} (${cursor});`,
+    `create table if not exists ${path} (\n${declared.join("\n")}\n  primary key (${key.map(ident).join(", ")})\n);`,
+    `create index if not exists ${name}_${cursor} on ${path} (${ident(cursor)});`,
   ];
   // A pipeline that never ran is an alert: where users succeed in the tests of the alerts, this one does at every minute.
   const succeeds = (series: string): string =>

@@ -22,6 +22,7 @@
  * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
+import { readContract } from "../../shared/bigquery/contract.ts";
 import { flag, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -29,6 +30,7 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, runPipeline, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
+import { correction } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { recordVerified } from "./lib/verified.ts";
 import { beside, type Comparison, distrusted, eachPipeline, kinds, total, type VerifyEnv, verifyVariables } from "./lib/verify.ts";
@@ -119,8 +121,8 @@ function describe(pipeline: string, found: Comparison, limit: number): string {
     );
   if (counts.unreachable)
     lines.push(
-      `${thousands(counts.unreachable)} have an updated_at in the future, and no run reads them. At the source ` +
-        `run: update public.${pipeline} set updated_at = now() where updated_at > now(); then make ${pipeline}`,
+      `${thousands(counts.unreachable)} have a time in the future, and no run reads them. At the source ` +
+        `run: ${correction(readContract(pipeline).source)} > now(); then make ${pipeline}`,
     );
   let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;
   if (all === counts.extra) next += `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}`;

@@ -200,6 +200,28 @@ test("the other faults of roles, indexes and triggers: a line each, with what to
   );
 });
 
+test("triggers and defaults that round the cursor, or leave updates out: doctor's own statement repairs each", async () => {
+  await using broken = await createShop();
+  const env = { ...broken.env, ...without(ofSensors), ENV_FILE: undefined };
+  await broken.admin.unsafe(`create function rounded() returns trigger language plpgsql as
+      'begin new.status := date_trunc(''day'', now()); NEW."updated_at" = now()::timestamptz(3); return new; end';
+    create trigger zero before update on orders for each row execute function rounded(); alter table events alter created_at set default
+      current_timestamp(0);
+    ${trigger("update", "users").replace("for each row", "$& when (old.age_band is distinct from new.age_band)")};
+    alter table users alter updated_at set default current_timestamp`);
+  const faults = [
+    /source: events: the database sets created_at: .* has no default of now\(\)/,
+    /source: orders: the database sets updated_at: .* to the microsecond.* Run as its owner: drop trigger zero on public\.orders; create /,
+    /source: users: the database sets updated_at: .* before each insert and update/,
+  ];
+  await assertFails(undefined, env, ...faults);
+  for (const line of (await run(undefined, env)).failed) await broken.admin.unsafe(line.replace(/^.*? Run as its owner: /, ""));
+  await assertFails(undefined, env);
+  await broken.admin.unsafe(trigger("update", "users").replace("for each row", "$& when (old.* is distinct from new.*)"));
+  await broken.admin.unsafe("alter table users alter updated_at set default now()");
+  await assertFails(undefined, env);
+});
+
 test("a source that Debezium cannot read: table, publication and heartbeat, all at once", async () => {
   const { admin } = shop;
   await admin.unsafe(`alter table sensor_readings replica identity default; revoke update on etl_heartbeat from etl_replicator;
@@ -319,6 +341,15 @@ test("S3: another bucket, a wrong key, an object that may not be put or not be d
     /s3: bucket: .* may not be used: SignatureDoesNotMatch .*Check AWS_ACCESS_KEY_ID/,
   );
   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+  proxy.fault(
+    /^PUT /,
+    async ({ send, response }) => {
+      (await send()).resume();
+      response.end(); // also where If-None-Match refused it
+    },
+    2,
+  );
+  await assertFails("events", { S3_ENDPOINT: proxy.url }, /s3: an object may be put and deleted: the server ignores If-None-Match/);
   proxy.fault(s3Steps.deleteObjects, refuse(403, "AccessDenied"));
   await assertFails(
     "events",

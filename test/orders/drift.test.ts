@@ -98,6 +98,10 @@ stepsOfPipeline((pipeline) => {
         `column ${table}.updated_at: expected NOT NULL, since it is the cursor`,
       ],
     },
+    "a cursor that is a domain of whole seconds": {
+      change: `create domain whole_second as timestamptz(0); alter table ${table} alter updated_at type whole_second`,
+      says: [`column ${table}.updated_at: expected microseconds`, "found whole_second. Run: alter table"],
+    },
     "a cursor whose NOT NULL is not validated": {
       change: `alter table ${table} alter updated_at drop not null, add constraint later not null updated_at not valid`,
       says: [`column ${table}.updated_at: expected NOT NULL, since it is the cursor`],
@@ -114,6 +118,12 @@ stepsOfPipeline((pipeline) => {
         alter table ${table} add constraint deferred unique (id) deferrable; create unique index broken on ${table} (id);
         update pg_index set indisvalid = false where indexrelid = 'broken'::regclass`,
       says: ["partial, which is partial", "deferred, which is deferrable", "broken, which is not valid", "plain, which is not unique"],
+    },
+    "a partitioned table whose partition key is not of the key": {
+      change: `alter table ${table} rename to aside; create table ${table} (like public.aside, unique (id, created_at))
+        partition by range (created_at); grant select on ${table} to etl_reader`,
+      undo: `drop table ${table}; alter table public.aside rename to ${pipeline}`,
+      says: ["expected a unique index on its key (id), found none. A partitioned table's has to hold created_at too: make that part"],
     },
     "a table that inherits, whose keys no index compares with this one's": {
       change: `create table public.heir () inherits (${table})`,

@@ -1,5 +1,6 @@
 /** Asking servers that may not answer, or not yet. */
 import { setTimeout as delay } from "node:timers/promises";
+import { explain } from "../../../shared/main.ts";
 
 /** What `work` gives within so many seconds, or its error in words. @param late what to say of one that takes longer. */
 export async function answer<T>(seconds: number, late: string, work: () => T | Promise<T>): Promise<{ value?: T; error?: string }> {
@@ -9,8 +10,7 @@ export async function answer<T>(seconds: number, late: string, work: () => T | P
   try {
     return { value: await Promise.race([work(), over]) };
   } catch (error) {
-    const { message, code, name } = error as Error & { code?: string };
-    return { error: message || code || name };
+    return { error: explain(error as Error) };
   }
 }
 

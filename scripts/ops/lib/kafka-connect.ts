@@ -5,7 +5,7 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
-import { type Env, like, optional, root, UsageError } from "../../../shared/env.ts";
+import { type Env, like, optional, parsePostgresUrl, root, UsageError } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { canaryVariables } from "../../../shared/sensors/canary.ts";
@@ -34,18 +34,19 @@ const readConfig = (): Record<string, string> => JSON.parse(readFileSync(join(ro
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
 export function connectorConfig(env: ConnectorEnv): Record<string, string> {
-  const { hostname, port, pathname, username, password, searchParams } = new URL(env.REPLICATION_DATABASE_URL);
+  const { host, port, database, user, password, sslmode } = parsePostgresUrl(env.REPLICATION_DATABASE_URL);
+  if (host.startsWith("/")) throw new UsageError("REPLICATION_DATABASE_URL must name a host: Debezium knows no sockets");
   const { prefix, slot } = namesOf(env);
   return {
     ...readConfig(),
     "topic.prefix": prefix,
     "slot.name": slot,
-    "database.hostname": hostname.replaceAll(/[[\]]/g, ""),
-    "database.port": port || "5432",
-    "database.dbname": decodeURIComponent(pathname.slice(1)),
-    "database.user": decodeURIComponent(username),
-    "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? decodeURIComponent(password),
-    "database.sslmode": searchParams.get("sslmode") ?? "prefer",
+    "database.hostname": host,
+    "database.port": String(port),
+    "database.dbname": database,
+    "database.user": user,
+    "database.password": env.REPLICATION_PASSWORD_REFERENCE ?? password,
+    "database.sslmode": env.REPLICATION_DATABASE_URL.includes("sslmode=") ? sslmode : "prefer",
   };
 }
 
