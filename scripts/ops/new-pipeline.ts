@@ -39,7 +39,7 @@ const variables = {
   SOURCE_DATABASE_URL: pipelineVariables.SOURCE_DATABASE_URL,
   TABLE: required(text),
   EVERY: required(oneOf(Object.keys(schedules))),
-  NAME: optional(like(/^[a-z]\w*$/, "must begin with a small letter, and may hold letters, digits and _ only")),
+  NAME: optional(like(/^[a-z][a-z0-9_]*$/, "must begin with a letter, and may hold small letters, digits and _ only")),
   CURSOR: optional(plain, "updated_at"),
   KEY: optional(like(/^[A-Za-z_]\w*(,[A-Za-z_]\w*)*$/, "must be columns with commas between them")),
   DRY_RUN: optional(flag, false),
