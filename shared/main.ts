@@ -50,6 +50,8 @@ export function explain(error: DatabaseError): string {
   const { name, code = "", query = "", message } = error;
   const said = message || code || name;
   if (lacksMetadata(error)) return `${said}: the metadata tables are older than this version. Run: make migrate`;
+  if (code === "42704" && said.includes('"etl.'))
+    return `${said}: a pooler, such as PgBouncer, has dropped it. Point SOURCE_DATABASE_URL at Postgres itself`;
   const statement = `in: ${query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
   // A connection that broke has no words of its own; the statement tells which of the databases it was.
   if (/^(read|write) [A-Z_]+/.test(said) && query) return `${said}: the connection to Postgres was lost ${statement}`;

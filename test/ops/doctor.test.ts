@@ -266,7 +266,7 @@ const ignored = [
   "search_path, quote_all_identifiers, transform_null_equals, exit_on_error, default_transaction_isolation, tcp_user_timeout",
   "default_transaction_deferrable, default_transaction_read_only, idle_session_timeout",
 ].join(", ");
-test("metadata through PgBouncer: refused by transaction, and where it does not take the settings; fine by session", async () => {
+test("through PgBouncer: the metadata refused by transaction, and where it does not take the settings, as the source; fine by session", async () => {
   const through = async (settings: Record<string, string>, ...says: RegExp[]): Promise<void> => {
     await using pooler = await startPgbouncer(shop.env.ETL_DATABASE_URL ?? "", settings);
     await assertFails("views", { ETL_DATABASE_URL: pooler.url }, ...says);
@@ -280,6 +280,10 @@ test("metadata through PgBouncer: refused by transaction, and where it does not 
     /etl: connection: .*unsupported startup parameter: .*Is that a pooler, such as PgBouncer\? Point it at Postgres itself/,
   );
   await through({ pool_mode: "session", ignore_startup_parameters: ignored });
+  const settings = { ignore_startup_parameters: `${ignored}, etl.lag_seconds, etl.tables` };
+  await using pooler = await startPgbouncer(shop.env.SOURCE_DATABASE_URL ?? "", settings);
+  const dropped = /source: open transactions can be seen: .*"etl\.lag_seconds": a pooler.* Point SOURCE_DATABASE_URL at Postgres itself$/;
+  await assertFails("orders", { SOURCE_DATABASE_URL: pooler.url }, dropped);
 });
 
 test("BigQuery: a table that is not there or another, a dataset that is not there, and permissions that a dry run has not", async () => {
