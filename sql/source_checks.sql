@@ -9,7 +9,8 @@ with recursive wanted as (
     string_to_array(current_setting('etl.source_fields'), ',') as fields,
     nullif(current_setting('etl.source_select'), '')::jsonb as selected
 ), hidden as (
-  select nspname from wanted join pg_namespace on split_part(name, '.', 1) in (nspname, quote_ident(nspname)) where not has_schema_privilege(oid, 'usage')
+  select nspname from wanted join pg_namespace on split_part(name, '.', 1) in (nspname, quote_ident(nspname))
+  where not has_schema_privilege(oid, 'usage')
 ), named as (
   -- Without USAGE on its schema the name may not be looked up.
   select wanted.*, oid, relkind from wanted
@@ -96,9 +97,10 @@ with recursive wanted as (
   from source, attributes a where not not_null and relkind in ('r', 'p') and (a.column = cursor or a.column = any (key))
   union all
   select format('source table %s: expected a unique index on its key (%s), found %s. '
-                || coalesce((select 'A partitioned table''s has to hold ' || string_agg(attname, ', ') || ' too: make that part of the key in '
-                               'the contract' from pg_partitioned_table join pg_attribute on attrelid = partrelid and attnum = any (partattrs)
-                             where partrelid = oid and attname <> all (key)), 'Run: create unique index on %1$s (%2$s);'), name,
+                || coalesce((
+                  select 'A partitioned table''s has to hold ' || string_agg(attname, ', ') || ' too: make that part of the key in the contract'
+                  from pg_partitioned_table join pg_attribute on attrelid = partrelid and attnum = any (partattrs)
+                  where partrelid = oid and attname <> all (key)), 'Run: create unique index on %1$s (%2$s);'), name,
                 (select string_agg(quote_ident(k), ', ') from unnest(key) k),
                 coalesce((select string_agg(format('%s, which is %s', index, flaw), ', ') from indexes), 'none'))
   from source where relkind in ('r', 'p') and key <> '{}' and not exists (select from indexes where flaw is null)
