@@ -98,9 +98,9 @@ with recursive wanted as (
   union all
   select format('source table %s: expected a unique index on its key (%s), found %s. '
                 || coalesce((
-                  select 'A partitioned table''s has to hold ' || string_agg(attname, ', ') || ' too: make that part of the key in the contract'
-                  from pg_partitioned_table join pg_attribute on attrelid = partrelid and attnum = any (partattrs)
-                  where partrelid = oid and attname <> all (key)), 'Run: create unique index on %1$s (%2$s);'), name,
+              select 'A partitioned table''s has to hold ' || string_agg(attname, ', ') || ' too: make that part of the key in the contract'
+              from pg_partitioned_table join pg_attribute on attrelid = partrelid and attnum = any (partattrs)
+              where partrelid = oid and attname <> all (key)), 'Run: create unique index on %1$s (%2$s);'), name,
                 (select string_agg(quote_ident(k), ', ') from unnest(key) k),
                 coalesce((select string_agg(format('%s, which is %s', index, flaw), ', ') from indexes), 'none'))
   from source where relkind in ('r', 'p') and key <> '{}' and not exists (select from indexes where flaw is null)
