@@ -19,10 +19,11 @@ export class UsageError extends Error {
 const file = resolve(root, process.env.ENV_FILE || ".env");
 const atStart = process.env.NODE_EXTRA_CA_CERTS;
 const content = existsSync(file) ? readFileSync(file, "utf8").replace(/^\uFEFF/, "") : "";
-/** What the file sets to a value that a # would cut, which dotenv takes for a comment; the environment wins here too. */
-const unquoted = /^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=(?:[ \t]*[^\s"'`#][^#\n]*)?(?<![ \t])#/gm;
-const cut = [...content.matchAll(unquoted)].map(([, name = ""]) => name).filter((name) => !(name in process.env));
-populate(process.env as Record<string, string>, parse(content)); // Google's and Amazon's clients see it too
+const values = parse(content);
+/** The values whole: dotenv takes each # outside of quotes for a comment, here only one after a blank is. The environment wins. */
+const whole = Object.entries(parse(content.replaceAll(/(?<=\S)#/g, "\0")));
+const cut = whole.filter(([name, value]) => value.replaceAll("\0", "#") !== values[name] && !(name in process.env)).map(([name]) => name);
+populate(process.env as Record<string, string>, values); // Google's and Amazon's clients see it too
 
 /** Reads a variable's text. Its error says what is wrong with it: "must be a number from 1 to 9". */
 type Reader<T> = (text: string) => T;
@@ -130,7 +131,9 @@ export function number(least: number, most: number, whole = true): Reader<number
 function url(what: "server" | "base" | "any"): Reader<string> {
   return (value) => {
     const parsed = URL.parse(value);
-    if (!parsed) throw new Error("is not a URL (is a special character in it percent-encoded?)");
+    // Of u:12/34@host the password would be a port and a path.
+    if (!parsed || (what !== "any" && parsed.pathname.includes("@")))
+      throw new Error("is not a URL (is a special character in it percent-encoded?)");
     const { protocol, username, password, pathname, search, hash } = parsed;
     if (!/^https?:$/.test(protocol)) throw new Error("must start with http://");
     const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];

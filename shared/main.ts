@@ -47,11 +47,16 @@ const lacksMetadata = ({ code = "", message, query = "" }: DatabaseError): boole
 
 /** An error's text for people, with the next command where its code says one. */
 export function explain(error: DatabaseError): string {
-  const message = error.message || String(error.code ?? error.name);
-  if (lacksMetadata(error)) return `${message}: the metadata tables are older than this version. Run: make migrate`;
+  const { name, code = "", query = "", message } = error;
+  const said = message || code || name;
+  if (lacksMetadata(error)) return `${said}: the metadata tables are older than this version. Run: make migrate`;
+  if (code === "42704" && said.includes('"etl.'))
+    return `${said}: a pooler, such as PgBouncer, has dropped it. Point SOURCE_DATABASE_URL at Postgres itself`;
+  const statement = `in: ${query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
   // A connection that broke has no words of its own; the statement tells which of the databases it was.
-  if (!/^(read|write) [A-Z_]+/.test(message) || !error.query) return message;
-  return `${message}: the connection to Postgres was lost in: ${error.query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
+  if (/^(read|write) [A-Z_]+/.test(said) && query) return `${said}: the connection to Postgres was lost ${statement}`;
+  if (!/^(55P03|57014)$/.test(code)) return said;
+  return `${said} ${statement}. Has another session locked a table (VACUUM FULL, ALTER TABLE)? Once it has ended, run this again`;
 }
 
 /**

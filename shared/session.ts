@@ -27,6 +27,7 @@ export function openSession(url: string, options: SessionOptions): Session {
   const { host, port, sslmode, ...login } = parsePostgresUrl(url);
   const connectSeconds = Math.min(10, options.timeoutSeconds);
   let socket: Socket | undefined;
+  delete process.env.PGTARGETSESSIONATTRS; // libpq's: postgres.js would refuse our read-only role by it, without a word
   const session = postgres({
     ...login,
     host: [host],
@@ -146,6 +147,7 @@ export async function queryWith<T extends object>(sql: Sql, settings: Settings, 
 
 /** An identifier as SQL writes it. */
 export const quote = (name: string): string => `"${name.replaceAll('"', '""')}"`;
+export const ident = (name: string): string => (/^[a-z_][a-z_0-9]*$/.test(name) ? name : quote(name)); // for people
 
 /** SQL: a timestamptz as text of a fixed width in UTC, so that two compare as text. Never a JS Date, which holds milliseconds. */
 export const utc = (sql: string): string => `to_char(${sql} at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')`;

@@ -8,7 +8,7 @@ import type { Sql } from "postgres";
 import { SourceError } from "./copy.ts";
 import { root, UsageError } from "./env.ts";
 import type { Run } from "./run.ts";
-import { queryWith, quote, type Settings } from "./session.ts";
+import { ident, queryWith, quote, type Settings } from "./session.ts";
 
 /** What a pipeline reads: a table, the column that says when a row last changed, and the SELECT of sql/NAME.sql. */
 export interface Source {
@@ -94,7 +94,7 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
     if (!wanted.some((column) => column.name === name)) fault(name, `no such field (${file})`, "it in the SELECT");
   if (refused && !faults.length) faults.push(refused);
   const unreachable = faults.length ? { infinite: 0, future: 0, first: null } : await findUnreachable(source, of, key_columns);
-  const correct = `update ${table} set ${cursor} = now() where ${cursor}`;
+  const correct = correction(of);
   if (unreachable.infinite)
     fault(cursor, "finite times, since it is the cursor", `infinity. Run: ${correct} in ('infinity', '-infinity');`);
   if (faults.length) {
@@ -113,12 +113,15 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
 /** Rows whose cursor is infinite or lies in the future: how many, and the first one's key. No window ends after them. */
 export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: string[]) {
   const column = quote(cursor);
+  // The clock in a sub-select: read once, so that the index is used, not for each row of the table.
   const [found] = (await sql.unsafe(`
     select count(*) filter (where not isfinite(${column}))::int as infinite, count(*) filter (where isfinite(${column}))::int as future,
       min(${rowName(key.length ? key : [cursor])}) as first
-    from ${table} where ${column} > clock_timestamp() or ${column} = '-infinity'`)) as [Unreachable];
+    from ${table} where ${column} > (select clock_timestamp()) or ${column} = '-infinity'`)) as [Unreachable];
   return found;
 }
+/** SQL that gives rows a time that a run reaches, up to the condition on the cursor. */
+export const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
 type Unreachable = { infinite: number; future: number; first: string | null };
 
 /** SQL: a row's key as text, for example id=17. */

@@ -140,7 +140,7 @@ export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target)
   const stored = await readWatermark(run.etl, run.pipeline);
   const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
   const { prepared, holder, hold_seconds } = bound;
-  const reason = stored && !FROM && (await distrust(run, stored, bound, target));
+  const reason = stored && (await distrust(run, stored, bound, target));
   if (reason) throw new Error(reason);
   const unknown = "the server does not say, so that a restore or a failover is not noticed";
   if (bound.unknown.length) run.log("warning", { warning: `${unknown}: ${bound.unknown.join("; ")}` });

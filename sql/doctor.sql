@@ -7,8 +7,9 @@ with tables as (
   select split_part(one, ':', 1) as name, split_part(one, ':', 2) as path, split_part(one, ':', 3) as cursor, c.oid as relation,
     format('%I.%I', nspname, relname || '_set_' || split_part(one, ':', 3)) as function
   from unnest(string_to_array(current_setting('etl.tables', true), ' ')) as one
-  left join (pg_class c join pg_namespace n on n.oid = relnamespace) on format('%I.%I', nspname, relname) = split_part(one, ':', 2)
-  where c.oid is null or relkind in ('r', 'p') -- no other has an index or a trigger; the run says what it is
+  join (pg_class c join pg_namespace n on n.oid = relnamespace)
+    on split_part(one, ':', 2) in (nspname || '.' || relname, format('%I.%I', nspname, relname))
+  where relkind in ('r', 'p') -- no other has an index or a trigger; the run says what it is
 ), relations as (
   select oid, relkind, relnamespace, oid::regclass::text as name from pg_class
   where relnamespace not in (select oid from pg_namespace where nspname ~ '^pg_' or nspname = 'information_schema')
@@ -49,20 +50,24 @@ with tables as (
   join pg_class i on i.oid = indexrelid join pg_am on pg_am.oid = i.relam and amname = 'btree'
   where indpred is null order by name, indisvalid desc
 ), triggers as (
-  -- A row that an application dates itself can be older than the watermark, and lost. What a trigger's function does cannot be known;
-  -- that it names the column can. tgtype's bits, of pg_trigger.h: 1 row, 2 before, 4 insert, 16 update.
+  -- A row that an application dates itself can be older than the watermark, and lost; so can one that has a rounded time. What a trigger's
+  -- function does cannot be known; that it names the column can. tgtype's bits, of pg_trigger.h: 1 row, 2 before, 4 insert, 16 update.
   select name, coalesce(bool_or(enabled and tgtype & 7 = 7), false) as inserts,
     coalesce(bool_or(enabled and tgtype & 19 = 19 and tgattr = ''::int2vector), false) as updates,
-    min(tgname) filter (where not enabled) as disabled
+    min(tgname) filter (where not enabled) as disabled, min(tgname) filter (where enabled
+      and source ~* ('\m' || cursor || '"?\s*:?=[^;]*(date_trunc|(stamp|stamptz|zone)\s*\([0-5]\))')) as rounding
   from tables left join (
     select *, tgenabled in ('O', 'A') as enabled, prosrc || ' ' || encode(tgargs, 'escape') as source
-    from pg_trigger join pg_proc on pg_proc.oid = tgfoid where not tgisinternal
+    from pg_trigger t join pg_proc on pg_proc.oid = tgfoid
+    -- WHEN may leave rows out, unless it is that any column has changed.
+    where not tgisinternal and (tgqual is null or pg_get_triggerdef(t.oid) ~ 'WHEN \(\(old\.\* IS DISTINCT FROM new\.\*\)\)')
   ) t on tgrelid = relation and strpos(source, cursor) > 0
   group by name
 ), dated as (
   select name from tables join pg_attrdef on adrelid = relation
-  join pg_attribute on attrelid = adrelid and attnum = adnum and attname = cursor
-  where pg_get_expr(adbin, adrelid) ~* '[[:<:]](now|clock_timestamp|transaction_timestamp|statement_timestamp)[(][)]|current_timestamp'
+  join pg_attribute on attrelid = adrelid and attnum = adnum and attname = cursor, lateral pg_get_expr(adbin, adrelid) as source
+  where source ~* '[[:<:]](now|clock_timestamp|transaction_timestamp|statement_timestamp)[(][)]|current_timestamp'
+    and source !~* 'date_trunc|stamp\([0-5]\)'
 ), needed (name, privileges) as (
   values ('public.sensor_readings', array['select']), ('public.etl_heartbeat', array['select', 'insert', 'update'])
 ), unready (fault) as (
@@ -112,23 +117,24 @@ with tables as (
   from powers
   union all
   select 'source', format('%s: index on %s', name, cursor), valid is true, case
-    when index is null then format('no index of %s begins with %s. Run: create index concurrently on %1$s (%2$s);', path, cursor)
-    when not valid then format('%s is not valid. Run: drop index %1$s; create index concurrently on %s (%s);', index, path, cursor) end
+    when index is null then format('no index of %s begins with %s. Run: create index concurrently on %1$s (%2$I);', path, cursor)
+    when not valid then format('%s is not valid. Run: drop index %1$s; create index concurrently on %s (%I);', index, path, cursor) end
   from tables left join indexes using (name)
   union all
   select 'source', format('%s: the database sets %s', name, cursor), ok, case
     when ok then null
     when name = 'events' then format('%s.%s has no default of now(), and no trigger. '
-      'Run as its owner: alter table %1$s alter %2$s set default now();', path, cursor)
+      'Run as its owner: alter table %1$s alter %2$I set default now();', path, cursor)
     when disabled is not null then
       format('its trigger %I is disabled. Run as its owner: alter table %s enable trigger %1$I;', disabled, path)
-    else format('%1$s has no trigger that sets %2$s before each insert and update of a row. Run as its owner: '
+    else format('%1$s has no trigger that sets %2$s, to the microsecond, before each insert and update of a row. Run as its owner: %4$s'
       'create or replace function %3$s() returns trigger language plpgsql as '
       '$x$begin new.%2$I := clock_timestamp(); return new; end$x$; '
       'create or replace trigger set_%2$s before insert or update on %1$s for each row execute function %3$s();',
-      path, cursor, function) end
+      path, cursor, function, 'drop trigger ' || quote_ident(rounding) || ' on ' || path || '; ') end
   from tables join triggers using (name), lateral (
-    select (inserts or exists (select from dated where dated.name = tables.name)) and (updates or name = 'events') as ok) judged
+    select rounding is null and (inserts or exists (select from dated where dated.name = tables.name))
+      and (updates or name = 'events') as ok) judged
   union all
   select 'metadata', 'role may write them', tables is null,
     case when tables is not null then format(

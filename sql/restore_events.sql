@@ -18,6 +18,12 @@ begin
         'jsonb_populate_record(null::etl.events_restored, line) r', string_agg(quote_ident(attname), ', ' order by attnum),
       string_agg(format(case atttypid when 'jsonb'::regtype then 'line -> %L' else 'r.%I' end, attname), ', ' order by attnum))
     from pg_attribute where attrelid = 'etl.events_restored'::regclass and attnum > 0 and not attisdropped);
+  select key into lost from lines, json_object_keys(line::json) key
+  where key not in (select attname from pg_attribute where attrelid = 'etl.events_restored'::regclass) limit 1;
+  if found then
+    raise exception using message = format('etl.events_restored has no column "%s", and its rows do. Run: alter table etl.events_restored '
+      'add "%1$s" text; (or another type) then: make restore-events %2$s', lost, command);
+  end if;
 exception
   when not_null_violation then
     get stacked diagnostics lost = column_name;

@@ -9,7 +9,8 @@ with recursive wanted as (
     string_to_array(current_setting('etl.source_fields'), ',') as fields,
     nullif(current_setting('etl.source_select'), '')::jsonb as selected
 ), hidden as (
-  select nspname from wanted join pg_namespace on nspname = split_part(name, '.', 1) where not has_schema_privilege(oid, 'usage')
+  select nspname from wanted join pg_namespace on split_part(name, '.', 1) in (nspname, quote_ident(nspname))
+  where not has_schema_privilege(oid, 'usage')
 ), named as (
   -- Without USAGE on its schema the name may not be looked up.
   select wanted.*, oid, relkind from wanted
@@ -20,11 +21,12 @@ with recursive wanted as (
   union all
   select c.oid, c.relkind, not relispartition from parts join pg_inherits on inhparent = parts.oid join pg_class c on c.oid = inhrelid
 ), attributes as (
-  select attname as column, attnum, atttypid, atttypmod, format_type(atttypid, atttypmod) as declared,
+  select attname as column, attnum, coalesce(nullif(typbasetype, 0), atttypid) as atttypid, greatest(atttypmod, typtypmod) as atttypmod,
+    format_type(atttypid, atttypmod) as declared, -- of a domain the others are those of the type that it is made of
     -- A NOT NULL that is NOT VALID (Postgres 18) says nothing of the rows before it.
     attnotnull and not exists (
       select from pg_constraint where conrelid = named.oid and contype = 'n' and not convalidated and attnum = any (conkey)) as not_null
-  from named join pg_attribute on attrelid = oid where attnum > 0 and not attisdropped
+  from named join pg_attribute on attrelid = named.oid join pg_type t on t.oid = atttypid where attnum > 0 and not attisdropped
 ), found as (
   -- What the SELECT returns; "of": the column of the table that it is.
   select d.name, case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
@@ -94,14 +96,18 @@ with recursive wanted as (
                 case when a.column = cursor then 'the cursor and a row without it would never be read' else 'part of the key' end)
   from source, attributes a where not not_null and relkind in ('r', 'p') and (a.column = cursor or a.column = any (key))
   union all
-  select format('source table %s: expected a unique index on its key (%s), found %s. Run: create unique index on %1$s (%2$s);', name,
+  select format('source table %s: expected a unique index on its key (%s), found %s. '
+                || coalesce((
+              select 'A partitioned table''s has to hold ' || string_agg(attname, ', ') || ' too: make that part of the key in the contract'
+              from pg_partitioned_table join pg_attribute on attrelid = partrelid and attnum = any (partattrs)
+              where partrelid = oid and attname <> all (key)), 'Run: create unique index on %1$s (%2$s);'), name,
                 (select string_agg(quote_ident(k), ', ') from unnest(key) k),
                 coalesce((select string_agg(format('%s, which is %s', index, flaw), ', ') from indexes), 'none'))
   from source where relkind in ('r', 'p') and key <> '{}' and not exists (select from indexes where flaw is null)
   union all
   select format('source table %s: %s inherits from it, and no index makes the key unique over both. '
                 'Read each table apart, or make it a partition', name, parts.oid::regclass)
-  from source, parts where inherits and key <> '{}'
+  from source, parts where inherits and key <> '{}' and cursor <> all (key) -- with the cursor in it each may have its own time
 )
 select (select coalesce(json_agg(fault), '[]') from faults) as faults, (select coalesce(json_agg(found), '[]') from found) as found,
   array_to_json(key) as key_columns, (

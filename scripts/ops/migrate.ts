@@ -14,7 +14,7 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
-import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery, noExpiry } from "../../shared/bigquery/client.ts";
 import { type Contract, differingColumns, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
 import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { bucketExists, bucketVariables, connectS3, createBucket } from "../../shared/events/s3.ts";
@@ -94,10 +94,7 @@ async function migrateBigQuery(env: Env<typeof variables>, apply: Step): Promise
     if (!(await table.exists())[0]) {
       await apply(`create table ${name}`, async () => {
         await table.create(contract.resource);
-        const [{ timePartitioning }] = await table.getMetadata();
-        // The dataset may give its tables an expiry, which their creation cannot refuse.
-        const partitions = timePartitioning && { timePartitioning: { ...timePartitioning, expirationMs: null } };
-        await table.setMetadata({ expirationTime: null, ...partitions } as object);
+        await table.setMetadata(noExpiry((await table.getMetadata())[0]));
       });
       continue;
     }

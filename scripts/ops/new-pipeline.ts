@@ -19,7 +19,7 @@ import { join } from "node:path";
 import { flag, like, oneOf, optional, readEnv, required, root, text, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelineVariables } from "../../shared/run.ts";
-import { openSession } from "../../shared/session.ts";
+import { ident, openSession } from "../../shared/session.ts";
 import { askCatalogue, declare, formatContract, readTable, type SourceTable, unfitness } from "./lib/catalogue.ts";
 import { after, applyEdits, type Edit } from "./lib/edits.ts";
 
@@ -34,7 +34,7 @@ const variables = {
   SOURCE_DATABASE_URL: pipelineVariables.SOURCE_DATABASE_URL,
   TABLE: required(text),
   EVERY: required(oneOf(Object.keys(schedules))),
-  NAME: optional(like(/^[a-z]\w*$/, "must begin with a small letter, and may hold letters, digits and _ only")),
+  NAME: optional(like(/^[a-z][a-z0-9_]*$/, "must begin with a letter, and may hold small letters, digits and _ only")),
   CURSOR: optional(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only"), "updated_at"),
   KEY: optional(like(/^[A-Za-z_]\w*(,[A-Za-z_]\w*)*$/, "must be columns with commas between them")),
   DRY_RUN: optional(flag, false),
@@ -47,7 +47,7 @@ await main(import.meta, async () => {
   // 1. Read the table.
   await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
   const table = await readTable(source, env.TABLE.includes(".") ? env.TABLE : `public.${env.TABLE}`, env.CURSOR, env.KEY);
-  const name = env.NAME ?? table.path.replace(/^.*\./, "");
+  const name = env.NAME ?? table.path.replaceAll(/^.*\.|"/g, "").toLowerCase();
   const plan = { ...table, name, cursor: env.CURSOR, schedule: schedules[env.EVERY as keyof typeof schedules] };
 
   // 2. Refuse what could not be synced, and a name that is taken.
@@ -101,8 +101,8 @@ function select({ name, path, columns, cursor }: Plan): string {
 select
 ${leftOut.join("")}${listed.join(",\n")}
 from ${path}
-where ${cursor} >= current_setting('etl.from')::timestamptz
-  and ${cursor} < current_setting('etl.to')::timestamptz;
+where ${ident(cursor)} >= current_setting('etl.from')::timestamptz
+  and ${ident(cursor)} < current_setting('etl.to')::timestamptz;
 `;
 }
 
@@ -121,8 +121,8 @@ function edits({ name, path, columns, cursor, key, schedule: { cron, limit, seco
   const declared = columns.map((column) => `  ${declare(column)}${column.notnull ? " not null" : ""},\n`);
   const created = `
 create schema if not exists ${path.replace(/\..*$/, "")};
-create table if not exists ${path} (\n${declared.join("")}  primary key (${key.join(", ")})\n);
-create index if not exists ${name}_${cursor} on ${path} (${cursor});\n`;
+create table if not exists ${path} (\n${declared.join("")}  primary key (${key.map(ident).join(", ")})\n);
+create index if not exists ${name}_${cursor} on ${path} (${ident(cursor)});\n`;
   // A pipeline that never ran is an alert: where users succeed in the tests of the alerts, this one does at every minute.
   const succeeds = (series: string): string =>
     /verify/.test(series) ? renamed(series) : renamed(series).replace(/values: "[^"]*"/, 'values: "0+60x1000"');

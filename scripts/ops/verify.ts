@@ -27,6 +27,7 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
+import { correction } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import * as verify from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
@@ -91,8 +92,7 @@ function describe(pipeline: string, found: verify.Comparison, limit: number): st
   if (found.shown.some(({ newer }) => newer))
     lines.push('Newer than anything at the source: was it restored? ops/runbook.md, "After a restore, a failover or a clock set back"');
   if (counts.unreachable) {
-    const { table, cursor } = readContract(pipeline).source;
-    const correct = `update ${table} set ${cursor} = now() where ${cursor} > now();`;
+    const correct = `${correction(readContract(pipeline).source)} > now();`;
     lines.push(
       `${thousands(counts.unreachable)} lie in the future, which no run reads. At the source run: ${correct} then make ${pipeline}`,
     );

@@ -1,6 +1,6 @@
 /** BigQuery: the client, and which of its errors are worth another attempt. */
 import { setTimeout as delay } from "node:timers/promises";
-import { BigQuery, type BigQueryOptions } from "@google-cloud/bigquery";
+import { BigQuery, type BigQueryOptions, type TableMetadata } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
 import { type Env, like, name, optional, required, serverUrl } from "../env.ts";
@@ -52,6 +52,12 @@ export function isTransient(error: unknown): boolean {
   const { code, message } = error as ApiError;
   return [408, 429, 500, 502, 503, 504].includes(Number(code)) || isBecause(error as ApiError, busy) || broken.test(`${code} ${message}`);
 }
+
+/** What takes a table's expiry from it, and its partitions': a dataset may give its tables one, which their creation cannot refuse. */
+export const noExpiry = ({ timePartitioning }: TableMetadata): object => ({
+  expirationTime: null,
+  ...(timePartitioning && { timePartitioning: { ...timePartitioning, expirationMs: null } }),
+});
 
 /** What to do about an error that trying again does not help. */
 export function remedy(error: ApiError): string {

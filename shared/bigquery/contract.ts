@@ -28,7 +28,8 @@ export function readContract(pipeline: string) {
     // A MERGE finds no row by a NULL: each run would insert it again.
     const nullable = key.find((name) => !required(name));
     if (nullable !== undefined) throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
-    if (!/^\w+\.\w+$/.test(source?.table)) throw new Error("source.table must be SCHEMA.TABLE, such as public.orders");
+    if (!/^("?)\w+\1\.("?)\w+\2$/.test(source?.table))
+      throw new Error('source.table must be SCHEMA.TABLE as SQL writes it, such as public.orders or public."Order"');
     if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
     const from: Source = { ...source, key, select: readSelect(pipeline) };
     return { pipeline, file, source: from, fields, key, resource: resource as TableMetadata };

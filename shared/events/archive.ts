@@ -100,7 +100,8 @@ export async function openArchive(run: Run, env: Archive["env"], concurrency = 1
   return { run, env, bucket, lines, concurrency };
 }
 
-export const eventsSource: Source = { table: "public.events", cursor: "created_at", select: readSelect("events") };
+const key = ["id", "created_at"]; // by these a part starts after the last row of the one before
+export const eventsSource: Source = { table: "public.events", cursor: "created_at", key, select: readSelect("events") };
 
 /**
  * Compares the source with etl.events_restored, which archived days must fit into again.
@@ -131,14 +132,20 @@ function jsonLines(select: string, columns: Column[]): string {
   return `select '{' || concat_ws(',', ${pairs.join(", ")}) || '}' from (${select}) source`;
 }
 
-/** @returns undefined where the day is not archived. @throws Error named Damaged where the object is no manifest. */
+/** @returns undefined where the day is not archived. @throws Error named Damaged where the object is not the day's manifest. */
 export async function readManifest(bucket: Bucket, day: string): Promise<Stored | undefined> {
   const key = manifestKey(bucket, day);
   const object = await get(bucket, key);
   try {
-    return object && { manifest: JSON.parse(object.body.toString()), etag: object.etag };
+    if (!object) return undefined;
+    const manifest: Manifest | null = JSON.parse(object.body.toString());
+    if (manifest?.day !== day || !Array.isArray(manifest.parts)) throw new Error(`its day is ${manifest?.day}, or it has no parts`);
+    // Parts lie beside their manifest. In a copy of an archive it names the original's, which are not to be deleted.
+    const parts = manifest.parts.map((part) => ({ ...part, key: dayPrefix(bucket, day) + part.key.replace(/^.*\//, "") }));
+    return { manifest: { ...manifest, parts }, etag: object.etag };
   } catch (error) {
-    const why = `is no manifest (${(error as Error).message}): delete it, then archive the day again`;
+    const copy = "restore it from the bucket's versions or a copy, or, while the source has all rows of the day, delete it";
+    const why = `is not the manifest of ${day} (${(error as Error).message}): ${copy}, then archive the day again`;
     throw Object.assign(new Error(`s3://${bucket.name}/${key} ${why}`), { name: "Damaged" });
   }
 }

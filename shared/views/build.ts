@@ -4,7 +4,7 @@
  */
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, noExpiry, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { explain } from "../main.ts";
@@ -165,13 +165,13 @@ export async function publishModel(build: Build, model: Model, attempt: number):
       writeDisposition: "WRITE_TRUNCATE_DATA",
       schemaUpdateOptions: ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
     });
-  // A query brings no descriptions, and the dataset's default may have set an expiry.
-  const [{ schema }] = await published.getMetadata();
-  const fields = schema.fields.map((field: TableField) => {
+  // A query brings no descriptions.
+  const [now] = await published.getMetadata();
+  const fields = now.schema.fields.map((field: TableField) => {
     const { description = field.description } = made.schema?.fields?.find(({ name }) => name === field.name) ?? {};
     return { ...field, description };
   });
-  await published.setMetadata({ description: made.description, schema: { fields }, expirationTime: null } as object);
+  await published.setMetadata({ description: made.description, schema: { fields }, ...noExpiry(now) } as object);
   return rows;
 }
 

@@ -189,6 +189,8 @@ await test("the recipe for a pipeline: make new-pipeline, from a table made a mi
   for (const remedy of remedies) await shop.admin.unsafe(remedy.replace("(…)", "(id)"));
   assert.match(await run(write.replace("crm.stores", "status"), 2), /the source has no table public\.status/);
 
+  assert.match(await run(`NAME=storesEU ${write}`, 2), /NAME must begin with .* small letters/); // a label of BigQuery's jobs too
+
   // A dry run writes nothing; a repeated one adds nothing, and leaves what was edited.
   const dry = await run(`DRY_RUN=1 ${write}`);
   assert.match(dry, /^\+ {6}\{ "name": "name", "type": "STRING", "mode": "NULLABLE", "description": "Its name \\"on the sign\\"\." \},$/m);

@@ -197,7 +197,13 @@ suite("archive", { concurrency: true }, () => {
       const [, remedy = ""] = named.exec(failed.stderr) ?? assert.fail(failed.stderr);
       await shop.admin.unsafe(remedy);
       await restore(shop, FROM, TO);
-      assert.equal((await shop.admin`select from etl.events_restored r join public.events e using (id, payload, created_at)`).count, 3);
+      // One that the archive's table no longer has is not lost in silence.
+      await shop.admin.unsafe("alter table etl.events_restored drop column type");
+      const lost = await shop.run(restorer, { FROM, TO });
+      const [, add = ""] = / {2}2017-04-01: .* Run: (alter table .*?;) .* make restore-events FROM=2017/.exec(lost.stderr) ?? [];
+      await shop.admin.unsafe(add);
+      await restore(shop, FROM, TO);
+      assert.equal((await shop.admin`select from etl.events_restored r join public.events e using (id, type, payload)`).count, 3);
     });
   });
 
@@ -374,6 +380,34 @@ suite("archive", { concurrency: true }, () => {
       assert.equal(code, 1);
       assert.match(stderr, new RegExp(`^  ${dayOf(0)}: .*${manifestKey(dayOf(0))}`, "m"));
       assert.match(stderr, / days=2 rows=\d+ bytes=\d+ failed=1 /);
+    });
+
+    test("a manifest of another day, and one without parts, are named, and no command removes what they name", async () => {
+      const [text, others] = [await read(shop, manifestKey(dayOf(0))), await manifestOf(shop, dayOf(1))];
+      for (const wrong of [JSON.stringify(others), `{"day":"${dayOf(0)}"}`, "null"]) {
+        await put(shop, manifestKey(dayOf(0)), wrong);
+        const [FROM, TO] = [dayOf(0), dayOf(1)];
+        for (const script of [verifier, restorer, archiver]) {
+          const { code, stderr } = await shop.run(script, { FROM, TO, FORCE: "1" });
+          assert.match(
+            stderr,
+            new RegExp(`^  ${FROM}: s3://\\S+${manifestKey(FROM)} is not the manifest of ${FROM} .*versions or a copy`, "m"),
+          );
+          assert.equal(code, 1);
+        }
+      }
+      await put(shop, manifestKey(dayOf(0)), text);
+      assert.equal((await verify(shop, dayOf(0), dayOf(2))).code, 0);
+    });
+
+    test("a copy of the archive at another prefix reads its own parts, and archiving it again leaves the original as it is", async () => {
+      const [FROM, TO, S3_PREFIX] = [dayOf(0), dayOf(1), `${shop.bucket.prefix}copy/`];
+      for (const key of [manifestKey(FROM), ...(await manifestOf(shop, FROM)).parts.map((part) => part.key)])
+        await put(shop, key.replace(shop.bucket.prefix, S3_PREFIX), await read(shop, key));
+      const copied = await shop.succeed(verifier, { FROM, TO, S3_PREFIX });
+      assert.doesNotMatch(copied.stderr, /step=stray/);
+      await shop.succeed(archiver, { FROM, TO, S3_PREFIX, FORCE: "1" });
+      assert.equal((await verify(shop, FROM, TO)).code, 0);
     });
 
     test("a day that is archived again while it is restored: the new one is read", async () => {

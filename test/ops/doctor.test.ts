@@ -211,6 +211,28 @@ suite("on servers of their own, or none, at the same time", { concurrency: true 
   });
 });
 
+test("triggers and defaults that round the cursor, or leave updates out: doctor's own statement repairs each", async () => {
+  await using broken = await createShop();
+  const env = { ...broken.env, ...without(ofSensors), ENV_FILE: undefined };
+  await broken.admin.unsafe(`create function rounded() returns trigger language plpgsql as
+      'begin new.status := date_trunc(''day'', now()); NEW."updated_at" = now()::timestamptz(3); return new; end';
+    create trigger zero before update on orders for each row execute function rounded(); alter table events alter created_at set default
+      current_timestamp(0);
+    ${trigger("update", "users").replace("for each row", "$& when (old.age_band is distinct from new.age_band)")};
+    alter table users alter updated_at set default current_timestamp`);
+  const faults = [
+    /source: events: the database sets created_at: .* has no default of now\(\)/,
+    /source: orders: the database sets updated_at: .* to the microsecond.* Run as its owner: drop trigger zero on public\.orders; create /,
+    /source: users: the database sets updated_at: .* before each insert and update/,
+  ];
+  await assertFails(undefined, env, ...faults);
+  for (const line of (await run(undefined, env)).failed) await broken.admin.unsafe(line.replace(/^.*? Run as its owner: /, ""));
+  await assertFails(undefined, env);
+  await broken.admin.unsafe(trigger("update", "users").replace("for each row", "$& when (old.* is distinct from new.*)"));
+  await broken.admin.unsafe("alter table users alter updated_at set default now(); alter table events rename to aside");
+  await assertFails(undefined, env, /source: events: table .* there is no such table/); // and every other line
+});
+
 test("a source that Debezium cannot read: table, publication and heartbeat, all at once", async () => {
   const { admin } = shop;
   await admin.unsafe(`alter table sensor_readings replica identity default; revoke update on etl_heartbeat from etl_replicator;
@@ -264,7 +286,7 @@ const ignored = [
   "search_path, quote_all_identifiers, transform_null_equals, exit_on_error, default_transaction_isolation, tcp_user_timeout",
   "default_transaction_deferrable, default_transaction_read_only, idle_session_timeout",
 ].join(", ");
-test("metadata through PgBouncer: refused by transaction, and where it does not take the settings; fine by session", async () => {
+test("through PgBouncer: the metadata refused by transaction, and where it does not take the settings, as the source; fine by session", async () => {
   const through = async (settings: Record<string, string>, ...says: RegExp[]): Promise<void> => {
     await using pooler = await startPgbouncer(shop.env.ETL_DATABASE_URL ?? "", settings);
     await assertFails("views", { ETL_DATABASE_URL: pooler.url }, ...says);
@@ -276,6 +298,10 @@ test("metadata through PgBouncer: refused by transaction, and where it does not 
     /etl: connection: .*unsupported startup parameter: .*Is that a pooler, such as PgBouncer\? Point it at Postgres itself/,
   );
   await through({ pool_mode: "session", ignore_startup_parameters: ignored });
+  const settings = { ignore_startup_parameters: `${ignored}, etl.lag_seconds, etl.tables` };
+  await using pooler = await startPgbouncer(shop.env.SOURCE_DATABASE_URL ?? "", settings);
+  const dropped = /source: open transactions can be seen: .*"etl\.lag_seconds": a pooler.* Point SOURCE_DATABASE_URL at Postgres itself$/;
+  await assertFails("orders", { SOURCE_DATABASE_URL: pooler.url }, dropped);
 });
 
 test("BigQuery: another table, a dataset that is not there, and permissions that a dry run has not", async () => {
@@ -332,6 +358,15 @@ test("S3: another bucket, a wrong key, an object that may not be deleted", async
     /s3: bucket: .* may not be used: SignatureDoesNotMatch .*Check AWS_ACCESS_KEY_ID/,
   );
   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
+  proxy.fault(
+    /^PUT /,
+    async ({ send, response }) => {
+      (await send()).resume();
+      response.end(); // also where If-None-Match refused it
+    },
+    2,
+  );
+  await assertFails("events", { S3_ENDPOINT: proxy.url }, /s3: an object may be put and deleted: the server ignores If-None-Match/);
   proxy.fault(s3Steps.deleteObjects, refuse(403, "AccessDenied"));
   await assertFails(
     "events",

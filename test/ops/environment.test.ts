@@ -6,7 +6,8 @@ import { type AddressInfo, connect, createServer, type Server } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
-import { postgresUrl } from "../../shared/env.ts";
+import { type ConnectorEnv, connectorConfig } from "../../scripts/ops/lib/kafka-connect.ts";
+import { baseUrl, postgresUrl } from "../../shared/env.ts";
 import { createProxy, type HttpProxy } from "../lib/faults.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
 import type { Shop } from "../lib/shop.ts";
@@ -108,9 +109,12 @@ test("forms of a Postgres URL: each works, or is refused without a piece of its 
     at("", `?host=${folder}`),
     at("nowhere", `?host=${folder}&sslmode=require`),
   ]) {
-    const { stdout } = await shop.run(doctor, { PIPELINE: "views", ETL_DATABASE_URL: url });
+    const { stdout } = await shop.run(doctor, { PIPELINE: "views", ETL_DATABASE_URL: url, PGTARGETSESSIONATTRS: "read-only" });
     assert.match(stdout, /^ok {4}etl: connection: as etl_metadata/m, url);
   }
+  const connector = (url: string) => connectorConfig({ ...shop.env, REPLICATION_DATABASE_URL: url } as unknown as ConnectorEnv);
+  assert.equal(connector(at("nowhere", "?host=there"))["database.hostname"], "there");
+  assert.throws(() => connector(at("", `?host=${folder}`)), /REPLICATION_DATABASE_URL must name a host/);
   for (const server of [six, local]) server.close();
   for (const [typed, says] of [
     ["u:HU#SH@h/d", "is a special character in it percent-encoded"],
@@ -127,6 +131,7 @@ test("forms of a Postgres URL: each works, or is refused without a piece of its 
       ({ message }: Error) => message.includes(says) && !/HU|SH(?!OT)/.test(message.replace("PASSWORD@HOST", "")),
       typed,
     );
+  assert.throws(() => baseUrl("http://u:12/HUSH@h"), /is not a URL \(is a special character in it percent-encoded/);
   const says = /BIGQUERY_PROJECT must be a project's id: .*\(example\.com:shop\) are not supported/;
   await shop.refused(shop.script, 2, says, { BIGQUERY_PROJECT: "example.com:shop" });
 });
@@ -139,7 +144,7 @@ test(".env with a byte order mark, and with a # in a value", async () => {
   };
   const url = `ETL_DATABASE_URL=${shop.env.ETL_DATABASE_URL}`;
   assert.equal((await run(`\uFEFF${url}\nBIGQUERY_LOCATION="US" # where the datasets are: a#b\n`)).code, 0);
-  for (const value of ["U#S", "US#", "#US", " U S#x # where"]) {
+  for (const value of ["U#S", "US#", "#US", " U S#x # where", "'U'S#U'", '"U#S']) {
     const { code, stderr } = await run(`${url}\nexport BIGQUERY_LOCATION=${value}\n`);
     assert.match(stderr, /^ {2}BIGQUERY_LOCATION has a # in \S+\.env, which begins a comment: put the value into quotes\. /m);
     assert.equal(code, 2);

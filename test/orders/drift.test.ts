@@ -75,6 +75,10 @@ stepsOfPipeline((pipeline) => {
         add constraint later not null updated_at not valid`,
       [`${cursor} microseconds`, "found timestamp(0) with time zone", `${cursor} NOT NULL, since it is the cursor`],
     ],
+    "a cursor that is a domain of whole seconds": [
+      `create domain whole_second as timestamptz(0); alter table ${table} alter updated_at type whole_second`,
+      [`${cursor} microseconds`, "found whole_second. Run: alter table"],
+    ],
     "a key that may be null, and that no index makes unique,": [
       `alter table ${table} drop constraint ${pipeline}_pkey, alter id drop not null`,
       [
@@ -87,6 +91,12 @@ stepsOfPipeline((pipeline) => {
         alter table ${table} add constraint deferred unique (id) deferrable; create unique index broken on ${table} (id);
         update pg_index set indisvalid = false where indexrelid = 'broken'::regclass`,
       ["partial, which is partial", "deferred, which is deferrable", "broken, which is not valid", "plain, which is not unique"],
+    ],
+    "a partitioned table whose partition key is not of the key": [
+      `alter table ${table} rename to aside; create table ${table} (like public.aside, unique (id, created_at))
+        partition by range (created_at); grant select on ${table} to etl_reader`,
+      ["expected a unique index on its key (id), found none. A partitioned table's has to hold created_at too: make that part"],
+      `drop table ${table}; alter table public.aside rename to ${pipeline}`,
     ],
     "a table that inherits, whose keys no index compares with this one's": [
       `create table public.heir () inherits (${table})`,

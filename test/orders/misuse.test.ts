@@ -84,20 +84,38 @@ stepsOfPipeline((pipeline) => {
     await shop.updateRows(1, 3, "narrow");
   });
 
-  test("a session that the server ends in the middle of a statement: the server's words are the error", async () => {
-    const holder = shop.connect("holder");
-    await holder`select pg_advisory_lock(hashtextextended(${`etl:${pipeline}`}, 0))`;
-    const run = shop.start(script, { FROM: "2026-01-01", TO: "2026-01-02" });
-    await until("it waits for the lock, and its session is ended", async () => {
-      const [row] = await shop.admin`
-        select pg_terminate_backend(pid) from pg_stat_activity
-        where datname = current_database() and usename = 'etl_metadata' and wait_event = 'advisory'`;
-      return row;
+  for (const [ends, says] of [
+    ["pg_terminate_backend", /^error: terminating connection due to administrator command/m],
+    ["pg_cancel_backend", /^error: canceling statement due to user request in: select pg_adv.* Has another session locked a table/m],
+  ] as const)
+    test(`a session or statement that the server ends (${ends}): the server's words are the error`, async () => {
+      const holder = shop.connect("holder");
+      await holder`select pg_advisory_lock(hashtextextended(${`etl:${pipeline}`}, 0))`;
+      const run = shop.start(script, { FROM: "2026-01-01", TO: "2026-01-02" });
+      await until("it waits for the lock, and is ended", async () => {
+        const [row] = await shop.admin`
+          select ${shop.admin(ends)}(pid) from pg_stat_activity
+          where datname = current_database() and usename = 'etl_metadata' and wait_event = 'advisory'`;
+        return row;
+      });
+      const { code, stderr } = await run.ended;
+      assert.match(stderr, says);
+      assert.equal(code, 1);
+      await holder.end();
     });
-    const { code, stderr } = await run.ended;
-    assert.match(stderr, /^error: terminating connection due to administrator command/m);
-    assert.equal(code, 1);
-    await holder.end();
+
+  test("a run with nothing new reads no row of the table, however many it has", async () => {
+    await shop.insertRows(1000, 30_000);
+    await shop.succeed(script);
+    await shop.admin.unsafe(`vacuum analyze ${pipeline}`);
+    const read = async (): Promise<number> =>
+      Number((await shop.admin`select seq_tup_read + idx_tup_fetch as rows from pg_stat_user_tables where relname = ${pipeline}`)[0]?.rows);
+    const before = await read();
+    await shop.succeed(script);
+    await shop.admin`select pg_stat_force_next_flush()`;
+    assert.ok((await read()) - before < 100, `${(await read()) - before} rows`);
+    await shop.admin.unsafe(`delete from ${pipeline} where id >= 1000`);
+    await shop.succeed("scripts/ops/sweep.ts", { PIPELINE: pipeline, CONFIRM: "1" });
   });
 
   test("a server that does not tell its history: one warning says what is not noticed, and the run succeeds", async () => {
@@ -150,26 +168,30 @@ stepsOfPipeline((pipeline) => {
   });
 
   if (pipeline !== "orders") return; // with SOAK=1 both would write the same files
-  test("a table outside public, its cursor of another name, grants on the SELECT's columns only: all that reads it, does", async () => {
-    await shop.admin.unsafe(`create schema crm; create table crm.stores (
-      id bigint primary key, name text, secret text, modified_at timestamptz not null default clock_timestamp())`);
-    const made = { TABLE: "crm.stores", CURSOR: "modified_at", EVERY: "1d" };
+  test("a table outside public, in capitals, its cursor of another name, grants on the SELECT's columns only: all that reads it, does", async () => {
+    await shop.admin.unsafe(`create schema crm; create domain crm.moment as timestamptz; create table crm."Stores" (
+      id bigint primary key, name text, secret text, "modifiedAt" crm.moment not null default clock_timestamp())`);
+    const made = { TABLE: "crm.Stores", CURSOR: "modifiedAt", EVERY: "1d" };
     const { stdout } = await shop.succeed("scripts/ops/new-pipeline.ts", made);
-    const statements = stdout.replace("grant select on crm.stores", "grant select (id, name, modified_at) on crm.stores");
+    const statements = stdout.replace('grant select on crm."Stores"', 'grant select (id, name, "modifiedAt") on crm."Stores"');
     for (const statement of statements.split("\n").filter((line) => /^(grant|create) /.test(line))) await shop.admin.unsafe(statement);
     scratch.edit("sql/stores.sql", (text) => text.replace("  secret,\n", ""));
     scratch.editFields("stores", (fields) => fields.filter(({ name }) => name !== "secret"));
     await shop.succeed("scripts/ops/migrate.ts");
-    await shop.admin`insert into crm.stores (id, name) select i, 'store ' || i from generate_series(1, 3) i`;
+    await shop.admin`insert into crm."Stores" (id, name) select i, 'store ' || i from generate_series(1, 3) i`;
     await shop.succeed("scripts/stores.ts");
-    await shop.admin`delete from crm.stores where id = 3`;
+    await shop.admin`delete from crm."Stores" where id = 3`;
     await shop.succeed("scripts/ops/sweep.ts", { PIPELINE: "stores", CONFIRM: "1" });
     await shop.succeed("scripts/ops/verify.ts", { PIPELINE: "stores" });
     assert.deepEqual(await shop.query("SELECT name FROM stores ORDER BY id"), [{ name: "store 1" }, { name: "store 2" }]);
     const doctor = await shop.succeed("scripts/ops/doctor.ts", { PIPELINE: "stores" });
-    assert.match(doctor.stdout, /^ok .*stores: index on modified_at/m);
-    await shop.admin`revoke select (name) on crm.stores from etl_reader`;
+    assert.match(doctor.stdout, /^ok .*stores: index on modifiedAt/m);
+    await shop.admin`alter table crm."Stores" disable trigger user`;
+    await shop.admin`update crm."Stores" set "modifiedAt" = '2099-01-01' where id = 1`;
+    const ahead = await shop.run("scripts/ops/verify.ts", { PIPELINE: "stores" });
+    assert.match(ahead.stderr, /run: update crm\."Stores" set "modifiedAt" = now\(\) where "modifiedAt" > now\(\); then make stores/);
+    await shop.admin`revoke select (name) on crm."Stores" from etl_reader`;
     const { stderr } = await shop.run("scripts/stores.ts");
-    assert.match(stderr, /Run as a superuser: grant select \(name\) on crm\.stores to etl_reader;/);
+    assert.match(stderr, /Run as a superuser: grant select \(name\) on crm\."Stores" to etl_reader;/);
   });
 });

@@ -122,6 +122,8 @@ SELECT day, store_id, COUNT(*) AS order_count FROM days GROUP BY day, store_id;
     const { state, rows } = await lastRun(shop);
     assert.deepEqual([state, rows], ["succeeded", 11]);
     assert.match(stderr, /step=model model=zero rows=10 .*\n.*step=model model=first rows=1 .*\n.*step=done rows=11 /);
+    const timePartitioning = { type: "DAY", field: "day", expirationMs: "3600000" }; // as a dataset's default may set it
+    await shop.api(`/datasets/${warehouse}/tables/zero`, "PATCH", { timePartitioning });
   }
   const pushed = await metrics();
   assert.deepEqual(Object.keys(pushed).sort(), ["", "first", "zero"]);

@@ -1,5 +1,6 @@
 /** Asking servers that may not answer, or not yet. */
 import { setTimeout as delay } from "node:timers/promises";
+import { explain } from "../../../shared/main.ts";
 
 /** What `work` gives within so many seconds, or its error in words. */
 export async function answer<T>(seconds: number, work: () => T | Promise<T>): Promise<{ value?: T; error?: string }> {
@@ -7,8 +8,7 @@ export async function answer<T>(seconds: number, work: () => T | Promise<T>): Pr
   try {
     return { value: await Promise.race([work(), delay(seconds * 1000).then(() => Promise.reject(late))]) };
   } catch (error) {
-    const { message, code, name } = error as Error & { code?: string };
-    return { error: message || code || name };
+    return { error: explain(error as Error) };
   }
 }
 
