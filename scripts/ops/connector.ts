@@ -5,7 +5,7 @@
  *   Debezium         3.6.1 or later
  *   the source       is looked at first: wal_level, role, publication, replica identity (sql/replication.sql)
  *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say; its max.message.bytes are
- *                    raised where they are lower
+ *                    raised where they are lower, and its cleanup.policy is set
  *   the connector    named after the topic; what differs per installation is added here: the source's address and role, the
  *                    topic's prefix, and the slot, etl_PREFIX
  *   safe to re-run   yes: a connector that is as the file says stays as it was

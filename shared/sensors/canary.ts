@@ -74,7 +74,7 @@ export async function recordCanaries(etl: Sql, topic: string, canaries: Message[
         canary_gap = coalesce(canary_gap, case
           when canary_at <> coalesce(${previous}, '-infinity') then 'changes between ' || canary_at || ' and ' || ${at} || ' never came'
           when ${before?.publication ?? null}::text <> ${after.publication ?? null}::text
-            then 'the publication was made again before ' || ${at} || ', and changes may be missing' end)
+            then 'the publication was changed or made again before ' || ${at} || ', and changes may be missing' end)
       where topic = ${topic} and (canary_at is null or canary_at < ${at})`;
   }
 }

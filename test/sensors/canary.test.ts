@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { suite, test } from "node:test";
+import { setTimeout as delay } from "node:timers/promises";
 import type { Sql } from "postgres";
 import { createCluster, type TestCluster } from "../lib/cluster.ts";
 import { ending } from "../lib/faults.ts";
@@ -84,7 +85,7 @@ suite("the canary", { concurrency: true }, () => {
     await insert(admin, 1, 500);
     await admin`
       create publication etl_sensors for table public.sensor_readings, public.etl_heartbeat with (publish_via_partition_root = true)`;
-    await showsGap(sensors, consumer, /never came|publication was made again/);
+    await showsGap(sensors, consumer, /never came|publication was changed or made again/);
     const { code, stderr } = await sensors.shop.run("scripts/ops/verify.ts", { PIPELINE: "sensors" });
     assert.equal(code, 1, stderr);
     assert.match(stderr, /500 rows differ/);
@@ -92,12 +93,22 @@ suite("the canary", { concurrency: true }, () => {
     await rebuild(sensors, consumer);
     assert.deepEqual(await sensors.readings(), await sensors.source());
     assert.equal((await seen(sensors))?.gap, null);
+    const next = await sensors.consumer();
+    await until("a canary has come", async () => (await seen(sensors))?.seen, 60);
+    await admin`alter publication etl_sensors set (publish = 'insert, update')`; // canaries are both
+    await showsGap(sensors, next, /publication was changed or made again/);
   });
 
   test("the canary's table dropped: stale; sql/replication.sql makes it again, and verify clears the gap that this leaves", async () => {
     const { sensors, consumer } = await begin(undefined);
     await using _ = sensors;
     const { shop } = sensors;
+    // Whoever holds the row stops the canaries, not the changes.
+    const holder = shop.connect("holder");
+    await holder.unsafe("begin; select from etl_heartbeat for update").simple();
+    await delay(21_000); // Debezium has tried to write two
+    await insert(shop.admin, 1, 1);
+    await until("a change has come", async () => (await sensors.readings()).length, 20).finally(() => holder.end());
     await shop.admin`drop table etl_heartbeat`;
     await goesStale(sensors, consumer, shop.admin, false);
     const before = (await seen(sensors))?.seen;

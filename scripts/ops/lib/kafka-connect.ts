@@ -81,11 +81,11 @@ export async function checkSlot(env: ConnectorEnv): Promise<void> {
   );
 }
 
-/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes. @returns what it did. */
+/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes, and it is not compacted. */
 export async function createReadingsTopic(
   env: Env<typeof kafkaVariables>,
   config: Record<string, string>,
-): Promise<"created" | "raised" | undefined> {
+): Promise<"created" | "changed" | undefined> {
   const { SENSORS_TOPIC: topic } = env;
   const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
   const { undefined: _, partitions, "replication.factor": replicas, ...wanted } = Object.fromEntries(settings);
@@ -95,19 +95,24 @@ export async function createReadingsTopic(
       const numbers = { numPartitions: Number(partitions), replicationFactor: Number(replicas) };
       return (await createTopic(admin, { topic, ...numbers, configEntries: entries(wanted) })) ? "created" : undefined;
     }
-    const { own, messageBytes } = await readTopicSettings(admin, topic);
-    if (messageBytes >= Number(wanted["max.message.bytes"])) return undefined;
+    const { own, messageBytes, policy } = await readTopicSettings(admin, topic);
+    const bytes = Math.max(messageBytes, Number(wanted["max.message.bytes"]));
+    if (messageBytes === bytes && policy === "delete") return undefined;
     // kafkajs writes a topic's settings as a whole: those that are its own are written again as they are.
-    const configEntries = entries({ ...own, "max.message.bytes": wanted["max.message.bytes"] });
+    const configEntries = entries({ ...own, "max.message.bytes": String(bytes), "cleanup.policy": "delete" });
     const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic, configEntries }];
     await admin.alterConfigs({ validateOnly: false, resources });
-    return "raised";
+    return "changed";
   });
 }
 
-/** @throws Error where the connector may send what the topic refuses: its task would fail at the first such change. */
-export async function checkMessageBytes(admin: Admin, topic: string): Promise<void> {
-  const { messageBytes } = await readTopicSettings(admin, topic);
+/** @throws Error where Kafka would delete changes before they are read, or the topic refuses what the connector may send. */
+export async function checkTopicSettings(admin: Admin, topic: string): Promise<void> {
+  const { messageBytes, policy } = await readTopicSettings(admin, topic);
+  if (policy !== "delete")
+    throw new Error(
+      `the topic's cleanup.policy is ${policy}: changes are lost that no consumer has read yet. Run: make connector (it sets delete)`,
+    );
   const sent = Number(readConfig()["producer.override.max.request.size"]);
   if (messageBytes < sent)
     throw new Error(
@@ -116,22 +121,27 @@ export async function checkMessageBytes(admin: Admin, topic: string): Promise<vo
     );
 }
 
-/** The settings that are the topic's own, and how large a message of it may be, in bytes. */
+/** The settings that are the topic's own, how large a message of it may be, in bytes, and its cleanup.policy. */
 async function readTopicSettings(admin: Admin, topic: string) {
   const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic }];
   const described = await admin.describeConfigs({ includeSynonyms: false, resources });
   const settings = described.resources[0]?.configEntries ?? [];
+  const valueOf = (name: string) => settings.find(({ configName }) => configName === name)?.configValue;
   const own = settings.filter(({ configSource }) => configSource === ConfigSource.TOPIC_CONFIG);
   return {
     own: Object.fromEntries(own.map(({ configName, configValue }) => [configName, configValue])),
-    messageBytes: Number(settings.find(({ configName }) => configName === "max.message.bytes")?.configValue),
+    messageBytes: Number(valueOf("max.message.bytes")),
+    policy: valueOf("cleanup.policy"),
   };
 }
 
-/** Whether Connect shows the database's password to everybody who may read the connector. */
-export async function showsPassword(env: ConnectorEnv): Promise<boolean> {
-  const config = await askConnect<Record<string, string>>(env, "GET", "/config");
-  return !/^\$\{/.test(config?.["database.password"] ?? "${");
+/** Whether Connect shows the database's password to everybody. @throws Error where another setting is not what make connector puts. */
+export async function checkConfig(env: ConnectorEnv): Promise<boolean> {
+  const wanted: Record<string, string> = { name: namesOf(env).connector, ...connectorConfig(env) };
+  const config = (await askConnect<Record<string, string>>(env, "GET", "/config")) ?? wanted;
+  const others = Object.keys({ ...wanted, ...config }).filter((name) => name !== "database.password" && config[name] !== wanted[name]);
+  if (others.length) throw new Error(`its ${others.join(", ")} is not what ${file} and .env say. Run: make connector`);
+  return !/^\$\{/.test(config["database.password"] ?? "${");
 }
 
 const failureOf = ({ connector, tasks }: ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");
