@@ -337,7 +337,7 @@ await test("the recipe for a column of the readings, followed to the letter, fil
   await check(scratch, "test/check/clickhouse.ts");
   const migrated = await shell(scratch, shop.env, "make migrate");
   assert.equal(migrated.code, 0, migrated.output);
-  assert.match(migrated.output, /step=apply what=schemas\/clickhouse\/009_quality\.sql$/m);
+  assert.match(migrated.output, /step=apply what=schemas\/clickhouse\/010_quality\.sql$/m);
   // By the consumer that still runs, and by one that starts.
   await sensors.produce([change("c", 4, { quality: 9 }), change("d", 1, { quality: 7 })]);
   const expected = [

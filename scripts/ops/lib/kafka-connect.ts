@@ -126,12 +126,12 @@ async function readTopicSettings(admin: Admin, topic: string) {
   const resources = [{ type: ConfigResourceTypes.TOPIC, name: topic }];
   const described = await admin.describeConfigs({ includeSynonyms: false, resources });
   const settings = described.resources[0]?.configEntries ?? [];
-  const valueOf = (name: string) => settings.find(({ configName }) => configName === name)?.configValue;
+  const settingOf = (name: string) => settings.find(({ configName }) => configName === name)?.configValue;
   const own = settings.filter(({ configSource }) => configSource === ConfigSource.TOPIC_CONFIG);
   return {
     own: Object.fromEntries(own.map(({ configName, configValue }) => [configName, configValue])),
-    messageBytes: Number(valueOf("max.message.bytes")),
-    policy: valueOf("cleanup.policy"),
+    messageBytes: Number(settingOf("max.message.bytes")),
+    policy: settingOf("cleanup.policy"),
   };
 }
 
