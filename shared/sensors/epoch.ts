@@ -61,6 +61,7 @@ export async function beginEpoch(etl: Sql, topic: string, after: number, databas
     if (!begun.count) return false;
     await sql`delete from etl.topic_offsets where topic = ${topic}`;
     for (const { partition, next } of from) await writeOffset(sql, topic, partition, next);
+    await sql`update etl.topic_offsets set began = next_offset where topic = ${topic}`;
     return true;
   });
 }
@@ -80,7 +81,7 @@ export async function takeEpoch(etl: Sql, topic: string, database: string, where
   const partitions = await where();
   const after = await inserted(etl, topic);
   const others = `topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`;
-  const faults = partitions.map((one) => faultOf(topic, one, before.get(one.partition) ?? 0n, after.get(one.partition) ?? 0n));
+  const faults = partitions.map((one) => faultOf(topic, one, before.get(one.partition), after.get(one.partition)?.next ?? 0n));
   const [filled] =
     await etl`update etl.topics set readings = coalesce(readings, ${table ?? null}) where topic = ${topic} returning readings`;
   const lacks = `ClickHouse's sensor_readings was made again, and lacks what epoch ${epoch.number} of ${topic} had inserted`;
@@ -93,20 +94,23 @@ export async function takeEpoch(etl: Sql, topic: string, database: string, where
   return epoch.number;
 }
 
-async function inserted(etl: Sql, topic: string): Promise<Map<number, bigint>> {
-  const known = await etl<{ partition: number; next: string }[]>`
-    select partition, next_offset as next from etl.topic_offsets where topic = ${topic}`;
-  return new Map(known.map(({ partition, next }) => [partition, BigInt(next)]));
+async function inserted(etl: Sql, topic: string) {
+  const known = await etl<{ partition: number; next: string; began: string }[]>`
+    select partition, next_offset as next, coalesce(began, 0) as began from etl.topic_offsets where topic = ${topic}`;
+  return new Map(known.map(({ partition, next, began }) => [partition, { next: BigInt(next), began: BigInt(began) }]));
 }
 
 /** Why a partition that was inserted up to `next`, and by now up to `latest`, cannot be read on. */
-function faultOf(topic: string, { partition, low, end, committed }: PartitionState, next: bigint, latest: bigint): string | undefined {
+function faultOf(topic: string, state: PartitionState, { next, began } = { next: 0n, began: 0n }, latest: bigint): string | undefined {
+  const { partition, low, end, committed } = state;
   const [of, was] = [`partition ${partition} of topic ${topic}`, "was inserted up to offset"];
   if (end < next) return `${of} ends at offset ${end}, but ${was} ${next}: the topic was created again`;
   if (low > next) return `${of} begins at offset ${low}, but ${was} ${next}: messages expired unread (retention.ms)`;
   if (committed < 0n && next > 0n)
     return `${of} ${was} ${next}, but the group has none: the topic was created again, or the group's offset expired`;
   if (committed > latest) return `${of} ${was} ${latest}, but the group's offset is ${committed}: somebody set it ahead`;
+  if (committed >= 0n && committed < began)
+    return `${of} has this epoch from ${began} on, but the group's offset is ${committed}: somebody set it back`;
   return undefined;
 }
 
