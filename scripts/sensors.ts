@@ -53,10 +53,10 @@ await main(import.meta, async () => {
     clickhouse.retryUntilUp(server, work, until, report.waiting);
 
   // 1. Check that ClickHouse has what schemas/clickhouse makes, and the source its columns, before a message moves.
-  const check = () => clickhouse.checkMigrations(client, database).then(() => clickhouse.readingColumns(client));
-  const columns = await retry("ClickHouse", check, stop.signal).catch((error: Error) => {
+  const check = async () => [await clickhouse.checkMigrations(client, database), await clickhouse.readingColumns(client)] as const;
+  const [table, columns] = await retry("ClickHouse", check, stop.signal).catch((error: Error): [string, clickhouse.Column[]] => {
     if (!stop.signal.aborted) throw error;
-    return []; // stopped while ClickHouse was away: nothing is under way
+    return ["", []]; // stopped while ClickHouse was away: nothing is under way
   });
   const checkSource = async () => report.unknownColumns(await consumer.checkReadings(env, columns));
   if (columns.length) await checkSource();
@@ -65,7 +65,7 @@ await main(import.meta, async () => {
   let epoch = 0;
   let ends: PartitionState[] | undefined;
   const join = async (): Promise<void> => {
-    epoch = await takeEpoch(etl, topic, database, where);
+    epoch = await takeEpoch(etl, topic, database, where, table);
   };
   const limitPoison = consumer.createPoisonLimit(env.SENSORS_POISON_SHARE);
   await using _ = canary.startCanary(env);
@@ -100,7 +100,7 @@ await main(import.meta, async () => {
       if (!env.UNTIL) return;
       const now = await where();
       ends ??= now;
-      if (now.every(({ committed, lag }, at) => !lag || committed >= (ends?.[at]?.end ?? 0n))) stop.abort();
+      if (now.every(({ committed, lag }, at) => !lag || committed >= (ends?.[at]?.end ?? 0n))) await join().then(() => stop.abort());
     },
   });
 

@@ -26,7 +26,7 @@ export function readMigrations(folder: string): Migration[] {
   const files = readdirSync(join(root, folder)).filter((file) => /^[^.].*\.sql$/s.test(file));
   return files.sort().map((file) => {
     if (!/^\d{3}_\w+\.sql$/.test(file))
-      throw new UsageError(`${JSON.stringify(`${folder}/${file}`)} must be named NNN_NAME.sql, as 009_quality.sql`);
+      throw new UsageError(`${JSON.stringify(`${folder}/${file}`)} must be named NNN_NAME.sql, as 010_quality.sql`);
     const sql = readFileSync(join(root, folder, file), "utf8");
     return { folder, file, sql, sha256: createHash("sha256").update(sql).digest("hex") };
   });

@@ -95,6 +95,11 @@ with tables as (
   union all
   select 'function public.etl_write_heartbeat() does not exist' where to_regprocedure('public.etl_write_heartbeat()') is null
   union all
+  select 'publication etl_sensors leaves changes out: by its parameter publish, a row filter or a list of columns'
+  from pg_publication p where pubname = 'etl_sensors' and (not (pubinsert and pubupdate and pubdelete and pubtruncate) or exists (
+    select from pg_publication_rel r, to_jsonb(r) as of where prpubid = p.oid
+      and (of ->> 'prqual' is not null or of ->> 'prattrs' is not null))) -- neither exists before Postgres 15
+  union all
   select format('publication etl_sensors does not exist, or lacks %s', name) from needed
   where name not in (select schemaname || '.' || tablename from pg_publication_tables where pubname = 'etl_sensors')
 ), slot as (

@@ -80,30 +80,28 @@ alter table public.etl_heartbeat add if not exists publication text;
 alter table public.etl_heartbeat replica identity full;
 grant select, insert, update on public.etl_heartbeat to etl_replicator;
 
-create or replace function public.etl_write_heartbeat() returns void language sql as $$
+-- Debezium waits for it before it reads on: not for whoever holds the row.
+create or replace function public.etl_write_heartbeat() returns void language sql set lock_timeout = '1s' as $$
   insert into public.etl_heartbeat (id, at, publication)
   select 1, clock_timestamp(), (
-    -- A publication, or the table's place in it, that was dropped and made again has another oid.
-    select coalesce(r.oid, p.oid)::text from pg_publication p
+    -- A publication, or the table's place in it, that was changed, or dropped and made again (then with another oid), is another one.
+    select hashtextextended(concat(p, r), 0)::text from pg_publication p
     left join pg_publication_rel r on r.prpubid = p.oid and r.prrelid = to_regclass('public.sensor_readings')
     where pubname = 'etl_sensors')
   on conflict (id) do update set publication = excluded.publication,
     at = greatest(excluded.at, etl_heartbeat.at + interval '1 microsecond') -- also where the clock was set back
 $$;
 
--- Of a partitioned table the changes come as the root's.
+-- Whole tables, without a row filter or a list of columns; of a partitioned one the changes come as the root's. What is so already stays
+-- as it is.
 do $$
-declare
-  name text;
 begin
   if not exists (select from pg_publication where pubname = 'etl_sensors') then
-    create publication etl_sensors with (publish_via_partition_root = true);
+    create publication etl_sensors;
   end if;
-  alter publication etl_sensors set (publish_via_partition_root = true);
-  foreach name in array array['public.sensor_readings', 'public.etl_heartbeat'] loop
-    if not exists (select from pg_publication_tables where pubname = 'etl_sensors' and name = schemaname || '.' || tablename) then
-      execute format('alter publication etl_sensors add table %s', name);
-    end if;
-  end loop;
+  alter publication etl_sensors set (publish = 'insert, update, delete, truncate', publish_via_partition_root = true);
+  if not (select puballtables from pg_publication where pubname = 'etl_sensors') then
+    alter publication etl_sensors set table public.sensor_readings, public.etl_heartbeat;
+  end if;
 end
 $$;

@@ -4,7 +4,7 @@
  *
  *   the source       is looked at first (sql/doctor.sql); sql/replication.sql makes what is missing
  *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say; its max.message.bytes are
- *                    raised where they are lower
+ *                    raised where they are lower, and its cleanup.policy is set
  *   the connector    named after the topic, as its slot, etl_PREFIX; the source's address and role are added to the file's settings
  *   safe to re-run   yes: a connector that is as the file says stays as it was
  */

@@ -26,17 +26,18 @@ import { pendingMigrations } from "../../shared/migrations.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
+import { readCanary } from "../../shared/sensors/canary.ts";
 import * as clickhouse from "../../shared/sensors/clickhouse.ts";
-import { askConnect, checkDebezium, isRunning, namesOf } from "../../shared/sensors/connector.ts";
+import { checkDebezium, isRunning, namesOf } from "../../shared/sensors/connector.ts";
 import { checkReadings } from "../../shared/sensors/consumer.ts";
-import { topicState } from "../../shared/sensors/epoch.ts";
+import { readEpoch, takeEpoch, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
 import { viewsVariables } from "../../shared/views/build.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
 import { askCatalogue, type CatalogueCheck } from "./lib/catalogue.ts";
-import { askReplication, checkMessageBytes, connectorVariables } from "./lib/kafka-connect.ts";
+import { askReplication, checkConfig, checkTopicSettings, connectorVariables } from "./lib/kafka-connect.ts";
 import { appliedInPostgres, nameClickHouse } from "./lib/migrations.ts";
 
 /** Prints the check's line. @returns whether it is ok. `work` returns what else is worth knowing, or throws what to do. */
@@ -211,25 +212,26 @@ async function checkCapture(check: Check): Promise<void> {
   await check("Debezium's version", () => checkDebezium(env));
   await check(`connector ${namesOf(env).connector}`, async () => {
     if (!(await isRunning(env))) throw new Error("it does not exist, or does not run. Run: make connector (says why)");
-    const config = await askConnect<Record<string, string>>(env, "GET", "/config");
-    const hidden = config?.["database.password"]?.startsWith("${");
-    return hidden ? "" : "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE";
+    return (await checkConfig(env)) ? "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE" : "";
   });
 }
 
 async function checkKafka(check: Check): Promise<void> {
-  const env = readEnv(kafkaVariables);
+  const env = readEnv({ ETL_DATABASE_URL, ...clickhouse.clickhouseVariables, ...kafkaVariables });
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
+  const broker = connectKafka(env, "etl-doctor");
+  const etl = openSession(env.ETL_DATABASE_URL, session);
   await check(`topic ${topic} and group ${group}`, async () => {
-    const asked = withAdmin(connectKafka(env, "etl-doctor"), env, async (admin) => {
-      const partitions = await topicState(admin, topic, group);
-      await checkMessageBytes(admin, topic);
-      return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
-    });
-    return await asked.catch((error: Error) => {
+    const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, group));
+    const partitions = await where().catch((error: Error) => {
       if (/authorized|group coordinator/.test(error.message)) error.message += ". KAFKA_USERNAME needs READ on topic and group";
       throw error;
     });
+    await withAdmin(broker, env, (admin) => checkTopicSettings(admin, topic));
+    if (await readEpoch(etl, topic)) await takeEpoch(etl, topic, env.CLICKHOUSE_DATABASE, where);
+    const gap = (await readCanary(etl, topic))?.gap;
+    if (gap) throw new Error(`${gap}. Run: make verify PIPELINE=sensors`);
+    return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
   });
 }
 

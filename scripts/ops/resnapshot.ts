@@ -21,7 +21,7 @@ import { migrateClickHouse } from "./lib/migrations.ts";
 import { openRebuild, tables } from "./lib/rebuild.ts";
 
 await main(import.meta, async () => {
-  const { env, topic, groupId, rebuild, etl, ask, where, epoch } = await openRebuild("resnapshot");
+  const { env, topic, groupId, database, rebuild, etl, ask, where, epoch } = await openRebuild("resnapshot");
 
   // 1. Stop the connector, so that nothing of the old epoch comes after.
   await connector.checkReplication(env, false);
@@ -46,7 +46,10 @@ await main(import.meta, async () => {
   await server.command({ query: `CREATE DATABASE ${rebuild}` });
   await using client = connectClickHouse(env, rebuild);
   await migrateClickHouse(client);
-  for (const table of tables) await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${number}'` });
+  for (const table of tables) {
+    await server.command({ query: `ALTER TABLE ${database}.${table} MODIFY COMMENT ''` }); // where schema etl was lost, the same number
+    await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${number}'` });
+  }
 
   // 4. The snapshot.
   await connector.startConnector(env, config);

@@ -26,11 +26,11 @@ export function startCanary(env: { REPLICATION_DATABASE_URL: string }): AsyncDis
 interface Message {
   value: Buffer | null;
 }
-// In JSON a quote inside of text is escaped: no row's text can hold these bytes.
+// Whatever holds these bytes is parsed: a row can have columns of these names.
 const holds = ({ value }: Message, bytes: string): boolean => value?.includes(bytes) ?? false;
 export const isCanary = (message: Message): boolean =>
   holds(message, '"table":"etl_heartbeat"') && sourceOf(message).table === "etl_heartbeat";
-const isRead = (message: Message): boolean => holds(message, '"op":"r"');
+const isRead = (message: Message): boolean => holds(message, '"op":"r"') && sourceOf(message).op === "r";
 
 /**
  * Compares the snapshot that messages belong to with the epoch's, which is its first; each message of one has the same WAL position. Before
@@ -54,9 +54,10 @@ export async function checkSnapshot(etl: Sql, topic: string, messages: Message[]
   }
 }
 
-function sourceOf({ value }: Message): { table?: string; lsn?: number; snapshot?: string } {
+function sourceOf({ value }: Message): { op?: string; table?: string; lsn?: number; snapshot?: string } {
   try {
-    return JSON.parse(String(value)).source ?? {};
+    const { op, source } = JSON.parse(String(value));
+    return { ...source, op };
   } catch {
     return {}; // a dead letter
   }
@@ -74,7 +75,7 @@ export async function recordCanaries(etl: Sql, topic: string, canaries: Message[
         canary_gap = coalesce(canary_gap, case
           when canary_at <> coalesce(${previous}, '-infinity') then 'changes between ' || canary_at || ' and ' || ${at} || ' never came'
           when ${before?.publication ?? null}::text <> ${after.publication ?? null}::text
-            then 'the publication was made again before ' || ${at} || ', and changes may be missing' end)
+            then 'the publication was changed or made again before ' || ${at} || ', and changes may be missing' end)
       where topic = ${topic} and (canary_at is null or canary_at < ${at})`;
   }
 }

@@ -49,8 +49,8 @@ export async function appliedMigrations(client: ClickHouseClient): Promise<Appli
 const objects =
   "sensor_readings sensor_dead_letters sensor_landing sensor_changes sensor_changes_view sensor_readings_view sensor_dead_letters_view";
 
-/** @throws UsageError where a file of schemas/clickhouse was not applied, or was edited since, or a table or view of theirs is gone. */
-export async function checkMigrations(client: ClickHouseClient, database: string): Promise<void> {
+/** @returns the UUID of sensor_readings. @throws UsageError where a file was not applied, or edited since, or a table or view is gone. */
+export async function checkMigrations(client: ClickHouseClient, database: string): Promise<string> {
   const pending = pendingMigrations("schemas/clickhouse", await appliedMigrations(client));
   const [first] = pending;
   if (first)
@@ -58,13 +58,15 @@ export async function checkMigrations(client: ClickHouseClient, database: string
       `${first.folder}/${first.file}${pending.length > 1 ? ` and ${pending.length - 1} more files were` : " was"} not ` +
         `applied to ClickHouse's database ${database} (CLICKHOUSE_DATABASE). Run: make migrate`,
     );
-  const tables = (await select<{ name: string }>(client, "SHOW TABLES")).map(({ name }) => name);
-  const lost = objects.split(" ").filter((name) => !tables.includes(name));
+  const query = "SELECT name, toString(uuid) AS uuid FROM system.tables WHERE database = currentDatabase()";
+  const tables = new Map((await select<{ name: string; uuid: string }>(client, query)).map(({ name, uuid }) => [name, uuid]));
+  const lost = objects.split(" ").filter((name) => !tables.has(name));
   if (lost.length)
     throw new UsageError(
       `ClickHouse's database ${database} has lost ${lost.join(", ")}, which schemas/clickhouse made. Run there: DROP ` +
         `TABLE etl_migrations, then: make migrate (it applies every file again, and loses no row)`,
     );
+  return tables.get("sensor_readings") ?? "";
 }
 
 export interface Column {

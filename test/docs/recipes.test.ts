@@ -310,7 +310,7 @@ await test("the recipe for a column of the readings, followed to the letter, fil
   for (const block of edits) apply(scratch, block);
   assert.deepEqual(commands, [["make check", "make migrate"]]);
   await check(scratch, "test/check/clickhouse.ts");
-  assert.match(await shell(scratch, shop.env, "make migrate"), /step=apply what=schemas\/clickhouse\/009_quality\.sql$/m);
+  assert.match(await shell(scratch, shop.env, "make migrate"), /step=apply what=schemas\/clickhouse\/010_quality\.sql$/m);
   // By the consumer that still runs, and by one that starts.
   await sensors.produce([change("c", 4, { quality: 9 }), change("d", 1, { quality: 7 })]);
   const expected = [

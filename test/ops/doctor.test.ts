@@ -1,5 +1,7 @@
 // make doctor: each check is broken for real, and says so in its line; the others go on. Needs the local stack (make up).
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
 import postgres from "postgres";
 import { listObjects } from "../../shared/events/s3.ts";
@@ -9,8 +11,8 @@ import { startPgbouncer } from "../lib/pgbouncer.ts";
 import { createS3Proxy, refuse, s3Steps } from "../lib/s3.ts";
 import { scratchCopy } from "../lib/scratch.ts";
 import { createSensors, type Sensors } from "../lib/sensors.ts";
-import { createShop, type Shop } from "../lib/shop.ts";
-import type { Env } from "../stack/env.ts";
+import { createShop, type Shop, until } from "../lib/shop.ts";
+import { type Env, root } from "../stack/env.ts";
 
 const doctor = "scripts/ops/doctor.ts";
 const scratch = scratchCopy(["views"]);
@@ -243,8 +245,35 @@ test("a source that Debezium cannot read: table, publication and heartbeat, all 
     /sensors: wal_level, role and publication: .*role etl_replicator may not update table public\.etl_heartbeat; .*publication etl_sensors does not exist, or lacks public\.sensor_readings; Run sql\/replication\.sql/,
     /clickhouse: the source has its columns: .* replica identity full;/,
   );
-  await admin.unsafe(`alter table sensor_readings replica identity full; grant update on etl_heartbeat to etl_replicator;
-    alter publication etl_sensors add table sensor_readings`);
+  const repair = () => admin.unsafe(readFileSync(join(root, "sql/replication.sql"), "utf8")).simple();
+  await repair();
+  for (const change of ["set (publish = 'insert, update')", "set table etl_heartbeat, sensor_readings where (id > 0)"]) {
+    await admin.unsafe(`alter publication etl_sensors ${change}`);
+    await assertFails("sensors", {}, /publication etl_sensors leaves changes out: .*; Run sql\/replication\.sql/);
+    await repair();
+  }
+  assert.deepEqual((await run("sensors")).failed, []);
+});
+
+test("a connector that somebody changed; an epoch that is not the topic's; a gap in the flow", async () => {
+  const { SENSORS_TOPIC: topic = "", CLICKHOUSE_DATABASE: database = "", CONNECT_URL } = shop.env;
+  const url = `${CONNECT_URL}/connectors/etl-${database}-sensor_readings/config`;
+  const config = (await fetch(url).then((answer) => answer.json())) as object;
+  const body = JSON.stringify({ ...config, "skipped.operations": "d", "column.exclude.list": "public.sensor_readings.value" });
+  const put = { method: "PUT", headers: { "content-type": "application/json" }, body };
+  await until(
+    "it is put, and runs",
+    async () => (await fetch(url, put)).ok && (await run("sensors")).lines.join().includes("its skipped.op"),
+  );
+  await assertFails("sensors", {}, /its skipped\.operations, column\.exclude\.list is not what .* say\. Run: make connector$/);
+  await sensors.connector();
+  await shop.admin`insert into etl.topics (topic, epoch, database, canary_gap) values (${topic}, 1, ${database}, 'some never came')`;
+  await assertFails("sensors", {}, /kafka: .* has 3 partitions, and had 0 when epoch 1 began\. .*run: make resnapshot/);
+  await shop.admin`insert into etl.topic_offsets (topic, partition, next_offset) select ${topic}, i, 0 from generate_series(0, 2) i`;
+  await assertFails("sensors", {}, /kafka: .*some never came\. Run: make verify PIPELINE=sensors$/);
+  await shop.admin`delete from etl.topic_offsets`;
+  await shop.admin`delete from etl.topics`;
+  assert.deepEqual((await run("sensors")).failed, []);
 });
 
 test("a role with powers, in another role, and without pg_read_all_stats", async () => {

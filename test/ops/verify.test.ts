@@ -431,16 +431,16 @@ suite("readings", () => {
     const { admin, clickhouse } = sensors.shop;
     await admin`
       insert into sensor_readings (id, sensor_id, recorded_at)
-      values (5001, 'young', now()), (5002, 'future', '2299-12-31 23:59:59.999999Z')`;
-    await until("both are there", async () => {
+      values (5001, 'young', now()), (5002, 'future', '9999-12-31 23:59:59.999999Z'), (5003, 'old', '0001-01-01Z')`;
+    await until("they are there", async () => {
       await sensors.catchUp();
-      return (await sensors.readings()).length === 3009;
+      return (await sensors.readings()).length === 3010;
     });
     for (const day of ["20240101", "29990101"])
       await clickhouse.command({
         query: `CREATE TABLE verify_${day}_000000_aaaaaa_source ENGINE = Memory AS SELECT 1 AS id`,
       });
-    assert.equal(counts(await find([]), "sensors").rows, "3,009");
+    assert.equal(counts(await find([]), "sensors").rows, "3,010");
     assert.deepEqual(await tables(), ["verify_29990101_000000_aaaaaa_source"]);
     await clickhouse.command({ query: "DROP TABLE verify_29990101_000000_aaaaaa_source" });
   });

@@ -52,7 +52,7 @@ export async function checkReplication(env: ConnectorEnv, slot = true): Promise<
   if (faults.length) throw new UsageError(faults.map(({ check, remedy }) => `${check}: ${remedy}`).join("\n"));
 }
 
-/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes. */
+/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes, and it is not compacted. */
 export async function createReadingsTopic(env: Env<typeof kafkaVariables>, config: Record<string, string>): Promise<void> {
   const { SENSORS_TOPIC: topic } = env;
   const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
@@ -65,18 +65,23 @@ export async function createReadingsTopic(env: Env<typeof kafkaVariables>, confi
       if (await createTopic(admin, { topic, ...numbers, configEntries })) log({ step: "created", topic, max_message_bytes });
       return;
     }
-    const { own, messageBytes } = await readTopicSettings(admin, topic);
-    if (messageBytes >= Number(max_message_bytes)) return;
+    const { own, messageBytes, policy } = await readTopicSettings(admin, topic);
+    const bytes = String(Math.max(messageBytes, Number(max_message_bytes)));
+    if (messageBytes === Number(bytes) && policy === "delete") return;
     // kafkajs writes a topic's settings as a whole: those that are its own are written again as they are.
-    const configEntries = [...own, { name: "max.message.bytes", value: max_message_bytes }];
-    await admin.alterConfigs({ validateOnly: false, resources: [{ ...resourceOf(topic), configEntries }] });
-    log({ step: "raised", topic, max_message_bytes });
+    const changed = Object.entries({ "max.message.bytes": bytes, "cleanup.policy": "delete" }).map(([name, value]) => ({ name, value }));
+    await admin.alterConfigs({ validateOnly: false, resources: [{ ...resourceOf(topic), configEntries: [...own, ...changed] }] });
+    log({ step: "changed", topic, max_message_bytes: bytes });
   });
 }
 
-/** @throws Error where the connector may send what the topic refuses: its task would fail at the first such change. */
-export async function checkMessageBytes(admin: Admin, topic: string): Promise<void> {
-  const { messageBytes } = await readTopicSettings(admin, topic);
+/** @throws Error where Kafka would delete changes before they are read, or the topic refuses what the connector may send. */
+export async function checkTopicSettings(admin: Admin, topic: string): Promise<void> {
+  const { messageBytes, policy } = await readTopicSettings(admin, topic);
+  if (policy !== "delete")
+    throw new Error(
+      `the topic's cleanup.policy is ${policy}: changes are lost that no consumer has read yet. Run: make connector (it sets delete)`,
+    );
   const sent = Number(readConfig()["producer.override.max.request.size"]);
   const fault = `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}`;
   const next = `Run: make connector, which raises that; where the service does not allow it, lower the sizes in ${file} before`;
@@ -85,13 +90,26 @@ export async function checkMessageBytes(admin: Admin, topic: string): Promise<vo
 
 const resourceOf = (name: string) => ({ type: ConfigResourceTypes.TOPIC, name });
 
-/** How large a message of the topic may be, in bytes; and what else is set for the topic itself. */
+/** How large a message of the topic may be, in bytes; its cleanup.policy; and what else is set for the topic itself. */
 async function readTopicSettings(admin: Admin, topic: string) {
   const { resources } = await admin.describeConfigs({ includeSynonyms: false, resources: [resourceOf(topic)] });
   const settings = resources[0]?.configEntries ?? [];
-  const limit = settings.find(({ configName }) => configName === "max.message.bytes");
-  const own = settings.filter((one) => one !== limit && one.configSource === ConfigSource.TOPIC_CONFIG);
-  return { messageBytes: Number(limit?.configValue), own: own.map(({ configName: name, configValue: value }) => ({ name, value })) };
+  const [limit, policy] = ["max.message.bytes", "cleanup.policy"].map((name) => settings.find(({ configName }) => configName === name));
+  const own = settings.filter((one) => one !== limit && one !== policy && one.configSource === ConfigSource.TOPIC_CONFIG);
+  return {
+    messageBytes: Number(limit?.configValue),
+    policy: policy?.configValue,
+    own: own.map(({ configName: name, configValue: value }) => ({ name, value })),
+  };
+}
+
+/** Whether Connect shows the database's password to everybody. @throws Error where another setting is not what make connector puts. */
+export async function checkConfig(env: ConnectorEnv): Promise<boolean> {
+  const wanted: Record<string, string> = { name: connect.namesOf(env).connector, ...connectorConfig(env) };
+  const config = (await connect.askConnect<Record<string, string>>(env, "GET", "/config")) ?? wanted;
+  const others = Object.keys({ ...wanted, ...config }).filter((name) => name !== "database.password" && config[name] !== wanted[name]);
+  if (others.length) throw new Error(`its ${others.join(", ")} is not what ${file} and .env say. Run: make connector`);
+  return !/^\$\{/.test(config["database.password"] ?? "${");
 }
 
 const failureOf = ({ connector, tasks }: connect.ConnectorStatus) => [connector, ...tasks].find(({ state }) => state === "FAILED");

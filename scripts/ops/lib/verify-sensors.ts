@@ -16,7 +16,7 @@ import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { clearGap, readCanary } from "../../../shared/sensors/canary.ts";
 import * as clickhouse from "../../../shared/sensors/clickhouse.ts";
 import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
-import { topicState } from "../../../shared/sensors/epoch.ts";
+import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { waitUntil } from "./answer.ts";
 import { type Comparison, comparison, type Found, total } from "./verify.ts";
@@ -28,9 +28,10 @@ const ARRIVAL_SECONDS = 120;
 
 /**
  * Compares all readings. @param fill of a rebuild, which no consumer fills meanwhile: inserts what the topic has. Its dead letters are no
- * differences. @throws Error where what the source had committed does not arrive.
+ * differences. @throws UsageError while the table is being rebuilt; Error where what the source had committed does not arrive.
  */
 export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Promise<void>): Promise<Comparison> {
+  await readEpoch(run.etl, env.SENSORS_TOPIC, env.CLICKHOUSE_DATABASE);
   await using client = clickhouse.connectClickHouse(env);
   await clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE);
   const columns = await clickhouse.readingColumns(client);
@@ -80,12 +81,12 @@ async function dropTables(client: ClickHouseClient, which: string): Promise<void
     await client.command({ query: `DROP TABLE IF EXISTS ${name}` });
 }
 
-/** Loads all readings of the source, from one snapshot. A time that DateTime64 cannot hold comes as NULL. @returns how many. */
+/** Loads all readings of the source, from one snapshot. A time that the views refuse comes as NULL. @returns how many. */
 async function loadSource(run: Run, client: ClickHouseClient, table: string, columns: clickhouse.Column[]): Promise<number> {
   const defined = columns.map(({ name, type }) => `${name} ${name === "id" ? type : `Nullable(${clickhouse.plainType(type)})`}`);
   await client.command({ query: `CREATE TABLE ${table} (${defined.join(", ")}) ENGINE = MergeTree ORDER BY id` });
   const time = (name: string): string =>
-    `case when "${name}" >= '1900-01-01Z' and "${name}" < '2300-01-01Z'
+    `case when "${name}" >= '0001-01-01Z' and "${name}" < '10000-01-01Z'
      then to_char("${name}", 'YYYY-MM-DD HH24:MI:SS.US') end as "${name}"`;
   const selected = columns.map(({ name, type }) => (type.startsWith("DateTime64") ? time(name) : `"${name}"`));
   const lines = `select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`;
