@@ -3,16 +3,15 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, suite, test } from "node:test";
-import postgres, { type Sql } from "postgres";
+import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { watermarked } from "../../shared/pipelines.ts";
-import { createSource } from "../data/source.ts";
 import { createCluster } from "../lib/cluster.ts";
 import { createLink } from "../lib/link.ts";
 import { createSensors } from "../lib/sensors.ts";
 import { createShop, type Process, type Shop, until } from "../lib/shop.ts";
 import type { Status } from "../lib/status.ts";
-import { type Env, localEnv, root } from "../stack/env.ts";
+import { type Env, root } from "../stack/env.ts";
 
 const script = "scripts/ops/status.ts";
 
@@ -307,21 +306,17 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
   const next =
     /rows that were synced since may be gone there\. Next: ops\/runbook\.md, "After a restore, a failover or a clock set back", with make rewind PIPELINE=orders TO=…/;
 
-  interface Restorable {
+  interface Source {
     variables: Env;
-    /** Works as the source's superuser. */
-    within<T>(work: (sql: Sql) => Promise<T>): Promise<T>;
+    admin: Sql;
     backUp(): Promise<{ restore(): Promise<void> }>;
   }
 
   /** The run refuses and moves nothing; status is red; after the runbook's steps source and destination are equal. */
-  async function assertNoticed({ variables, within, backUp }: Restorable, says: RegExp): Promise<void> {
-    await using shop = await createShop({ clickhouse: true });
-    const insert = (first: number, last: number, text: string) =>
-      within(
-        (sql) => sql`insert into orders (id, status) select i, ${text} from generate_series(${first}::int, ${last}::int) i
-          on conflict (id) do update set status = excluded.status`,
-      );
+  async function assertNoticed(shop: Shop, { variables, admin, backUp }: Source, says: RegExp): Promise<void> {
+    const insert = (first: number, last: number, text: string) => admin`
+      insert into orders (id, status) select i, ${text} from generate_series(${first}::int, ${last}::int) i
+      on conflict (id) do update set status = excluded.status`;
     await insert(1, 5, "before");
     await shop.succeed(shop.script, variables);
     const backup = await backUp();
@@ -343,46 +338,35 @@ suite("a source restored from an older backup", { concurrency: true }, () => {
     await shop.query(`DELETE FROM orders WHERE updated_at >= TIMESTAMP '${taken}'`);
     await shop.succeed("scripts/ops/rewind.ts", { ...variables, PIPELINE: "orders", TO: "0001-01-01" });
     await shop.succeed(shop.script, variables);
-    const rows = await within((sql) => sql`select id::text, status as text from orders order by orders.id`);
+    const rows = await admin`select id::text, status as text from orders order by orders.id`;
     assert.deepEqual(
       await shop.query("SELECT id, status AS text FROM orders ORDER BY orders.id"),
-      rows.map((row) => ({ ...row })),
+      Array.from(rows, (row) => ({ ...row })),
     );
     assert.equal((await statusOf(shop, variables)).code, 0);
   }
 
   test("as a database made anew from it: the run stops, status is red, and the runbook's steps make both equal", async () => {
-    const { SOURCE_DATABASE_URL, STACK_ADMIN_DATABASE_URL: url } = localEnv();
-    const [source, backup] = ["source", "backup"].map((name) => `test_${name}_${process.pid}`) as [string, string];
-    const at = (of?: string): string => Object.assign(new URL(of ?? ""), { pathname: `/${source}` }).href;
-    const open = async <T>(of: string, work: (sql: Sql) => Promise<T>): Promise<T> => {
-      const sql = postgres(of, { max: 1, onnotice: () => {} });
-      return await work(sql).finally(() => sql.end());
+    await using shop = await createShop();
+    await using source = await createShop({ bigquery: false });
+    const [name, backup] = [source.dataset, `${source.dataset}_backup`];
+    const copy = async (to: string, from: string): Promise<void> => {
+      await shop.admin`select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = ${from}`;
+      await shop.admin.unsafe(`drop database if exists ${to} with (force)`);
+      await shop.admin.unsafe(`create database ${to} template ${from}`);
     };
-    const copy = (to: string, from: string) =>
-      open(url ?? "", async (sql) => {
-        await sql.unsafe(`drop database if exists ${to} with (force)`);
-        await sql.unsafe(`create database ${to} template ${from}`);
-      });
-    await copy(source, "template1");
-    try {
-      await createSource(at(url), []);
-      const backUp = () => copy(backup, source).then(() => ({ restore: () => copy(source, backup) }));
-      const variables = { SOURCE_DATABASE_URL: at(SOURCE_DATABASE_URL) };
-      await assertNoticed(
-        { variables, within: (work) => open(at(url), work), backUp },
-        /is another one than the watermark \S+ was taken from \(expected .*, found .*\): it was restored or failed over/,
-      );
-    } finally {
-      for (const name of [source, backup]) await open(url ?? "", (sql) => sql.unsafe(`drop database if exists ${name} with (force)`));
-    }
+    const variables = { SOURCE_DATABASE_URL: source.env.SOURCE_DATABASE_URL };
+    const backUp = () => copy(backup, name).then(() => ({ restore: () => copy(name, backup) }));
+    const says = /is another one than the watermark \S+ was taken from \(expected .*, found .*\): it was restored or failed over/;
+    await assertNoticed(shop, { variables, admin: source.admin, backUp }, says).finally(() =>
+      shop.admin.unsafe(`drop database if exists ${backup} with (force)`),
+    );
   });
 
   test("as a copy of its files, with the same system identifier and timeline: the same", async () => {
+    await using shop = await createShop();
     await using cluster = await createCluster();
-    await assertNoticed(
-      { variables: cluster.variables, within: (work) => work(cluster.admin), backUp: cluster.saveDisk },
-      /went back: its WAL ends at \S+, and was at \S+ when the watermark \S+ was set: it was restored or failed over/,
-    );
+    const says = /went back: its WAL ends at \S+, and was at \S+ when the watermark \S+ was set: it was restored or failed over/;
+    await assertNoticed(shop, { ...cluster, backUp: cluster.saveDisk }, says);
   });
 });
