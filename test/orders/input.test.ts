@@ -87,7 +87,7 @@ stepsOfPipeline((pipeline) => {
     const missing = Object.fromEntries(required.map((name, index) => [name, index % 2 ? "" : undefined]));
     await assertFails(2, { ...missing, ENV_FILE: undefined }, [
       ...required.map((name) => new RegExp(`^ {2}${name} is missing\\. .{10,}\\. Example: ${name}=.+$`, "m")),
-      `Set them in ${join(scratch.folder, ".env")} or in the environment (.env.example has them all).`,
+      `Set them in ${join(scratch.folder, ".env")}, in the environment or behind make (.env.example has them all).`,
     ]);
   });
 
