@@ -35,7 +35,7 @@ export interface Fault {
   after: number;
   /** Milliseconds a piece. */
   latency: number;
-  /** Of a script that is killed: at the so-manieth write that its destination is asked for. */
+  /** Of a script that is killed: at the so-manieth write that its destination is asked for, unless at a MERGE. */
   writes: number;
   /**
    * It takes something with it: of a frozen script its session with the metadata database, and so its lock; of a server a script that uses

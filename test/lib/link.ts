@@ -31,8 +31,8 @@ export interface Link extends AsyncDisposable {
   latency: number;
   /** What is under way stands still until the promise resolves, then arrives, even from a sender that is gone. New connections pass. */
   stall(until: Promise<unknown>): void;
-  /** Calls `then` as the so-manieth HTTP request from now on that may change something comes, before it is passed on. */
-  after(writes: number, then: () => void): void;
+  /** Calls `then` as the so-manieth piece of HTTP requests from now on that has this in it comes, before it is passed on. */
+  after(count: number, piece: RegExp, then: () => void): void;
 }
 
 /**
@@ -42,12 +42,12 @@ export interface Link extends AsyncDisposable {
 export async function createLink(target = "", taps: { port?: number; fromClient?: () => Tap; fromServer?: () => Tap } = {}): Promise<Link> {
   const { host, port } = endpoint(target);
   const pairs = new Set<Pair>();
-  const waiting = new Set<{ left: number; then: () => void }>();
+  const waiting = new Set<{ left: number; piece: RegExp; then: () => void }>();
   let hanging = Promise.withResolvers<void>();
   hanging.resolve();
-  const count = (): void => {
+  const count = (data: Buffer): void => {
     for (const one of waiting) {
-      if (--one.left > 0) continue;
+      if (!one.piece.test(data.toString("latin1")) || --one.left > 0) continue;
       waiting.delete(one);
       one.then();
     }
@@ -59,7 +59,7 @@ export async function createLink(target = "", taps: { port?: number; fromClient?
     pairs.add(pair);
     const pump = async (from: Socket, to: Socket, tap: Tap): Promise<void> => {
       for await (const data of from.iterator({ destroyOnReturn: false })) {
-        if (from === client && /^(POST|PUT|DELETE) /.test(data.toString("latin1", 0, 7))) count();
+        if (from === client) count(data);
         if (link.latency) await delay(link.latency);
         await pair.held;
         const passed = tap(data, pair);
@@ -103,7 +103,7 @@ export async function createLink(target = "", taps: { port?: number; fromClient?
     stall: (until) => {
       for (const pair of pairs) pair.held = until;
     },
-    after: (left, then) => void waiting.add({ left, then }),
+    after: (left, piece, then) => void waiting.add({ left, piece, then }),
     [Symbol.asyncDispose]: async () => link.refuse(),
   };
   return link;
