@@ -94,13 +94,14 @@ await main(import.meta, async () => {
 });
 
 /** Opens a session of the variable, and says how it is encrypted: in clear text, passwords and rows can be read on the way. */
-async function openChecked(check: Check, variable: string, url: string): Promise<Sql | undefined> {
-  const sql = openSession(url, session);
+async function openChecked(check: Check, variable: string, url: string, settings = {}): Promise<Sql | undefined> {
+  const sql = openSession(url, { ...session, settings });
   const { user, sslmode } = parsePostgresUrl(url);
   const isOpen = await check("connection", async () => {
     await checkSession(variable, sql);
     if (sslmode.startsWith("verify-")) return `as ${user}; TLS, certificate checked`;
-    return `as ${user}; sslmode=${sslmode}: verify-full would encrypt it, and check the certificate`;
+    const how = sslmode === "require" ? "TLS, certificate not checked: sslmode=verify-full would" : "sslmode=verify-full would encrypt it";
+    return `as ${user}; ${how}`;
   });
   return isOpen ? sql : undefined;
 }
@@ -132,9 +133,8 @@ async function checkMetadata(check: Check): Promise<void> {
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
 async function checkSourceDatabase(check: Check, tables: string[]): Promise<void> {
   const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
-  const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL);
+  const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, { "etl.lag_seconds": "0" });
   if (!source) return;
-  await source`select set_config('etl.lag_seconds', '0', false)`;
   const etl = openSession(env.ETL_DATABASE_URL, session);
   await check("open transactions can be seen", async () => (await readBound(source)).holder ?? "none holds a watermark");
   const named: string[] = [];
