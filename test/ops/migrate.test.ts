@@ -185,7 +185,7 @@ await test("a new nullable column, a relaxed mode and a description are printed,
   const additions = [
     `relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`,
     `add column ${table}.note STRING NULLABLE`,
-    `describe ${table}`,
+    `describe ${table}.created_at`,
   ];
   const before = await created();
   const dry = await shop.succeed(migrate, { DRY_RUN: "1" });
