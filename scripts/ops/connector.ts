@@ -3,8 +3,8 @@
  * connector: puts schemas/debezium/sensor_readings.json to Kafka Connect, and waits until it runs.
  *
  *   the source       is looked at first (sql/doctor.sql); sql/replication.sql makes what is missing
- *   the topic        SENSORS_TOPIC, created where it is missing, as the file's topic.creation.default… say; its max.message.bytes are
- *                    raised where they are lower, and its cleanup.policy is set
+ *   the topic        SENSORS_TOPIC, created as the file's topic.creation.default… say; of one that exists max.message.bytes is raised,
+ *                    and cleanup.policy set
  *   the connector    named after the topic, as its slot, etl_PREFIX; the source's address and role are added to the file's settings
  *   safe to re-run   yes: a connector that is as the file says stays as it was
  */

@@ -129,8 +129,10 @@ function compare(contract: Contract, name: string, actual: TableMetadata): { add
     else if (found.replace("REQUIRED", "NULLABLE") === expected) additions.push(`relax ${name}.${column} from ${found} to ${expected}`);
     else decisions.push(`${fault}. ${remedy}`);
   }
-  const texts = [[resource, actual], ...fields.map((field) => [field, columnOf(actual, field) ?? field])];
-  if (texts.some((sides) => new Set(sides.map(({ description }) => description ?? "")).size > 1)) additions.push(`describe ${name}`);
+  const textOf = ({ description = "" }: { description?: string }): string => description;
+  for (const field of fields)
+    if (textOf(field) !== textOf(columnOf(actual, field) ?? field)) additions.push(`describe ${name}.${field.name}`);
+  if (textOf(resource) !== textOf(actual)) additions.push(`describe ${name}`);
   for (const part of ["timePartitioning", "clustering", "tableConstraints"] as const) {
     const [wanted, found] = [resource[part] ?? {}, actual[part] ?? {}] as [Record<string, unknown>, Record<string, unknown>];
     // What the service adds itself, such as an expiry that is 0, is nobody's difference.

@@ -54,8 +54,8 @@ await main(import.meta, async () => {
       if (error.code === "57014") return []; // query_canceled: the number is only for the reader
       throw error;
     });
-    const step = env.DRY_RUN ? "would-rewind" : "rewind";
-    run.log(step, { from: watermark, to, rows_to_read_again: rows ?? "not counted: it takes too long" });
+    const again = { from: watermark, to, rows_to_read_again: rows ?? "not counted: it takes too long" };
+    run.log(env.DRY_RUN ? "would-rewind" : "rewind", again);
     if (env.DRY_RUN) return;
 
     // 3. Set it, and keep the history: one statement.
