@@ -99,9 +99,9 @@ stepsOfPipeline((pipeline) => {
         return row;
       });
       const { code, stderr } = await run.ended;
+      await holder.end(); // its lock too: the tests after this one would wait for it
       assert.match(stderr, says);
       assert.equal(code, 1);
-      await holder.end();
     });
 
   test("a run with nothing new reads no row of the table, however many it has", async () => {
