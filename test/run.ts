@@ -46,7 +46,7 @@ async function test(files: string[]): Promise<boolean> {
  * those that mostly wait are not left alone at the end, and that of the alerts, for which time passes fast, is the first.
  */
 const long =
-  "ops/alerting ops/verify sensors/faults ops/secrets sensors/epoch orders/faults ops/chaos docs/readme ops/tls sensors/kill sensors/values".split(
+  "ops/alerting docs/readme sensors/epoch orders/faults sensors/canary ops/verify sensors/kill ops/chaos sensors/faults docs/recipes".split(
     " ",
   );
 
