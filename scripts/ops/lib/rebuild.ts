@@ -18,6 +18,7 @@ export async function openRebuild(application: string) {
   const { SENSORS_TOPIC: topic, SENSORS_GROUP: groupId, CLICKHOUSE_DATABASE: database } = env;
   const etl = openSession(env.ETL_DATABASE_URL, { application: `etl:${application}`, timeoutSeconds: 30 });
   await checkSession("ETL_DATABASE_URL", etl);
+  await etl`select pg_advisory_lock(hashtextextended('etl:rebuild', 0))`; // two swaps at once could exchange the tables twice
   const broker = connectKafka(env, "etl-resnapshot");
   const ask = <T>(question: (admin: Admin) => Promise<T>): Promise<T> => withAdmin(broker, env, question);
   // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
