@@ -39,7 +39,8 @@ async function command(
   variables: NodeJS.Dict<string> = {},
   heard: (line: string, child: ChildProcess) => boolean = () => true,
 ): Promise<Record<string, string>> {
-  const child = spawn(process.execPath, [join(root, script)], { env: { ...env, ...variables }, stdio: ["ignore", "inherit", "pipe"] });
+  const [file = "", ...args] = script.split(" ");
+  const child = spawn(process.execPath, [join(root, file), ...args], { env: { ...env, ...variables }, stdio: ["ignore", "inherit", "pipe"] });
   let last = "";
   createInterface({ input: child.stderr }).on("line", (line) => {
     last = line;
@@ -141,7 +142,7 @@ async function models(): Promise<void> {
 
 await main(import.meta, async () => {
   say("demo: starting the local stack (make up)");
-  await command("test/stack/up.ts");
+  await command("test/stack/up.ts --without=real-data");
   say("\ndemo: the real data (make data)");
   const loaded = await loadData(admin, { ...(small && { maxRows: 60_000 }), log: (line) => say(`  ${line}`) });
   // Rows that were loaded only now, with timestamps of 2017, may be behind a watermark of earlier runs.

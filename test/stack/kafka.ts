@@ -1,7 +1,8 @@
 // Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
 import { createHash, randomBytes } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { connect } from "node:net";
+import { homedir } from "node:os";
 import { join } from "node:path";
 import { type Env, endpoint } from "./env.ts";
 import { type Install, run } from "./install.ts";
@@ -26,6 +27,17 @@ function verifyJars(folder: string): void {
   if (found !== jars) throw new Error(`kafka: the jars in ${folder} are not those that ${import.meta.filename} names, but ${found}`);
 }
 
+/** Maven's folder of downloads: the user's own, or one in .stack/ where that cannot be written. */
+function repository(): string[] {
+  try {
+    const folder = join(homedir(), ".m2");
+    accessSync(existsSync(folder) ? folder : homedir(), constants.W_OK);
+    return [];
+  } catch {
+    return [`-Dmaven.repo.local=${stackPath("kafka", "m2")}`];
+  }
+}
+
 export const kafkaInstall: Install = {
   name: "kafka",
   definition: () => readFileSync(pom, "utf8") + jars,
@@ -40,11 +52,9 @@ export const kafkaInstall: Install = {
       "-DincludeScope=runtime",
       `-DoutputDirectory=${fresh}`,
     ];
-    // Settings and mirrors are the user's own; what it downloads is not. Strict: a jar that is not what its repository says ends it.
-    const own = stackPath("kafka", "m2");
-    await run("mvn", ["-B", "-q", "--strict-checksums", `-Dmaven.repo.local=${own}`, "-f", pom, ...copy], { needs: needsMaven });
+    // Settings and mirrors are the user's own. Strict: a jar that is not what its repository says ends it.
+    await run("mvn", ["-B", "-q", "--strict-checksums", ...repository(), "-f", pom, ...copy], { needs: needsMaven });
     verifyJars(fresh);
-    rmSync(own, { recursive: true });
     rmSync(libs, { recursive: true, force: true });
     renameSync(fresh, libs);
   },
@@ -102,9 +112,12 @@ function settings(env: Env, data: string): string {
     "log.segment.bytes": 67_108_864,
     "log.flush.offset.checkpoint.interval.ms": 5000,
     "log.cleaner.dedupe.buffer.size": 8_388_608, // 128 MB otherwise
-    // Its own topic is for three brokers, and in 50 partitions, by default.
+    // Its own topics are for three brokers, and in 50 partitions, by default.
     "offsets.topic.replication.factor": 1,
     "offsets.topic.num.partitions": 1,
+    "transaction.state.log.replication.factor": 1,
+    "transaction.state.log.min.isr": 1,
+    "transaction.state.log.num.partitions": 1,
   });
 }
 
