@@ -40,7 +40,10 @@ async function command(
   heard: (line: string, child: ChildProcess) => boolean = () => true,
 ): Promise<Record<string, string>> {
   const [file = "", ...args] = script.split(" ");
-  const child = spawn(process.execPath, [join(root, file), ...args], { env: { ...env, ...variables }, stdio: ["ignore", "inherit", "pipe"] });
+  const child = spawn(process.execPath, [join(root, file), ...args], {
+    env: { ...env, ...variables },
+    stdio: ["ignore", "inherit", "pipe"],
+  });
   let last = "";
   createInterface({ input: child.stderr }).on("line", (line) => {
     last = line;
