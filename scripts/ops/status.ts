@@ -76,7 +76,6 @@ await main(import.meta, async () => {
 
 async function readFacts(etl: Sql, source: Sql): Promise<Fact[]> {
   const intervals = readIntervals();
-  const bound = answer(PART_SECONDS, () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)));
   const names = new Set([...watermarked(), "sensors", "views", ...intervals.keys()]);
   const asked = [...names].map(async (pipeline) => {
     const { holder: lock, since: lock_since } = await describeHolder(etl, pipeline);
@@ -89,10 +88,12 @@ async function readFacts(etl: Sql, source: Sql): Promise<Fact[]> {
     return { fact, stored, contract, target: isSet("BIGQUERY_PROJECT") ? await ask(fact, "BigQuery", open) : undefined };
   });
   const all = await Promise.all(asked);
+  // After the watermarks, which a run beside this may move up to a later bound; and when no statement of ours is at work.
+  const bound = await answer(PART_SECONDS, () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)));
   // What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future.
   for (const { fact, stored, contract, target } of all) {
     const { pipeline, found } = fact;
-    const { value, error } = await bound;
+    const { value, error } = bound;
     if (!watermarked().includes(pipeline)) continue;
     Object.assign(fact, { held_by: value ? value.holder : `unknown: ${error}`, hold_seconds: value?.hold_seconds });
     let reason = `cannot tell which transaction holds its watermark: ${error}`;
