@@ -81,7 +81,7 @@ export async function describeServers<Name extends string>(names: readonly Name[
 const ofSensors = ["kafka", "connect", "clickhouse"] as const;
 export type SensorsServer = (typeof ofSensors)[number];
 
-/** Servers that run, with a folder of their own; by default those of sensors. */
+/** Servers that run, with a folder of their own; by default those of sensors, of which Connect needs Kafka. */
 export async function createServers<Name extends string = SensorsServer>(
   names: readonly Name[] = ofSensors as readonly string[] as readonly Name[],
 ): Promise<Servers<Name>> {
@@ -91,6 +91,6 @@ export async function createServers<Name extends string = SensorsServer>(
     await servers[Symbol.asyncDispose]();
     rmSync(folder, { recursive: true, force: true });
   };
-  await Promise.all(names.map((name) => servers.start(name))).catch((error: Error) => dispose().finally(() => Promise.reject(error)));
+  for (const name of names) await servers.start(name).catch((error: Error) => dispose().finally(() => Promise.reject(error)));
   return { ...servers, [Symbol.asyncDispose]: dispose };
 }
