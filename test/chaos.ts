@@ -276,12 +276,10 @@ function createFaults(
     return [...(running.get(job) ?? [])][0];
   };
   /** Kills it in the middle of what it sends: that arrives later, by itself. */
-  const killSending = async (job: Job, { after, writes, seconds }: Fault): Promise<void> => {
+  const killSending = async (job: Job, { after, writes, seconds }: Fault, what = /^(POST|PUT|DELETE) /): Promise<void> => {
     const sending = await victim(job, after);
     const link = links[destination(job)];
-    // Of orders and users the MERGE: rows of an old version, which arrive after newer ones.
-    const merges = link === links.BIGQUERY_ENDPOINT && job !== "views";
-    link.after(merges ? 1 : writes, merges ? /MERGE `/ : /^(POST|PUT|DELETE) /, () => {
+    link.after(writes, what, () => {
       if (sending?.child.exitCode !== null || sending.child.signalCode) return;
       link.stall(wait(5 + seconds)); // until another run has been there
       tell(`killed ${job} in mid-request`);
@@ -295,6 +293,8 @@ function createFaults(
       case "kill script":
         if (both) return await killSending(target as Job, fault);
         return (await victim(target, after))?.child.kill("SIGKILL");
+      case "late merge": // rows of an old version arrive after newer ones
+        return await killSending(target as Job, { ...fault, after: 0, writes: 1 }, new RegExp(`MERGE .*${target}`));
       case "restart connector":
         return await restartConnector();
       case "freeze script": {

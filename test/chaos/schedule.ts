@@ -10,6 +10,7 @@ export type Job = (typeof jobs)[number];
 /** What each kind may hit. */
 const targets = {
   "kill script": jobs,
+  "late merge": ["orders", "users"],
   "kill server": servers,
   "restart connector": ["connect"],
   "freeze script": jobs,
@@ -35,7 +36,7 @@ export interface Fault {
   after: number;
   /** Milliseconds a piece. */
   latency: number;
-  /** Of a script that is killed: at the so-manieth write that its destination is asked for, unless at a MERGE. */
+  /** Of a script that is killed: at the so-manieth write that its destination is asked for. */
   writes: number;
   /**
    * It takes something with it: of a frozen script its session with the metadata database, and so its lock; of a server a script that uses
