@@ -2,7 +2,7 @@
  * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. A row
  * that is refused, for whatever reason, is named by its key.
  */
-import { existsSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
 import { SourceError } from "./copy.ts";
@@ -18,16 +18,13 @@ export interface Source {
   cursor: string;
   /** Bounds the cursor by the settings etl.from (inclusive) and etl.to (exclusive). */
   select: string;
-  /** What the SELECT calls the columns of a unique key of the table, where rows are upserted by it. */
-  key?: string[];
+  /** What the SELECT calls the columns of a unique key of the table. */
+  key: string[];
 }
 
 /** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
-export function readSelect(pipeline: string): string {
-  const file = join(root, `sql/${pipeline}.sql`);
-  if (!existsSync(file)) throw new UsageError(`sql/${pipeline}.sql does not exist: it holds the SELECT that reads the source`);
-  return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
-}
+export const readSelect = (name: string): string =>
+  `${readFileSync(join(root, `sql/${name}.sql`), "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 
 /** A column of the table, or one that a SELECT returns; sql/source_checks.sql says what each is. */
 export type Column = Record<"name" | "type" | "sql" | "declared", string> & { array: boolean; notnull: boolean; of: string | null };
@@ -49,7 +46,7 @@ type Checked = { faults: string[]; found: Column[]; unknown: string[]; key_colum
  */
 export async function checkColumns(run: SchemaCheck, file: string, of: Source, wanted: Expected[]): Promise<Column[]> {
   const { source, pipeline } = run;
-  const { table, cursor, select, key = [] } = of;
+  const { table, cursor, select, key } = of;
   let refused = "";
   const described = await source
     .unsafe(select)
@@ -64,17 +61,16 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
     "etl.source_select": described ? JSON.stringify(described.columns) : "",
   };
   const [{ faults, found, unknown, key_columns }] = (await queryWith(source, settings, readSelect("source_checks"))) as [Checked];
-  const fault = (column: string, expected: string, is: string): void =>
-    void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
   for (const { name, expected, differs } of wanted) {
     const column = found.find((one) => one.name === name);
     const is = column && differs(column);
-    if (is) fault(name, `${expected} (${file})`, is);
+    if (is) faults.push(`column ${table}.${name}: expected ${expected} (${file}), found ${is}`);
   }
   if (!faults.length && refused) faults.push(refused);
   const correct = correction(of);
   const ahead = faults.length ? undefined : await findUnreachable(source, of, key_columns);
-  if (ahead?.infinite) fault(cursor, "finite times, since it is the cursor", `infinity. Run: ${correct} in ('infinity', '-infinity');`);
+  const finite = `column ${table}.${cursor}: expected finite times, since it is the cursor, found infinity. Run: ${correct}`;
+  if (ahead?.infinite) faults.push(`${finite} in ('infinity', '-infinity');`);
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
     throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
@@ -112,17 +108,15 @@ function isRefusal(error: unknown): boolean {
   return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
 
-/** What is loaded: rows that are found by a key, and the settings that their SELECT reads. */
-type Rows = { key: string[]; select: string; settings: Settings };
+type Load = (select: string) => Promise<unknown>;
 
 /**
  * Where `error` says that a row was refused, loads them again in halves, in the order of their keys, until one is left: log2(n) steps.
- * @param load loads the rows of a SELECT.
+ * @param settings that the SELECT reads. @param load loads the rows of a SELECT.
  * @returns the error that names the row by its key, where reading it again would not help; or another one.
  */
-export async function nameRefused(error: Error, run: Run, rows: Rows, load: (select: string) => Promise<unknown>): Promise<Error> {
+export async function nameRefused(error: Error, run: Run, { key, select }: Source, settings: Settings, load: Load): Promise<Error> {
   if (!isRefusal(error)) return error;
-  const { key, select, settings } = rows;
   const ask = async (value: string, rows: string): Promise<string | undefined> =>
     (await queryWith<{ value: string }>(run.source, settings, `select ${value} as value from (${rows}) q`))[0]?.value;
   let [first, count] = [0, Number(await ask("count(*)", select))];
@@ -145,8 +139,8 @@ export async function nameRefused(error: Error, run: Run, rows: Rows, load: (sel
 }
 
 /** All differences of one side, in one error. */
-export const driftError = (side: string, faults: string[], next: string): UsageError =>
-  new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; ` +
-      'schemas/README.md, "When the schema changes".',
-  );
+export function driftError(side: string, faults: string[], next: string): UsageError {
+  const listed = faults.join("\n  ");
+  const help = `${next}; schemas/README.md, "When the schema changes".`;
+  return new UsageError(`the ${side} differs from the contract, nothing was moved:\n  ${listed}\n${help}`);
+}

@@ -9,31 +9,18 @@ import type { Run } from "./run.ts";
 import { queryWith, quote, utc, type Window } from "./session.ts";
 import { readSelect, type Source } from "./source.ts";
 
-/** What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Null where it is not known. */
-export interface Origin {
-  /** System identifier and timeline. */
-  server: string | null;
-  /** A database that was dropped and created again has another. */
-  database_oid: string | null;
-  /** The WAL position as a number of 20 digits, so that two of them compare as text. */
-  wal: string | null;
-  /** The table that was written to. */
-  destination: string | null;
-}
+/**
+ * What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Server and WAL position (see
+ * sql/history.sql), the database's oid (one that was created again has another), the table written to; null where it is not known.
+ */
+type Origin = Record<"server" | "database_oid" | "wal" | "destination", string | null>;
 
-export type Watermark = Origin & { watermark: string };
+type Watermark = Origin & { watermark: string };
 
-/** One row of sql/safe_bound.sql and of sql/history.sql, which say what the fields mean. */
-export interface Bound extends Omit<Origin, "destination"> {
-  database: string;
-  refusal: string | null;
-  holder: string | null;
-  hold_seconds: number;
-  now: string;
-  bound: string;
-  /** Why the server does not tell its history. */
-  unknown?: string;
-}
+/** A row of sql/safe_bound.sql, which says what the fields mean, and of sql/history.sql. `unknown`: why the server does not tell these. */
+type Bound = Omit<Origin, "destination"> &
+  Record<"database" | "now" | "bound", string> &
+  Record<"refusal" | "holder", string | null> & { hold_seconds: number; unknown?: string };
 
 /** A table that a pipeline writes to: its name and time of creation; its rows; what it is written from. */
 export type Target = { identity: string; rows: number; contract: { source: Source } };
@@ -127,7 +114,7 @@ export async function* cutChunks(run: Run, { select, cursor }: Source, { from, t
   const query = `
     with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
     select least(count(*), ${chunkRows})::int as rows, ${utc(cut)} as to from head`;
-  for (let start = from; start !== to; ) {
+  for (let start = from; start < to; ) {
     const [chunk] = (await queryWith(run.source, { "etl.from": start, "etl.to": to }, query)) as [Omit<Chunk, "from">];
     yield { from: start, ...chunk };
     start = chunk.to;

@@ -1,5 +1,4 @@
 /** BigQuery: the client, and which of its errors are worth another attempt. */
-import { setTimeout as delay } from "node:timers/promises";
 import { BigQuery, type BigQueryOptions } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
@@ -67,21 +66,14 @@ export type JobResource = any;
  */
 export async function runJob(run: Run, bigquery: BigQuery, jobId: string, configuration: object): Promise<JobResource> {
   run.signal.throwIfAborted();
-  const job = bigquery.job(jobId);
+  const job = Object.assign(bigquery.job(jobId), { pollIntervalMs: 100 });
   using _cancel = run.onStop(() => job.cancel());
   const created = bigquery.createJob({ jobId, configuration: { ...configuration, labels: labels(run) } });
   await created.catch(ignoreAlreadyThere).catch((error: ApiError) => {
     if (error.code === 403 && !isTransient(error)) error.message += `. ${remedy}`;
     throw error;
   });
-  for (let pause = 50; ; pause = Math.min(2 * pause, 2000)) {
-    const [metadata] = await job.getMetadata();
-    const { state, errorResult } = metadata.status ?? {};
-    if (errorResult) throw Object.assign(new Error(errorResult.message), { errors: [errorResult] });
-    if (state === "DONE") {
-      run.totals.bytes_billed += Number(metadata.statistics.query?.totalBytesBilled ?? 0); // loads and copies are free
-      return metadata;
-    }
-    await delay(pause, undefined, { signal: run.signal });
-  }
+  const [metadata] = (await job.promise()) as [JobResource];
+  run.totals.bytes_billed += Number(metadata.statistics.query?.totalBytesBilled ?? 0); // loads and copies are free
+  return metadata;
 }

@@ -32,7 +32,6 @@ export function readContract(pipeline: string) {
     const from: Source = { ...source, key, select: readSelect(pipeline) };
     return { pipeline, file, source: from, fields, key, resource: resource as TableMetadata };
   } catch (error) {
-    if (error instanceof UsageError) throw error;
     const form = "a BigQuery Table resource with schema.fields and tableConstraints.primaryKey";
     throw new UsageError(`${file} must be ${form}: ${(error as Error).message}`);
   }

@@ -11,9 +11,6 @@ import { type ApiError, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, r
 import { type Contract, checkDestination } from "./contract.ts";
 import { jsonLines } from "./types.ts";
 
-/** A staging table that its run did not drop (killed, cut off) is deleted by BigQuery after this time. */
-const STAGING_HOURS = 24;
-
 export type Destination = Awaited<ReturnType<typeof openDestination>>;
 
 /**
@@ -55,15 +52,10 @@ export async function createStaging(run: Run, to: Destination, attempt: number |
   const created = table.create({
     description: `Rows of run ${run.id} on their way to ${contract.pipeline}. Nothing reads it; it deletes itself.`,
     schema: { fields: contract.fields },
-    expirationTime: String(Date.now() + STAGING_HOURS * 3_600_000),
+    expirationTime: String(Date.now() + 24 * 3_600_000), // where its run could not drop it
   });
   await created.catch(ignoreAlreadyThere);
-  const drop = async (): Promise<void> => {
-    await table.delete({ ignoreNotFound: true }).catch(({ message }: Error) => {
-      const warning = `staging table ${name} was not dropped and expires in ${STAGING_HOURS} h`;
-      run.log("warning", { warning, error: message });
-    });
-  };
+  const drop = async (): Promise<void> => void (await table.delete({ ignoreNotFound: true }).catch(() => {}));
   return { to, name, table, attempt, [Symbol.asyncDispose]: drop };
 }
 
@@ -72,13 +64,12 @@ export async function createStaging(run: Run, to: Destination, attempt: number |
  * @throws Error that names the row, where the source or BigQuery refuses one, for whatever reason.
  */
 export async function loadChunk(run: Run, columns: Column[], staging: Staging, { from, to }: Window): Promise<RowStream["sent"]> {
-  const { contract } = staging.to;
+  const { fields, source } = staging.to.contract;
   const settings = { "etl.from": from, "etl.to": to };
-  const fill = (table: Staging, select: string) => load(run, table, jsonLines(contract.fields, select, columns), settings);
-  const { key, source } = contract;
+  const fill = (table: Staging, select: string) => load(run, table, jsonLines(fields, select, columns), settings);
   return await fill(staging, source.select).catch(async (error: Error) => {
     let step = 0;
-    throw await nameRefused(error, run, { key, settings, select: source.select }, async (select) => {
+    throw await nameRefused(error, run, source, settings, async (select) => {
       await using part = await createStaging(run, staging.to, `${staging.attempt}_part_${++step}`);
       await fill(part, select);
     });

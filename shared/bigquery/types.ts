@@ -7,11 +7,7 @@ import { quote } from "../session.ts";
 import type { Column } from "../source.ts";
 
 /** A field of a contract. */
-export interface Field extends TableField {
-  name: string;
-  type: string;
-  mode: string;
-}
+export type Field = TableField & Record<"name" | "type" | "mode", string>;
 
 /**
  * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of up
