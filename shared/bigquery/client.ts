@@ -53,8 +53,7 @@ export function isTransient(error: unknown): boolean {
 
 /** What to do about an error that trying again does not help. */
 export const remedy =
-  "Check BIGQUERY_PROJECT, its billing account (without one BigQuery runs no MERGE), and the service account: it needs " +
-  "roles/bigquery.jobUser on the project and roles/bigquery.dataEditor on the dataset";
+  "Check BIGQUERY_PROJECT, its billing account, and the service account's roles (bigquery.jobUser, bigquery.dataEditor)";
 
 // biome-ignore lint/suspicious/noExplicitAny: the API's own Job resource
 export type JobResource = any;

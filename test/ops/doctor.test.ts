@@ -354,7 +354,8 @@ test("BigQuery: another table, a dataset that is not there, and permissions that
   );
   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
   proxy.fault(/^POST .+\/jobs$/, answer(403, { reason: "accessDenied" }));
-  const grant = "answered 403 by the test\\. Check BIGQUERY_PROJECT, its billing account .* roles/bigquery\\.jobUser on the project";
+  const grant =
+    "answered 403 by the test\\. Check BIGQUERY_PROJECT, its billing account, .* roles \\(bigquery\\.jobUser, bigquery\\.dataEditor\\)";
   const staging = "staging tables may be created and merged \\(dry run\\)";
   await assertFails(
     undefined,
