@@ -79,8 +79,8 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
   Object.assign(run.metrics, { etl_unknown_source_columns: unknown.length, etl_future_rows: future });
   const warning = `${table} has columns that are not in ${file}, and are not synced`;
   if (unknown.length) run.log("warning", { warning, columns: unknown.join() });
-  const future_rows = `${future} rows of ${table} lie in the future, and no run reads them before. Run: ${correct} > now();`;
-  if (future) run.log("warning", { warning: future_rows, rows: future, first });
+  const unread = `${future} rows of ${table} lie in the future, and no run reads them before. Run: ${correct} > now();`;
+  if (future) run.log("warning", { warning: unread, rows: future, first });
   return found;
 }
 

@@ -52,8 +52,7 @@ export function isTransient(error: unknown): boolean {
 }
 
 /** What to do about an error that trying again does not help. */
-export const remedy =
-  "Check BIGQUERY_PROJECT, its billing account, and the service account's roles (bigquery.jobUser, bigquery.dataEditor)";
+export const remedy = "Check BIGQUERY_PROJECT, its billing account, and your account's roles (bigquery.jobUser, bigquery.dataEditor)";
 
 // biome-ignore lint/suspicious/noExplicitAny: the API's own Job resource
 export type JobResource = any;
