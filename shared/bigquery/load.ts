@@ -95,14 +95,9 @@ async function load(run: Run, { to, name, table }: Staging, select: string, sett
   // An upload that fails after its last byte was sent tells nobody but its own listeners: pipeline() would wait for ever.
   const completed = new Promise<Job>((resolve, reject) => upload.once("complete", resolve).once("error", reject));
   using _cancel = run.onStop(() => to.bigquery.job(jobId).cancel());
-  const shown = async function* (): AsyncGenerator<Buffer> {
-    for await (const piece of lines) {
-      yield piece;
-      const [rows, megabytes] = [thousands(run.totals.rows + sent.rows), thousands(sent.bytes / 1e6)];
-      progress(`${run.pipeline}: ${rows} rows, ${megabytes} MB of this chunk read`);
-    }
-  };
-  const [{ metadata }] = await Promise.all([completed, pipeline(shown(), upload, { signal: run.signal })]);
+  const soFar = () => `${run.pipeline}: ${thousands(run.totals.rows + sent.rows)} rows, ${thousands(sent.bytes / 1e6)} MB of this chunk`;
+  upload.on("drain", () => progress(soFar()));
+  const [{ metadata }] = await Promise.all([completed, pipeline(lines, upload, { signal: run.signal })]);
   const loaded = Number(metadata.statistics.load.outputRows ?? 0);
   const differ = `the counts differ: ${sent.rows} rows were read from the source, and ${loaded} were loaded; nothing was merged`;
   if (loaded !== sent.rows) throw Object.assign(new Error(differ), { errors: [{ reason: "backendError" }] });

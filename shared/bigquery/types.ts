@@ -10,15 +10,13 @@ import type { Column } from "../source.ts";
 export type Field = TableField & Record<"name" | "type" | "mode", string>;
 
 /**
- * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of up
- * to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
+ * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode); one beyond
+ * FLOAT64 fails at the cast. A number of up to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run
+ * of digits is looked into.
  */
 const wideNumber = `case when ?::jsonb::text ~ '${"[0-9.]".repeat(16)}' then exists (
   select from (select n::numeric as n from jsonb_path_query(?::jsonb, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
-  where case when scale(n) = 0 and n between -9223372036854775808 and 18446744073709551615 then false
-    when n = 0 then false
-    when abs(n) not between 5e-324 and 1.7976931348623157e308 then true
-    else n <> n::float8::text::numeric end) else false end`;
+  where (scale(n) > 0 or n not between -9223372036854775808 and 18446744073709551615) and n <> n::float8::text::numeric) else false end`;
 const special = "? in ('NaN', 'Infinity', '-Infinity')";
 
 /**
