@@ -47,9 +47,7 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
       }
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };
-      const value = /etl refuses (.*)"$/s.exec(message)?.[1];
-      const why = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
-      const said = [why, detail].filter(Boolean).join(": ");
+      const said = [message, detail].filter(Boolean).join(": ");
       throw new SourceError(`reading the source failed after ${sent.rows} rows: ${said}`, { cause });
     }
   }

@@ -2,7 +2,7 @@
  * What a pipeline reads at the source, and whether it may: the table, its cursor column, and the columns that the SELECT returns. A row
  * that is refused, for whatever reason, is named by its key.
  */
-import { existsSync, readFileSync } from "node:fs";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Sql } from "postgres";
 import { SourceError } from "./copy.ts";
@@ -18,40 +18,22 @@ export interface Source {
   cursor: string;
   /** Bounds the cursor by the settings etl.from (inclusive) and etl.to (exclusive). */
   select: string;
-  /** What the SELECT calls the columns of a unique key of the table, where rows are upserted by it. */
-  key?: string[];
+  /** What the SELECT calls the columns of a unique key of the table. */
+  key: string[];
 }
 
 /** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
-export function readSelect(pipeline: string): string {
-  const file = join(root, `sql/${pipeline}.sql`);
-  if (!existsSync(file)) throw new UsageError(`sql/${pipeline}.sql does not exist: it holds the SELECT that reads the source`);
-  return `${readFileSync(file, "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
-}
+export const readSelect = (name: string): string =>
+  `${readFileSync(join(root, `sql/${name}.sql`), "utf8").replace(/;(\s|--.*(\n|$))*$/, "")}\n`;
 
-/** A column of the table, or one that a SELECT returns. */
-export interface Column {
-  name: string;
-  /** Postgres's name of the type, or of an array's elements, without modifiers; enum for any enum. */
-  type: string;
-  array: boolean;
-  /** The type as SQL writes it, for example integer[]; and with its modifiers, for example numeric(12,2). */
-  sql: string;
-  declared: string;
-  notnull: boolean;
-  /** The column of the source's table that it is; null for an expression, and for another table's. */
-  of: string | null;
-}
+/** A column of the table, or one that a SELECT returns; sql/source_checks.sql says what each is. */
+export type Column = Record<"name" | "type" | "sql" | "declared", string> & { array: boolean; notnull: boolean; of: string | null };
 
 /** What is needed of a run to check its source. */
 export type SchemaCheck = Pick<Run, "pipeline" | "source" | "log" | "metrics">;
 
 /** What a SELECT has to return: a column, what is expected of it, and in what one that exists differs. */
-export interface Expected {
-  name: string;
-  expected: string;
-  differs(column: Column): string | undefined;
-}
+type Expected = { name: string; expected: string; differs(column: Column): string | undefined };
 
 /** What sql/source_checks.sql returns. `found`: what the SELECT returns; `unknown`: the table's columns neither expected nor read. */
 type Checked = { faults: string[]; found: Column[]; unknown: string[]; key_columns: string[] };
@@ -64,7 +46,7 @@ type Checked = { faults: string[]; found: Column[]; unknown: string[]; key_colum
  */
 export async function checkColumns(run: SchemaCheck, file: string, of: Source, wanted: Expected[]): Promise<Column[]> {
   const { source, pipeline } = run;
-  const { table, cursor, select, key = [] } = of;
+  const { table, cursor, select, key } = of;
   let refused = "";
   const described = await source
     .unsafe(select)
@@ -74,39 +56,31 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
       refused = `sql/${pipeline}.sql: ${error.message}`;
     });
   const settings = {
-    ...{ "etl.source": table, "etl.source_cursor": cursor, "etl.source_key": key.join() },
-    "etl.source_fields": wanted.map(({ name }) => name).join(),
+    ...{ "etl.source": table, "etl.source_cursor": cursor, "etl.source_key": key.join(), "etl.source_file": file },
+    "etl.source_fields": JSON.stringify(wanted),
     "etl.source_select": described ? JSON.stringify(described.columns) : "",
   };
-  const checks = readFileSync(join(root, "sql/source_checks.sql"), "utf8");
-  const [{ faults, found, unknown, key_columns }] = (await queryWith(source, settings, checks)) as [Checked];
-  if (faults[0]?.startsWith("source table")) throw new UsageError(faults[0]);
-  const fault = (column: string, expected: string, is: string): void =>
-    void faults.push(`column ${table}.${column}: expected ${expected}, found ${is}`);
+  const [{ faults, found, unknown, key_columns }] = (await queryWith(source, settings, readSelect("source_checks"))) as [Checked];
   for (const { name, expected, differs } of wanted) {
     const column = found.find((one) => one.name === name);
-    const is = column ? differs(column) : "no such column";
-    if (is) fault(name, `${expected} (${file})`, is);
-    else if (column?.of === null && (name === cursor || key.includes(name)))
-      fault(name, "a column of this table, since rows are found by it", `something else in sql/${pipeline}.sql`);
+    const is = column && differs(column);
+    if (is) faults.push(`column ${table}.${name}: expected ${expected} (${file}), found ${is}`);
   }
-  for (const { name } of found)
-    if (!wanted.some((column) => column.name === name)) fault(name, `no such field (${file})`, "it in the SELECT");
-  if (refused && !faults.length) faults.push(refused);
-  const unreachable = faults.length ? { infinite: 0, future: 0, first: null } : await findUnreachable(source, of, key_columns);
+  if (!faults.length && refused) faults.push(refused);
   const correct = correction(of);
-  if (unreachable.infinite)
-    fault(cursor, "finite times, since it is the cursor", `infinity. Run: ${correct} in ('infinity', '-infinity');`);
+  const ahead = faults.length ? undefined : await findUnreachable(source, of, key_columns);
+  const finite = `column ${table}.${cursor}: expected finite times, since it is the cursor, found infinity. Run: ${correct}`;
+  if (ahead?.infinite) faults.push(`${finite} in ('infinity', '-infinity');`);
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
     throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
   }
-  const { future, first } = unreachable;
+  const { future = 0, first } = ahead ?? {};
   Object.assign(run.metrics, { etl_unknown_source_columns: unknown.length, etl_future_rows: future });
   const warning = `${table} has columns that are not in ${file}, and are not synced`;
   if (unknown.length) run.log("warning", { warning, columns: unknown.join() });
-  const ahead = `${future} rows of ${table} lie in the future, and no run reads them before. Run: ${correct} > now();`;
-  if (future) run.log("warning", { warning: ahead, rows: future, first });
+  const unread = `${future} rows of ${table} lie in the future, and no run reads them before. Run: ${correct} > now();`;
+  if (future) run.log("warning", { warning: unread, rows: future, first });
   return found;
 }
 
@@ -114,63 +88,59 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
 export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: string[]) {
   const column = quote(cursor);
   // The clock in a sub-select: read once, so that the index is used, not for each row of the table.
-  const [found] = (await sql.unsafe(`
+  const [found] = await sql.unsafe<{ infinite: number; future: number; first: string | null }[]>(`
     select count(*) filter (where not isfinite(${column}))::int as infinite, count(*) filter (where isfinite(${column}))::int as future,
       min(${rowName(key.length ? key : [cursor])}) as first
-    from ${table} where ${column} > (select clock_timestamp()) or ${column} = '-infinity'`)) as [Unreachable];
+    from ${table} where ${column} > (select clock_timestamp()) or ${column} = '-infinity'`);
   return found;
 }
 /** SQL that gives rows a time that a run reaches, up to the condition on the cursor. */
 export const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
-type Unreachable = { infinite: number; future: number; first: string | null };
 
 /** SQL: a row's key as text, for example id=17. */
-export const rowName = (key: string[]): string =>
-  key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
+const rowName = (key: string[]): string => key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");
 
 /** Whether the source or BigQuery refuses a value: reading it again does not help, and naming the row does. */
 function isRefusal(error: unknown): boolean {
   const { cause, errors } = error as { cause?: Error & { code?: string }; errors?: { reason?: string }[] };
-  // Postgres's data exceptions and program limits; not those that name the row already.
-  if (error instanceof SourceError) return /^(22|54)/.test(cause?.code ?? "") && !/etl refuses/.test(cause?.message ?? "");
+  // Postgres's data exceptions and program limits.
+  if (error instanceof SourceError) return /^(22|54)/.test(cause?.code ?? "");
   return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
 
-/** What is loaded: rows that are found by a key, and the settings that their SELECT reads. */
-type Rows = { key: string[]; select: string; settings: Settings };
+type Load = (select: string) => Promise<unknown>;
 
 /**
  * Where `error` says that a row was refused, loads them again in halves, in the order of their keys, until one is left: log2(n) steps.
- * @param load loads the rows of a SELECT.
- * @returns the error that names the row by its key, where reading it again would not help; or `error`, where it is another one.
+ * @param settings that the SELECT reads. @param load loads the rows of a SELECT.
+ * @returns the error that names the row by its key, where reading it again would not help; or another one.
  */
-export async function nameRefused(error: Error, run: Run, rows: Rows, load: (select: string) => Promise<unknown>): Promise<Error> {
+export async function nameRefused(error: Error, run: Run, { key, select }: Source, settings: Settings, load: Load): Promise<Error> {
   if (!isRefusal(error)) return error;
-  const { key, select, settings } = rows;
   const ask = async (value: string, rows: string): Promise<string | undefined> =>
     (await queryWith<{ value: string }>(run.source, settings, `select ${value} as value from (${rows}) q`))[0]?.value;
-  const part = (first: number, rows: number): string =>
-    `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${rows}`;
-  const refusal = (rows: string): Promise<Error | undefined> =>
-    load(rows).then(
-      () => undefined,
-      (error: Error) => (isRefusal(error) ? error : Promise.reject(error)),
-    );
   let [first, count] = [0, Number(await ask("count(*)", select))];
   run.log("refused", { rows: count, because: "a row is refused; reading them again in halves to name it" });
-  while (count > 1) {
+  while (count > 0) {
     const half = Math.ceil(count / 2);
-    [first, count] = (await refusal(part(first, half))) ? [first, half] : [first + half, count - half];
+    const part = `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${half}`;
+    const refusal = await load(part).then(
+      () => undefined,
+      (error: Error) => error,
+    );
+    if (refusal && !isRefusal(refusal)) return refusal;
+    if (refusal && count === 1) {
+      const why = `is refused: ${refusal.message}. Correct it at the source, then: make ${run.pipeline}`;
+      return new SourceError(`row ${await ask(rowName(key), part)} of ${run.pipeline} ${why}`);
+    }
+    [first, count] = refusal ? [first, half] : [first + half, count - half];
   }
-  const refused = await refusal(part(first, 1));
-  const row = await ask(rowName(key), part(first, 1));
-  const why = refused ? `is refused: ${refused.message}. Correct it at the source` : "was refused, and no longer is";
-  return new SourceError(`row ${row} of ${run.pipeline} ${why}, then: make ${run.pipeline}`);
+  return error; // no row is refused any longer
 }
 
 /** All differences of one side, in one error. */
-export const driftError = (side: string, faults: string[], next: string): UsageError =>
-  new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; ` +
-      'schemas/README.md, "When the schema changes".',
-  );
+export function driftError(side: string, faults: string[], next: string): UsageError {
+  const listed = faults.join("\n  ");
+  const help = `${next}; schemas/README.md, "When the schema changes".`;
+  return new UsageError(`the ${side} differs from the contract, nothing was moved:\n  ${listed}\n${help}`);
+}

@@ -4,49 +4,26 @@
  * A window is half-open: `from` is the watermark, inclusive; `to` becomes the watermark, exclusive. Timestamps are text of a fixed width
  * in UTC with microseconds, from end to end, so that two of them compare as text; '-infinity', before the first run, is less than each.
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
 import type { Sql } from "postgres";
-import { root } from "./env.ts";
 import type { Run } from "./run.ts";
 import { queryWith, quote, utc, type Window } from "./session.ts";
-import type { Source } from "./source.ts";
+import { readSelect, type Source } from "./source.ts";
 
-/** What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Null where it is not known. */
-export interface Origin {
-  /** System identifier and timeline. */
-  server: string | null;
-  /** A database that was dropped and created again has another. */
-  database_oid: string | null;
-  /** The WAL position as a number of 20 digits, so that two of them compare as text. */
-  wal: string | null;
-  /** The table that was written to. */
-  destination: string | null;
-}
+/**
+ * What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Server and WAL position (see
+ * sql/history.sql), the database's oid (one that was created again has another), the table written to; null where it is not known.
+ */
+type Origin = Record<"server" | "database_oid" | "wal" | "destination", string | null>;
 
-export type Watermark = Origin & { watermark: string };
+type Watermark = Origin & { watermark: string };
 
-/** One row of sql/safe_bound.sql, which says what the fields mean. */
-export interface Bound extends Omit<Origin, "destination"> {
-  database: string;
-  /** Why no bound is safe, and what to do. */
-  refusal: string | null;
-  holder: string | null;
-  prepared: boolean;
-  now: string;
-  bound: string;
-  hold_seconds: number;
-  /** What the server does not say of its history, in words. */
-  unknown: string[];
-}
+/** A row of sql/safe_bound.sql, which says what the fields mean, and of sql/history.sql. `unknown`: why the server does not tell these. */
+type Bound = Omit<Origin, "destination"> &
+  Record<"database" | "now" | "bound", string> &
+  Record<"refusal" | "holder", string | null> & { hold_seconds: number; unknown?: string };
 
-/** A table that a pipeline writes to. */
-export interface Target {
-  /** Name and time of creation. */
-  identity: string;
-  rows: number;
-  contract: { source: Source };
-}
+/** A table that a pipeline writes to: its name and time of creation; its rows; what it is written from. */
+export type Target = { identity: string; rows: number; contract: { source: Source } };
 
 /** About how many rows; 0 is exact. A row that changes before it is read belongs to a later window. */
 export type Chunk = Window & { rows: number };
@@ -58,34 +35,18 @@ export async function readWatermark(etl: Sql, pipeline: string): Promise<Waterma
   return (await etl.unsafe<Watermark[]>(query, [pipeline]))[0];
 }
 
-/** What tells one history of a server from another, each in a statement of its own: a managed server may refuse some. */
-const history = {
-  system: "system_identifier from pg_control_system()",
-  // By the WAL's name: after a promotion the control file keeps the old one until the first checkpoint is done, which takes minutes.
-  timeline: "left(pg_walfile_name(pg_current_wal_lsn()), 8)",
-  // The WAL that is on disk, so that a crash does not take it back.
-  wal: "lpad((pg_current_wal_flush_lsn() - '0/0')::text, 20, '0')",
-};
-
 /**
  * The safe upper bound of the source. The session must have etl.lag_seconds set.
  * @throws Error where open transactions cannot be seen, so that no bound is safe.
  */
 export async function readBound(source: Sql): Promise<Bound> {
-  const [bound] = (await source.unsafe(readFileSync(join(root, "sql/safe_bound.sql"), "utf8"))) as [Bound];
+  const [bound] = (await source.unsafe(readSelect("safe_bound"))) as [Bound];
   if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
-  const unknown: string[] = [];
-  const read = (what: string): Promise<string | null> =>
-    source.unsafe<{ value: string }[]>(`select (select ${what})::text as value`).then(
-      ([row]) => row?.value ?? null,
-      (error: Error & { code?: string }) => {
-        if (!/^(42501|42883|0A000|55000)$/.test(error.code ?? "")) throw error; // not its to call, no such function, not supported
-        unknown.push(error.message);
-        return null;
-      },
-    );
-  const [system, timeline, wal] = [await read(history.system), await read(history.timeline), await read(history.wal)];
-  return { ...bound, server: system && timeline && `${system}/${timeline}`, wal, unknown };
+  const told = await source.unsafe(readSelect("history")).catch((error: Error & { code?: string }) => {
+    if (!/^(42501|42883|0A000|55000)$/.test(error.code ?? "")) throw error; // a managed server may refuse these functions, or lack them
+    return [{ server: null, wal: null, unknown: error.message }];
+  });
+  return { ...bound, ...told[0] };
 }
 
 /**
@@ -93,12 +54,7 @@ export async function readBound(source: Sql): Promise<Bound> {
  * @param target the table that rows are written to, where they go to one.
  * @returns why not, in words with the next command, or undefined.
  */
-export async function distrust(
-  { pipeline, source }: Pick<Run, "pipeline" | "source">,
-  stored: Watermark,
-  bound: Bound,
-  target?: Target,
-): Promise<string | undefined> {
+export async function distrust({ pipeline, source }: Pick<Run, "pipeline" | "source">, stored: Watermark, bound: Bound, target?: Target) {
   const [where, at] = [`source database ${bound.database}`, `the watermark ${stored.watermark}`];
   const rewind = `make rewind PIPELINE=${pipeline} TO=`;
   const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}…`;
@@ -110,15 +66,10 @@ export async function distrust(
   if (stored.wal && bound.wal && stored.wal > bound.wal)
     return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when ${at} was set: ${restored}`;
   if (stored.watermark > bound.now)
-    return (
-      `the clock of ${where} says ${bound.now}, which is before ${at}: it was set back, or the watermark ahead, and rows written ` +
-      `meanwhile would be missed. Next: correct the clock, or ${runbook}`
-    );
-  if (stored.watermark > bound.bound && bound.holder && !bound.prepared)
-    return (
-      `an open transaction of ${where} began before ${at} and was not seen then, so its rows would be missed (${bound.holder}; ` +
-      `began ${bound.bound}). Next: once it has ended, ${rewind}${bound.bound}; and raise WATERMARK_LAG_SECONDS`
-    );
+    return `the clock of ${where} says ${bound.now}, which is before ${at}: it was set back, or that ahead. Next: correct it, or ${runbook}`;
+  const late = `once it has ended, ${rewind}${bound.bound}; and raise WATERMARK_LAG_SECONDS`;
+  if (stored.watermark > bound.bound && bound.holder && bound.bound !== "-infinity")
+    return `an open transaction of ${where} began before ${at} and was not seen then, at ${bound.bound} (${bound.holder}). Next: ${late}`;
   if (!target) return undefined;
   const replaced = other(stored.destination, target.identity) && `it is another one than ${at} was written to (${stored.destination})`;
   const before = { "etl.from": "-infinity", "etl.to": stored.watermark };
@@ -128,36 +79,26 @@ export async function distrust(
   return missing ? `destination table ${target.identity}: ${missing}. Run: ${rewind}0001-01-01; it reads every row again` : undefined;
 }
 
-/** Given both, a window is read again. */
-type Asked = { FROM?: string | undefined; TO?: string | undefined };
-
 /**
  * The window of a run: from the watermark to the safe upper bound. Where somebody holds the bound the window is shorter, or empty: a
- * later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound.
+ * later run takes the rows, and none is skipped. A re-run by hand reads [FROM, TO), and no further than the bound: past it an open
+ * transaction may yet commit an older updated_at over a newer row, which the upsert would refuse for ever, had the re-run taken that.
  * @throws Error wherever the bound or the watermark cannot be trusted, with the reason and the next command.
  */
-export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target): Promise<Window & { origin: Origin }> {
+export async function takeWindow(run: Run, asked: { FROM?: string | undefined; TO?: string | undefined }, target?: Target) {
   const stored = await readWatermark(run.etl, run.pipeline);
   const bound = await readBound(run.source); // after it: a run beside this one may move the watermark up to a later bound
-  const { prepared, holder, hold_seconds } = bound;
   const reason = stored && (await distrust(run, stored, bound, target));
   if (reason) throw new Error(reason);
-  const unknown = "the server does not say, so that a restore or a failover is not noticed";
-  if (bound.unknown.length) run.log("warning", { warning: `${unknown}: ${bound.unknown.join("; ")}` });
-  let [from, to] = [stored?.watermark ?? "-infinity", bound.bound];
-  if (FROM && TO) {
-    // Past the bound an open transaction may yet commit an older updated_at over a newer row: had the re-run taken that, the upsert
-    // would refuse the older one for ever.
-    if (prepared) throw new Error(`no bound is safe while a transaction is prepared (${holder}). Finish it, then run this again.`);
-    [from, to] = [FROM, TO < bound.bound ? TO : bound.bound];
-  }
-  // A prepared transaction's start is not known (prepared is the time of PREPARE), so nothing can be taken past the watermark.
-  // A bound behind the watermark without a holder is a lag that was raised since: the clock will catch up.
-  if (prepared || to < from) to = from;
-  if (holder && (prepared || to === bound.bound)) run.log("held", { by: holder, hold_seconds: Math.round(hold_seconds) });
+  const unknown = "the server does not tell its history, so that a restore or a failover is not noticed";
+  if (bound.unknown) run.log("warning", { warning: `${unknown}: ${bound.unknown}` });
+  const { FROM: from = stored?.watermark ?? "-infinity", TO = bound.bound } = asked;
+  const end = TO < bound.bound ? TO : bound.bound;
+  const to = end < from ? from : end; // a bound behind the watermark without a holder is a lag that was raised: the clock will catch up
+  if (bound.holder && to >= bound.bound) run.log("held", { by: bound.holder, hold_seconds: Math.round(bound.hold_seconds) });
   run.log("window", { from, to });
   run.window = { from, to };
-  run.metrics.etl_watermark_hold_seconds = hold_seconds;
+  run.metrics.etl_watermark_hold_seconds = bound.hold_seconds;
   return { from, to, origin: { ...bound, destination: target?.identity ?? null } };
 }
 
@@ -167,19 +108,16 @@ export async function takeWindow(run: Run, { FROM, TO }: Asked, target?: Target)
  */
 export async function* cutChunks(run: Run, { select, cursor }: Source, { from, to }: Window, chunkRows: number): AsyncGenerator<Chunk> {
   const column = quote(cursor);
+  const [first, end] = ["etl.from", "etl.to"].map((name) => `current_setting('${name}')::timestamptz`);
+  const cut = `case when count(*) <= ${chunkRows} then ${end} when max(c) > ${first} then max(c)
+    else coalesce((select min(${column}) from q where ${column} > ${first}), ${end}) end`;
   const query = `
     with q as not materialized (${select}), head as materialized (select ${column} as c from q order by 1 limit ${chunkRows + 1})
-    select count(*)::int as rows, ${utc("max(c)")} as last,
-      case when max(c) = current_setting('etl.from')::timestamptz then
-        (select ${utc(`min(${column})`)} from q where ${column} > current_setting('etl.from')::timestamptz) end as next
-    from head`;
-  for (let start = from; start !== to; ) {
-    const settings = { "etl.from": start, "etl.to": to };
-    const [cut] = (await queryWith(run.source, settings, query)) as [{ rows: number; last: string; next: string | null }];
-    let end = to;
-    if (cut.rows > chunkRows) end = cut.last > start ? cut.last : (cut.next ?? to);
-    yield { from: start, to: end, rows: Math.min(cut.rows, chunkRows) };
-    start = end;
+    select least(count(*), ${chunkRows})::int as rows, ${utc(cut)} as to from head`;
+  for (let start = from; start < to; ) {
+    const [chunk] = (await queryWith(run.source, { "etl.from": start, "etl.to": to }, query)) as [Omit<Chunk, "from">];
+    yield { from: start, ...chunk };
+    start = chunk.to;
   }
 }
 

@@ -63,9 +63,11 @@ select
     (select format('pid %s, application "%s", role %s, state %s, open for %s', pid, application_name, usename, state,
                    to_char(now() - xact_start, 'HH24:MI:SS'))
      from oldest where xact_start < now() - lag)) as holder,
-  exists (select from prepared) as prepared,
   to_char(now() at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as now,
-  to_char(least(now() - lag, (select xact_start from oldest)) at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"') as bound,
+  -- Of a prepared transaction only the time of PREPARE is known, not its start: nothing can be taken past the watermark.
+  case when exists (select from prepared) then '-infinity'
+    else to_char(least(now() - lag, (select xact_start from oldest)) at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"+00"')
+  end as bound,
   greatest(0, extract(epoch from now() - lag
     - coalesce((select prepared from prepared), (select xact_start from oldest))))::float8 as hold_seconds,
   (select oid::text from pg_database where datname = current_database()) as database_oid

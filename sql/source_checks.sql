@@ -1,12 +1,15 @@
 -- What a SELECT reads of its source table, and what makes that unfit as a source, each fault with what to do. The settings name the table
--- (with its schema), the cursor, the key's fields, all fields that are expected, and what the SELECT returns, as Postgres describes it: a
--- JSON array of name, type's oid, table's oid and column's number; empty, it is the table's columns of the fields' names. In psql:
---   set etl.source = 'public.orders'; set etl.source_cursor = 'updated_at'; set etl.source_key = 'id'; set etl.source_fields = 'id,total';
---   set etl.source_select = ''; \i sql/source_checks.sql
-with recursive wanted as (
+-- (with its schema), the cursor, the key's fields, what is expected (a JSON array of name and type), the file that says so, and what the
+-- SELECT returns, as Postgres describes it: a JSON array of name, type's oid, table's oid and column's number; empty, it is the table's
+-- columns of the expected names. Whether a column's type fits is for the caller to say. In psql:
+--   set etl.source = 'public.orders'; set etl.source_cursor = 'updated_at'; set etl.source_key = 'id'; set etl.source_select = '';
+--   set etl.source_fields = '[{"name": "id", "expected": "INTEGER"}]'; set etl.source_file = 'contract'; \i sql/source_checks.sql
+with recursive expected as (
+  select * from jsonb_to_recordset(current_setting('etl.source_fields')::jsonb) as e (name text, expected text)
+), wanted as (
   select current_setting('etl.source') as name, current_setting('etl.source_cursor') as cursor, current_user as role,
     string_to_array(current_setting('etl.source_key'), ',') as key_fields,
-    string_to_array(current_setting('etl.source_fields'), ',') as fields,
+    current_setting('etl.source_file') as file, array(select expected.name from expected) as fields,
     nullif(current_setting('etl.source_select'), '')::jsonb as selected
 ), hidden as (
   select nspname from wanted join pg_namespace on split_part(name, '.', 1) in (nspname, quote_ident(nspname))
@@ -28,7 +31,9 @@ with recursive wanted as (
       select from pg_constraint where conrelid = named.oid and contype = 'n' and not convalidated and attnum = any (conkey)) as not_null
   from named join pg_attribute on attrelid = named.oid join pg_type t on t.oid = atttypid where attnum > 0 and not attisdropped
 ), found as (
-  -- What the SELECT returns; "of": the column of the table that it is.
+  -- What the SELECT returns. type: Postgres's name, or of an array that of its elements, without modifiers; enum for any enum.
+  -- sql: the type as SQL writes it, such as integer[]; declared: with its modifiers, such as numeric(12,2).
+  -- of: the column of the source's table that it is; null for an expression, and for another table's.
   select d.name, case coalesce(e.typtype, t.typtype) when 'e' then 'enum' else coalesce(e.typname, t.typname) end as type,
     e.oid is not null as array, format_type(t.oid, null) as sql, format_type(t.oid, atttypmod) as declared,
     coalesce(attnotnull, false) as notnull, case when attrelid = named.oid then attname::text end as of
@@ -95,6 +100,16 @@ with recursive wanted as (
                 name, a.column,
                 case when a.column = cursor then 'the cursor and a row without it would never be read' else 'part of the key' end)
   from source, attributes a where not not_null and relkind in ('r', 'p') and (a.column = cursor or a.column = any (key))
+  union all
+  select format('column %s.%s: expected %s (%s), found no such column', source.name, e.name, e.expected, file)
+  from source, expected e where oid is not null and not exists (select from found where found.name = e.name)
+  union all
+  select format('column %s.%s: expected no such field (%s), found it in the SELECT', source.name, f.name, file)
+  from source, found f where f.name <> all (fields)
+  union all
+  select format('column %s.%s: expected a column of this table, since rows are found by it, found something else in the SELECT',
+                source.name, f.name)
+  from source, found f where f.of is null and (f.name = cursor or f.name = any (key_fields))
   union all
   select format('source table %s: expected a unique index on its key (%s), found %s. '
                 || coalesce((

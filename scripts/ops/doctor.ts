@@ -13,7 +13,7 @@
  *   make doctor PIPELINE=orders    what this one needs
  */
 import type { Sql } from "postgres";
-import { type ApiError, type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
+import { type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact } from "../../shared/env.ts";
@@ -166,8 +166,8 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
 async function dryRun(env: BigQueryEnv, query: string): Promise<void> {
   const job = { query, dryRun: true, useLegacySql: false, location: env.BIGQUERY_LOCATION };
   const created = connectBigQuery(env).createQueryJob(job);
-  await created.catch((error: ApiError) => {
-    throw new Error(`${error.message}. ${remedy(error)}`);
+  await created.catch((error: Error) => {
+    throw new Error(`${error.message}. ${remedy}`);
   });
 }
 

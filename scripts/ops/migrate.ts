@@ -14,7 +14,7 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
-import { bigqueryVariables, connectBigQuery, noExpiry } from "../../shared/bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { type Contract, differingColumns, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
 import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { bucketExists, bucketVariables, connectS3, createBucket } from "../../shared/events/s3.ts";
@@ -23,6 +23,7 @@ import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { clickhouseVariables, connectClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
+import { noExpiry } from "../../shared/views/build.ts";
 import { migrateClickHouse, migratePostgres, nameClickHouse, type Step } from "./lib/migrations.ts";
 
 const variables = {

@@ -1,6 +1,5 @@
 /** BigQuery: the client, and which of its errors are worth another attempt. */
-import { setTimeout as delay } from "node:timers/promises";
-import { BigQuery, type BigQueryOptions, type TableMetadata } from "@google-cloud/bigquery";
+import { BigQuery, type BigQueryOptions } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
 import { type Env, like, name, optional, required, serverUrl } from "../env.ts";
@@ -39,34 +38,21 @@ export function ignoreAlreadyThere(error: { code?: number }): void {
 /** An error of the API or of a job: `code` is HTTP's or the socket's, a reason one of Google's list ("Error messages" of BigQuery). */
 export type ApiError = Error & { code?: number | string; errors?: { reason?: string }[] };
 
-/** Whether Google lists one of these reasons for the error. */
-const isBecause = ({ errors }: ApiError, reasons: RegExp): boolean => errors?.some(({ reason = "" }) => reasons.test(reason)) ?? false;
+/** BigQuery is overloaded, another job writes to the table, or a connection broke, the token's too. */
+const transient = new RegExp(
+  "^(408|429|500|502|503|504) |(backend|internal)Error|RateLimitExceeded|tableUnavailable|due to concurrent update|ECONNRESET" +
+    "|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|premature close|other side closed|network timeout|due to timeout|_TIMEOUT",
+  "i",
+);
 
-const busy = /^(job)?(backendError|internalError|(user)?rateLimitExceeded)$|^tableUnavailable$/i;
-const broken =
-  /ECONNRESET|ECONNREFUSED|EPIPE|ETIMEDOUT|EAI_AGAIN|socket hang up|premature close|other side closed|network timeout|due to timeout|_TIMEOUT|due to concurrent update/i;
-
-/** Whether trying again may help: BigQuery is overloaded, another job writes to the table, or a connection broke, the token's too. */
+/** Whether trying again may help, by an error's code, reasons and message. */
 export function isTransient(error: unknown): boolean {
-  if (error instanceof SourceError) return false;
-  const { code, message } = error as ApiError;
-  return [408, 429, 500, 502, 503, 504].includes(Number(code)) || isBecause(error as ApiError, busy) || broken.test(`${code} ${message}`);
+  const { code, errors = [], message } = error as ApiError;
+  return !(error instanceof SourceError) && transient.test([code, ...errors.map(({ reason }) => reason), message].join(" "));
 }
-
-/** What takes a table's expiry from it, and its partitions': a dataset may give its tables one, which their creation cannot refuse. */
-export const noExpiry = ({ timePartitioning }: TableMetadata): object => ({
-  expirationTime: null,
-  ...(timePartitioning && { timePartitioning: { ...timePartitioning, expirationMs: null } }),
-});
 
 /** What to do about an error that trying again does not help. */
-export function remedy(error: ApiError): string {
-  if (isBecause(error, /^billingNotEnabled$/))
-    return "Link a billing account to BIGQUERY_PROJECT: without one BigQuery runs no MERGE, and its tables expire";
-  if (error.code === 403)
-    return "Grant the service account roles/bigquery.jobUser on the project and roles/bigquery.dataEditor on the dataset";
-  return "Check BIGQUERY_PROJECT and the Google credentials";
-}
+export const remedy = "Check BIGQUERY_PROJECT, its billing account, and your account's roles (bigquery.jobUser, bigquery.dataEditor)";
 
 // biome-ignore lint/suspicious/noExplicitAny: the API's own Job resource
 export type JobResource = any;
@@ -78,21 +64,14 @@ export type JobResource = any;
  */
 export async function runJob(run: Run, bigquery: BigQuery, jobId: string, configuration: object): Promise<JobResource> {
   run.signal.throwIfAborted();
-  const job = bigquery.job(jobId);
+  const job = Object.assign(bigquery.job(jobId), { pollIntervalMs: 100 });
   using _cancel = run.onStop(() => job.cancel());
   const created = bigquery.createJob({ jobId, configuration: { ...configuration, labels: labels(run) } });
   await created.catch(ignoreAlreadyThere).catch((error: ApiError) => {
-    if (error.code === 403 && !isTransient(error)) error.message += `. ${remedy(error)}`;
+    if (error.code === 403 && !isTransient(error)) error.message += `. ${remedy}`;
     throw error;
   });
-  for (let pause = 50; ; pause = Math.min(2 * pause, 2000)) {
-    const [metadata] = await job.getMetadata();
-    const { state, errorResult } = metadata.status ?? {};
-    if (errorResult) throw Object.assign(new Error(errorResult.message), { errors: [errorResult] });
-    if (state === "DONE") {
-      run.totals.bytes_billed += Number(metadata.statistics.query?.totalBytesBilled ?? 0); // loads and copies are free
-      return metadata;
-    }
-    await delay(pause, undefined, { signal: run.signal });
-  }
+  const [metadata] = (await job.promise()) as [JobResource];
+  run.totals.bytes_billed += Number(metadata.statistics.query?.totalBytesBilled ?? 0); // loads and copies are free
+  return metadata;
 }

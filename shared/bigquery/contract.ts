@@ -19,22 +19,19 @@ export function readContract(pipeline: string) {
     const { source, ...resource } = JSON.parse(readFileSync(join(root, file), "utf8"));
     const fields: Field[] = resource.schema.fields.map((field: TableField) => ({ mode: "NULLABLE", ...field }));
     const key: string[] = resource.tableConstraints.primaryKey.columns;
-    const odd = [...fields.map(({ name }) => name), ...key].find((name) => !/^(?!etl__)[a-z_]\w*$/i.test(name));
-    if (odd !== undefined) throw new Error(`${JSON.stringify(odd)} may hold letters, digits and _ only, and not begin with etl__`);
-    const lower = fields.map(({ name }) => name.toLowerCase());
-    const twice = fields.find((_, at) => lower.indexOf(lower[at] ?? "") < at);
-    if (twice) throw new Error(`field ${twice.name} exists twice: BigQuery's names do not tell A from a`);
-    const required = (name: string) => fields.some((field) => field.name === name && /^required$/i.test(field.mode));
+    const names = fields.map(({ name }) => name.toLowerCase());
+    const odd = fields.find(({ name }, at) => !/^(?!etl__)\w+$/i.test(name) || names.indexOf(names[at] ?? "") < at);
+    const rule = "a name holds letters, digits and _ only, does not begin with etl__, and comes once: BigQuery does not tell A from a";
+    if (odd) throw new Error(`field ${JSON.stringify(odd.name)}: ${rule}`);
+    const required = fields.flatMap(({ name, mode }) => (/^required$/i.test(mode) ? name : []));
+    const nullable = key.find((name) => !required.includes(name));
     // A MERGE finds no row by a NULL: each run would insert it again.
-    const nullable = key.find((name) => !required(name));
     if (nullable !== undefined) throw new Error(`field ${nullable} is part of the primary key: set its mode to REQUIRED`);
-    if (!/^("?)\w+\1\.("?)\w+\2$/.test(source?.table))
-      throw new Error('source.table must be SCHEMA.TABLE as SQL writes it, such as public.orders or public."Order"');
-    if (!fields.some(({ name }) => name === source.cursor)) throw new Error("source.cursor must be one of the fields");
+    if (!source?.table || !fields.some(({ name }) => name === source.cursor))
+      throw new Error("source needs table, such as public.orders, and cursor, one of the fields");
     const from: Source = { ...source, key, select: readSelect(pipeline) };
     return { pipeline, file, source: from, fields, key, resource: resource as TableMetadata };
   } catch (error) {
-    if (error instanceof UsageError) throw error;
     const form = "a BigQuery Table resource with schema.fields and tableConstraints.primaryKey";
     throw new UsageError(`${file} must be ${form}: ${(error as Error).message}`);
   }
@@ -69,19 +66,16 @@ export function checkDestination(contract: Contract, name: string, actual: Table
 
 /** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. */
 export function optionFaults(name: string, { type = "TABLE", expirationTime, ...table }: TableMetadata, hidden = false): string[] {
-  const reset = (option: string, value: string): string => `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option} = ${value})`;
+  const reset = (option: string): string => `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option})`;
   const at = new Date(Number(expirationTime ?? 0)).toISOString();
-  return [
-    type !== "TABLE" && `table ${name}: expected a table, found a ${type}. Drop or rename it, then: make migrate`,
-    expirationTime && `table ${name}: expires at ${at}, with all its rows. ${reset("expiration_timestamp", "NULL")}`,
-    table.timePartitioning?.expirationMs &&
-      `table ${name}: each partition expires, with its rows. ${reset("partition_expiration_days", "NULL")}`,
-    table.requirePartitionFilter &&
-      `table ${name}: requires a partition filter, and an upsert has none. ${reset("require_partition_filter", "FALSE")}`,
-    hidden &&
-      `table ${name}: a row access policy hides rows from an upsert, which inserts them again. ` +
-        `Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`,
-  ].filter((fault) => typeof fault === "string");
+  const faults: [found: unknown, fault: string][] = [
+    [type !== "TABLE", `expected a table, found a ${type}. Drop or rename it, then: make migrate`],
+    [expirationTime, `expires at ${at}, with all its rows. ${reset("expiration_timestamp = NULL")}`],
+    [table.timePartitioning?.expirationMs, `each partition expires, with its rows. ${reset("partition_expiration_days = NULL")}`],
+    [table.requirePartitionFilter, `requires a partition filter, and an upsert has none. ${reset("require_partition_filter = FALSE")}`],
+    [hidden, `a row access policy hides rows from an upsert. Run in BigQuery: DROP ALL ROW ACCESS POLICIES ON ${name}`],
+  ];
+  return faults.flatMap(([found, fault]) => (found ? `table ${name}: ${fault}` : []));
 }
 
 /** A field as messages name it: type, size and mode, for example NUMERIC(12,2) NULLABLE. */

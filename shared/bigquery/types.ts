@@ -4,51 +4,40 @@
  */
 import type { TableField } from "@google-cloud/bigquery";
 import { quote } from "../session.ts";
-import { type Column, rowName } from "../source.ts";
+import type { Column } from "../source.ts";
 
 /** A field of a contract. */
-export interface Field extends TableField {
-  name: string;
-  type: string;
-  mode: string;
-}
+export type Field = TableField & Record<"name" | "type" | "mode", string>;
 
-const special = "? in ('NaN', 'Infinity', '-Infinity')";
-const outside = "not ? >= '0001-01-01' or not ? < '10000-01-01'";
-const unsized = "not abs(?) < 1e{whole} or ? <> round(?, {decimals})"; // NaN is above every number
 /**
- * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode). A number of up
- * to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run of digits is looked into.
+ * BigQuery stores a JSON number as an INT64, a UINT64 or a FLOAT64, and rounds any other (PARSE_JSON, wide_number_mode); one beyond
+ * FLOAT64 fails at the cast. A number of up to 15 digits is always exact, and jsonb writes no exponents, so only a text with a longer run
+ * of digits is looked into.
  */
 const wideNumber = `case when ?::jsonb::text ~ '${"[0-9.]".repeat(16)}' then exists (
   select from (select n::numeric as n from jsonb_path_query(?::jsonb, 'strict $.**') p(n) where jsonb_typeof(n) = 'number') p
-  where case when scale(n) = 0 and n between -9223372036854775808 and 18446744073709551615 then false
-    when n = 0 then false
-    when abs(n) not between 5e-324 and 1.7976931348623157e308 then true
-    else n <> n::float8::text::numeric end) else false end`;
-/** A JSON value nests to 500 levels (cloud.google.com/bigquery/docs/json-data, "Limitations"). */
-const tooDeep = `length(?::text) > 1000 and exists (
-  select from jsonb_path_query(?::jsonb, 'strict $.**{500}') p(n) where jsonb_typeof(n) in ('array', 'object'))`;
+  where (scale(n) > 0 or n not between -9223372036854775808 and 18446744073709551615) and n <> n::float8::text::numeric) else false end`;
+const special = "? in ('NaN', 'Infinity', '-Infinity')";
 
 /**
- * Postgres types | the BigQuery types that hold their values | how a value is written into a JSON line | where a value has no place in
- * the field: BigQuery would round it, or refuse it without naming the row. A row that holds one is refused by name. INT64 and NUMERIC go
- * as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may hold raw newlines; jsonb's null
- * becomes NULL in a JSON field, and stays 'null' in a STRING field.
+ * Postgres types | the BigQuery types that hold their values | how a value is written into a JSON line | which values BigQuery would
+ * round or change: a row with one is refused, as one is that BigQuery refuses itself (a year 10000, 24:00:00, 500 levels of JSON). INT64
+ * and NUMERIC go as text, since a JSON number is exact only to 2^53; json goes through jsonb, since a json value may hold raw newlines;
+ * jsonb's null becomes NULL in a JSON field, and stays 'null' in a STRING field.
  */
 const types: [from: string, to: string, write: string, refuse?: string][] = [
   ["int2 int4 int8", "INTEGER", "?::text"],
-  ["numeric", "NUMERIC BIGNUMERIC", "?::text", unsized],
+  ["numeric", "NUMERIC BIGNUMERIC", "?::text", "? <> round(?, {decimals})"],
   ["numeric", "STRING", "?::text"],
   ["float4 float8", "FLOAT", "?", special],
   ["bool", "BOOLEAN", "?"],
   ["text varchar bpchar", "STRING", "?"],
   ["uuid enum inet cidr interval", "STRING", "?::text"],
-  ["date", "DATE", "?::text", outside],
-  ["time", "TIME", "?::text", "? = '24:00:00'"],
-  ["timestamp", "DATETIME", "?", outside],
-  ["timestamptz", "TIMESTAMP", "?", outside],
-  ["json jsonb", "JSON", "?::jsonb", `${wideNumber} or ${tooDeep}`],
+  ["date", "DATE", "?::text"],
+  ["time", "TIME", "?::text"],
+  ["timestamp", "DATETIME", "?"],
+  ["timestamptz", "TIMESTAMP", "?"],
+  ["json jsonb", "JSON", "?::jsonb", wideNumber],
   ["json jsonb", "STRING", "?::text"],
   ["bytea", "BYTES", "translate(encode(?, 'base64'), E'\\n', '')"],
 ];
@@ -81,35 +70,30 @@ export function unmappable({ type, declared, array, notnull, of }: Column, field
 }
 
 /** The condition under which a row is refused because of the column, if there is one. */
-function refusedWhere({ type, array, declared }: Column, field: Field, refuse = ""): string | undefined {
-  const [name, [whole, decimals]] = [quote(field.name), numericSize(field)];
-  const numeric = declared.includes("(") ? "? = 'NaN'" : refuse.replace("{whole}", `${whole}`).replace("{decimals}", `${decimals}`);
+function refusedWhere({ type, array, declared }: Column, field: Field, refuse = ""): string {
+  const name = quote(field.name);
+  const sized = type === "numeric" && declared.includes("("); // then the field has as many decimals
   const missing = (array || field.mode === "REQUIRED") && "? is null"; // no NULL among an array's elements either
   const nothing = array && apiType(field.type) === "JSON" && "?::jsonb = 'null'";
-  const any = [missing, refuse && type === "numeric" ? numeric : refuse, nothing].filter(Boolean).join(" or ");
-  if (!array) return filled(any, name);
-  return `array_ndims(${name}) > 1 or exists (select from unnest(${name}) e where ${filled(any, "e")})`;
+  const decimals = String(numericSize(field)[1]);
+  const any = [missing, !sized && refuse.replace("{decimals}", decimals), nothing].filter(Boolean).join(" or ");
+  return array ? `array_ndims(${name}) > 1 or exists (select from unnest(${name}) e where ${filled(any, "e")})` : filled(any, name);
 }
 
 const filled = (template: string, value: string): string => template.replaceAll("?", () => value);
 
-/** A contract's part that the lines are made by. */
-type LinesOf = { pipeline: string; fields: Field[]; key: string[] };
-
 /**
- * The SELECT around `select` of JSON lines, in which each field's column is written as its BigQuery type reads it. A row with a value
- * that has no place there, or none where the field is REQUIRED, raises an error that names it. Aliases begin with etl__, and no field's
- * name does: Postgres and BigQuery would take the one for the other.
+ * The SELECT around `select` of JSON lines, in which each field's column is written as its BigQuery type reads it. A value that has no
+ * place there raises an error. Aliases begin with etl__, and no field's name does: Postgres and BigQuery would take the one for the other.
  */
-export function jsonLines({ pipeline, fields, key }: LinesOf, select: string, columns: Column[]): string {
+export function jsonLines(fields: Field[], select: string, columns: Column[]): string {
   const written = fields.map((field) => {
     const column = columns.find(({ name }) => name === field.name) as Column;
     const name = quote(field.name);
     const [, , write = "?", refuse] = mapped(column.type, field.type)[0] ?? [];
     const refused = refusedWhere(column, field, refuse);
-    // A cast that must fail is the only way for a plain SELECT of a read-only role to raise an error that names a row.
-    const raised = `('etl refuses column ${field.name} of ${pipeline}, row ' || ${rowName(key)} || ': ' ||
-      coalesce(left(${name}::text, 200), 'NULL'))::int::text::${column.sql}`;
+    // A cast that must fail is the only way for a plain SELECT of a read-only role to raise an error.
+    const raised = `('column ${field.name} cannot hold ' || coalesce(left(${name}::text, 200), 'NULL'))::int::text::${column.sql}`;
     const value = refused ? `(case when ${refused} then ${raised} else ${name} end)` : name;
     if (!column.array) return `${filled(write, value)} as ${name}`;
     // BigQuery has no NULL arrays: it reads one as an empty one.

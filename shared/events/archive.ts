@@ -249,7 +249,7 @@ async function readPart(archive: Archive, day: string, after: Position): Promise
 
 /** @returns the error that names the row that the source refuses, where `error` is that. */
 async function nameRow({ run, lines }: Archive, error: Error, settings: ReturnType<typeof rowsOf>): Promise<Error> {
-  return await nameRefused(error, run, { key: ["id"], settings, select: eventsSource.select }, async (select) => {
+  return await nameRefused(error, run, eventsSource, settings, async (select) => {
     await using stream = run.copy(lines(select), settings);
     for await (const _ of stream.lines) run.signal.throwIfAborted();
   });

@@ -4,7 +4,7 @@
  */
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
-import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, noExpiry, runJob } from "../bigquery/client.ts";
+import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { explain } from "../main.ts";
@@ -174,6 +174,12 @@ export async function publishModel(build: Build, model: Model, attempt: number):
   await published.setMetadata({ description: made.description, schema: { fields }, ...noExpiry(now) } as object);
   return rows;
 }
+
+/** What takes a table's expiry from it, and its partitions': a dataset may give its tables one, which their creation cannot refuse. */
+export const noExpiry = ({ timePartitioning }: TableMetadata): object => ({
+  expirationTime: null,
+  ...(timePartitioning && { timePartitioning: { ...timePartitioning, expirationMs: null } }),
+});
 
 /** What a new table must have too to replace the published one. A change inside a column is BigQuery's to refuse. */
 function parts({ schema, timePartitioning: time, rangePartitioning, clustering }: TableMetadata): string[] {

@@ -74,7 +74,7 @@ function extractions(): Contender[] {
 }
 
 await runPipeline("orders", env, async (run) => {
-  select = jsonLines(contract, contract.source.select, await checkSource(run, contract));
+  select = jsonLines(contract.fields, contract.source.select, await checkSource(run, contract));
   const window = { "etl.from": "-infinity", "etl.to": "infinity" };
   const extract = async () => {
     const started = performance.now();

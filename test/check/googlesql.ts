@@ -10,7 +10,7 @@ import { basename, dirname, join } from "node:path";
 import { type AnalyzeRequest, ZetaSQLClient } from "@fivetrandevelopers/zetasql";
 import { verifyStatements } from "../../scripts/ops/lib/verify.ts";
 import { type Contract, readContract } from "../../shared/bigquery/contract.ts";
-import { duplicateKeysStatement, mergeStatement } from "../../shared/bigquery/load.ts";
+import { mergeStatement } from "../../shared/bigquery/load.ts";
 import { root, UsageError } from "../../shared/env.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { readModels, tablesRead } from "../../shared/views/models.ts";
@@ -47,13 +47,12 @@ function columnType({ name, type, mode }: Contract["fields"][number], file: stri
   return (mode === "REPEATED" ? { typeKind: "TYPE_ARRAY", arrayType: { elementType: { typeKind } } } : { typeKind }) as Type;
 }
 
-/** The pipeline's statements: the MERGE, the check of the keys, and what make verify and make sweep ask and write. */
+/** The pipeline's statements: the MERGE, and what make verify and make sweep ask and write. */
 function generated(contract: Contract, staging: string): Statement[] {
   const tables = { table: `\`${path(contract.pipeline)}\``, staging: `\`${path(staging)}\`` };
   const time = "2017-01-01T00:00:00.000001+00";
   const statements = {
     MERGE: mergeStatement(contract, tables.table, tables.staging),
-    "key check": duplicateKeysStatement(contract, tables.staging),
     ...verifyStatements(contract, tables, { watermark: time, clock: time, shown: 20 }),
   };
   return Object.entries(statements).map(([generated, sql]) => ({ file: contract.file, sql, generated }));

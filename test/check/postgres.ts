@@ -32,7 +32,7 @@ async function checkContract(sql: Sql, pipeline: string): Promise<void> {
   const contract = readContract(pipeline);
   try {
     const columns = await checkSource({ pipeline, source: sql, log: () => {}, metrics: {} }, contract);
-    await sql.unsafe(jsonLines(contract, contract.source.select, columns));
+    await sql.unsafe(jsonLines(contract.fields, contract.source.select, columns));
   } catch (error) {
     if (!(error instanceof UsageError || error instanceof postgres.PostgresError)) throw error;
     const what = error instanceof UsageError ? "" : "the SELECT made of it and its SELECT: ";
@@ -54,6 +54,7 @@ const examples: Record<string, string> = {
   to: "2017-01-02",
   facts: "[]",
   limits: "{}",
+  source_fields: "[]",
   source_select: "[]",
   status: "[]",
 };

@@ -98,7 +98,7 @@ suite("its commands and walks", () => {
     const { script } = shop;
     const steps = section("The watermark was set by hand to a wrong value");
     await shop.admin`update etl.watermarks set watermark = now() + interval '1 day' where pipeline = 'orders'`;
-    const says = /it was set back, or the watermark ahead, .* Next: correct the clock, or ops\/runbook\.md, .* make rewind PIPELINE=orders/;
+    const says = /it was set back, or that ahead. Next: correct it, or ops\/runbook\.md, .* make rewind PIPELINE=orders/;
     await shop.refused(script, 1, says);
     const status = await shop.run("scripts/ops/status.ts");
     assert.match(status.stdout, /^orders: the clock of source database \w+ says \S+, which is before the watermark/m);

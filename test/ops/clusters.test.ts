@@ -131,7 +131,7 @@ test("a clock that was set back stops the run; once it is right again the next r
     primary,
     (pipeline) =>
       new RegExp(
-        `the clock of source database \\w+ says \\S+, which is before the watermark \\S+: it was set back, .* Next: correct the clock, or ops/runbook\\.md, .* make rewind PIPELINE=${pipeline} TO=…`,
+        `the clock of source database \\w+ says \\S+, which is before the watermark \\S+: it was set back, .* Next: correct it, or ops/runbook\\.md, .* make rewind PIPELINE=${pipeline} TO=…`,
       ),
   );
   primary.setClock("+0");

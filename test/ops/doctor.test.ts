@@ -355,7 +355,7 @@ test("BigQuery: another table, a dataset that is not there, and permissions that
   await using proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
   proxy.fault(/^POST .+\/jobs$/, answer(403, { reason: "accessDenied" }));
   const grant =
-    "answered 403 by the test\\. Grant the service account roles/bigquery\\.jobUser on the project and roles/bigquery\\.dataEditor";
+    "answered 403 by the test\\. Check BIGQUERY_PROJECT, its billing account, .* roles \\(bigquery\\.jobUser, bigquery\\.dataEditor\\)";
   const staging = "staging tables may be created and merged \\(dry run\\)";
   await assertFails(
     undefined,
@@ -363,13 +363,6 @@ test("BigQuery: another table, a dataset that is not there, and permissions that
     new RegExp(`bigquery: orders: ${staging}: ${grant}`),
     new RegExp(`bigquery: users: ${staging}: ${grant}`),
     new RegExp(`views: models may be published \\(dry run\\): ${grant}`),
-  );
-  await using unpaid = await createProxy(shop.env.BIGQUERY_ENDPOINT);
-  unpaid.fault(/^POST .+\/jobs$/, answer(403, { reason: "billingNotEnabled" }));
-  await assertFails(
-    "users",
-    { BIGQUERY_ENDPOINT: unpaid.url },
-    /\(dry run\): answered 403 by the test\. Link a billing account to BIGQUERY_PROJECT/,
   );
   {
     using _ = scratch.edit("sql/users.sql", (sql) => sql.replace("from public.users", "from other.users"));
@@ -379,7 +372,7 @@ test("BigQuery: another table, a dataset that is not there, and permissions that
     await assertFails(
       "users",
       {},
-      /updated_at: expected a column of this table, since rows are found by it, found something else in sql\/users\.sql/,
+      /updated_at: expected a column of this table, since rows are found by it, found something else in the SELECT/,
     );
     await shop.admin.unsafe("drop schema other cascade");
   }

@@ -216,7 +216,7 @@ stepsOfPipeline((pipeline) => {
 
     for (const [step, reason, text] of [
       [steps.upload, "accessDenied", /error: answered 403 by the test/],
-      [steps.merge, "billingNotEnabled", /error: answered 403 by the test\. Link a billing account to BIGQUERY_PROJECT/],
+      [steps.merge, "billingNotEnabled", /error: answered 403 by the test\. Check BIGQUERY_PROJECT, its billing account/],
     ] as const)
       test(`an error that trying again does not help (403, ${reason}) is not retried`, async (change) => {
         change.proxy.fault(step, answer(403, { reason }));

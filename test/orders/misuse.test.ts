@@ -60,7 +60,7 @@ stepsOfPipeline((pipeline) => {
       const twice = `from public.${pipeline} join (values (1), (2)) twice (n) on id = 2 or n = 1`;
       using _ = scratch.edit(`sql/${pipeline}.sql`, (text) => text.replace(`from public.${pipeline}`, twice));
       await assertRefuses(
-        2,
+        1,
         new RegExp(`sql/${pipeline}\\.sql returned the key {"id":2} more than once; nothing of this chunk was merged`),
       );
     }
@@ -125,7 +125,7 @@ stepsOfPipeline((pipeline) => {
     const { stderr } = await shop.succeed(script);
     const warnings = stderr.split("\n").filter((line) => line.includes("step=warning"));
     assert.equal(warnings.length, 1, stderr);
-    assert.match(warnings[0] ?? "", /a restore or a failover is not noticed: permission denied for function pg_control_sys/);
+    assert.match(warnings[0] ?? "", /a restore or a failover is not noticed: permission denied for function pg_/);
     await shop.admin.unsafe(`grant execute on ${functions} to public`);
     await assertSynced();
   });
@@ -159,7 +159,7 @@ stepsOfPipeline((pipeline) => {
       [() => "{", ".* JSON"],
       [
         (text: string) => text.replace('{ "name": "created_at"', twice),
-        ".*: field \\w+ exists twice: BigQuery's names do not tell A from a",
+        '.*: field "\\w+": a name .* comes once: BigQuery does not tell A from a',
       ],
     ] as const) {
       using _ = scratch.edit(contract, broken);

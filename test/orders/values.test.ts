@@ -173,25 +173,15 @@ const edgeRows = [
   .concat({})
   .map((row, index) => ({ created_at: "2017-01-01Z", ...row, id: String(index + 1) }));
 
-/** Values that have no place at the destination: column, value, how Postgres writes it, the field where that is another. */
+/** Values that BigQuery would change: column, value, how Postgres writes it, the field where that is another. */
 const unmappable: [column: string, value: string, written?: string, of?: string][] = [
-  ["money", "NaN"],
-  ["any_numeric", "-Infinity"],
   ["any_numeric", "0.0000000001"], // BigQuery would round it to NUMERIC's nine decimals
-  ["any_numeric", "1e29", `1${"0".repeat(29)}`],
   ["float8", "NaN"],
-  ["date", "10000-01-01"],
-  ["time", "24:00:00"],
-  ["timestamp", "0001-12-31 23:59:59 BC"],
-  ["created_at", "10000-01-01Z", "10000-01-01 00:00:00+00"],
   ["ints", "{1,NULL}"],
   ["ints", "{{1,2},{3,4}}"],
-  ["moneys", "{1.00,NaN}"],
-  ["moments", '{"0001-12-31 23:59:59+00 BC"}'],
+  ["any_numerics", "{1.00,0.0000000001}"],
   ["jsonbs", '{"null"}'],
   ["jsonb", '{"n": 0.1234567890123456789}'], // neither an integer of 64 bits nor a double
-  ["p", `[1e309]`, `[1${"0".repeat(198)}`],
-  ["jsonb", "[".repeat(501) + "]".repeat(501), "[".repeat(200)],
   ["text", "gone", "NULL", "needed"], // an expression that is NULL, in a REQUIRED field
 ];
 
@@ -201,6 +191,9 @@ const withoutMapping = ["tsvector", "point", "xml", "money", "timetz", "int4rang
 const refusedByEngine: [what: string, id: number, column: string, value: string, says: RegExp][] = [
   ["20,000 levels of JSON", 7, "json", "(repeat('[', 20000) || repeat(']', 20000))::json", /stack depth limit exceeded/],
   ["a row larger than BigQuery takes", 20, "text", "repeat('x', 18000000)", /maximum|too large|object size/i],
+  ["a JSON number beyond FLOAT64", 5, "p", "'[1e309]'", /out of range for type double precision/],
+  ["NaN in a NUMERIC", 3, "money", "'NaN'", /errors: 1/],
+  ["a time before Christ", 4, "timestamp", "'0001-12-31 23:59:59 BC'", /errors: 1/],
   ["a byte that is not UTF-8", 17, "text", "'caf' || chr(233)", /invalid byte sequence for encoding/],
 ];
 await suite("a row that the source or BigQuery refuses", async () => {
@@ -270,7 +263,7 @@ for (const pipeline of ofSteps) {
       }
     });
 
-    test("a value without a place is refused by pipeline, primary key and column, and nothing moves", async () => {
+    test("a value that BigQuery would change is refused by pipeline, primary key and column, and nothing moves", async () => {
       const { checkSource, readContract }: typeof import("../../shared/bigquery/contract.ts") = await import(
         join(scratch.folder, "shared/bigquery/contract.ts")
       );
@@ -281,14 +274,17 @@ for (const pipeline of ofSteps) {
       await source`select set_config('etl.from', ${before}, false), set_config('etl.to', 'infinity', false)`;
       for (const [column, value, written = value, of = column] of unmappable) {
         await upsert(shop, [{ id: "-7", created_at: "2017-01-01Z", [column]: value }]);
-        const refused = source.unsafe(jsonLines(contract, contract.source.select, columns));
-        await assert.rejects(refused, new RegExp(`"etl refuses column ${of} of ${pipeline}, row id=-7: ${RegExp.escape(written)}`));
+        const refused = source.unsafe(jsonLines(contract.fields, contract.source.select, columns));
+        await assert.rejects(refused, new RegExp(`"column ${of} cannot hold ${RegExp.escape(written)}`));
         await shop.admin`delete from ${shop.admin(shop.table)} where id = -7`;
       }
-      await upsert(shop, [{ id: "-7", created_at: "2017-01-01Z", money: "NaN" }]);
+      await upsert(shop, [{ id: "-7", created_at: "2017-01-01Z", float8: "NaN" }]);
       const { code, stderr } = await shop.run(shop.script);
       await shop.admin`delete from ${shop.admin(shop.table)} where id = -7`;
-      assert.ok(stderr.includes(`column money of ${pipeline}, row id=-7: NaN, which its field cannot hold.`), stderr);
+      assert.match(
+        stderr,
+        new RegExp(`error: row id=-7 of ${pipeline} is refused: .*"column float8 cannot hold NaN"\\. Correct it at the source`),
+      );
       assert.equal(code, 1);
       const [run] = await shop.admin`select state, error from etl.runs order by started_at desc limit 1`;
       assert.equal(run?.state, "failed");

@@ -162,9 +162,8 @@ stepsOfPipeline((pipeline) => {
       const held = await shop.succeed(script);
       assert.equal(await shop.watermark(), start);
       assert.match(holder(held) ?? "", new RegExp(`^prepared transaction "${gid}" of role postgres, prepared [\\d:]+ ago$`));
-      const byHand = await shop.run(script, { FROM: "2017-01-01", TO: "9999-01-01" });
-      assert.match(errorOf(byHand), /no bound is safe while a transaction is prepared \(.*Finish it, then run this again/);
-      assert.equal(byHand.code, 1);
+      const byHand = await shop.succeed(script, { FROM: "2017-01-01", TO: "9999-01-01" });
+      assert.equal(holder(byHand)?.slice(0, 20), holder(held)?.slice(0, 20));
       assert.deepEqual(await shop.destinationRows(), arrived);
     } finally {
       await shop.admin.unsafe(`commit prepared '${gid}'`);

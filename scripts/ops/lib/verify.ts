@@ -15,7 +15,7 @@
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
 import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
-import { address, ask, change, createStaging, loadChunk, mergeStatement, openDestination } from "../../../shared/bigquery/load.ts";
+import { address, createStaging, execute, loadChunk, mergeStatement, openDestination } from "../../../shared/bigquery/load.ts";
 import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
@@ -119,13 +119,19 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
     const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
+    let comparisons = 0;
     const job = (name: string): string => `etl_${staging.name}_${name}`;
     return await work({
-      compare: async () => comparison(rows, await ask<Found>(run, to, sql.compare)),
-      deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
+      compare: async () => {
+        const jobId = job(`compare_${++comparisons}`);
+        await execute(run, to, jobId, sql.compare);
+        const [found] = await to.bigquery.job(jobId).getQueryResults();
+        return comparison(rows, found);
+      },
+      deleteExtra: async () => (await execute(run, to, job("delete"), sql.deleteExtra)).deleted,
       repair: async () => {
-        const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
-        const { inserted, updated } = await change(run, to, job("merge"), sql.merge);
+        const { deleted } = await execute(run, to, job("delete"), sql.deleteWrong);
+        const { inserted, updated } = await execute(run, to, job("merge"), sql.merge);
         run.log("repaired", { written: inserted + updated, deleted });
         return inserted + updated + deleted;
       },
