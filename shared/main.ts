@@ -5,12 +5,12 @@ import { json, log, logError } from "./log.ts";
 
 /** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
-  for (const stream of [process.stdout, process.stderr])
-    stream.on("error", (error: NodeJS.ErrnoException) => {
-      if (error.code !== "EPIPE") throw error; // `make status | head` must not end the run
-    });
   // Also what is thrown here: scripts await it at their top level.
-  process.on("uncaughtException", (error) => setImmediate(() => !elsewhere.has(error) && fail(error)));
+  process.on("uncaughtException", (error: NodeJS.ErrnoException, origin) => {
+    // Emitted where nobody listens: `make status | head`; a COPY that fails with its first rows, whose reader is told.
+    const isHarmless = error.code === "EPIPE" || error.name === "PostgresError";
+    if (origin === "unhandledRejection" || !isHarmless) fail(error);
+  });
   process.removeAllListeners("warning").on("warning", ({ name, message }) => {
     // kafkajs sets timers of a negative time, which does no harm.
     if (name !== "TimeoutNegativeWarning") log({ step: "warning", warning: message });
@@ -27,10 +27,6 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
   }
   await body();
 }
-
-const elsewhere = new WeakSet<object>();
-/** An error that was thrown before anybody could listen, and is handled where it is read. */
-export const handled = (error: object | null | undefined): void => void (error && elsewhere.add(error));
 
 function fail(error: unknown): never {
   const bug = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
@@ -59,16 +55,7 @@ export function explain(error: DatabaseError): string {
   return `${said} ${statement}. Has another session locked a table (VACUUM FULL, ALTER TABLE)? Once it has ended, run this again`;
 }
 
-/**
- * Calls `stop` at the first SIGINT or SIGTERM. A second signal exits at once, unless it comes within a second: `timeout` and `make` both
- * forward SIGTERM, which counts as one.
- */
+/** Calls `stop` at SIGINT or SIGTERM: at both, where `timeout` or `make` forward one. */
 export function onSignal(stop: (signal: string) => void): void {
-  let first: number | undefined;
-  for (const signal of ["SIGINT", "SIGTERM"])
-    process.on(signal, () => {
-      if (first === undefined) stop(signal);
-      else if (performance.now() - first > 1000) process.exit(1);
-      first ??= performance.now();
-    });
+  for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, stop);
 }

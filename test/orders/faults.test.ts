@@ -109,7 +109,7 @@ stepsOfPipeline((pipeline) => {
         await widen(change);
         const upload = pause(1000);
         const text =
-          /error: reading the source failed after \d+ rows: (terminating connection due to administrator command|write CONNECTION_CLOSED)/;
+          /error: reading the source failed after \d+ rows: (terminating connection due to administrator command|the server closed the connection)/;
         await assertFailsCleanly(change, text, async () => {
           const run = await change.startHeld(steps.upload, upload);
           await shop.admin`select pg_terminate_backend(${await copyBlocked(shop)})`;
@@ -123,7 +123,7 @@ stepsOfPipeline((pipeline) => {
         [
           "ended at a row's end, without an error",
           "fin",
-          /error: reading the source failed after \d+ rows: .*(ECONNRESET|CONNECTION_CLOSED)/,
+          /error: reading the source failed after \d+ rows: .*(ECONNRESET|the server closed the connection)/,
         ],
         ["open and silent, until the deadline", "stall", /error: the run's deadline of \d+ s \(RUN_TIMEOUT_SECONDS\) has passed/],
       ] as const)

@@ -35,7 +35,7 @@ const malformed: Record<string, [value: string, says: string]> = {
   BIGQUERY_PROJECT: ["my shop", "must be a project's id"],
   BIGQUERY_DATASET: ["raw`; DROP TABLE x; --", "may hold letters, digits, _ and - only"],
   BIGQUERY_LOCATION: ["U S", "may hold letters, digits, _ and - only"],
-  BIGQUERY_ENDPOINT: ["127.0.0.1:19050", "is not a URL"],
+  BIGQUERY_ENDPOINT: ["127.0.0.1:19050", "is not http://HOST:PORT"],
   PUSHGATEWAY_URL: ["ftp://gateway", "must start with http://"],
   WATERMARK_LAG_SECONDS: ["-1", "must be a number from 0 to "],
   CHUNK_ROWS: ["0", "must be a whole number from 1 to "],
@@ -127,8 +127,8 @@ stepsOfPipeline((pipeline) => {
   const refusals: [change: Partial<URL>, ...says: string[]][] = [
     [{ password: "wrong" }, "Check the password in it; a special character must be percent-encoded."],
     [{ port: "1" }, "port 1,", "Is the server running, at this host and port? For the local stack: make up"],
-    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Check the database\'s name in it.'],
-    [{ hostname: "no-such-host.invalid" }, "Check the host's name in it."],
+    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Is that right'],
+    [{ hostname: "no-such-host.invalid" }, "getaddrinfo ENOTFOUND no-such-host.invalid. Is that right"],
   ];
   test("a source that refuses or is not there is named by its variable, with what to check", async () => {
     for (const name of ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL"]) {
