@@ -42,9 +42,8 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };
       const value = /etl refuses (.*)"$/s.exec(message)?.[1];
-      const why = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
-      const said = [why, detail].filter(Boolean).join(": ");
-      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${said}`, { cause });
+      const said = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
+      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${said}${detail ? `: ${detail}` : ""}`, { cause });
     }
   }
   return { lines: lines(), sent, [Symbol.asyncDispose]: session[Symbol.asyncDispose] };

@@ -46,13 +46,12 @@ export function explain(error: DatabaseError): string {
   const { name, code = "", query = "", message } = error;
   const said = message || code || name;
   if (lacksMetadata(error)) return `${said}: the metadata tables are older than this version. Run: make migrate`;
-  if (code === "42704" && said.includes('"etl.'))
-    return `${said}: a pooler, such as PgBouncer, has dropped it. Point SOURCE_DATABASE_URL at Postgres itself`;
-  const statement = `in: ${query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
-  // A connection that broke has no words of its own; the statement tells which of the databases it was.
-  if (/^(read|write) [A-Z_]+/.test(said) && query) return `${said}: the connection to Postgres was lost ${statement}`;
-  if (!/^(55P03|57014)$/.test(code)) return said;
-  return `${said} ${statement}. Has another session locked a table (VACUUM FULL, ALTER TABLE)? Once it has ended, run this again`;
+  if (/(unrecognized configuration|unsupported startup) parameter/.test(said))
+    return `${said}. Is its URL that of a pooler, such as PgBouncer? Point it at Postgres itself`;
+  // Few words of their own: the statement tells which of the databases it was.
+  if (!/^(55P03|57014|ECONNRESET|EPIPE|ETIMEDOUT)$/.test(code) || !query) return said;
+  const statement = query.trim().replaceAll(/\s+/g, " ").slice(0, 80);
+  return `${said} in: ${statement} …. Did the server restart, or another session lock a table? Once that is over, run this again`;
 }
 
 /** Calls `stop` at SIGINT or SIGTERM: at both, where `timeout` or `make` forward one. */

@@ -44,7 +44,10 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     await checkSession("ETL_DATABASE_URL", run.etl);
     if (env.SOURCE_DATABASE_URL) await checkSession("SOURCE_DATABASE_URL", run.source);
     await body(run);
-    if (run.state === "recorded") await recordSuccess(run, env.RETENTION_DAYS);
+    if (run.state !== "recorded") return;
+    await record(run, "succeeded");
+    const settings = { "etl.pipeline": pipeline, "etl.days": String(env.RETENTION_DAYS) };
+    await orWarn("history older than RETENTION_DAYS was not deleted", queryFile(run.etl, "forget", settings));
   };
   const stopped = new Promise<never>((_, reject) => stop.signal.addEventListener("abort", () => reject(stop.signal.reason)));
   let failure: Error | undefined;
@@ -62,13 +65,11 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   if (run.state !== "skipped" && !run.byHand)
     await Promise.all([push(run, env.PUSHGATEWAY_URL, failure !== undefined), run.tell(failure ? "fail" : "success")]);
   const [{ totals, watermark }, seconds] = [run, run.seconds()];
-  if (failure) {
-    run.log("failed", { rows: totals.rows, chunks: totals.chunks, seconds, watermark });
-    throw failure;
-  }
   const rows_per_second = Math.round(totals.rows / seconds);
   const peak_rss_mb = Math.round(process.resourceUsage().maxRSS / 1024);
-  if (run.state === "recorded") run.log("done", { ...totals, seconds, rows_per_second, peak_rss_mb, watermark });
+  const done = { ...totals, seconds, rows_per_second, peak_rss_mb, watermark };
+  if (failure || run.state === "recorded") run.log(failure ? "failed" : "done", done);
+  if (failure) throw failure;
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
@@ -158,13 +159,6 @@ async function record(run: Run, state: "running" | "succeeded" | "failed", error
   const read = { chunk_from: window?.from, chunk_to: watermark ?? window?.to };
   const row = { run_id, pipeline, state, host: hostname(), pid: process.pid, by_hand, ...totals, hold_seconds, ...read, error };
   await queryFile(run.etl, "record_run", { "etl.run": JSON.stringify(row) });
-}
-
-/** Records it, and deletes what etl keeps of the pipeline's history for longer than RETENTION_DAYS. */
-async function recordSuccess(run: Run, days: number): Promise<void> {
-  await record(run, "succeeded");
-  const forgotten = queryFile(run.etl, "forget", { "etl.pipeline": run.pipeline, "etl.days": String(days) });
-  await orWarn(`history older than ${days} days was not deleted`, forgotten);
 }
 
 /**

@@ -18,29 +18,25 @@ export interface SessionOptions {
   settings?: Settings;
 }
 
-/** The end of its scope closes it, and whatever it still does: see openSession. */
-export type Session = Sql & AsyncDisposable;
-
 /**
- * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`. It is
- * never replaced (max_lifetime): that would quietly lose its advisory lock.
+ * One session, opened at its first statement; `await session.end()` closes it. So does the end of its scope with `await using`, whatever it
+ * still does. It is never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
-export function openSession(url: string, options: SessionOptions): Session {
-  const { host, port, sslmode, ...login } = parsePostgresUrl(url);
-  const connectSeconds = Math.min(10, options.timeoutSeconds);
+export function openSession(url: string, options: SessionOptions): Sql & AsyncDisposable {
+  const { sslmode, ...server } = parsePostgresUrl(url);
   let socket: Socket | undefined;
   delete process.env.PGTARGETSESSIONATTRS; // libpq's: postgres.js would refuse our read-only role by it, without a word
   const session = postgres({
-    ...login,
-    host: [host],
-    port: [port],
+    ...server,
+    host: [server.host], // as text ::1 would be a host and a port
+    port: [server.port],
     socket: async () => {
-      socket = await openSocket({ host, port, sslmode }, connectSeconds);
+      socket = await openSocket(server, sslmode);
       return socket;
     },
     max: 1,
     max_lifetime: null,
-    connect_timeout: connectSeconds,
+    connect_timeout: CONNECT_SECONDS,
     fetch_types: false,
     onnotice: () => {},
     // Whatever the role, the database or the server default to: the same names and text, no row silently filtered, nothing that hangs
@@ -73,15 +69,15 @@ export function openSession(url: string, options: SessionOptions): Session {
   return Object.assign(session, { [Symbol.asyncDispose]: close });
 }
 
-type Address = { host: string; port: number; sslmode: string };
+const CONNECT_SECONDS = 10;
 const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
 
 /**
  * Opens a session's connection. sslmode=require encrypts, as in libpq; verify-full (and verify-ca, here the same) also checks the
  * certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-async function openSocket({ host, port, sslmode }: Address, seconds: number): Promise<Socket> {
-  const signal = AbortSignal.timeout(seconds * 1000);
+async function openSocket({ host, port }: { host: string; port: number }, sslmode: string): Promise<Socket> {
+  const signal = AbortSignal.timeout(CONNECT_SECONDS * 1000);
   let socket = connectSocket({ host, port });
   try {
     await once(socket, "connect", { signal });
@@ -95,7 +91,7 @@ async function openSocket({ host, port, sslmode }: Address, seconds: number): Pr
     }
   } catch (error) {
     socket.on("error", () => {}).destroy();
-    throw signal.aborted ? new Error(`no answer within ${seconds} s`) : error;
+    throw signal.aborted ? new Error(`no answer within ${CONNECT_SECONDS} s`) : error;
   }
   socket.on("end", () => socket.destroy(new Error("the server closed the connection")));
   return socket.on("data", (received: Buffer) => {
@@ -114,16 +110,11 @@ export const prepareSession = (session: Sql): Promise<unknown> =>
  * @throws Error with the variable, the server's words and what to do.
  */
 export async function checkSession(variable: string, session: Sql): Promise<void> {
-  const remedies: Record<string, string> = {
-    "28P01": "Check the password in it; a special character must be percent-encoded.",
-    "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
-    ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
-  };
-  await prepareSession(session).catch(({ code = "", message }: Error & { code?: string }) => {
+  await prepareSession(session).catch(({ code, message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-    const otherwise = "Is that right, is TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
-    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedies[code] ?? otherwise}`);
+    const next = "Is all of that right, its password percent-encoded, and a private authority in NODE_EXTRA_CA_CERTS?";
+    throw new Error(`cannot connect to ${where}: ${message || code}. ${next} For the local stack: make up`);
   });
 }
 
