@@ -1,5 +1,4 @@
 /** Postgres: COPY as a stream of JSON lines. */
-import { handled } from "./main.ts";
 import { openSession, prepareSession, type SessionOptions } from "./session.ts";
 
 /** The source failed, not the destination: the run ends, and the next one resumes at the watermark. */
@@ -15,7 +14,6 @@ export interface RowStream extends AsyncDisposable {
 }
 
 const NEWLINE = 10;
-const LARGE = 2 ** 20;
 
 /**
  * Streams what a SELECT of one JSON column returns, a value a line, in one statement (so from one snapshot) of a session of its own. JSON
@@ -30,7 +28,6 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
     try {
       await prepareSession(session);
       const stream = await session.unsafe(copy).readable();
-      handled(stream.errored); // it came with the first rows, before anybody could listen
       let rest: Buffer[] = []; // what is read holds many lines, and may end inside one
       for await (const read of stream as AsyncIterable<Buffer>) {
         const end = read.lastIndexOf(NEWLINE) + 1;
@@ -40,21 +37,12 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
         rest = end < read.length ? [read.subarray(end)] : [];
         for (let at = piece.indexOf(NEWLINE); at >= 0; at = piece.indexOf(NEWLINE, at + 1)) sent.rows += 1;
         sent.bytes += piece.length;
-        const large = piece.length > LARGE; // the stream reads ahead, which would be another large row in memory
-        if (large) session.connection()?.pause();
         yield piece;
-        if (large) session.connection()?.resume();
       }
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };
-      const said = [message, detail].filter(Boolean).join(": ");
-      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${said}`, { cause });
+      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${message}${detail ? `: ${detail}` : ""}`, { cause });
     }
   }
-  const close = async (): Promise<void> => {
-    await session.end({ timeout: 0 });
-    // Nothing else ends a COPY whose reader has failed. Not before: over TLS the goodbye would fail where nobody listens.
-    session.connection()?.destroy();
-  };
-  return { lines: lines(), sent, [Symbol.asyncDispose]: close };
+  return { lines: lines(), sent, [Symbol.asyncDispose]: session[Symbol.asyncDispose] };
 }

@@ -17,30 +17,28 @@ export class UsageError extends Error {
 }
 
 const file = resolve(root, process.env.ENV_FILE || ".env");
-const atStart = process.env.NODE_EXTRA_CA_CERTS;
 const content = existsSync(file) ? readFileSync(file, "utf8").replace(/^\uFEFF/, "") : "";
 const values = parse(content);
-/** The values whole: dotenv takes each # outside of quotes for a comment, here only one after a blank is. The environment wins. */
-const whole = Object.entries(parse(content.replaceAll(/(?<=\S)#/g, "\0")));
-const cut = whole.filter(([name, value]) => value.replaceAll("\0", "#") !== values[name] && !(name in process.env)).map(([name]) => name);
-populate(process.env as Record<string, string>, values); // Google's and Amazon's clients see it too
+populate(process.env as Record<string, string>, values); // the environment wins; Google's and Amazon's clients see it too
+/** The values whole: dotenv takes each # outside of quotes for a comment, here only one after a blank is. */
+const whole = parse(content.replaceAll(/(?<=\S)#/g, "\0"));
 
 /** Reads a variable's text. Its error says what is wrong with it: "must be a number from 1 to 9". */
 type Reader<T> = (text: string) => T;
-
-export interface Variable<T> {
-  read: Reader<T>;
-  /** What an absent variable stands for; without it the variable is required. */
-  fallback?: { value: T };
-}
+/** Reads a variable that may be absent or, which is the same, empty. */
+type Variable<T> = (text: string | undefined) => T;
 export type Variables = Record<string, Variable<unknown>>;
-export type Env<V extends Variables> = { [K in keyof V]: V[K] extends Variable<infer T> ? T : never };
+export type Env<V extends Variables> = { [K in keyof V]: ReturnType<V[K]> };
 
-export const required = <T>(read: Reader<T>): Variable<T> => ({ read });
-export const optional = <T, F extends T | undefined = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> => ({
-  read,
-  fallback: { value: fallback as F },
-});
+export function required<T>(read: Reader<T>): Variable<T> {
+  return (text) => {
+    if (text) return read(text);
+    throw new Error("is missing");
+  };
+}
+export function optional<T, F extends T | undefined = undefined>(read: Reader<T>, fallback?: F): Variable<T | F> {
+  return (text) => (text ? read(text) : (fallback as F));
+}
 
 /** Whether it is set to anything. An empty variable counts as absent. */
 export const isSet = (name: string): boolean => Boolean(process.env[name]);
@@ -54,21 +52,19 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
     throw new UsageError(`ENV_FILE: there is no file ${file}. Copy .env.example there, or unset ENV_FILE.`);
   const faults: string[] = [];
   const env: Record<string, unknown> = {};
-  for (const [name, { read, fallback }] of Object.entries({ ...variables, ...everywhere })) {
+  for (const [name, read] of Object.entries({ ...variables, ...everywhere })) {
     try {
-      if (cut.includes(name)) throw new Error(`has a # in ${file}, which begins a comment: put the value into quotes`);
-      if (isSet(name)) env[name] = read(process.env[name] ?? "");
-      else if (fallback) env[name] = fallback.value;
-      else throw new Error("is missing");
+      const text = process.env[name];
+      if (text === values[name] && text !== whole[name]?.replaceAll("\0", "#"))
+        throw new Error(`has a # in ${file}, which begins a comment: put the value into quotes`);
+      env[name] = read(text);
     } catch (error) {
       faults.push(`${name} ${(error as Error).message}${documented(name)}`);
     }
   }
   const { FROM, TO } = env as { FROM?: string; TO?: string };
-  if ("FROM" in variables && !faults.length && (!FROM !== !TO || (FROM ?? "") > (TO ?? ""))) {
-    const why = FROM && TO ? `FROM ${FROM} is after TO ${TO}` : `${FROM ? "FROM" : "TO"} was given without the other`;
-    faults.push(`${why}: a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01`);
-  }
+  if ("FROM" in variables && !faults.length && (!FROM !== !TO || (FROM ?? "") > (TO ?? "")))
+    faults.push("FROM and TO: a re-run needs both, FROM (inclusive) before TO (exclusive). Example: FROM=2017-01-01 TO=2017-02-01");
   if (!faults.length) return env as Env<V>;
   throw new UsageError(
     `wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\nSet them in ${file}, in the environment ` +
@@ -83,9 +79,10 @@ function documented(name: string): string {
   return comment ? `. ${comment.replaceAll(/^# /gm, "").trim().replaceAll("\n", " ")} Example: ${name}=${value}` : "";
 }
 
-/** Node itself reads NODE_EXTRA_CA_CERTS from the environment, when it starts; here the one of the file is added. */
+/** Node reads it when it starts, from the environment only. */
 function trust(path: string): void {
-  if (path !== atStart) setDefaultCACertificates([...getCACertificates("default"), readFileSync(path, "utf8")]);
+  const certificates = readFileSync(path, "utf8");
+  if (!getCACertificates("extra").length) setDefaultCACertificates([...getCACertificates("default"), certificates]);
 }
 
 const secrets = new Set<string>();
@@ -127,52 +124,41 @@ export function number(least: number, most: number, whole = true): Reader<number
   };
 }
 
-/** A URL; its password is a secret from here on. @param what it may be: a server's address, one with login and path, or any. */
-function url(what: "server" | "base" | "any"): Reader<string> {
+/** A URL; its password is a secret from here on. One that is not encoded would be a port and a path: of u:12/34@host. */
+function parseUrl(value: string, protocol: RegExp, form: string): URL {
+  const url = URL.parse(value);
+  if (!url || url.hash || !protocol.test(value) || `${url.pathname}${url.search}`.includes("@") || /%(?![\da-f]{2})/i.test(value))
+    throw new Error(`is not ${form} (is a special character in it percent-encoded?)`);
+  if (url.password) secret(decodeURIComponent(url.password));
+  return url;
+}
+
+/** @param ignored the parts that its client would ignore. */
+function url(...ignored: ("username" | "password" | "pathname" | "search")[]): Reader<string> {
   return (value) => {
-    const parsed = URL.parse(value);
-    // Of u:12/34@host the password would be a port and a path.
-    if (!parsed || (what !== "any" && parsed.pathname.includes("@")))
-      throw new Error("is not a URL (is a special character in it percent-encoded?)");
-    const { protocol, username, password, pathname, search, hash } = parsed;
-    if (!/^https?:$/.test(protocol)) throw new Error("must start with http://");
-    const [, typed = password] = /^[^:]+:\/\/[^:/?#]*:([^/?#]*)@/.exec(value) ?? [];
-    if (password) for (const form of [password, typed, decodeURIComponent(typed)]) secret(form);
-    if (what === "server" && (username || password || pathname !== "/"))
-      throw new Error("must be protocol, host and port only: a login, a database or a path has no effect here");
-    if (what !== "any" && (search || hash)) throw new Error("must have nothing behind its path");
+    const url = parseUrl(value, /^https?:/i, "http://HOST:PORT");
+    const part = ignored.find((part) => !/^\/?$/.test(url[part]));
+    if (part) throw new Error(`has a ${part}, which does nothing here. Leave it out`);
     return value;
   };
 }
 /** The server of a client that takes an address only. */
-export const serverUrl = url("server");
+export const serverUrl = url("username", "password", "pathname", "search");
 /** A server that may want a login, or be below a path: see shared/http.ts. */
-export const baseUrl = url("base");
-export const httpUrl = url("any");
+export const baseUrl = url("search");
+export const httpUrl = url();
 
-/**
- * The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name, an address ([::1]), or with ?host= the
- * folder of a socket. A password with a character that is not encoded matches nothing, so that no piece of it is taken for a host.
- */
+/** The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name or an address: [::1]. */
 export function parsePostgresUrl(value: string) {
-  const form =
-    /^postgres(?:ql)?:\/\/(?:([^:/?#@]*)(?::([^/?#@]*))?@)?(\[[^\]/?#@]+\]|[^:/?#@[\]]*)(?::(\d+))?(?:\/([^/?#@]*))?(?:\?([^#@]*))?$/;
-  if (!/^postgres(ql)?:\/\//.test(value)) throw new Error("must start with postgres://");
-  const [match, typedUser = "", typed = "", inUrl = "", port = "5432", name = "", query] = form.exec(value) ?? [];
-  if (!match || /%(?![\da-f]{2})/i.test(value))
-    throw new Error("is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)");
-  const [user, password, database] = [typedUser, typed, name].map(decodeURIComponent) as [string, string, string];
-  if (password) for (const secretForm of [typed, password]) secret(secretForm);
-  const { host = inUrl.replaceAll(/[[\]]/g, ""), sslmode = "disable", ...others } = Object.fromEntries(new URLSearchParams(query));
-  if (host === "" || host.includes(",")) throw new Error("must name one host (of a pair, the primary)");
-  if (!name) throw new Error("must name the database: …/NAME");
-  // Ignoring either would silently weaken TLS.
-  if (!/^(disable|allow|prefer|require|verify-ca|verify-full)$/.test(sslmode))
+  const url = parseUrl(value, /^postgres(ql)?:/, "postgres://USER:PASSWORD@HOST:PORT/DATABASE");
+  const { sslmode = "disable", ...others } = Object.fromEntries(url.searchParams);
+  const [host, database] = [url.hostname.replaceAll(/[[\]]/g, ""), decodeURIComponent(url.pathname.slice(1))];
+  const [user, password] = [decodeURIComponent(url.username), decodeURIComponent(url.password)];
+  if (!/^(disable|require|verify-ca|verify-full)$/.test(sslmode))
     throw new Error("has an unknown sslmode: it must be disable, require or verify-full");
-  if ("sslrootcert" in others) throw new Error("has sslrootcert: name the file of your own authority in NODE_EXTRA_CA_CERTS instead");
-  const [unknown] = Object.keys(others);
-  if (unknown) throw new Error(`has the parameter ${unknown}, which does nothing here. Leave it out`);
-  return { user, password, host, port: Number(port), database, sslmode };
+  for (const other of Object.keys(others))
+    throw new Error(`has ${other}, which does nothing here. Leave it out (an authority of your own: NODE_EXTRA_CA_CERTS)`);
+  return { user, password, host, port: Number(url.port || 5432), database, sslmode };
 }
 export function postgresUrl(value: string): string {
   parsePostgresUrl(value);
@@ -186,17 +172,14 @@ const everywhere = {
 };
 
 /**
- * A point in time as a person types it: a date, or a date with a time to the microsecond, in UTC unless it says otherwise. As text in UTC
- * with six decimals, so that two of them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
+ * A point in time of UTC as a person types it: a date, or a date with a time to the microsecond. As text with six decimals, so that two of
+ * them compare as text. A Date would hold milliseconds, and turn 30 February into 2 March.
  */
 export function timestamp(value: string): string {
-  const time = /(?:[T ]((?:[01]\d|2[0-3]):\d\d(?::\d\d(?:\.(\d{1,6}))?)?)(?:Z|([+-](?:0\d|1[0-5])):?(\d\d)?)?)?/;
-  const form = new RegExp(`^(\\d{4}-\\d\\d-\\d\\d)${time.source}$`);
-  const [, day, clock = "00:00", micros = "", hours = "+00", minutes = "00"] = form.exec(value.trim()) ?? [];
-  const calendar = new Date(`${day}T00:00:00Z`);
-  const utc = new Date(`${day}T${clock.replace(/\..*/, "")}${hours}:${minutes}`);
-  const iso = [calendar, utc].map((date) => (Number.isNaN(date.getTime()) ? "" : date.toISOString()));
-  if (iso[0]?.slice(0, 10) !== day || !/^(?!0000)\d{4}-/.test(iso[1] ?? ""))
-    throw new Error("must be a time of the years 0001 to 9999, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z");
-  return `${iso[1]?.slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
+  const form = /^(?!0000)(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d(?::\d\d)?)(?:\.(\d{1,6}))?(?:Z|\+00(?::?00)?)?)?$/;
+  const [, day, clock = "00:00", micros = ""] = form.exec(value.trim()) ?? [];
+  const date = new Date(`${day}T${clock}Z`);
+  if (Number.isNaN(date.getTime()) || !date.toISOString().startsWith(`${day}T`))
+    throw new Error("must be a time of the years 0001 to 9999 in UTC, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z");
+  return `${date.toISOString().slice(0, 19)}.${micros.padEnd(6, "0")}+00`;
 }

@@ -19,7 +19,6 @@ export async function ask(variable: string, { href }: URL, init: RequestInit, se
     const { code, message } = (error.cause ?? error) as { code?: string; message: string };
     throw new Error(`${url.host} (${variable}) does not answer: ${message || code}. For the local stack: make up`);
   });
-  if (answer.status !== 401 && answer.status !== 403) return answer;
-  const next = "Write it into the URL: https://NAME:PASSWORD@HOST";
-  throw new Error(`${url.host} (${variable}) refused the login: HTTP ${answer.status}. ${next}`);
+  if (![401, 403].includes(answer.status)) return answer;
+  throw new Error(`${url.host} (${variable}) refused the login: HTTP ${answer.status}. Write it into the URL: https://NAME:PASSWORD@HOST`);
 }

@@ -5,12 +5,12 @@ import { json, log, logError } from "./log.ts";
 
 /** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
-  for (const stream of [process.stdout, process.stderr])
-    stream.on("error", (error: NodeJS.ErrnoException) => {
-      if (error.code !== "EPIPE") throw error; // `make status | head` must not end the run
-    });
   // Also what is thrown here: scripts await it at their top level.
-  process.on("uncaughtException", (error) => setImmediate(() => !elsewhere.has(error) && fail(error)));
+  process.on("uncaughtException", (error: NodeJS.ErrnoException, origin) => {
+    // Emitted where nobody listens: `make status | head`; a COPY that fails with its first rows, whose reader is told.
+    const isHarmless = error.code === "EPIPE" || error.name === "PostgresError";
+    if (origin === "unhandledRejection" || !isHarmless) fail(error);
+  });
   process.removeAllListeners("warning").on("warning", ({ name, message }) => {
     // kafkajs sets timers of a negative time, which does no harm.
     if (name !== "TimeoutNegativeWarning") log({ step: "warning", warning: message });
@@ -27,10 +27,6 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
   }
   await body();
 }
-
-const elsewhere = new WeakSet<object>();
-/** An error that was thrown before anybody could listen, and is handled where it is read. */
-export const handled = (error: object | null | undefined): void => void (error && elsewhere.add(error));
 
 function fail(error: unknown): never {
   const bug = error instanceof TypeError || error instanceof ReferenceError || !(error instanceof Error);
@@ -50,25 +46,15 @@ export function explain(error: DatabaseError): string {
   const { name, code = "", query = "", message } = error;
   const said = message || code || name;
   if (lacksMetadata(error)) return `${said}: the metadata tables are older than this version. Run: make migrate`;
-  if (code === "42704" && said.includes('"etl.'))
-    return `${said}: a pooler, such as PgBouncer, has dropped it. Point SOURCE_DATABASE_URL at Postgres itself`;
-  const statement = `in: ${query.trim().replaceAll(/\s+/g, " ").slice(0, 80)} …`;
-  // A connection that broke has no words of its own; the statement tells which of the databases it was.
-  if (/^(read|write) [A-Z_]+/.test(said) && query) return `${said}: the connection to Postgres was lost ${statement}`;
-  if (!/^(55P03|57014)$/.test(code)) return said;
-  return `${said} ${statement}. Has another session locked a table (VACUUM FULL, ALTER TABLE)? Once it has ended, run this again`;
+  if (/(unrecognized configuration|unsupported startup) parameter/.test(said))
+    return `${said}. Is its URL that of a pooler, such as PgBouncer? Point it at Postgres itself`;
+  // Few words of their own: the statement tells which of the databases it was.
+  if (!/^(55P03|57014|ECONNRESET|EPIPE|ETIMEDOUT)$/.test(code) || !query) return said;
+  const statement = query.trim().replaceAll(/\s+/g, " ").slice(0, 80);
+  return `${said} in: ${statement} …. Did the server restart, or another session lock a table? Once that is over, run this again`;
 }
 
-/**
- * Calls `stop` at the first SIGINT or SIGTERM. A second signal exits at once, unless it comes within a second: `timeout` and `make` both
- * forward SIGTERM, which counts as one.
- */
+/** Calls `stop` at SIGINT or SIGTERM: at both, where `timeout` or `make` forward one. */
 export function onSignal(stop: (signal: string) => void): void {
-  let first: number | undefined;
-  for (const signal of ["SIGINT", "SIGTERM"])
-    process.on(signal, () => {
-      if (first === undefined) stop(signal);
-      else if (performance.now() - first > 1000) process.exit(1);
-      first ??= performance.now();
-    });
+  for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, stop);
 }

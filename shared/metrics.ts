@@ -5,25 +5,27 @@ import { log } from "./log.ts";
 /** Name → value; ops/README.md, "Metrics", says what they are. */
 export type Metrics = Record<string, number>;
 
+/** What is told of a run must not end it: an error becomes a warning. */
+export const orWarn = (warning: string, told: Promise<unknown>): Promise<unknown> =>
+  told.catch(({ message }: Error) => log({ step: "warning", warning: `${warning}; the run itself is not affected`, error: message }));
+
+/** @throws Error where it is refused, or was not answered to the end within 5 s. */
+async function tell(variable: string, url: URL, init: RequestInit = {}): Promise<void> {
+  const answer = await ask(variable, url, init, 5);
+  const text = await answer.text();
+  if (!answer.ok) throw new Error(`${variable} answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
+}
+
 /**
  * Adds the values to the pipeline's group (POST): what is not named stays as it was.
  * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
 export async function pushMetrics(url: string, pipeline: string, values: Metrics, within: Record<string, string> = {}): Promise<void> {
+  const path = ["metrics", ...Object.entries({ job: "etl", pipeline, ...within }).flat()].map(encodeURIComponent).join("/");
   const lines = Object.entries(values).map(([name, value]) => `# TYPE ${name} gauge\n${name} ${value}\n`);
-  await askGateway(url, "POST", { pipeline, ...within }, lines.join(""));
+  await tell("PUSHGATEWAY_URL", below(url, path), { method: "POST", body: lines.join("") });
 }
-
-async function askGateway(url: string, method: string, group: Record<string, string>, body?: string): Promise<void> {
-  const path = ["metrics", ...Object.entries({ job: "etl", ...group }).flat()].map(encodeURIComponent).join("/");
-  const answer = await ask("PUSHGATEWAY_URL", below(url, path), { method, ...(body !== undefined && { body }) }, 5);
-  const text = await answer.text(); // its end, too, comes within the time
-  if (!answer.ok) throw new Error(`PUSHGATEWAY_URL answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
-}
-
-/** Deletes the group of a pipeline, and what is in it. @throws Error as above. */
-export const deleteMetrics = (url: string, pipeline: string): Promise<void> => askGateway(url, "DELETE", { pipeline });
 
 /**
  * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus. Takes at
@@ -31,14 +33,7 @@ export const deleteMetrics = (url: string, pipeline: string): Promise<void> => a
  */
 export async function tellHeartbeat(url: string, pipeline: string, event: "start" | "success" | "fail"): Promise<void> {
   if (!url) return;
-  try {
-    const target = new URL(url.replaceAll("{pipeline}", pipeline));
-    if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
-    const { ok, status, body } = await ask("HEARTBEAT_URL", target, {}, 5);
-    await body?.cancel();
-    if (!ok) throw new Error(`HTTP status ${status}`);
-  } catch (error) {
-    const warning = `HEARTBEAT_URL was not told of ${event}; the run itself is not affected`;
-    log({ step: "warning", warning, error: (error as Error).message });
-  }
+  const target = new URL(url.replaceAll("{pipeline}", pipeline));
+  if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
+  await orWarn(`HEARTBEAT_URL was not told of ${event}`, tell("HEARTBEAT_URL", target));
 }

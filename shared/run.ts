@@ -7,8 +7,8 @@ import { copyJsonLines, type RowStream } from "./copy.ts";
 import { baseUrl, type Env, httpUrl, number, optional, postgresUrl, redact, required, timestamp } from "./env.ts";
 import { context, type Fields, log, progress } from "./log.ts";
 import { explain, onSignal } from "./main.ts";
-import { type Metrics, pushMetrics, tellHeartbeat } from "./metrics.ts";
-import { checkSession, openSession, type SessionOptions, type Settings, type Window } from "./session.ts";
+import { type Metrics, orWarn, pushMetrics, tellHeartbeat } from "./metrics.ts";
+import { checkSession, openSession, queryFile, type Settings, type Window } from "./session.ts";
 
 /** What every run reads. */
 export const runVariables = {
@@ -42,13 +42,12 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   const run = createRun(pipeline, env, stop, undos);
   const work = async (): Promise<void> => {
     await checkSession("ETL_DATABASE_URL", run.etl);
-    if (env.SOURCE_DATABASE_URL)
-      await checkSession("SOURCE_DATABASE_URL", run.source).catch(async (error: Error) => {
-        if (!run.byHand) await recordStart(run); // make status must know of it, though it has no lock
-        throw error;
-      });
+    if (env.SOURCE_DATABASE_URL) await checkSession("SOURCE_DATABASE_URL", run.source);
     await body(run);
-    if (run.state === "recorded") await record(run, "succeeded", env.RETENTION_DAYS);
+    if (run.state !== "recorded") return;
+    await record(run, "succeeded");
+    const settings = { "etl.pipeline": pipeline, "etl.days": String(env.RETENTION_DAYS) };
+    await orWarn("history older than RETENTION_DAYS was not deleted", queryFile(run.etl, "forget", settings));
   };
   const stopped = new Promise<never>((_, reject) => stop.signal.addEventListener("abort", () => reject(stop.signal.reason)));
   let failure: Error | undefined;
@@ -58,19 +57,19 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
     failure = error as Error;
     stop.abort(failure); // work of another day or model beside it must not publish what is undone here
     progress("");
-    await within5s(Promise.allSettled([...undos].map((undo) => undo())));
-    if (run.state === "recorded") await within5s(record(run, "failed", env.RETENTION_DAYS, redact(explain(failure))));
+    const ends = [...undos].map((undo) => undo());
+    // Of a scheduled one also before it has the lock: make status must know of it.
+    if (run.state === "recorded" || !run.byHand) ends.push(record(run, "failed", redact(explain(failure))));
+    await Promise.race([Promise.allSettled(ends), delay(5000, undefined, { ref: false })]); // nothing of this keeps it from ending
   }
   if (run.state !== "skipped" && !run.byHand)
     await Promise.all([push(run, env.PUSHGATEWAY_URL, failure !== undefined), run.tell(failure ? "fail" : "success")]);
   const [{ totals, watermark }, seconds] = [run, run.seconds()];
-  if (failure) {
-    run.log("failed", { rows: totals.rows, chunks: totals.chunks, seconds, watermark });
-    throw failure;
-  }
   const rows_per_second = Math.round(totals.rows / seconds);
   const peak_rss_mb = Math.round(process.resourceUsage().maxRSS / 1024);
-  if (run.state === "recorded") run.log("done", { ...totals, seconds, rows_per_second, peak_rss_mb, watermark });
+  const done = { ...totals, seconds, rows_per_second, peak_rss_mb, watermark };
+  if (failure || run.state === "recorded") run.log(failure ? "failed" : "done", done);
+  if (failure) throw failure;
   await Promise.all([run.etl.end({ timeout: 5 }), run.source.end({ timeout: 5 })]);
 }
 
@@ -86,7 +85,7 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
   const [timeoutSeconds, sourceUrl] = [env.RUN_TIMEOUT_SECONDS, env.SOURCE_DATABASE_URL || env.ETL_DATABASE_URL];
   const [id, started] = [newRunId(), performance.now()];
   Object.assign(context, { pipeline, run: id });
-  const session: SessionOptions = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
+  const session = { application: `etl:${pipeline} run=${id}`, timeoutSeconds };
   const settings = { "etl.lag_seconds": String(env.WATERMARK_LAG_SECONDS ?? 0) };
   const abort = (reason: string): void => stop.abort(new Error(`${reason}. No chunk is half applied; ${run.next}`));
   const deadline = `the run's deadline of ${timeoutSeconds} s (RUN_TIMEOUT_SECONDS) has passed`;
@@ -130,27 +129,18 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
   return run;
 }
 
-/** What is done for a run that has failed must not keep it from ending. */
-async function within5s(promise: Promise<unknown>): Promise<void> {
-  const quiet = promise.catch((error: Error) => log({ step: "warning", error: error.message }));
-  await Promise.race([quiet, delay(5000, undefined, { ref: false })]);
-}
-
-async function push({ pipeline, metrics, totals, log, seconds }: Run, url: string, failed: boolean): Promise<void> {
+function push({ pipeline, metrics, totals, seconds }: Run, url: string, failed: boolean): Promise<unknown> {
   const now = Date.now() / 1000;
-  const outcome = failed
-    ? { etl_last_failure_timestamp_seconds: now }
-    : {
-        etl_last_success_timestamp_seconds: now,
-        etl_rows: totals.rows,
-        etl_bytes: totals.bytes,
-        etl_bytes_billed: totals.bytes_billed,
-        etl_duration_seconds: seconds(),
-      };
+  const succeeded = {
+    etl_last_success_timestamp_seconds: now,
+    etl_rows: totals.rows,
+    etl_bytes: totals.bytes,
+    etl_bytes_billed: totals.bytes_billed,
+    etl_duration_seconds: seconds(),
+  };
+  const outcome = failed ? { etl_last_failure_timestamp_seconds: now } : succeeded;
   const pushed = pushMetrics(url, pipeline, { ...metrics, ...outcome, etl_last_run_timestamp_seconds: now });
-  await pushed.catch(({ message }: Error) =>
-    log("warning", { warning: "the metrics were not pushed; the run itself is not affected", error: message }),
-  );
+  return orWarn("the metrics were not pushed", pushed);
 }
 
 /** Adds a chunk to the run's totals and prints its line. @param done what the chunk moved. */
@@ -162,29 +152,13 @@ export function reportChunk(run: Run, { from, to }: Window, done: Record<"rows" 
   run.log("chunk", { chunk: run.totals.chunks, from, to, ...done, seconds: run.seconds() });
 }
 
-/**
- * Records the run's end. After a success it also deletes runs and archived days older than RETENTION_DAYS, keeping the newest run of each
- * state; days that a backfill has yet to archive stay.
- */
-async function record(run: Run, state: "succeeded" | "failed", days: number, error?: string): Promise<void> {
-  const { pipeline, etl, totals, window, watermark } = run;
-  await etl`
-    update etl.runs set state = ${state}, rows = ${totals.rows}, bytes = ${totals.bytes}, bytes_billed = ${totals.bytes_billed},
-      hold_seconds = ${run.metrics.etl_watermark_hold_seconds ?? 0}, error = ${error ?? null}, finished_at = now(),
-      by_hand = ${run.byHand}, chunk_from = ${window?.from ?? null}::text::timestamptz,
-      chunk_to = ${watermark ?? window?.to ?? null}::text::timestamptz
-    where run_id = ${run.id}`;
-  if (error) return;
-  const forget = etl`
-    with days as (
-      delete from etl.chunks where pipeline = ${pipeline} and state = 'succeeded' and finished_at < now() - make_interval(days => ${days})
-    ), proofs as (delete from etl.verifications where verified_at < now() - make_interval(days => ${days}))
-    delete from etl.runs where pipeline = ${pipeline} and started_at < now() - make_interval(days => ${days}) and run_id not in (
-      select distinct on (state, by_hand) run_id from etl.runs where pipeline = ${pipeline}
-      order by state, by_hand, started_at desc)`;
-  await forget.catch(({ message }: Error) =>
-    run.log("warning", { warning: `history older than ${days} days was not deleted`, error: message }),
-  );
+/** Records the run, as it is now, in etl.runs. */
+async function record(run: Run, state: "running" | "succeeded" | "failed", error?: string): Promise<void> {
+  const { id: run_id, pipeline, byHand: by_hand, totals, window, watermark } = run;
+  const hold_seconds = run.metrics.etl_watermark_hold_seconds ?? 0;
+  const read = { chunk_from: window?.from, chunk_to: watermark ?? window?.to };
+  const row = { run_id, pipeline, state, host: hostname(), pid: process.pid, by_hand, ...totals, hold_seconds, ...read, error };
+  await queryFile(run.etl, "record_run", { "etl.run": JSON.stringify(row) });
 }
 
 /**
@@ -229,28 +203,12 @@ export async function takeLock(run: Run): Promise<boolean> {
     await etl`set lock_timeout = 0`;
     await etl`select pg_advisory_lock(${lockKey(etl, pipeline)})`;
   }
-  await recordStart(run);
+  await record(run, "running");
+  run.state = "recorded";
   if (!run.byHand) await run.tell("start");
   return true;
 }
 
-async function recordStart(run: Run): Promise<void> {
-  await run.etl`
-    insert into etl.runs (run_id, pipeline, state, host, pid)
-    values (${run.id}, ${run.pipeline}, 'running', ${hostname()}, ${process.pid})`;
-  run.state = "recorded";
-}
-
 /** Who holds the pipeline's lock, since when, and on which host. */
-export async function describeHolder(etl: Sql, pipeline: string): Promise<Fields> {
-  const [holder] = await etl<Fields[]>`
-    select coalesce(r.run_id, a.application_name) as holder, r.host, r.pid, a.pid as postgres_pid,
-      replace(date_trunc('second', a.backend_start)::text, ' ', 'T') as since
-    from pg_locks l
-    join pg_stat_activity a on a.pid = l.pid
-    left join etl.runs r on a.application_name = ${`etl:${pipeline} run=`} || r.run_id
-    where l.locktype = 'advisory' and l.granted and l.objsubid = 1
-      and l.database = (select oid from pg_database where datname = current_database())
-      and (l.classid::bigint << 32) | l.objid::bigint = ${lockKey(etl, pipeline)}`;
-  return { ...holder };
-}
+export const describeHolder = async (etl: Sql, pipeline: string): Promise<Fields> =>
+  (await queryFile<Fields>(etl, "lock_holder", { "etl.pipeline": pipeline }))[0] ?? {};

@@ -1,9 +1,11 @@
 /** Postgres: sessions with fixed settings. */
 import { once } from "node:events";
+import { readFileSync } from "node:fs";
 import { connect as connectSocket, isIP, type Socket } from "node:net";
+import { join } from "node:path";
 import { connect as connectTls } from "node:tls";
 import postgres, { type Sql } from "postgres";
-import { parsePostgresUrl } from "./env.ts";
+import { parsePostgresUrl, root } from "./env.ts";
 
 export type Settings = Record<string, string>;
 
@@ -16,32 +18,25 @@ export interface SessionOptions {
   settings?: Settings;
 }
 
-/** `connection` has its socket, once it is open. */
-export type Session = Sql & AsyncDisposable & { connection(): Socket | undefined };
-
 /**
- * One session, opened at its first statement; `await session.end()` closes it, as does the end of its scope with `await using`. It is
- * never replaced (max_lifetime): that would quietly lose its advisory lock.
+ * One session, opened at its first statement; `await session.end()` closes it. So does the end of its scope with `await using`, whatever it
+ * still does. It is never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
-export function openSession(url: string, options: SessionOptions): Session {
-  const { host, port, sslmode, ...login } = parsePostgresUrl(url);
-  const connectSeconds = Math.min(10, options.timeoutSeconds);
+export function openSession(url: string, options: SessionOptions): Sql & AsyncDisposable {
+  const { sslmode, ...server } = parsePostgresUrl(url);
   let socket: Socket | undefined;
   delete process.env.PGTARGETSESSIONATTRS; // libpq's: postgres.js would refuse our read-only role by it, without a word
   const session = postgres({
-    ...login,
-    host: [host],
-    port: [port],
-    ssl: false, // openSocket sees to it
+    ...server,
+    host: [server.host], // as text ::1 would be a host and a port
+    port: [server.port],
     socket: async () => {
-      socket = await openSocket({ host, port, sslmode }, connectSeconds);
+      socket = await openSocket(server, sslmode);
       return socket;
     },
     max: 1,
-    idle_timeout: 0,
     max_lifetime: null,
-    connect_timeout: connectSeconds,
-    keep_alive: 30,
+    connect_timeout: CONNECT_SECONDS,
     fetch_types: false,
     onnotice: () => {},
     // Whatever the role, the database or the server default to: the same names and text, no row silently filtered, nothing that hangs
@@ -54,53 +49,51 @@ export function openSession(url: string, options: SessionOptions): Session {
       IntervalStyle: "iso_8601",
       extra_float_digits: "1",
       bytea_output: "hex",
-      quote_all_identifiers: "off",
       standard_conforming_strings: "on",
-      transform_null_equals: "off",
       row_security: "off",
-      exit_on_error: "off",
-      default_transaction_isolation: "read committed",
-      default_transaction_deferrable: "off",
       statement_timeout: Math.ceil(options.timeoutSeconds * 1000),
       lock_timeout: 30_000,
       idle_in_transaction_session_timeout: 60_000,
       idle_session_timeout: "0",
       tcp_keepalives_idle: "30",
       tcp_keepalives_interval: "10",
-      tcp_keepalives_count: "3",
       tcp_user_timeout: "0",
       client_connection_check_interval: "5000",
       ...options.settings,
     },
   } as object);
-  return Object.assign(session, { connection: () => socket, [Symbol.asyncDispose]: () => session.end({ timeout: 5 }) });
+  const close = async (): Promise<void> => {
+    await session.end({ timeout: 0 });
+    socket?.destroy(); // Nothing else ends a COPY whose reader has failed.
+  };
+  return Object.assign(session, { [Symbol.asyncDispose]: close });
 }
 
-type Address = { host: string; port: number; sslmode: string };
+const CONNECT_SECONDS = 10;
 const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
 
 /**
- * Opens a session's connection. sslmode=require and prefer encrypt, as in libpq; verify-full (and verify-ca, here the same) also checks
- * the certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
+ * Opens a session's connection. sslmode=require encrypts, as in libpq; verify-full (and verify-ca, here the same) also checks the
+ * certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-async function openSocket({ host, port, sslmode }: Address, seconds: number): Promise<Socket> {
-  const signal = AbortSignal.timeout(seconds * 1000);
-  let socket = connectSocket(host.startsWith("/") ? { path: `${host}/.s.PGSQL.${port}` } : { host, port });
+async function openSocket({ host, port }: { host: string; port: number }, sslmode: string): Promise<Socket> {
+  const signal = AbortSignal.timeout(CONNECT_SECONDS * 1000);
+  let socket = connectSocket({ host, port });
   try {
     await once(socket, "connect", { signal });
-    if (sslmode !== "disable" && !host.startsWith("/")) {
+    if (sslmode !== "disable") {
       socket.write(SSL_REQUEST);
       const [answer] = await once(socket, "data", { signal });
-      if (answer[0] === "S".charCodeAt(0)) {
-        const rejectUnauthorized = sslmode.startsWith("verify-");
-        socket = connectTls({ socket, host, ...(isIP(host) ? {} : { servername: host }), rejectUnauthorized });
-        await once(socket, "secureConnect", { signal });
-      } else if (!/^(allow|prefer)$/.test(sslmode)) throw new Error(`the server has no TLS, and sslmode is ${sslmode}`);
+      if (String(answer) !== "S") throw new Error(`the server has no TLS, and sslmode is ${sslmode}`);
+      const rejectUnauthorized = sslmode.startsWith("verify-");
+      socket = connectTls({ socket, host, servername: isIP(host) ? "" : host, rejectUnauthorized });
+      await once(socket, "secureConnect", { signal });
     }
   } catch (error) {
     socket.on("error", () => {}).destroy();
-    throw signal.aborted ? new Error(`no answer within ${seconds} s`) : error;
+    throw signal.aborted ? new Error(`no answer within ${CONNECT_SECONDS} s`) : error;
   }
+  socket.on("end", () => socket.destroy(new Error("the server closed the connection")));
   return socket.on("data", (received: Buffer) => {
     const fatal = received.lastIndexOf("VFATAL\0C");
     const [, code, message] = /C(.{5})\0M([^\0]*)/.exec(fatal < 0 ? "" : received.toString("utf8", fatal)) ?? [];
@@ -117,19 +110,11 @@ export const prepareSession = (session: Sql): Promise<unknown> =>
  * @throws Error with the variable, the server's words and what to do.
  */
 export async function checkSession(variable: string, session: Sql): Promise<void> {
-  const remedies: Record<string, string> = {
-    "28P01": "Check the password in it; a special character must be percent-encoded.",
-    "28000": "Check the role in it, sslmode, and pg_hba.conf on the server.",
-    "08P01": "Is that a pooler, such as PgBouncer? Point it at Postgres itself.",
-    "3D000": "Check the database's name in it.",
-    ENOTFOUND: "Check the host's name in it.",
-    ECONNREFUSED: "Is the server running, at this host and port? For the local stack: make up",
-  };
-  await prepareSession(session).catch(({ code = "", message }: Error & { code?: string }) => {
+  await prepareSession(session).catch(({ code, message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-    const otherwise = "Is it reachable, with TLS as sslmode says, and its authority in NODE_EXTRA_CA_CERTS?";
-    throw new Error(`cannot connect to ${where}: ${message || code}. ${remedies[code] ?? otherwise}`);
+    const next = "Is all of that right, its password percent-encoded, and a private authority in NODE_EXTRA_CA_CERTS?";
+    throw new Error(`cannot connect to ${where}: ${message || code}. ${next} For the local stack: make up`);
   });
 }
 
@@ -144,6 +129,10 @@ export async function queryWith<T extends object>(sql: Sql, settings: Settings, 
   const set = sql`select set_config(key, value, false) from jsonb_each_text(${JSON.stringify(settings)}::text::jsonb)`;
   return (await Promise.all([set, sql.unsafe<T[]>(query)]))[1]; // nothing of this session comes in between
 }
+
+/** Rows of sql/NAME.sql, which reads the settings. */
+export const queryFile = <T extends object>(sql: Sql, name: string, settings: Settings): Promise<T[]> =>
+  queryWith<T>(sql, settings, readFileSync(join(root, `sql/${name}.sql`), "utf8"));
 
 /** An identifier as SQL writes it. */
 export const quote = (name: string): string => `"${name.replaceAll('"', '""')}"`;

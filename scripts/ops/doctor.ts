@@ -19,9 +19,10 @@ import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
 import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact } from "../../shared/env.ts";
 import { checkArchivable, eventsSource } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
+import { ask, below } from "../../shared/http.ts";
 import type { Fields } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { deleteMetrics, pushMetrics } from "../../shared/metrics.ts";
+import { pushMetrics } from "../../shared/metrics.ts";
 import { pendingMigrations } from "../../shared/migrations.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { newRunId, pipelineVariables } from "../../shared/run.ts";
@@ -252,5 +253,8 @@ async function checkClickHouse(check: Check): Promise<void> {
 
 async function checkPushgateway(check: Check): Promise<void> {
   const { PUSHGATEWAY_URL: url } = readEnv({ PUSHGATEWAY_URL });
-  await check("takes a push", () => pushMetrics(url, "doctor", {}).then(() => deleteMetrics(url, "doctor")));
+  await check("takes a push", async () => {
+    await pushMetrics(url, "doctor", {});
+    await ask("PUSHGATEWAY_URL", below(url, "metrics/job/etl/pipeline/doctor"), { method: "DELETE" }, 5);
+  });
 }

@@ -100,10 +100,7 @@ export function createPoisonLimit(share: number): (messages: number, dead: numbe
   };
 }
 
-/**
- * `stop` aborts at the first SIGTERM or Ctrl-C, `abandon` 7 s later, so that whoever waits for a server that is away ends too.
- * A second one ends the process.
- */
+/** `stop` aborts at SIGTERM or Ctrl-C, `abandon` 7 s later, so that whoever waits for a server that is away ends too. */
 export function stopSignals(): { stop: AbortController; abandon: AbortSignal } {
   const [stop, abandon] = [new AbortController(), new AbortController()];
   onSignal((signal) => {

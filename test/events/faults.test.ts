@@ -243,7 +243,7 @@ suite("archive", { concurrency: true }, () => {
       const { shop, day, run, heal } = one;
       await insertWide(shop, day, 30);
       await using source = await createCutLink(shop.env.SOURCE_DATABASE_URL, "fin", 1_000_000);
-      const error = `reading the source failed after \\d+ rows: .*(ECONNRESET|CONNECTION_CLOSED).*`;
+      const error = `reading the source failed after \\d+ rows: .*(ECONNRESET|the server closed the connection).*`;
       await assertDayFailed(one, await run({ SOURCE_DATABASE_URL: source.url, ...onePart }, 1), error);
       await heal(onePart);
     });

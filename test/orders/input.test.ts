@@ -27,7 +27,7 @@ const required = [
 const secret = "HUSH";
 
 const malformed: Record<string, [value: string, says: string]> = {
-  SOURCE_DATABASE_URL: ["mysql://reader@db/shop", "must start with postgres://"],
+  SOURCE_DATABASE_URL: ["mysql://reader@db/shop", "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE ("],
   ETL_DATABASE_URL: [
     "postgres://etl:p#ss@db:5432/shop",
     "is not postgres://USER:PASSWORD@HOST:PORT/DATABASE (is a special character in it percent-encoded?)",
@@ -35,14 +35,14 @@ const malformed: Record<string, [value: string, says: string]> = {
   BIGQUERY_PROJECT: ["my shop", "must be a project's id"],
   BIGQUERY_DATASET: ["raw`; DROP TABLE x; --", "may hold letters, digits, _ and - only"],
   BIGQUERY_LOCATION: ["U S", "may hold letters, digits, _ and - only"],
-  BIGQUERY_ENDPOINT: ["127.0.0.1:19050", "is not a URL"],
-  PUSHGATEWAY_URL: ["ftp://gateway", "must start with http://"],
+  BIGQUERY_ENDPOINT: ["127.0.0.1:19050", "is not http://HOST:PORT"],
+  PUSHGATEWAY_URL: ["ftp://gateway", "is not http://HOST:PORT ("],
   WATERMARK_LAG_SECONDS: ["-1", "must be a number from 0 to "],
   CHUNK_ROWS: ["0", "must be a whole number from 1 to "],
   RUN_TIMEOUT_SECONDS: ["1e3", "must be a number from 1 to "],
   LOG_FORMAT: ["xml", "must be text or json"],
   FROM: ["yesterday", "must be a time of the years 0001 to 9999"],
-  TO: ["2017-02-30", "must be a time of the years 0001 to 9999, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z"],
+  TO: ["2017-02-30", "must be a time of the years 0001 to 9999 in UTC, such as 2017-01-31 or 2017-01-31T23:59:59.123456Z"],
 };
 
 /** Runs a command in a copy, as a person would. */
@@ -99,13 +99,10 @@ stepsOfPipeline((pipeline) => {
   });
 
   test("FROM after TO, and one without the other, are refused", async () => {
-    const needs = "a re-run needs both, FROM inclusive, TO exclusive. Example: FROM=2017-01-01 TO=2017-02-01";
-    await assertFails(2, { FROM: "2017-01-01" }, [`FROM was given without the other: ${needs}`]);
-    await assertFails(2, { TO: "2017-01-01" }, [`TO was given without the other: ${needs}`]);
-    const [FROM, TO] = ["2017-01-01T00:00:00.000002Z", "2017-01-01T01:00:00.000001+01"];
-    await assertFails(2, { FROM, TO }, [
-      "FROM 2017-01-01T00:00:00.000002+00 is after TO 2017-01-01T00:00:00.000001+00: a re-run needs both",
-    ]);
+    const needs = "FROM and TO: a re-run needs both, FROM (inclusive) before TO (exclusive). Example: FROM=2017-01-01 TO=2017-02-01";
+    await assertFails(2, { FROM: "2017-01-01" }, [needs]);
+    await assertFails(2, { TO: "2017-01-01" }, [needs]);
+    await assertFails(2, { FROM: "2017-01-01T00:00:00.000002Z", TO: "2017-01-01T00:00:00.000001+00" }, [needs]);
   });
 
   test("an unknown argument is refused, naming it but not what follows its =", async () => {
@@ -125,10 +122,10 @@ stepsOfPipeline((pipeline) => {
   const at = (change: Partial<URL>, variable = "SOURCE_DATABASE_URL"): string =>
     Object.assign(new URL(shop.env[variable] ?? ""), change).href;
   const refusals: [change: Partial<URL>, ...says: string[]][] = [
-    [{ password: "wrong" }, "Check the password in it; a special character must be percent-encoded."],
-    [{ port: "1" }, "port 1,", "Is the server running, at this host and port? For the local stack: make up"],
-    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Check the database\'s name in it.'],
-    [{ hostname: "no-such-host.invalid" }, "Check the host's name in it."],
+    [{ password: "wrong" }, "password authentication failed", "each special character of its password percent-encoded"],
+    [{ port: "1" }, "port 1,", "connect ECONNREFUSED 127.0.0.1:1. ", "For the local stack: make up"],
+    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Is all of that right'],
+    [{ hostname: "no-such-host.invalid" }, "getaddrinfo ENOTFOUND no-such-host.invalid. Is all of that right"],
   ];
   test("a source that refuses or is not there is named by its variable, with what to check", async () => {
     for (const name of ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL"]) {
@@ -155,7 +152,7 @@ stepsOfPipeline((pipeline) => {
 test("a point in time that is none is refused", () => {
   const impossible = [
     ...["2017-02-29", "2017-13-01", "2017-01-01T24:00:00Z", "2017-01-01T23:60:00Z", "2017-01-01T00:00:00.1234567Z", "0000-01-01"],
-    ...["01/02/2017", "2017-1-1", "now", "infinity", "2017-01-01 Europe/Berlin", "2017-01-01T00:00+99:00", "2017-01-01T00:00+05:99"],
+    ...["01/02/2017", "2017-1-1", "now", "infinity", "2017-01-01 Europe/Berlin", "2017-01-01T00:00+02:00", "2017-01-01T00:00-05"],
     ...["9999-12-31T23:59-01:00", "2017-01-01'; drop table orders; --", "٢٠١٧-٠١-٠١"],
   ];
   for (const value of impossible) assert.throws(() => timestamp(value), /must be a time/, value);
@@ -163,8 +160,8 @@ test("a point in time that is none is refused", () => {
 
 test("a point in time is the one that Postgres reads, to the microsecond", async () => {
   const dates = ["0001-01-01", "0099-12-31", "1582-10-10", "1969-12-31", "2016-02-29", "9999-12-30"];
-  const times = ["", "T23:59:59", "T12:34:56.1Z", " 23:59:59.999999", "T00:00:00.000001-09:30", "T01:02+0545", "T00:30:00+14:00"];
-  const given = dates.flatMap((date) => times.map((time) => date + time)).filter((value) => !/^0001.*\+/.test(value));
+  const times = ["", "T23:59:59", "T12:34:56.1Z", " 23:59:59.999999", "T00:00:00.000001+00", "T01:02+0000"];
+  const given = dates.flatMap((date) => times.map((time) => date + time));
   const connection = { TimeZone: "UTC" };
   const utc = postgres(localEnv().SOURCE_DATABASE_URL ?? "", { max: 1, fetch_types: false, connection });
   for (const value of given) {
