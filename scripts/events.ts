@@ -41,7 +41,7 @@ await main(import.meta, async () => {
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest. The watermark
     // follows, up to the first day that failed.
-    await archiveDays(archive, days, new Map(), (end) => advance(run, { from: run.watermark ?? window.from, to: end }, window.origin));
+    await archiveDays(archive, days, new Map(), 1, (to) => advance(run, { from: run.watermark ?? window.from, to }, window.origin));
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });
 });
@@ -53,8 +53,7 @@ async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
   const query = readFileSync(join(root, "sql/older_days.sql"), "utf8");
-  const settings = { "etl.from": from, "etl.to": yesterday };
-  const [older] = await queryWith<{ older_days: number; next: string }>(run.source, settings, query);
+  const [older] = await queryWith<{ older_days: number; next: string }>(run.source, { "etl.to": yesterday }, query);
   if (older?.next) run.log("first-run", { archives: yesterday, ...older });
   return [yesterday];
 }

@@ -22,7 +22,7 @@ import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
-import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
+import { dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 import { recordVerified } from "./lib/verify.ts";
 
 await main(import.meta, async () => {
@@ -95,7 +95,7 @@ async function verifyParts(bucket: Bucket, day: string) {
     archived.sha256 = hash.digest("hex");
     const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
     if (rows !== manifest.rows)
-      throw damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+      throw archive.damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
   });
   await reading.catch((error: Error) => {
     if (error.name !== "Damaged") throw error;
