@@ -26,7 +26,7 @@ await main(import.meta, async () => {
     if (!(await takeLock(run))) return;
 
     // 2. Check the source and the bucket, before a row moves.
-    const archive = await openArchive(run, { ...env, MAX_ROWS_PER_SECOND: env.MAX_ROWS_PER_SECOND / env.CONCURRENCY });
+    const archive = await openArchive(run, env);
 
     // 3. Take the days that end before the safe upper bound; the others count as failed.
     const { to } = await takeWindow(run, env);
@@ -36,6 +36,6 @@ await main(import.meta, async () => {
     const failed = new Map(days.filter((day) => !isOver(day)).map((day) => [day, why]));
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest.
-    await archiveDays(archive, days.filter(isOver), failed, env.CONCURRENCY);
+    await archiveDays(archive, days.filter(isOver), failed);
   });
 });

@@ -13,7 +13,6 @@ import { progress, thousands } from "../log.ts";
 import { pipelineVariables, type Run } from "../run.ts";
 import { quote, type Settings } from "../session.ts";
 import { type Column, checkColumns, nameRefused, readSelect, type SchemaCheck, type Source } from "../source.ts";
-import { duration } from "../table.ts";
 import { type Bucket, bucketVariables, checkBucket, connectS3, get, put, removeObjects } from "./s3.ts";
 
 export const archiveVariables = {
@@ -49,8 +48,7 @@ export interface Manifest {
   parts: Part[];
 }
 
-/** A manifest as S3 has it. */
-type Stored = { manifest: Manifest; etag: string };
+type Stored = { manifest: Manifest; etag: string }; // as S3 has it
 
 /** Compressed bytes of a day's parts. */
 const bytesOf = (parts: Part[]): number => parts.reduce((sum, { bytes }) => sum + bytes, 0);
@@ -73,7 +71,7 @@ export type Archive = Awaited<ReturnType<typeof openArchive>>;
  * Checks the source, which must fit into etl.events_restored again, and the bucket. @throws UsageError with what to do.
  * @returns what the days of a run are archived with.
  */
-export async function openArchive(run: Run, env: Env<typeof archiveVariables>) {
+export async function openArchive(run: Run, env: Env<typeof archiveVariables> & { CONCURRENCY?: number }) {
   const bucket = connectS3(env);
   const [lines] = await Promise.all([checkArchivable(run), checkBucket(bucket)]);
   return { run, env, bucket, lines };
@@ -94,13 +92,12 @@ export async function checkArchivable(run: SchemaCheck & Pick<Run, "etl">) {
   const wanted = restored.map(({ name, sql }) => ({ name, expected: sql, differs: (is: Column) => (is.sql === sql ? undefined : is.sql) }));
   const columns = await checkColumns(run, "sql/etl/002_events_restored.sql", eventsSource, wanted);
   const place = ({ name }: Column): number => (name === "id" ? 0 : name === "created_at" ? 2 : 1);
-  const pairs = columns
-    .toSorted((a, b) => place(a) - place(b))
-    .map(({ name, type, array }) => {
-      // What is JSON as it stands needs no to_json, which costs a fifth of the whole query here.
-      const value = /^(int[248]|jsonb)$/.test(type) && !array ? `${quote(name)}::text` : `to_json(${quote(name)})`;
-      return `'${JSON.stringify(name).replaceAll("'", "''")}:' || ${value}`;
-    });
+  const ordered = columns.toSorted((a, b) => place(a) - place(b));
+  const pairs = ordered.map(({ name, type, array }) => {
+    // What is JSON as it stands needs no to_json, which costs a fifth of the whole query here.
+    const value = /^(int[248]|jsonb)$/.test(type) && !array ? `${quote(name)}::text` : `to_json(${quote(name)})`;
+    return `'${JSON.stringify(name).replaceAll("'", "''")}:' || ${value}`;
+  });
   return (select = eventsSource.select) => `select '{' || concat_ws(',', ${pairs.join(", ")}) || '}' from (${select}) source`;
 }
 
@@ -120,9 +117,9 @@ export async function readManifest(bucket: Bucket, day: string): Promise<Stored 
     for (const part of manifest.parts) part.key = dayPrefix(bucket, day) + basename(part.key);
     return { manifest, etag: object.etag };
   } catch (error) {
-    const copy = "restore it from the bucket's versions or a copy, or, while the source has all rows of the day, delete it";
-    const why = `it is not the manifest of ${day} (${(error as Error).message})`;
-    throw damaged(bucket, key, `${why}: ${copy}, then archive the day again`);
+    const next =
+      "restore it from the bucket's versions or a copy; or, if the source has all rows of the day, delete it and archive it again";
+    throw damaged(bucket, key, `it is not the manifest of ${day} (${(error as Error).message}): ${next}`);
   }
 }
 
@@ -148,7 +145,7 @@ async function archiveDay(archive: Archive, day: string): Promise<Manifest> {
       const read: Compressed | undefined = await readPart(archive, key, rows);
       if (!read) break;
       parts.push(read.part);
-      await put(bucket, key, read.body, undefined, { run: run.id });
+      await put(bucket, key, read.body, run.id);
       run.signal.throwIfAborted();
       rows = read.next;
     }
@@ -174,8 +171,8 @@ type Compressed = { part: Part; body: Buffer; next: Settings | undefined };
  * Reads and compresses as many of the rows as fit into one part. Its COPY has ended then: no transaction of the source waits for S3.
  * @returns undefined where there are no rows.
  */
-async function readPart(archive: Archive, key: string, settings: Settings): Promise<Compressed | undefined> {
-  const [{ run, env, lines }, started] = [archive, performance.now()];
+async function readPart({ run, env, lines }: Archive, key: string, settings: Settings): Promise<Compressed | undefined> {
+  const started = performance.now();
   await using stream = run.copy(lines(), settings);
   const [raw, pieces] = [createHash("sha256"), [] as Buffer[]];
   let [last, rows, bytes]: [Buffer | undefined, number, number] = [undefined, 0, 0];
@@ -185,7 +182,7 @@ async function readPart(archive: Archive, key: string, settings: Settings): Prom
       raw.update(piece);
       [last, rows] = [piece, stream.sent.rows];
       yield piece;
-      const ahead = started + (rows * 1000) / env.MAX_ROWS_PER_SECOND - performance.now();
+      const ahead = started + (rows * (env.CONCURRENCY ?? 1) * 1000) / env.MAX_ROWS_PER_SECOND - performance.now();
       if (ahead > 1) await delay(ahead, undefined, { signal: run.signal });
     }
   };
@@ -197,21 +194,16 @@ async function readPart(archive: Archive, key: string, settings: Settings): Prom
   };
   // At a higher level than 6 the compression, not Postgres, would set the pace.
   await pipeline(fitting, createGzip({ level: 6 }), gather).catch(async (error: Error) => {
-    throw await nameRow(archive, error, settings);
+    throw await nameRefused(error, run, { key: ["id"], settings, select: eventsSource.select }, async (select) => {
+      await using again = run.copy(lines(select), settings);
+      for await (const _ of again.lines);
+    });
   });
   if (!last) return undefined;
   const body = Buffer.concat(pieces);
   const part = { key, rows, bytes, sha256: hash("sha256", body), sha256_raw: raw.digest("hex") };
   const next = { ...settings, ...position(last) };
   return { part, body, next: stream.sent.rows > rows || rows === env.CHUNK_ROWS ? next : undefined };
-}
-
-/** @returns the error that names the row that the source refuses, where `error` is that. */
-async function nameRow({ run, lines }: Archive, error: Error, settings: Settings): Promise<Error> {
-  return await nameRefused(error, run, { key: ["id"], settings, select: eventsSource.select }, async (select) => {
-    await using stream = run.copy(lines(select), settings);
-    for await (const _ of stream.lines);
-  });
 }
 
 /** Settings of the rows after the last line's. Its payload may be large: only the line's two ends are read. */
@@ -225,8 +217,8 @@ function position(lines: Buffer): Settings {
 
 /**
  * @returns the day's new manifest.
- * @throws Error where the parts and the source have different counts, for a stream that ended early would be a successful short part;
- * and where the day would end with fewer rows than it has, unless that was allowed.
+ * @throws Error where the source has another number of rows, for a stream that ended early would be a successful short part; and where the
+ * day would end with fewer rows than it has, unless that was allowed.
  */
 async function countDay({ run, env }: Archive, day: string, parts: Part[], before: Stored | undefined): Promise<Manifest> {
   const source = await readSource(run.source, day);
@@ -249,7 +241,7 @@ async function publish(archive: Archive, manifest: Manifest, before: Stored | un
   const { run, bucket } = archive;
   const { day, parts } = manifest;
   const text = `${JSON.stringify(manifest, null, 2)}\n`;
-  const won = await put(bucket, manifestKey(bucket, day), text, before?.etag, { run: run.id });
+  const won = await put(bucket, manifestKey(bucket, day), text, run.id, before?.etag);
   // An answer that was lost, and the request sent again, looks like a lost race.
   const now = won ? manifest : (await readManifest(bucket, day))?.manifest;
   const mine = now?.run_id === run.id;
@@ -262,23 +254,17 @@ async function publish(archive: Archive, manifest: Manifest, before: Stored | un
 /** Deletes parts that no manifest names. Where that fails they are harmless. */
 async function removeParts({ run, bucket }: Archive, parts: Part[]): Promise<void> {
   const keys = parts.map(({ key }) => key);
-  await removeObjects(bucket, keys).catch(({ message }: Error) => {
-    const warning = "parts were left that no manifest names; make verify-events removes them with CLEAN=1";
-    run.log("warning", { warning, error: message });
-  });
+  const warning = "parts were left that no manifest names; make verify-events removes them with CLEAN=1";
+  await removeObjects(bucket, keys).catch(({ message: error }: Error) => run.log("warning", { warning, error }));
 }
 
+type Failed = Map<string, string>; // day → reason
+
 /**
- * Does `work` for each day, so many at a time, and continues past one that fails: that is logged, and added to `failed` with the reason.
+ * Does `work` for each day, so many at a time, and continues past one that fails: that is logged, and added to `failed`.
  * The manifest that `work` returns is added to the run's totals, a chunk for each day.
  */
-export async function eachDay(
-  run: Run,
-  days: string[],
-  failed: Map<string, string>,
-  work: (day: string) => Promise<Manifest | undefined>,
-  concurrency = 1,
-): Promise<void> {
+export async function eachDay(run: Run, days: string[], failed: Failed, work: (day: string) => Promise<Manifest | undefined>, atOnce = 1) {
   const [queue, { totals }] = [days.values(), run];
   let done = 0;
   const worker = async (): Promise<void> => {
@@ -296,50 +282,44 @@ export async function eachDay(
       run.restartDeadline();
       done += 1;
       const bar = "#".repeat(Math.round((done / days.length) * 20)).padEnd(20, "-");
-      const left = duration((run.seconds() / done) * (days.length - done));
-      progress(`[${bar}] ${done}/${days.length} days · ${thousands(totals.rows / run.seconds())} rows/s · ${left} left`);
+      const [speed, left] = [totals.rows / run.seconds(), (run.seconds() / done) * (days.length - done)];
+      progress(`[${bar}] ${done}/${days.length} days · ${thousands(speed)} rows/s · ${Math.ceil(left / 60)} min left`);
     }
   };
-  await Promise.all(Array.from({ length: concurrency }, worker));
+  await Promise.all(Array.from({ length: atOnce }, worker));
   progress("");
 }
 
 /** The error that lists the days that failed. */
-export function daysFailed(failed: Map<string, string>, total: number, next = ""): Error {
+export function daysFailed(failed: Failed, total: number, next = ""): Error {
   const list = [...failed].sort().map(([day, why]) => `  ${day}: ${why}`);
   return new Error(`${failed.size} of ${total} days failed:\n${list.join("\n")}${next}`);
 }
 
 /**
  * Archives the days, and continues past one that fails.
- * @param failed days that have failed already, with the reason; those that fail are added.
+ * @param failed days that have failed already; those that fail are added.
  * @param archived is called with the end of each day that is done, as long as none has failed.
  * @throws Error at the end that lists the days that failed, with the command that archives them.
  */
-export async function archiveDays(
-  archive: Archive,
-  days: string[],
-  failed: Map<string, string>,
-  concurrency: number,
-  archived?: (end: string) => Promise<void>,
-): Promise<void> {
+export async function archiveDays(archive: Archive, days: string[], failed: Failed, archived = async (_end: string): Promise<void> => {}) {
   const { run, env } = archive;
   const total = days.length + failed.size;
   const archiveOne = async (day: string): Promise<Manifest | undefined> => {
-    const started = run.seconds();
+    const started = new Date();
     const manifest = await archiveDay(archive, day).catch(async (error: Error) => {
       await recordDay(run, day, started, {}, redact(error.message));
       throw error;
     });
     run.signal.throwIfAborted();
     await recordDay(run, day, started, manifest);
-    if (!failed.size) await archived?.(midnight(addDays(day)));
+    if (!failed.size) await archived(midnight(addDays(day)));
     if (manifest.run_id !== run.id) return undefined;
     const { rows, parts } = manifest;
-    run.log("day", { day, rows, bytes: bytesOf(parts), parts: parts.length, seconds: Number((run.seconds() - started).toFixed(3)) });
+    run.log("day", { day, rows, bytes: bytesOf(parts), parts: parts.length, seconds: (Date.now() - Number(started)) / 1000 });
     return manifest;
   };
-  await eachDay(run, days, failed, archiveOne, concurrency);
+  await eachDay(run, days, failed, archiveOne, env.CONCURRENCY);
   const { chunks } = run.totals;
   run.log("days", { archived: chunks, skipped: total - failed.size - chunks, failed: failed.size });
   if (!failed.size) return;
@@ -350,14 +330,10 @@ export async function archiveDays(
 }
 
 /** Records in etl.chunks how a day ended. Progress, for people: whether it is done, its manifest says. */
-async function recordDay(run: Run, day: string, started: number, done: Partial<Manifest>, error: string | null = null): Promise<void> {
+async function recordDay(run: Run, day: string, started_at: Date, done: Partial<Manifest>, error: string | null = null): Promise<void> {
   const { rows = 0, run_id = run.id, parts = [] } = done;
-  await run.etl`
-    insert into etl.chunks (pipeline, chunk_from, chunk_to, state, rows, bytes, error, run_id, started_at, finished_at)
-    values (${run.pipeline}, ${midnight(day)}::text::timestamptz, ${midnight(addDays(day))}::text::timestamptz,
-      ${error === null ? "succeeded" : "failed"}, ${rows}, ${bytesOf(parts)}, ${error}, ${run_id},
-      now() - make_interval(secs => ${run.seconds() - started}), now())
-    on conflict (pipeline, chunk_from) do update
-      set (state, rows, bytes, error, run_id, started_at, finished_at) =
-        (excluded.state, excluded.rows, excluded.bytes, excluded.error, excluded.run_id, excluded.started_at, now())`;
+  const [chunk_from, chunk_to] = [day, addDays(day)].map((midnight) => `${midnight}T00:00Z`);
+  const how = { state: error === null ? "succeeded" : "failed", rows, bytes: bytesOf(parts), error, run_id };
+  const row = { pipeline: run.pipeline, chunk_from, chunk_to, ...how, started_at, finished_at: new Date() };
+  await run.etl`insert into etl.chunks ${run.etl(row)} on conflict (pipeline, chunk_from) do update set ${run.etl(row)}`;
 }

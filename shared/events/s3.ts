@@ -35,7 +35,7 @@ export function connectS3(env: Pick<Env<typeof bucketVariables>, "S3_ENDPOINT" |
     ...(env.S3_ENDPOINT && { endpoint: env.S3_ENDPOINT, forcePathStyle: true }),
     responseChecksumValidation: "WHEN_REQUIRED", // the manifest has the SHA-256, and says what differs
     maxAttempts: 7, // the last one some 6 s after the first; where S3 asks for less, some 30 s
-    requestHandler: { connectionTimeout: 5000, socketTimeout: 20_000 }, // ms without a byte, of a body too
+    requestHandler: { connectionTimeout: 5000, socketTimeout: 30_000 }, // ms without a byte, of a body too
   });
   return { client, name: env.S3_BUCKET, prefix: env.S3_PREFIX };
 }
@@ -70,20 +70,12 @@ export async function checkBucket(bucket: Bucket): Promise<void> {
   if (!(await bucketExists(bucket))) throw new UsageError(`bucket ${bucket.name} (S3_BUCKET) does not exist. Run: make migrate`);
 }
 
-/** In the client's region. */
-export async function createBucket(bucket: Bucket): Promise<void> {
-  await naming(bucket, "", bucket.client.send(new s3.CreateBucketCommand({ Bucket: bucket.name })));
-}
-
 /** The object with its ETag, or undefined where it does not exist. */
 export async function get(bucket: Bucket, key: string): Promise<{ body: Buffer; etag: string } | undefined> {
-  const read = async (): Promise<{ body: Buffer; etag: string }> => {
-    const { Body, ETag = "" } = await bucket.client.send(new s3.GetObjectCommand({ Bucket: bucket.name, Key: key }));
-    return { body: await buffer(Body as Readable), etag: ETag };
-  };
   for (let attempt = 1; ; attempt++) {
     try {
-      return await naming(bucket, key, read());
+      const { Body, ETag = "" } = await naming(bucket, key, bucket.client.send(new s3.GetObjectCommand({ Bucket: bucket.name, Key: key })));
+      return { body: await naming(bucket, key, buffer(Body as Readable)), etag: ETag };
     } catch (error) {
       const { name, $metadata } = error as S3Error;
       if (name === "NoSuchKey") return undefined;
@@ -94,19 +86,13 @@ export async function get(bucket: Bucket, key: string): Promise<{ body: Buffer; 
 
 /**
  * Puts an object, whole or not at all, where it replaces what the caller has seen: the object with this ETag, or, without one, none.
- * @param metadata the object's own, in S3.
+ * @param run in the object's metadata: who put it.
  * @returns false where another was there first. That may be the same one: the client repeats a request whose answer was lost.
  */
-export async function put(
-  bucket: Bucket,
-  key: string,
-  body: Buffer | string,
-  seen: string | undefined,
-  metadata: Record<string, string>,
-): Promise<boolean> {
+export async function put(bucket: Bucket, key: string, body: Buffer | string, run: string, seen?: string): Promise<boolean> {
   const condition = seen === undefined ? { IfNoneMatch: "*" } : { IfMatch: seen };
   const ContentType = typeof body === "string" ? "application/json" : "application/gzip";
-  const object = { Bucket: bucket.name, Key: key, Body: body, Metadata: metadata, ContentType };
+  const object = { Bucket: bucket.name, Key: key, Body: body, Metadata: { run }, ContentType };
   try {
     await naming(bucket, key, bucket.client.send(new s3.PutObjectCommand({ ...object, ...condition })));
     return true;

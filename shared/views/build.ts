@@ -2,7 +2,7 @@
  * Write, audit, publish. The raw tables are copied into a dataset of the run, where each model is built and checked. Then one atomic job
  * puts its rows into the published table.
  */
-import type { TableField, TableMetadata } from "@google-cloud/bigquery";
+import type { BigQuery, TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, noExpiry, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
@@ -42,16 +42,23 @@ export async function checkFresh(run: Run, raw: string[], allowed: boolean): Pro
   for (const { warning } of stale) run.log("warning", { warning });
 }
 
+const jobOf = ({ run, bigquery }: { run: Run; bigquery: BigQuery }, name: string, configuration: object): Promise<JobResource> =>
+  runJob(run, bigquery, `etl_${run.id}_${name}`, configuration);
+
+const copy = (projectId: string, from: string, to: string, tableId: string): object => {
+  const [sourceTable, destinationTable] = [from, to].map((datasetId) => ({ projectId, datasetId, tableId }));
+  return { copy: { sourceTable, destinationTable, writeDisposition: "WRITE_TRUNCATE" } };
+};
+
 type Build = Awaited<ReturnType<typeof createBuild>>;
 
 /**
- * Creates the dataset in which the models of this run are built. It stays for whoever wants to look: its tables expire after a day, and the
- * next run drops it.
+ * Creates the dataset in which the models of this run are built, and copies the raw tables into it (which costs nothing), so that all models
+ * see the same rows. Its tables expire after a day, and the next run drops it.
  * @throws UsageError where the dataset of the published tables does not exist.
  */
-export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
-  const bigquery = connectBigQuery(env);
-  const published = env.BIGQUERY_VIEWS_DATASET;
+export async function createBuild(run: Run, env: Env<typeof viewsVariables>, raw: string[]) {
+  const [bigquery, published] = [connectBigQuery(env), env.BIGQUERY_VIEWS_DATASET];
   const [exists] = await bigquery.dataset(published).exists();
   if (!exists)
     throw new UsageError(`dataset ${env.BIGQUERY_PROJECT}.${published} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`);
@@ -59,28 +66,15 @@ export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
   const [datasets] = await bigquery.getDatasets({ filter: "labels.etl_pipeline:views" });
   const earlier = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < prefix + run.id);
   await Promise.all(earlier.map((dataset) => dataset.delete({ force: true })));
-  const dataset = prefix + run.id;
+  const build = { run, env, bigquery, dataset: prefix + run.id, billed: new Map<string, number>() };
   const options = { labels: labels(run), defaultTableExpirationMs: String(24 * 3_600_000) };
-  await bigquery.createDataset(dataset, options).catch(ignoreAlreadyThere);
-  return { run, env, bigquery, dataset, billed: new Map<string, number>() };
-}
-
-const jobOf = ({ run, bigquery }: Build, name: string, configuration: object): Promise<JobResource> =>
-  runJob(run, bigquery, `etl_${run.id}_${name}`, configuration);
-
-const copy = ({ bigquery: { projectId } }: Build, from: string, to: string, tableId: string): object => {
-  const [sourceTable, destinationTable] = [from, to].map((datasetId) => ({ projectId, datasetId, tableId }));
-  return { copy: { sourceTable, destinationTable, writeDisposition: "WRITE_TRUNCATE" } };
-};
-
-/** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
-export async function copyRaw(build: Build, raw: string[]): Promise<void> {
-  const { BIGQUERY_DATASET: from } = build.env;
-  const copies = raw.map((name) => jobOf(build, `copy_${name}`, copy(build, from, build.dataset, name)));
-  await Promise.all(copies).catch(({ message }: Error) => {
+  await bigquery.createDataset(build.dataset, options).catch(ignoreAlreadyThere);
+  const copyRaw = (name: string) => copy(env.BIGQUERY_PROJECT, env.BIGQUERY_DATASET, build.dataset, name);
+  await Promise.all(raw.map((name) => jobOf(build, `copy_${name}`, copyRaw(name)))).catch(({ message }: Error) => {
     throw new Error(`cannot copy the raw tables ${raw.join(", ")}: ${message}. Run: make doctor`);
   });
-  build.run.log("copy", { tables: raw.join(), seconds: build.run.seconds() });
+  run.log("copy", { tables: raw.join(), seconds: run.seconds() });
+  return build;
 }
 
 /**
@@ -144,10 +138,10 @@ export async function publishModel(build: Build, model: Model, attempt: number):
   const lost = before ? parts(before).filter((part) => !parts(made).includes(part)) : [];
   const drop = `DROP TABLE ${to}.${name} (its access policies go with it); then: make views ONLY=${name}`;
   if (lost.length) throw new Error(`${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: ${drop}`);
-  if (!before) await jobOf(build, `${name}_${job}`, copy(build, dataset, to, name));
+  if (!before) await jobOf(build, `${name}_${job}`, copy(env.BIGQUERY_PROJECT, dataset, to, name));
   else
     await runStatement(build, model, { file, sql: `SELECT * FROM \`${name}\``, reads: [name] }, job, {
-      destinationTable: { projectId: bigquery.projectId, datasetId: to, tableId: name },
+      destinationTable: before.tableReference,
       writeDisposition: "WRITE_TRUNCATE_DATA",
       schemaUpdateOptions: ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
     });
@@ -212,9 +206,7 @@ export async function reportModels({ run, env, dataset }: Build, outcomes: Outco
     run.log("warning", { warning: "the models' metrics were not pushed; the run itself is not affected", error });
   });
   if (!failed.length) return;
-  const lines = failed.map(({ model, error }) => `  ${model}: ${error}`);
-  throw new Error(
-    `${failed.length} of ${outcomes.length} models failed; their published tables stay as they were\n` +
-      `${lines.join("\n")}\nTheir rows are in dataset ${dataset}. Correct the models, then run: make views`,
-  );
+  const list = failed.map(({ model, error }) => `  ${model}: ${error}\n`).join("");
+  const next = `Their rows are in dataset ${dataset}. Correct the models, then run: make views`;
+  throw new Error(`${failed.length} of ${outcomes.length} models failed; their published tables stay as they were\n${list}${next}`);
 }

@@ -31,7 +31,7 @@ async function assertOnlyStrays(shop: Shop, day: string): Promise<void> {
   const { code, stderr } = await shop.run(verifier, { FROM: day, TO: addDays(day) });
   assert.equal(code, 1);
   assert.match(stderr, new RegExp(`^  ${day}: is not archived; .* Next: make backfill-events FROM=${day} TO=${addDays(day)}$`, "m"));
-  const listed = [...stderr.matchAll(/ step=stray what="a part that no manifest names" key="(\S+)" age=/g)];
+  const listed = [...stderr.matchAll(/ step=stray what="a part that no manifest names" key="(\S+)" age_hours=/g)];
   assert.deepEqual(
     listed.map((match) => match[1]),
     strays,

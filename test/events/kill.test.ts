@@ -119,7 +119,7 @@ suite("killed", { concurrency: true }, () => {
       utimesSync(stackPath("s3", shop.bucket.name, shop.bucket.prefix, key), at, at); // versitygw takes LastModified from the file
     }
     const { stderr: verified } = await shop.succeed(verify, { ...window, CLEAN: "1" });
-    const line = / step=(stray|removed) what="a part that no manifest names" key="([^"]+)" age=/g;
+    const line = / step=(stray|removed) what="a part that no manifest names" key="([^"]+)" age_hours=/g;
     const said = [...verified.matchAll(line)].map(([, step, key = ""]) => `${step} ${key.slice(shop.bucket.prefix.length)}`);
     assert.deepEqual(said.sort(), [`removed ${old}`, ...young.map((key) => `stray ${key}`)]);
     assert.deepEqual(
