@@ -16,13 +16,12 @@
  * For days of your own: make backfill-events.
  * Touches: reads the source as a read-only role; writes objects below events/ in the bucket, schema etl, and the Pushgateway.
  */
-import { readFileSync } from "node:fs";
-import { join } from "node:path";
-import { readEnv, root, UsageError } from "../shared/env.ts";
+import { readEnv, UsageError } from "../shared/env.ts";
 import { addDays, archiveDays, archiveVariables, daysBetween, openArchive } from "../shared/events/archive.ts";
 import { main } from "../shared/main.ts";
 import { type Run, runPipeline, takeLock } from "../shared/run.ts";
 import { queryWith, type Window } from "../shared/session.ts";
+import { readSelect } from "../shared/source.ts";
 import { advance, takeWindow } from "../shared/watermark.ts";
 
 await main(import.meta, async () => {
@@ -41,7 +40,7 @@ await main(import.meta, async () => {
 
     // 4. For each day: skip it if it is done; else extract, compress and put its parts, count, put the manifest. The watermark
     // follows, up to the first day that failed.
-    await archiveDays(archive, days, new Map(), (end) => advance(run, { from: run.watermark ?? window.from, to: end }, window.origin));
+    await archiveDays(archive, days, new Map(), (to) => advance(run, { from: run.watermark ?? window.from, to }, window.origin));
     // 5. Report: etl.runs, the metrics and the last line are written by runPipeline, whether this succeeded or failed.
   });
 });
@@ -52,9 +51,7 @@ async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   const bound = to.slice(0, 10);
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
-  const query = readFileSync(join(root, "sql/older_days.sql"), "utf8");
-  const settings = { "etl.from": from, "etl.to": yesterday };
-  const [older] = await queryWith<{ older_days: number; next: string }>(run.source, settings, query);
+  const [older] = await queryWith<{ older_days: number; next: string }>(run.source, { "etl.to": yesterday }, readSelect("older_days"));
   if (older?.next) run.log("first-run", { archives: yesterday, ...older });
   return [yesterday];
 }

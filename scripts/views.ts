@@ -44,8 +44,7 @@ await main(import.meta, async () => {
     await views.checkFresh(run, raw, env.ALLOW_STALE);
 
     // 4. The build dataset, with a copy of the raw tables: all models see the same rows, whatever is synced meanwhile.
-    const build = await views.createBuild(run, env);
-    await views.copyRaw(build, raw);
+    const build = await views.createBuild(run, env, raw);
 
     // 5. For each model, after those that it needs: build, check, publish.
     const outcomes = await views.eachModel(build, models, async (model) => {

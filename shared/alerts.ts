@@ -10,14 +10,11 @@ const rules = (): string => readFileSync(join(root, "ops/alerts.yml"), "utf8");
  * @throws Error where one is not written as the others: its pipeline would never be called stale.
  */
 export function readIntervals(): Map<string, number> {
-  const record = "record: etl_expected_interval_seconds";
-  const form = new RegExp(`${record}\\s+labels: \\{ pipeline: (\\w+) \\}\\s+expr: vector\\((\\d+)\\)$`, "gm");
-  const found = [...rules().matchAll(form)];
-  const records = rules().match(new RegExp(`${record}$`, "gm")) ?? [];
-  const count = `${records.length} etl_expected_interval_seconds, of which ${found.length} can be read`;
-  if (!found.length || found.length !== records.length)
-    throw new Error(`ops/alerts.yml has ${count}. Write each as: labels: { pipeline: NAME }, expr: vector(SECONDS)`);
-  return new Map(found.map(([, pipeline = "", seconds]) => [pipeline, Number(seconds)]));
+  const [, ...records] = rules().split("record: etl_expected_interval_seconds\n");
+  const found = records.map((record) => /^ *labels: \{ pipeline: (\w+) \}\n *expr: vector\((\d+)\)\n/.exec(record));
+  const form = "labels: { pipeline: NAME }, expr: vector(SECONDS)";
+  if (!found.length || found.includes(null)) throw new Error(`ops/alerts.yml: write each etl_expected_interval_seconds as: ${form}`);
+  return new Map(found.map((match) => [match?.[1] ?? "", Number(match?.[2])]));
 }
 
 /** From where on ops/alerts.yml calls a metric an alert. */

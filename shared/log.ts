@@ -6,7 +6,7 @@ export type Fields = Record<string, string | number | boolean | null | undefined
 /** readEnv refuses any other value. */
 export const json = (): boolean => process.env.LOG_FORMAT === "json";
 /** Whether a person sees stderr as it comes. */
-export const terminal = (): boolean => !json() && process.stderr.isTTY === true;
+const terminal = (): boolean => !json() && process.stderr.isTTY === true;
 let shown = "";
 let drawn = 0;
 

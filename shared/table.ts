@@ -1,4 +1,4 @@
-/** What a person reads on stdout: tables and durations. */
+/** What a person reads on stdout. */
 
 /** Anybody's text as part of a line: without lines of its own, and nothing that a terminal obeys. */
 const printable = (text: string): string => text.replaceAll(/\p{Cc}/gu, "?");
@@ -10,12 +10,4 @@ export function table(rows: Record<string, string | number>[]): string {
   const widths = names.map((_, column) => Math.max(...lines.map((line) => line[column]?.length ?? 0)));
   const padded = lines.map((line) => line.map((cell, column) => cell.padEnd(widths[column] ?? 0)).join("  "));
   return padded.map((line) => line.trimEnd()).join("\n");
-}
-
-/** 93784 → "1d 2h"; 125 → "2m 5s": the two largest units of a duration in seconds. */
-export function duration(seconds: number): string {
-  const whole = Math.max(0, Math.round(seconds));
-  const [days = 0, hours = 0, minutes = 0] = [86_400, 3600, 60].map((unit) => Math.floor(whole / unit));
-  const units = `${days}d ${hours % 24}h ${minutes % 60}m ${whole % 60}s`;
-  return /\b[1-9]\d*\w( \d+\w)?/.exec(units)?.[0] ?? "0s";
 }

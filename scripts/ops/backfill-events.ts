@@ -26,7 +26,7 @@ await main(import.meta, async () => {
     if (!(await takeLock(run))) return;
 
     // 2. Check the source and the bucket, before a row moves.
-    const archive = await openArchive(run, env, env.CONCURRENCY);
+    const archive = await openArchive(run, env);
 
     // 3. Take the days that end before the safe upper bound; the others count as failed.
     const { to } = await takeWindow(run, env);

@@ -200,7 +200,7 @@ async function checkS3(check: Check): Promise<void> {
   if (!(await check("bucket", () => checkBucket(bucket)))) return;
   const key = `${bucket.prefix}events/doctor/${newRunId()}.json`;
   await check("an object may be put and deleted", async () => {
-    const putNew = (): Promise<boolean> => put(bucket, key, "{}\n", undefined, { by: "make doctor" });
+    const putNew = (): Promise<boolean> => put(bucket, key, "{}\n", "make doctor");
     const twice = (await putNew()) && (await putNew());
     await removeObjects(bucket, [key]);
     if (twice) throw new Error("the server ignores If-None-Match, so two runs could each put a day's manifest. Use one that heeds it");

@@ -13,11 +13,12 @@
  *   make migrate DRY_RUN=1   says what would be done; without DRY_RUN=1 it does it
  */
 import { isDeepStrictEqual } from "node:util";
+import { CreateBucketCommand } from "@aws-sdk/client-s3";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { type Contract, differingColumns, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
 import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
-import { bucketExists, bucketVariables, connectS3, createBucket } from "../../shared/events/s3.ts";
+import { bucketExists, bucketVariables, connectS3 } from "../../shared/events/s3.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
@@ -61,7 +62,8 @@ await main(import.meta, async () => {
   // 4. The bucket.
   if (archives) {
     const bucket = connectS3(readEnv(bucketVariables));
-    if (!(await bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => createBucket(bucket));
+    const create = new CreateBucketCommand({ Bucket: bucket.name });
+    if (!(await bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => bucket.client.send(create));
   } else leaveOut("the bucket of events", "S3_BUCKET");
 
   // 5. ClickHouse.

@@ -21,8 +21,7 @@ import { type Bucket, checkBucket, connectS3, listObjects, removeObjects } from 
 import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
-import { duration } from "../../shared/table.ts";
-import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
+import { dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
 import { recordVerified } from "./lib/verify.ts";
 
 await main(import.meta, async () => {
@@ -77,11 +76,11 @@ async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: bool
   if (found === null) return;
   const named = new Set([archive.manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
   for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
-    const seconds = (Date.now() - modified.getTime()) / 1000;
-    const removes = clean && seconds > 86_400;
+    const age_hours = Math.floor((Date.now() - modified.getTime()) / 3_600_000);
+    const removes = clean && age_hours >= 24;
     if (removes) await removeObjects(bucket, [key]);
     const next = removes ? undefined : "CLEAN=1 deletes it once it is older than a day";
-    log(removes ? "removed" : "stray", { what: "a part that no manifest names", key, age: duration(seconds), next });
+    log(removes ? "removed" : "stray", { what: "a part that no manifest names", key, age_hours, next });
   }
 }
 
@@ -95,7 +94,7 @@ async function verifyParts(bucket: Bucket, day: string) {
     archived.sha256 = hash.digest("hex");
     const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
     if (rows !== manifest.rows)
-      throw damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
+      throw archive.damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
   });
   await reading.catch((error: Error) => {
     if (error.name !== "Damaged") throw error;

@@ -2,15 +2,15 @@
  * Write, audit, publish. The raw tables are copied into a dataset of the run, where each model is built and checked. Then one atomic job
  * puts its rows into the published table.
  */
-import type { TableField, TableMetadata } from "@google-cloud/bigquery";
+import type { BigQuery, TableField, TableMetadata } from "@google-cloud/bigquery";
 import { readIntervals } from "../alerts.ts";
 import { bigqueryVariables, connectBigQuery, ignoreAlreadyThere, type JobResource, labels, runJob } from "../bigquery/client.ts";
 import { type Env, flag, name, number, optional, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { explain } from "../main.ts";
-import { type Metrics, pushMetrics } from "../metrics.ts";
+import { pushMetrics } from "../metrics.ts";
 import { type Run, runVariables } from "../run.ts";
-import { duration, table } from "../table.ts";
+import { table } from "../table.ts";
 import type { Model, Statement } from "./models.ts";
 
 export const viewsVariables = {
@@ -29,30 +29,36 @@ export const viewsVariables = {
  */
 export async function checkFresh(run: Run, raw: string[], allowed: boolean): Promise<void> {
   const intervals = readIntervals();
-  const rows = await run.etl<{ pipeline: string; age: number | null }[]>`
-    select t.pipeline, extract(epoch from now() - watermark)::float8 as age
-    from unnest(${`{${raw.join()}}`}::text::text[]) t (pipeline) left join etl.watermarks using (pipeline)`;
-  const stale = rows.flatMap(({ pipeline, age }) => {
-    const interval = intervals.get(pipeline) ?? 0;
-    if (age !== null && age <= 2 * interval) return [];
-    const watermark = age === null ? "missing" : `${duration(age)} old`;
-    return `${pipeline} is stale: its watermark is ${watermark}, its interval in ops/alerts.yml ${duration(interval)}`;
-  });
-  if (stale.length && !allowed)
-    throw new Error(`${stale.join("; ")}. Nothing was built. Next: make ${raw.join(" ")}, then make views; or make views ALLOW_STALE=1`);
-  for (const warning of stale) run.log("warning", { warning });
+  const expected = JSON.stringify(Object.fromEntries(raw.map((name) => [name, intervals.get(name) ?? 0])));
+  const stale = await run.etl<{ warning: string }[]>`
+    select format('%s is stale: its watermark is %s, its interval in ops/alerts.yml %s', pipeline,
+      coalesce(etl.duration(age) || ' old', 'missing'), etl.duration(seconds::float8)) as warning
+    from jsonb_each_text(${expected}::text::jsonb) intervals (pipeline, seconds) left join etl.watermarks using (pipeline)
+    cross join lateral (select extract(epoch from now() - watermark)::float8) a (age)
+    where age <= 2 * seconds::float8 is not true order by pipeline`;
+  const all = stale.map(({ warning }) => warning).join("; ");
+  if (all && !allowed)
+    throw new Error(`${all}. Nothing was built. Next: make ${raw.join(" ")}, then make views; or make views ALLOW_STALE=1`);
+  for (const { warning } of stale) run.log("warning", { warning });
 }
+
+const jobOf = ({ run, bigquery }: { run: Run; bigquery: BigQuery }, name: string, configuration: object): Promise<JobResource> =>
+  runJob(run, bigquery, `etl_${run.id}_${name}`, configuration);
+
+const copy = (projectId: string, from: string, to: string, tableId: string): object => {
+  const [sourceTable, destinationTable] = [from, to].map((datasetId) => ({ projectId, datasetId, tableId }));
+  return { copy: { sourceTable, destinationTable, writeDisposition: "WRITE_TRUNCATE" } };
+};
 
 type Build = Awaited<ReturnType<typeof createBuild>>;
 
 /**
- * Creates the dataset in which the models of this run are built. It stays for whoever wants to look: its tables expire after a day, and the
- * next run drops it.
+ * Creates the dataset in which the models of this run are built, and copies the raw tables into it (which costs nothing), so that all models
+ * see the same rows. Its tables expire after a day, and the next run drops it.
  * @throws UsageError where the dataset of the published tables does not exist.
  */
-export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
-  const bigquery = connectBigQuery(env);
-  const published = env.BIGQUERY_VIEWS_DATASET;
+export async function createBuild(run: Run, env: Env<typeof viewsVariables>, raw: string[]) {
+  const [bigquery, published] = [connectBigQuery(env), env.BIGQUERY_VIEWS_DATASET];
   const [exists] = await bigquery.dataset(published).exists();
   if (!exists)
     throw new UsageError(`dataset ${env.BIGQUERY_PROJECT}.${published} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`);
@@ -60,31 +66,15 @@ export async function createBuild(run: Run, env: Env<typeof viewsVariables>) {
   const [datasets] = await bigquery.getDatasets({ filter: "labels.etl_pipeline:views" });
   const earlier = datasets.filter(({ id = "" }) => id.startsWith(prefix) && id < prefix + run.id);
   await Promise.all(earlier.map((dataset) => dataset.delete({ force: true })));
-  const dataset = prefix + run.id;
+  const build = { run, env, bigquery, dataset: prefix + run.id, billed: new Map<string, number>() };
   const options = { labels: labels(run), defaultTableExpirationMs: String(24 * 3_600_000) };
-  await bigquery.createDataset(dataset, options).catch(ignoreAlreadyThere);
-  return { run, env, bigquery, dataset, billed: new Map<string, number>() };
-}
-
-const jobOf = ({ run, bigquery }: Build, name: string, configuration: object): Promise<JobResource> =>
-  runJob(run, bigquery, `etl_${run.id}_${name}`, configuration);
-
-const copy = ({ bigquery: { projectId } }: Build, from: string, to: string, tableId: string): object => ({
-  copy: {
-    sourceTable: { projectId, datasetId: from, tableId },
-    destinationTable: { projectId, datasetId: to, tableId },
-    writeDisposition: "WRITE_TRUNCATE",
-  },
-});
-
-/** Copies the raw tables into the build dataset (a copy job costs nothing), so that all models see the same rows. */
-export async function copyRaw(build: Build, raw: string[]): Promise<void> {
-  const { BIGQUERY_DATASET: from } = build.env;
-  const copies = raw.map((name) => jobOf(build, `copy_${name}`, copy(build, from, build.dataset, name)));
-  await Promise.all(copies).catch(({ message }: Error) => {
+  await bigquery.createDataset(build.dataset, options).catch(ignoreAlreadyThere);
+  const copyRaw = (name: string) => copy(env.BIGQUERY_PROJECT, env.BIGQUERY_DATASET, build.dataset, name);
+  await Promise.all(raw.map((name) => jobOf(build, `copy_${name}`, copyRaw(name)))).catch(({ message }: Error) => {
     throw new Error(`cannot copy the raw tables ${raw.join(", ")}: ${message}. Run: make doctor`);
   });
-  build.run.log("copy", { tables: raw.join(), seconds: build.run.seconds() });
+  run.log("copy", { tables: raw.join(), seconds: run.seconds() });
+  return build;
 }
 
 /**
@@ -92,27 +82,22 @@ export async function copyRaw(build: Build, raw: string[]): Promise<void> {
  * @throws Error that begins with the file, also where BigQuery read a table that was not found in it.
  */
 async function runStatement(build: Build, model: Model, statement: Omit<Statement, "name">, job: string, into = {}): Promise<JobResource> {
+  const { bigquery, dataset, env, billed } = build;
   const { file, sql, reads } = statement;
-  const { projectId } = build.bigquery;
-  const defaultDataset = { projectId, datasetId: build.dataset };
-  const maximumBytesBilled = String(build.env.MAX_BYTES_BILLED);
-  const query = { query: sql, useLegacySql: false, defaultDataset, maximumBytesBilled, ...into };
-  try {
-    const done = await jobOf(build, `${model.name}_${job}`, { query });
-    const billed = Number(done.statistics.query.totalBytesBilled ?? 0);
-    build.billed.set(model.name, (build.billed.get(model.name) ?? 0) + billed);
-    for (const { datasetId, tableId } of done.statistics.query.referencedTables ?? [])
-      if (datasetId !== build.dataset || !reads.includes(tableId))
-        throw new Error(`table ${datasetId}.${tableId} was read, but not found in the file`);
-    return done;
-  } catch (error) {
-    const message = (error as Error).message.replaceAll(`${projectId}:`, "").replaceAll(`${build.dataset}.`, "");
-    const hint = /table.* not found/i.test(message) ? ". Name each table behind FROM or JOIN, without a dataset" : "";
-    const [, bytes] = /bytes billed.* (\d+) or higher/.exec(message) ?? [];
-    const next = bytes ? `. Let it read less, or run: make views ONLY=${model.name} MAX_BYTES_BILLED=${bytes}` : hint;
-    (error as Error).message = `${file}: ${message.replace(/\.$/, "")}${next}`;
+  const defaultDataset = { projectId: bigquery.projectId, datasetId: dataset };
+  const query = { query: sql, useLegacySql: false, defaultDataset, maximumBytesBilled: String(env.MAX_BYTES_BILLED), ...into };
+  const done = await jobOf(build, `${model.name}_${job}`, { query }).catch((error: Error) => {
+    const [, bytes] = /bytes billed.* (\d+) or higher/.exec(error.message) ?? [];
+    const next = bytes ? ` Let it read less, or run: make views ONLY=${model.name} MAX_BYTES_BILLED=${bytes}` : "";
+    error.message = `${file}: ${error.message}${next}`;
     throw error;
-  }
+  });
+  const { totalBytesBilled = 0, referencedTables = [] } = done.statistics.query;
+  billed.set(model.name, (billed.get(model.name) ?? 0) + Number(totalBytesBilled));
+  for (const { datasetId, tableId } of referencedTables)
+    if (datasetId !== dataset || !reads.includes(tableId))
+      throw new Error(`${file}: it read ${datasetId}.${tableId}. Name each table behind FROM or JOIN, without a dataset`);
+  return done;
 }
 
 /** Builds the model in the build dataset. */
@@ -147,30 +132,23 @@ export async function publishModel(build: Build, model: Model, attempt: number):
   const [exists] = await published.exists();
   const [before]: [TableMetadata?, unknown?] = exists ? await published.getMetadata() : [];
   const [rows, rowsBefore] = [Number(made.numRows), Number(before?.numRows ?? 0)];
+  const shrinks = `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ${thousands(rowsBefore)}`;
   if (!env.ALLOW_SHRINK && (rows === 0 || rows * 2 < rowsBefore))
-    throw new Error(
-      `${file}: it has ${thousands(rows)} rows, and the published ${to}.${name} ${thousands(rowsBefore)}. ` +
-        `If that is right: make views ONLY=${name} ALLOW_SHRINK=1`,
-    );
+    throw new Error(`${shrinks}. If that is right: make views ONLY=${name} ALLOW_SHRINK=1`);
   const lost = before ? parts(before).filter((part) => !parts(made).includes(part)) : [];
-  if (lost.length)
-    throw new Error(
-      `${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: DROP TABLE ${to}.${name} ` +
-        `(its access policies go with it); then: make views ONLY=${name}`,
-    );
-  if (!before) await jobOf(build, `${name}_${job}`, copy(build, dataset, to, name));
+  const drop = `DROP TABLE ${to}.${name} (its access policies go with it); then: make views ONLY=${name}`;
+  if (lost.length) throw new Error(`${file} no longer has ${lost.join(", ")} of the published ${to}.${name}. Run: ${drop}`);
+  if (!before) await jobOf(build, `${name}_${job}`, copy(env.BIGQUERY_PROJECT, dataset, to, name));
   else
     await runStatement(build, model, { file, sql: `SELECT * FROM \`${name}\``, reads: [name] }, job, {
-      destinationTable: { projectId: bigquery.projectId, datasetId: to, tableId: name },
+      destinationTable: before.tableReference,
       writeDisposition: "WRITE_TRUNCATE_DATA",
       schemaUpdateOptions: ["ALLOW_FIELD_ADDITION", "ALLOW_FIELD_RELAXATION"],
     });
   // A query brings no descriptions.
   const [now] = await published.getMetadata();
-  const fields = now.schema.fields.map((field: TableField) => {
-    const { description = field.description } = made.schema?.fields?.find(({ name }) => name === field.name) ?? {};
-    return { ...field, description };
-  });
+  const described = new Map(made.schema?.fields?.map(({ name, description }) => [name, description]));
+  const fields = now.schema.fields.map((field: TableField) => ({ ...field, description: described.get(field.name) ?? field.description }));
   await published.setMetadata({ description: made.description, schema: { fields }, ...noExpiry(now) } as object);
   return rows;
 }
@@ -189,14 +167,7 @@ function parts({ schema, timePartitioning: time, rangePartitioning, clustering }
 }
 
 /** What became of a model: rows, bytes billed for its statements and checks, and why it was not published. */
-interface Outcome {
-  model: string;
-  rows: number;
-  checks: number;
-  bytes_billed: number;
-  seconds: number;
-  error?: string;
-}
+type Outcome = Record<"rows" | "checks" | "bytes_billed" | "seconds", number> & { model: string; error: string | null };
 
 /** A model's line in the log, and in the table. */
 const describe = ({ error, ...outcome }: Outcome) => ({ ...outcome, published: error ? `no: ${error.split("\n")[0]}` : "yes" });
@@ -206,15 +177,17 @@ export async function eachModel({ run, billed }: Build, models: Model[], work: (
   const outcomes = new Map<string, Promise<Outcome>>();
   const one = async (model: Model): Promise<Outcome> => {
     const needed = await Promise.all(model.needs.map((name) => outcomes.get(name)));
-    const started = run.seconds();
     const missing = needed.flatMap((need) => (need?.error ? need.model : []));
-    const done = missing.length ? Promise.reject(new Error(`it needs ${missing.join(", ")}`)) : work(model);
-    const ended = await done.then(
-      (rows) => ({ rows }),
-      (error: Error) => ({ error: explain(error) }),
-    );
-    const [bytes_billed, seconds] = [billed.get(model.name) ?? 0, Math.round(1000 * (run.seconds() - started)) / 1000];
-    const outcome: Outcome = { model: model.name, rows: 0, checks: model.checks.length, bytes_billed, seconds, ...ended };
+    const started = run.seconds();
+    const outcome: Outcome = { model: model.name, rows: 0, checks: model.checks.length, bytes_billed: 0, seconds: 0, error: null };
+    try {
+      if (missing.length) throw new Error(`it needs ${missing.join(", ")}`);
+      outcome.rows = await work(model);
+    } catch (error) {
+      outcome.error = explain(error as Error);
+    }
+    outcome.bytes_billed = billed.get(model.name) ?? 0;
+    outcome.seconds = Number((run.seconds() - started).toFixed(3));
     run.log("model", describe(outcome));
     return outcome;
   };
@@ -223,31 +196,23 @@ export async function eachModel({ run, billed }: Build, models: Model[], work: (
 }
 
 /** Prints the table, pushes the metrics of each model. @throws Error that names the models that were not published, and why. */
-export async function reportModels(build: Build, outcomes: Outcome[]): Promise<void> {
-  const { run, env } = build;
+export async function reportModels({ run, env, dataset }: Build, outcomes: Outcome[]): Promise<void> {
   process.stdout.write(`${table(outcomes.map(describe))}\n`);
-  await run.etl`
-    insert into etl.models (run_id, model, rows, checks, bytes_billed, seconds, error)
-    select ${run.id}, model, rows, checks, bytes_billed, seconds, error from jsonb_to_recordset(${JSON.stringify(outcomes)}::text::jsonb)
-      as m (model text, rows bigint, checks int, bytes_billed bigint, seconds real, error text)`;
+  await run.etl`insert into etl.models ${run.etl(outcomes.map((outcome) => ({ run_id: run.id, ...outcome })))}`;
   const failed = outcomes.filter(({ error }) => error);
   run.totals.chunks = outcomes.length - failed.length;
   for (const { rows } of outcomes) run.totals.rows += rows;
   const now = Date.now() / 1000;
-  const pushed = outcomes.map(({ model, rows, bytes_billed: bytes, seconds, error }) => {
-    const published = { etl_model_rows: rows, etl_model_bytes: bytes, etl_model_duration_seconds: seconds };
-    const values: Metrics = error
-      ? { etl_model_last_failure_timestamp_seconds: now }
-      : { etl_model_last_success_timestamp_seconds: now, ...published };
-    return pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model });
+  const pushed = outcomes.map(async ({ model, rows, bytes_billed, seconds, error }) => {
+    const built = { etl_model_rows: rows, etl_model_bytes: bytes_billed, etl_model_duration_seconds: seconds };
+    const values = { ...built, etl_model_last_success_timestamp_seconds: now };
+    if (!error) await pushMetrics(env.PUSHGATEWAY_URL, run.pipeline, values, { model });
   });
   await Promise.all(pushed).catch(({ message: error }: Error) => {
     run.log("warning", { warning: "the models' metrics were not pushed; the run itself is not affected", error });
   });
   if (!failed.length) return;
-  const lines = failed.map(({ model, error }) => `  ${model}: ${error}`);
-  throw new Error(
-    `${failed.length} of ${outcomes.length} models failed; their published tables stay as they were\n` +
-      `${lines.join("\n")}\nTheir rows are in dataset ${build.dataset}. Correct the models, then run: make views`,
-  );
+  const list = failed.map(({ model, error }) => `  ${model}: ${error}\n`).join("");
+  const next = `Their rows are in dataset ${dataset}. Correct the models, then run: make views`;
+  throw new Error(`${failed.length} of ${outcomes.length} models failed; their published tables stay as they were\n${list}${next}`);
 }

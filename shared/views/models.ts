@@ -56,13 +56,9 @@ export function readModels(raw: string[], only?: string): Model[] {
   const ordered: Model[] = [];
   for (let left = list("views").map(readFile); left.length; ) {
     const ready = left.filter(({ reads }) => !left.some(({ name }) => reads.includes(name)));
-    if (!ready.length) {
-      const pairs = left.map(({ file, reads }) => `${file} reads ${modelsIn(reads).join(", ")}`);
-      faults.push(`models read one another in a circle: ${pairs.join("; ")}`);
-    }
-    const next = ready.length ? ready : left;
-    ordered.push(...next.map((file) => ({ ...file, checks: [], needs: modelsIn(file.reads) })));
-    left = left.filter((file) => !next.includes(file));
+    if (!ready.length) throw new UsageError(`models read one another in a circle: ${left.map(({ file }) => file).join(", ")}`);
+    ordered.push(...ready.map((file) => ({ ...file, checks: [], needs: modelsIn(file.reads) })));
+    left = left.filter((file) => !ready.includes(file));
   }
   for (const { file, name, sql } of ordered) {
     if (modelForm.exec(code(sql))?.[1] !== name)

@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { after, before, suite, test } from "node:test";
 import { addDays, manifestKey, readManifest } from "../../shared/events/archive.ts";
 import { removeObjects } from "../../shared/events/s3.ts";
-import { ending, hold, lastRun, loseAnswer, loseLock, pass, reach } from "../lib/faults.ts";
+import { ending, hold, lastRun, loseAnswer, loseLock } from "../lib/faults.ts";
 import {
   archiveSuite,
   assertArchived,
@@ -112,32 +112,6 @@ suite("races", { concurrency: true }, () => {
       assert.equal((await ended).code, 0);
     });
 
-    test("where a run fails while another of its days is under way, that day is published with its parts or not at all", async (one) => {
-      const { shop, proxy, day, start } = one;
-      const beside = addDays(day);
-      await shop.insertEvents(beside, 7);
-      const [manifest, part, published] = [hold(), hold(), hold()];
-      proxy.fault(ofDay(day, s3Steps.putManifest), manifest);
-      proxy.fault(ofDay(beside, s3Steps.putPart), part, 1);
-      proxy.fault(ofDay(beside, s3Steps.putManifest), published);
-      published.release();
-      const run = start({ CONCURRENCY: "2" }, 2);
-      // Its parts are removed at the worst moment: once a manifest names them.
-      proxy.fault(s3Steps.deleteObjects, async (exchange) => {
-        await Promise.race([published.reached, run.ended]);
-        await pass(exchange);
-      });
-      await reach(run, Promise.all([manifest.reached, part.reached]));
-      await shop.admin`alter table etl.chunks rename to away`; // the run cannot record its days
-      manifest.release();
-      await run.line(/ step=day .*failed=/);
-      part.release();
-      assert.equal((await ending(run)).code, 2);
-      await shop.admin`alter table etl.away rename to chunks`;
-      await shop.succeed(backfill, { FROM: day, TO: addDays(day, 2) });
-      for (const each of [day, beside]) await assertArchived(shop, each);
-    });
-
     test("a manifest that is deleted while the day is archived again: the run does not take the day for done", async (one) => {
       const { shop, day, startHeld, heal } = one;
       await heal();
@@ -204,7 +178,7 @@ suite("races", { concurrency: true }, () => {
       const bad = addDays(today, -4);
       const part = `s3://\\S+/dt=${bad}/part-0001-\\w+\\.ndjson\\.gz: AccessDenied 403 .*`;
       const next = `Next: make backfill-events FROM=${bad} TO=${addDays(bad)} \\(days that are done are skipped\\)$`;
-      assert.match(stderr, new RegExp(`error: 1 of 5 days failed; the others are archived:\\n  ${bad}: ${part}\\n${next}`));
+      assert.match(stderr, new RegExp(`error: 1 of 5 days failed:\\n  ${bad}: ${part}\\n${next}`));
       assert.match(stderr, / step=days archived=3 skipped=1 failed=1/);
       assert.deepEqual(await archivedDays(), [5, 3, 2, 1]);
       assert.equal(await shop.watermark("events"), midnight(4));
@@ -231,7 +205,7 @@ suite("races", { concurrency: true }, () => {
       assert.match(stderr, new RegExp(` step=held by="pid ${pid}, application \\\\"checkout\\\\", role postgres, `));
       const text = "is not over yet: the source can still get rows before its end \\(the safe bound is \\d{4}-\\S+\\)";
       const both = `  ${today}: ${text}\\n  ${addDays(today)}: ${text}\\nNext: make backfill-events FROM=${today} TO=${to} `;
-      assert.match(stderr, new RegExp(`error: 2 of 3 days failed; the others are archived:\\n${both}`));
+      assert.match(stderr, new RegExp(`error: 2 of 3 days failed:\\n${both}`));
       assert.deepEqual(await archivedDays(), [5, 4, 3, 2, 1]);
       await assertArchived(shop, from);
       assert.equal(await shop.watermark("events"), midnight(3));

@@ -391,7 +391,7 @@ suite("archive", { concurrency: true }, () => {
           const { code, stderr } = await shop.run(script, { FROM, TO, FORCE: "1" });
           assert.match(
             stderr,
-            new RegExp(`^  ${FROM}: s3://\\S+${manifestKey(FROM)} is not the manifest of ${FROM} .*versions or a copy`, "m"),
+            new RegExp(`^  ${FROM}: s3://\\S+${manifestKey(FROM)}: it is not the manifest of ${FROM} .*versions or a copy`, "m"),
           );
           assert.equal(code, 1);
         }

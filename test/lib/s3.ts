@@ -24,11 +24,11 @@ export const s3Steps = {
   putManifest: /^PUT .+\/manifest\.json\?/,
   getPart: /^GET .+\.ndjson\.gz\?/,
   putPart: /^PUT .+\.ndjson\.gz\?x-id=PutObject/,
-  deleteObjects: /^POST .+\?delete/,
+  deleteObjects: /^DELETE .+\?x-id=DeleteObject/,
   anything: /./,
 };
 
-/** A step, of one day (YYYY-MM-DD) only. Not for deleteObjects and list, whose path has no day. */
+/** A step, of one day (YYYY-MM-DD) only. Not for list, whose path has no day. */
 export const ofDay = (day: string, step: RegExp = s3Steps.anything): RegExp =>
   new RegExp(`^(?=.*/dt=${day}/)${step.source.replace(/^\^/, "")}`);
 

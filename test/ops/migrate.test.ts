@@ -81,7 +81,7 @@ await test("a bucket that is missing is created, one that may not be used is nam
   const Bucket = `${shop.dataset.replaceAll("_", "-")}-archive`;
   await assertApplies([`create bucket ${Bucket}`], { S3_BUCKET: Bucket });
   await shop.bucket.client.send(new DeleteBucketCommand({ Bucket }));
-  const says = /error: bucket archive \(S3_BUCKET\) may not be used: SignatureDoesNotMatch .* Check AWS_ACCESS_KEY_ID/;
+  const says = /error: S3_BUCKET may not be used: s3:\/\/archive\/: SignatureDoesNotMatch .* Check AWS_ACCESS_KEY_ID/;
   await shop.refused(migrate, 2, says, { AWS_SECRET_ACCESS_KEY: "wrong" });
 });
 

@@ -1,7 +1,7 @@
 // make stack-status: one line a part.
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { duration, table } from "../../shared/table.ts";
+import { table } from "../../shared/table.ts";
 import { endpoint, localEnv, notOurs, root } from "./env.ts";
 import { parts } from "./parts.ts";
 import { portHolder, recordedNames, running } from "./process.ts";
@@ -27,7 +27,7 @@ const rows = [...parts, ...others.map((name) => ({ name, variable: undefined }))
     part: name,
     state: state(name, variable),
     at: value ? Object.values(endpoint(value)).join(":") : "",
-    uptime: record ? duration((Date.now() - record.startedAt) / 1000) : "",
+    uptime: record ? `${Math.round((Date.now() - record.startedAt) / 60_000)} min` : "",
     log: existsSync(logPath(name)) ? logPath(name) : "",
   };
 });

@@ -2,7 +2,7 @@
 import { createHash, hash } from "node:crypto";
 import { createGunzip } from "node:zlib";
 import { type Env, UsageError } from "../../../shared/env.ts";
-import { addDays, addTotals, daysBetween, eachDay, type Manifest, type Part, readManifest } from "../../../shared/events/archive.ts";
+import { addDays, damaged, daysBetween, eachDay, type Manifest, type Part, readManifest } from "../../../shared/events/archive.ts";
 import { type Bucket, bucketVariables, get } from "../../../shared/events/s3.ts";
 import { progress, thousands } from "../../../shared/log.ts";
 import { pipelineVariables, type Run } from "../../../shared/run.ts";
@@ -25,7 +25,7 @@ export async function readBack(
   read: (day: string) => Promise<Manifest>,
 ): Promise<Map<string, string>> {
   const failed = new Map<string, string>();
-  await eachDay(run, days, failed, async (day) => addTotals(run, await read(day)));
+  await eachDay(run, days, failed, read);
   for (const [day, why] of failed)
     if (!/\bmake /.test(why)) failed.set(day, `${why}. Next: make ${command} FROM=${day} TO=${addDays(day)}`);
   const { rows, bytes } = run.totals;
@@ -48,16 +48,12 @@ export async function readDay(bucket: Bucket, day: string, read: (manifest: Mani
   }
 }
 
-/** Names the object: the day's manifest and its parts do not agree. */
-export const damaged = ({ name }: Bucket, key: string, how: string): Error =>
-  Object.assign(new Error(`s3://${name}/${key}: ${how}`), { name: "Damaged" });
-
 /**
  * The raw lines of a part, in pieces that may end inside one.
  * @throws Error named Damaged where the part does not exist, or is not what its manifest says.
  */
 export async function* readPart(bucket: Bucket, part: Part): AsyncGenerator<Buffer> {
-  const object = await get(bucket, part.key, part.bytes);
+  const object = await get(bucket, part.key);
   if (!object) throw damaged(bucket, part.key, "it does not exist");
   const check = <F extends keyof Part>(field: F, found: Part[F]): void => {
     if (found !== part[field]) throw damaged(bucket, part.key, `expected ${field} ${part[field]} (its manifest), found ${found}`);
