@@ -21,9 +21,9 @@ import { bucketExists, bucketVariables, connectS3, createBucket } from "../../sh
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { clickhouseVariables, connectClickHouse } from "../../shared/sensors/clickhouse.ts";
+import { clickhouseVariables, connectClickHouse, nameClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
-import { migrateClickHouse, migratePostgres, nameClickHouse, type Step } from "./lib/migrations.ts";
+import { migrateClickHouse, migratePostgres, type Step } from "./lib/migrations.ts";
 
 const variables = {
   ETL_DATABASE_URL: required(postgresUrl),

@@ -55,6 +55,11 @@ const examples: Record<string, string> = {
   facts: "[]",
   limits: "{}",
   source_select: "[]",
+  wanted: "[]",
+  readings: "",
+  before: "[]",
+  partitions: "[]",
+  canary: "{}",
   status: "[]",
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
@@ -65,7 +70,7 @@ await as(sql, "etl_metadata");
 for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
 for (const file of files("sql/*.sql").filter((path) => !setup.includes(path)))
   await attempt(file, async (text) => {
-    await as(sql, /\b(from|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
+    await as(sql, /\b(from|join|update) etl\./.test(text) ? "etl_metadata" : "etl_reader");
     await sql.unsafe(text).describe(); // refuses a second statement
     for (const [, setting = ""] of text.matchAll(/current_setting\('etl\.(\w+)'/g))
       await sql`select set_config(${`etl.${setting}`}, ${examples[setting] ?? "0"}, false)`;
