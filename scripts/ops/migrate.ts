@@ -22,10 +22,10 @@ import { bucketExists, bucketVariables, connectS3 } from "../../shared/events/s3
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { clickhouseVariables, connectClickHouse } from "../../shared/sensors/clickhouse.ts";
+import { clickhouseVariables, connectClickHouse, nameClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
 import { noExpiry } from "../../shared/views/build.ts";
-import { migrateClickHouse, migratePostgres, nameClickHouse, type Step } from "./lib/migrations.ts";
+import { migrateClickHouse, migratePostgres, type Step } from "./lib/migrations.ts";
 
 const variables = {
   ETL_DATABASE_URL: required(postgresUrl),

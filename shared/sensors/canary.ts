@@ -6,21 +6,15 @@
  */
 import type { Sql } from "postgres";
 import { postgresUrl, required, UsageError } from "../env.ts";
-import { openSession } from "../session.ts";
+import { openSession, queryWith } from "../session.ts";
+import { readSelect } from "../source.ts";
 
 export const canaryVariables = { REPLICATION_DATABASE_URL: required(postgresUrl) };
-const WRITE_MS = 10_000;
 
-/** Writes the canary until it is disposed of. Where that fails, nothing comes, which is what is watched. */
-export function startCanary(env: { REPLICATION_DATABASE_URL: string }): AsyncDisposable {
+/** Writes the canary until the process ends. Where that fails, nothing comes, which is what is watched. */
+export function startCanary(env: { REPLICATION_DATABASE_URL: string }): void {
   const source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:canary", timeoutSeconds: 5 });
-  const timer = setInterval(() => source`select public.etl_write_heartbeat()`.catch(() => {}), WRITE_MS);
-  return {
-    [Symbol.asyncDispose]: async () => {
-      clearInterval(timer);
-      await source.end({ timeout: 1 });
-    },
-  };
+  setInterval(() => source`select public.etl_write_heartbeat()`.catch(() => {}), 10_000);
 }
 
 interface Message {
@@ -33,23 +27,21 @@ export const isCanary = (message: Message): boolean =>
 const isRead = (message: Message): boolean => holds(message, '"op":"r"') && sourceOf(message).op === "r";
 
 /**
- * Compares the snapshot that messages belong to with the epoch's, which is its first; each message of one has the same WAL position. Before
- * there is one, a canary leaves its position, negative: the snapshot that it came behind lies before it.
+ * Compares the snapshot that messages belong to with the epoch's, which is its first; each message of one has the same WAL position.
+ * Where a canary came before, the epoch has its position, negative: the snapshot that it came behind lies before it.
  * @throws UsageError for another one: rows that were deleted between the two would stay.
  */
 export async function checkSnapshot(etl: Sql, topic: string, messages: Message[]): Promise<void> {
   for (const message of [messages.find(isRead), messages.findLast(isRead)]) {
     const { lsn, snapshot } = message ? sourceOf(message) : {};
     if (!lsn || snapshot === "incremental") continue;
-    await etl`
-      update etl.topics set snapshot_lsn = ${lsn}
-      where topic = ${topic} and (snapshot_lsn is null or -snapshot_lsn >= ${lsn})`;
-    const [other] = await etl`select epoch, snapshot_lsn from etl.topics where topic = ${topic} and snapshot_lsn <> ${lsn}`;
-    if (other)
+    const [kept] = await etl`
+      update etl.topics set snapshot_lsn = case when -snapshot_lsn < ${lsn} then snapshot_lsn else ${lsn} end
+      where topic = ${topic} returning epoch, abs(snapshot_lsn) as first`;
+    if (Number(kept?.first) !== lsn)
       throw new UsageError(
-        `a second snapshot (WAL position ${lsn}, the first: ${Math.abs(Number(other.snapshot_lsn))}) has begun in epoch ` +
-          `${other.epoch} of ${topic}: Debezium started again, and rows deleted meanwhile would stay. ` +
-          "Stop all consumers, then run: make resnapshot",
+        `a second snapshot (WAL position ${lsn}, the first: ${kept?.first}) has begun in epoch ${kept?.epoch} of ${topic}: Debezium ` +
+          "started again, and rows deleted meanwhile would stay. Stop all consumers, then run: make resnapshot",
       );
   }
 }
@@ -65,19 +57,7 @@ function sourceOf({ value }: Message): { op?: string; table?: string; lsn?: numb
 
 /** Records canaries in the order in which they came. One that comes again changes nothing. */
 export async function recordCanaries(etl: Sql, topic: string, canaries: Message[]): Promise<void> {
-  for (const { value } of canaries) {
-    const { before, after, source } = JSON.parse(String(value));
-    if (!after) continue; // somebody deleted the row
-    const [at, previous] = [etl`${after.at}::text::timestamptz`, etl`${before?.at ?? null}::text::timestamptz`];
-    await etl`
-      update etl.topics set canary_at = ${at}, canary_seen = least(${at}, now()),
-        snapshot_lsn = coalesce(snapshot_lsn, -(${source.lsn ?? null}::text::bigint)),
-        canary_gap = coalesce(canary_gap, case
-          when canary_at <> coalesce(${previous}, '-infinity') then 'changes between ' || canary_at || ' and ' || ${at} || ' never came'
-          when ${before?.publication ?? null}::text <> ${after.publication ?? null}::text
-            then 'the publication was changed or made again before ' || ${at} || ', and changes may be missing' end)
-      where topic = ${topic} and (canary_at is null or canary_at < ${at})`;
-  }
+  for (const { value } of canaries) await queryWith(etl, { "etl.topic": topic, "etl.canary": String(value) }, readSelect("canary"));
 }
 
 export interface CanaryState {
@@ -92,9 +72,4 @@ export async function readCanary(etl: Sql, topic: string): Promise<CanaryState |
     select extract(epoch from now() - coalesce(canary_seen, started_at))::float8 as age_seconds, canary_gap as gap
     from etl.topics where topic = ${topic}`;
   return state;
-}
-
-/** Forgets a gap that make verify has shown to be none: all that the source had then is in ClickHouse. One that came since stays. */
-export async function clearGap(etl: Sql, topic: string, seen: CanaryState | undefined): Promise<void> {
-  if (seen?.gap) await etl`update etl.topics set canary_gap = null where topic = ${topic} and canary_gap = ${seen.gap}`;
 }

@@ -28,8 +28,11 @@ export interface ConnectorStatus {
   tasks: { id: number; state: string; trace?: string }[];
 }
 
-export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
-  tasks.length > 0 && [connector, ...tasks].every(({ state }) => state === "RUNNING");
+/** Whether there is a connector, and it and its task run. */
+export function allRunning(status?: ConnectorStatus): boolean {
+  const parts = status ? [status.connector, ...status.tasks] : [];
+  return parts.length > 1 && parts.every(({ state }) => state === "RUNNING");
+}
 
 /**
  * A request to /connectors/NAME/…, repeated while Connect is rebalancing. https://kafka.apache.org/documentation/#connect_rest
@@ -37,19 +40,17 @@ export const allRunning = ({ connector, tasks }: ConnectorStatus): boolean =>
  * @throws Error where Connect does not answer, or with its own words.
  */
 export async function askConnect<T>(env: ConnectEnv, method: string, path: string, body?: object): Promise<T | undefined> {
-  const headers = { "content-type": "application/json" };
-  const init = { method, headers, ...(body && { body: JSON.stringify(body) }) };
+  const url = below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`);
+  const init = { method, headers: { "content-type": "application/json" }, ...(body && { body: JSON.stringify(body) }) };
   for (let attempt = 1; ; attempt++) {
-    const answer = await ask("CONNECT_URL", below(env.CONNECT_URL, `connectors/${namesOf(env).connector}${path}`), init, 60);
+    const answer = await ask("CONNECT_URL", url, init, 60);
     const text = await answer.text();
     if (answer.status === 404) return undefined;
     if (answer.ok) return (text ? JSON.parse(text) : {}) as T;
     // 409, or 500 for reads (Kafka 4, HerderRequestHandler.completeRequest).
     const rebalancing = answer.status === 409 || text.includes("a rebalance is expected");
-    if (!rebalancing || attempt === 60) {
-      const { pathname } = new URL(answer.url);
-      throw new Error(`Kafka Connect refused ${method} ${pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
-    }
+    if (!rebalancing || attempt === 60)
+      throw new Error(`Kafka Connect refused ${method} ${url.pathname}: HTTP ${answer.status} ${text.slice(0, 2000)}`);
     await delay(500);
   }
 }
@@ -61,21 +62,16 @@ const LEAST_DEBEZIUM = "3.6.1";
 export async function checkDebezium(env: ConnectEnv): Promise<string> {
   const answer = await ask("CONNECT_URL", below(env.CONNECT_URL, "connector-plugins"), {}, 10);
   if (!answer.ok) throw new Error(`Kafka Connect refused GET /connector-plugins: HTTP ${answer.status}`);
-  const plugins = (await answer.json()) as { class: string; version?: string }[];
-  const found = plugins.filter(({ class: name }) => name === "io.debezium.connector.postgresql.PostgresConnector");
-  const versions = found.map(({ version = "" }) => version);
-  const isOld = (version: string): boolean => version.localeCompare(LEAST_DEBEZIUM, "en", { numeric: true }) < 0 || !/^\d/.test(version);
-  if (versions.length && !versions.some(isOld)) return versions.join();
+  const plugins = (await answer.json()) as { class: string; version: string }[];
+  const plugin = plugins.find(({ class: name }) => name === "io.debezium.connector.postgresql.PostgresConnector");
+  if (plugin && plugin.version.localeCompare(LEAST_DEBEZIUM, "en", { numeric: true }) >= 0) return plugin.version;
   throw new UsageError(
-    `Kafka Connect (CONNECT_URL) has Debezium ${versions.join() || "not at all"} for Postgres; the least is ` +
-      `${LEAST_DEBEZIUM}. Install it at each worker (ops/README.md, "Kafka and ClickHouse"), restart them, then run: make connector`,
+    `Kafka Connect (CONNECT_URL) has Debezium ${plugin?.version ?? "not at all"} for Postgres; the least is ${LEAST_DEBEZIUM}. Install ` +
+      `it at each worker (ops/README.md, "Kafka and ClickHouse"), restart them, then run: make connector`,
   );
 }
 
 export const connectorStatus = (env: ConnectEnv) => askConnect<ConnectorStatus>(env, "GET", "/status");
 
-/** Whether the connector and its task run. @throws Error where Connect does not answer. */
-export async function isRunning(env: ConnectEnv): Promise<boolean> {
-  const status = await connectorStatus(env);
-  return status !== undefined && allRunning(status);
-}
+/** @throws Error where Connect does not answer. */
+export const isRunning = async (env: ConnectEnv): Promise<boolean> => allRunning(await connectorStatus(env));

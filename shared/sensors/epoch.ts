@@ -4,6 +4,8 @@
  */
 import type { Sql, TransactionSql } from "postgres";
 import { UsageError } from "../env.ts";
+import { queryWith } from "../session.ts";
+import { readSelect } from "../source.ts";
 import { type Admin, committedOffsets, topicOffsets } from "./kafka.ts";
 
 export interface PartitionState {
@@ -68,50 +70,24 @@ export async function beginEpoch(etl: Sql, topic: string, after: number, databas
 
 /**
  * The number of the topic's epoch; its first one where there is none yet.
- * @param where asks Kafka for the partitions' ends and the group's offsets. @param table the UUID of sensor_readings.
+ * @param where asks Kafka for the partitions' ends and the group's offsets. @param table the UUID of sensor_readings, where it is known.
  * @throws UsageError where the epoch's rows belong to another database or table, or the topic is not what the epoch began with: other
  * partitions, offsets that went back, or messages that expired unread.
  */
-export async function takeEpoch(etl: Sql, topic: string, database: string, where: Where, table?: string): Promise<number> {
-  const began = async () => (await where()).map(({ partition }) => ({ partition, next: 0n }));
-  if (!(await readEpoch(etl, topic))) await beginEpoch(etl, topic, 0, database, await began());
-  const epoch = (await readEpoch(etl, topic, database)) as Epoch;
-  // Both change meanwhile: the topic must reach as far as what was inserted before it was asked, the group no further than after.
-  const before = await inserted(etl, topic);
+export async function takeEpoch(etl: Sql, topic: string, database: string, where: Where, table = ""): Promise<number> {
+  const before = await etl`select partition, next_offset as next from etl.topic_offsets where topic = ${topic}`;
   const partitions = await where();
-  const after = await inserted(etl, topic);
-  const others = `topic ${topic} has ${partitions.length} partitions, and had ${before.size} when epoch ${epoch.number} began`;
-  const faults = partitions.map((one) => faultOf(topic, one, before.get(one.partition), after.get(one.partition)?.next ?? 0n));
-  const [filled] =
-    await etl`update etl.topics set readings = coalesce(readings, ${table ?? null}) where topic = ${topic} returning readings`;
-  const lacks = `ClickHouse's sensor_readings was made again, and lacks what epoch ${epoch.number} of ${topic} had inserted`;
-  const fault = table && filled?.readings !== table ? lacks : before.size === partitions.length ? faults.find(Boolean) : others;
-  if (fault)
-    throw new UsageError(
-      `${fault}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: ` +
-        `make resnapshot (a new epoch, and the table from a fresh snapshot; scripts/README.md, "Rebuilding the table")`,
-    );
-  return epoch.number;
-}
-
-async function inserted(etl: Sql, topic: string) {
-  const known = await etl<{ partition: number; next: string; began: string }[]>`
-    select partition, next_offset as next, coalesce(began, 0) as began from etl.topic_offsets where topic = ${topic}`;
-  return new Map(known.map(({ partition, next, began }) => [partition, { next: BigInt(next), began: BigInt(began) }]));
-}
-
-/** Why a partition that was inserted up to `next`, and by now up to `latest`, cannot be read on. */
-function faultOf(topic: string, state: PartitionState, { next, began } = { next: 0n, began: 0n }, latest: bigint): string | undefined {
-  const { partition, low, end, committed } = state;
-  const [of, was] = [`partition ${partition} of topic ${topic}`, "was inserted up to offset"];
-  if (end < next) return `${of} ends at offset ${end}, but ${was} ${next}: the topic was created again`;
-  if (low > next) return `${of} begins at offset ${low}, but ${was} ${next}: messages expired unread (retention.ms)`;
-  if (committed < 0n && next > 0n)
-    return `${of} ${was} ${next}, but the group has none: the topic was created again, or the group's offset expired`;
-  if (committed > latest) return `${of} ${was} ${latest}, but the group's offset is ${committed}: somebody set it ahead`;
-  if (committed >= 0n && committed < began)
-    return `${of} has this epoch from ${began} on, but the group's offset is ${committed}: somebody set it back`;
-  return undefined;
+  const first = partitions.map(({ partition }) => ({ partition, next: 0n }));
+  await beginEpoch(etl, topic, 0, database, first); // where there is one already, this changes nothing
+  const epoch = (await readEpoch(etl, topic, database)) as Epoch;
+  const json = (value: unknown) => JSON.stringify(value, (_, part) => (typeof part === "bigint" ? String(part) : part));
+  const settings = { "etl.topic": topic, "etl.readings": table, "etl.before": json(before), "etl.partitions": json(partitions) };
+  const [faulty] = await queryWith<{ fault: string }>(etl, settings, readSelect("epoch_faults"));
+  if (!faulty) return epoch.number;
+  throw new UsageError(
+    `${faulty.fault}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: make ` +
+      `resnapshot (a new epoch, and the table from a fresh snapshot; scripts/README.md, "Rebuilding the table")`,
+  );
 }
 
 /** How far a partition is inserted. Never back: another consumer may have reached more by now. */

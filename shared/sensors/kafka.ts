@@ -7,7 +7,7 @@ import { setTimeout as delay } from "node:timers/promises";
 import kafkajs, { type Admin, type Batch, type Consumer, type EachBatchPayload, type ITopicConfig, type Kafka } from "kafkajs";
 import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
-import { brokerConfig, isCertificate, type KafkaEnv, namedFault } from "./broker.ts";
+import { brokerConfig, type KafkaEnv } from "./broker.ts";
 import { codecs } from "./codecs.ts";
 
 export type { Admin, Kafka };
@@ -81,18 +81,22 @@ const typeOf = (error: Error): string => (error as { type?: string }).type ?? ""
 
 /** The group is given out again, or no broker answers, or none coordinates the group for the moment. kafkajs wraps errors in others. */
 function isTransient(error: Error): boolean {
-  if (isCertificate(error)) return false;
+  const { name, message, cause } = error;
   const lost = /KafkaJS(Connection|NumberOfRetries|BrokerNot|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
   const moved = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
-  const { name, message, cause } = error;
   return lost.test(`${name} ${message}`) || moved.test(typeOf(error)) || (cause instanceof Error && isTransient(cause));
 }
 
+/** An error that a variable or a missing topic causes names it; any other stays as it is. */
 function explained(error: Error, env: TopicEnv): Error {
+  const { name, message } = error;
   if (/UNKNOWN_TOPIC/.test(typeOf(error))) return new UsageError(`Kafka has no topic ${env.SENSORS_TOPIC}. Run: make connector`);
-  if (!isTransient(error)) return namedFault(error);
-  const away = `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${error.message}. For the local stack: make up`;
-  return Object.assign(new Error(away), { name: error.name });
+  const login = "Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD";
+  if (name.includes("SASL")) return new Error(`KAFKA_BROKERS refused the login: ${message}. ${login}`);
+  if (!isTransient(error)) return error;
+  const certificate = "Its certificate must hold that host name (KAFKA_TLS); name the file of your own authority in NODE_EXTRA_CA_CERTS";
+  const next = env.KAFKA_TLS ? certificate : "For the local stack: make up";
+  return Object.assign(new Error(`no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. ${next}`), { name });
 }
 
 type Messages = Pick<Batch, "partition" | "messages" | "firstOffset" | "lastOffset">;
@@ -100,8 +104,8 @@ type Messages = Pick<Batch, "partition" | "messages" | "firstOffset" | "lastOffs
 interface Work {
   /** Before a partition's first batch after the group gave it out, or where a batch does not begin at the offset committed here. */
   join(): Promise<void>;
-  /** One without messages is what a transaction leaves. `signal` aborts where the group gives the partition to another consumer. */
-  batch(batch: Messages, signal: AbortSignal): Promise<void>;
+  /** One without messages is what a transaction leaves. */
+  batch(batch: Messages): Promise<void>;
   /** Every second, as long as this is a member of the group. */
   tick(): Promise<void>;
 }
@@ -112,11 +116,10 @@ const away = "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start re
  * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch under
  * way is then finished and committed. One batch of a partition at a time, as the broker filled it; an offset is committed after
  * `batch` has resolved. Where it throws, reading ends without a commit.
- * @throws what ended the reading, if that was an error: also Kafka's absence for a minute.
+ * @throws what ended the reading, if that was an error: also Kafka's absence at the start, or for a minute later.
  */
 export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, work: Work): Promise<void> {
-  const retry = { restartOnFailure: async () => !leaving };
-  const [consumer, admin] = [kafka.consumer({ groupId: env.SENSORS_GROUP, ...settings, retry }), kafka.admin()];
+  const [consumer, admin] = [kafka.consumer({ groupId: env.SENSORS_GROUP, ...settings }), kafka.admin()];
   const { promise: over, resolve, reject } = Promise.withResolvers<void>();
   let leaving = false;
   /** The first call counts: what fails while this leaves is not an error any more. */
@@ -143,14 +146,13 @@ export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, 
     const partitionsConsumedConcurrently = 3; // while one batch is inserted, another is made ready
     await consumer.run({ autoCommit: false, eachBatchAutoResolve: false, partitionsConsumedConcurrently, eachBatch });
   };
-  const start = (): Promise<unknown> => read().catch(startAgain);
-  const startAgain = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(start));
-  // With restart kafkajs resumes by itself, after a pause. A group's coordinator that does not answer is final to it (its issue 1630).
-  consumer.on("consumer.crash", ({ payload: { error, restart } }) => restart || startAgain(error));
-  void start();
+  // By itself kafkajs would resume while this leaves, and not where a group's coordinator does not answer (its issue 1630).
+  const again = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(read).catch(again));
+  consumer.on("consumer.crash", ({ payload: { error } }) => again(error));
+  read().catch(leave);
   await over.finally(async () => {
     clearTimeout(watch);
-    // Waits for the batch under way, but not for a broker that is away: the group then finds out by itself.
+    // Waits for the batch under way, but not for a server that is away: the group then finds out by itself.
     const left = consumer.disconnect().then(() => admin.disconnect());
     await Promise.race([left, delay(9000, undefined, { ref: false })]);
   });
@@ -167,6 +169,7 @@ const settings = {
   maxBytesPerPartition: 6_000_000,
   maxBytes: 18_000_000,
   metadataMaxAge: 30_000,
+  retry: { restartOnFailure: async () => false },
 };
 
 /** What kafkajs calls with each batch. @param fail gets what is to end the reading. */
@@ -182,13 +185,8 @@ function createMover(consumer: Consumer, admin: Admin, env: GroupEnv, work: Work
     const committed = (await committedOffsets(admin, topic, groupId)).get(partition) ?? -1n;
     if (committed !== reached.get(partition) || committed !== BigInt(first)) await work.join();
     if (committed < 0n) await commit(first); // so that from the first insert on there is one
-    const lost = new AbortController();
-    const heartbeats = setInterval(() => heartbeat().catch((error: Error) => lost.abort(error)), 1000);
-    try {
-      await work.batch(batch, lost.signal);
-    } finally {
-      clearInterval(heartbeats);
-    }
+    const heartbeats = setInterval(() => heartbeat().catch(() => {}), 1000); // where the group has gone on, the commit fails
+    await work.batch(batch).finally(() => clearInterval(heartbeats));
     const next = BigInt(batch.lastOffset()) + 1n;
     await commit(String(next));
     reached.set(partition, next);

@@ -20,10 +20,11 @@ const STALE_SECONDS = 300;
 
 /** @param lag asks Kafka. @param canary asks schema etl. @throws Error where the port is taken. */
 export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
-  const metrics = createMetrics(env, lag, canary);
-  const server = await serve(env.METRICS_PORT, metrics.registry, canary);
-  const { port } = server.address() as AddressInfo;
-  log({ step: "serving", metrics: `http://127.0.0.1:${port}/metrics` });
+  const metrics = createMetrics();
+  await serve(env.METRICS_PORT, canary, async () => {
+    await askOthers(metrics, env, lag, canary);
+    return await metrics.registry.metrics();
+  });
   const started = performance.now();
   const total = { rows: 0, batches: 0, dead_letters: 0 };
   let [said, saidRows, waitingSince, unknown] = [started, 0, 0, ""];
@@ -46,14 +47,13 @@ export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
       metrics.deadLetters.inc(dead);
       metrics.insertSeconds.observe(seconds);
       if (performance.now() - said < 10_000) return;
-      const rows_per_second = rate(total.rows - saidRows, said);
-      log({ step: "inserted", ...total, rows_per_second });
+      log({ step: "inserted", ...total, rows_per_second: rate(total.rows - saidRows, said) });
       [said, saidRows] = [performance.now(), total.rows];
     },
-    /** The server is away, or is up again. */
-    waiting: (server: string, error?: Error): void => {
+    /** ClickHouse is away, or takes batches again. */
+    waiting: (error?: Error): void => {
       metrics.away.set(error ? 1 : 0);
-      if (error && !waitingSince) log({ step: "waiting", for: server, error: error.message.slice(0, 300) });
+      if (error && !waitingSince) log({ step: "waiting", for: "ClickHouse", error: error.message.slice(0, 300) });
       if (!error && waitingSince) log({ step: "back", waited_seconds: Math.round((performance.now() - waitingSince) / 1000) });
       waitingSince = error ? waitingSince || performance.now() : 0;
     },
@@ -62,17 +62,13 @@ export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
       const peak_rss_mb = Math.round(process.resourceUsage().maxRSS / 1024);
       log({ step: "done", ...total, seconds, rows_per_second: rate(total.rows, started), peak_rss_mb });
     },
-    [Symbol.asyncDispose]: async () => {
-      server.closeAllConnections();
-      server.close();
-    },
   };
 }
 
-async function serve(port: number, registry: Registry, canary: Canary) {
+async function serve(port: number, canary: Canary, metrics: () => Promise<string>): Promise<void> {
   const server = createServer(async (request, response) => {
     const path = request.url?.split("?")[0];
-    if (path === "/metrics") response.setHeader("content-type", registry.contentType).end(await registry.metrics());
+    if (path === "/metrics") response.setHeader("content-type", Registry.PROMETHEUS_CONTENT_TYPE).end(await metrics());
     else if (path === "/healthz") {
       const { age_seconds: age = 0, gap = null } = (await canary().catch(() => undefined)) ?? {};
       const fault = age > STALE_SECONDS ? `no canary from the source for ${Math.round(age)} s` : gap;
@@ -82,46 +78,15 @@ async function serve(port: number, registry: Registry, canary: Canary) {
   await once(server.listen(port), "listening").catch((error: Error) => {
     throw new Error(`METRICS_PORT ${port}: ${error.message}. Is another consumer running here? Choose another port`);
   });
-  return server;
+  log({ step: "serving", metrics: `http://127.0.0.1:${(server.address() as AddressInfo).port}/metrics` });
 }
 
-function createMetrics(env: ReportEnv, lag: Lag, canary: Canary) {
+function createMetrics() {
   const registry = new Registry();
   const registers = [registry];
   collectDefaultMetrics({ register: registry });
-  const counter = (name: string, help: string): Counter => new Counter({ name, help, registers });
-  const gauge = (name: string, help: string): Gauge => new Gauge({ name, help, registers });
-  /** Others are asked at each scrape. Where they do not answer within 3 s, what was known stays. */
-  const asked = (name: string, help: string, ask: (gauge: Gauge) => Promise<void>, labelNames: string[] = []) =>
-    new Gauge({
-      name,
-      help,
-      registers,
-      labelNames,
-      collect() {
-        return Promise.race([ask(this).catch(() => {}), delay(3000, undefined, { ref: false })]);
-      },
-    });
-  const askLag = async (gauge: Gauge): Promise<void> => {
-    for (const { partition, lag: messages } of await lag()) gauge.set({ partition: String(partition) }, messages);
-  };
-  asked("etl_sensors_lag", "Messages that the group has not committed yet.", askLag, ["partition"]);
-  asked("etl_sensors_connector_running", "1 while Debezium's connector and its task run.", async (gauge) =>
-    gauge.set((await isRunning(env).catch(() => false)) ? 1 : 0),
-  );
-  asked("etl_sensors_slot_retained_bytes", "WAL that the source keeps for the connector's slot.", async (gauge) => {
-    await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
-    const [slot] = await source<{ bytes: string }[]>`
-      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) as bytes from pg_replication_slots
-      where slot_name = ${namesOf(env).slot}`;
-    if (slot) gauge.set(Number(slot.bytes));
-  });
-  const stale = "When the source wrote the last canary that came.";
-  asked("etl_sensors_canary_timestamp_seconds", stale, async (gauge) => {
-    const state = await canary();
-    if (state) gauge.set(Date.now() / 1000 - state.age_seconds);
-  });
-  asked("etl_sensors_canary_gap", "1 where changes of the source never came.", async (gauge) => gauge.set((await canary())?.gap ? 1 : 0));
+  const counter = (name: string, help: string) => new Counter({ name, help, registers });
+  const gauge = (name: string, help: string, labelNames: string[] = []) => new Gauge({ name, help, registers, labelNames });
   return {
     registry,
     rows: counter("etl_sensors_rows_total", "Changes inserted."),
@@ -133,7 +98,30 @@ function createMetrics(env: ReportEnv, lag: Lag, canary: Canary) {
       buckets: [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100],
       registers,
     }),
-    away: gauge("etl_sensors_clickhouse_away", "1 while a batch waits for ClickHouse, or for schema etl."),
+    away: gauge("etl_sensors_clickhouse_away", "1 while a batch waits for ClickHouse."),
     unknownColumns: gauge("etl_sensors_unknown_source_columns", "Columns of the source that are kept in _unknown."),
+    lag: gauge("etl_sensors_lag", "Messages that the group has not committed yet.", ["partition"]),
+    connectorRunning: gauge("etl_sensors_connector_running", "1 while Debezium's connector and its task run."),
+    slotBytes: gauge("etl_sensors_slot_retained_bytes", "WAL that the source keeps for the connector's slot."),
+    canaryTime: gauge("etl_sensors_canary_timestamp_seconds", "When the source wrote the last canary that came."),
+    canaryGap: gauge("etl_sensors_canary_gap", "1 where changes of the source never came."),
   };
+}
+
+/** Others are asked at each scrape. What they do not answer within 3 s stays as it was known; a connector that is not known does not run. */
+async function askOthers(metrics: ReturnType<typeof createMetrics>, env: ReportEnv, lag: Lag, canary: Canary): Promise<void> {
+  const answer = <T>(asked: Promise<T>) => Promise.race([asked.catch(() => {}), delay(3000, undefined, { ref: false })]);
+  const askSlot = async () => {
+    await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
+    return await source`
+      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as bytes from pg_replication_slots
+      where slot_name = ${namesOf(env).slot}`;
+  };
+  const asked = [answer(lag()), answer(isRunning(env)), answer(askSlot()), answer(canary())] as const;
+  const [partitions, running, slots, last] = await Promise.all(asked);
+  for (const { partition, lag: messages } of partitions ?? []) metrics.lag.set({ partition: String(partition) }, messages);
+  metrics.connectorRunning.set(running ? 1 : 0);
+  if (slots?.[0]) metrics.slotBytes.set(slots[0].bytes);
+  if (last) metrics.canaryTime.set(Date.now() / 1000 - last.age_seconds);
+  if (last) metrics.canaryGap.set(last.gap ? 1 : 0);
 }

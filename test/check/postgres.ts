@@ -57,6 +57,11 @@ const examples: Record<string, string> = {
   run: '{"run_id": "a", "pipeline": "orders", "state": "running", "host": "b", "pid": 1, "by_hand": false, "rows": 0, "bytes": 0, "bytes_billed": 0, "hold_seconds": 0}',
   source_fields: "[]",
   source_select: "[]",
+  wanted: "[]",
+  readings: "",
+  before: "[]",
+  partitions: "[]",
+  canary: "{}",
   status: "[]",
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
@@ -67,7 +72,7 @@ await as(sql, "etl_metadata");
 for (const file of files("sql/etl/*.sql")) await attempt(file, (text) => sql.unsafe(text));
 for (const file of files("sql/*.sql").filter((path) => !setup.includes(path)))
   await attempt(file, async (text) => {
-    await as(sql, /\b(from|into|join) etl\./.test(text) ? "etl_metadata" : "etl_reader");
+    await as(sql, /\b(from|into|join|update) etl\./.test(text) ? "etl_metadata" : "etl_reader");
     await sql.unsafe(text).describe(); // refuses a second statement
     for (const [, setting = ""] of text.matchAll(/current_setting\('etl\.(\w+)'/g))
       await sql`select set_config(${`etl.${setting}`}, ${examples[setting] ?? "0"}, false)`;

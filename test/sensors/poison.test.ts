@@ -285,7 +285,7 @@ suite("poison", { concurrency: true }, () => {
         next += mutations.length;
         const sent = mutations.map((one, index) => render(one, first + index));
         const rows = landingRows({ topic: sensors.topic, epoch: 1, partition: 0 }, sent);
-        if (rows.length) await insertRowBinary(clickhouse, "sensor_landing", rows, new AbortController().signal);
+        if (rows.length) await insertRowBinary(clickhouse, "sensor_landing", rows);
         await assertAccounted(sensors, sent);
       }),
       { numRuns: soak ? 500 : 15 },

@@ -128,7 +128,7 @@ async function nextOfLargeRow(env: ConnectorEnv): Promise<string> {
 async function runs(env: ConnectorEnv): Promise<boolean> {
   const status = await connect.connectorStatus(env);
   const failed = status && failureOf(status);
-  if (!failed) return status !== undefined && connect.allRunning(status);
+  if (!failed) return connect.allRunning(status);
   const words = failed.trace?.trim().replaceAll(/\n\tat .*/g, "") ?? "";
   let next = "Fix it, then: make connector";
   if (/replication slot/i.test(words)) next = "Where the slot is gone, so are the changes since: make resnapshot";

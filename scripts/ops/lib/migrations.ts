@@ -1,9 +1,8 @@
 /** Applies numbered files of SQL to Postgres or ClickHouse. One at a time: the caller holds a lock, or is alone with the database. */
 import type { ClickHouseClient } from "@clickhouse/client";
 import type { Sql } from "postgres";
-import { UsageError } from "../../../shared/env.ts";
 import { type Applied, pendingMigrations } from "../../../shared/migrations.ts";
-import { appliedMigrations, type ClickHouseEnv } from "../../../shared/sensors/clickhouse.ts";
+import { appliedMigrations } from "../../../shared/sensors/clickhouse.ts";
 
 /** Says what is to be done, and does it unless this is a dry run. */
 export type Step = (what: string, work: () => Promise<unknown>) => Promise<void>;
@@ -41,11 +40,4 @@ export async function migrateClickHouse(client: ClickHouseClient, step = silentl
       for (const query of [record, ...statementsOf(sql)]) await client.command({ query });
       await client.insert({ table: "etl_migrations", values: [{ file, sha256 }], format: "JSONEachRow" });
     });
-}
-
-/** Names the server in an error of its own, or of the way to it. */
-export function nameClickHouse({ CLICKHOUSE_URL: url }: ClickHouseEnv, error: Error): never {
-  if (error instanceof UsageError) throw error;
-  const next = "Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD; is it running?";
-  throw new Error(`ClickHouse at ${new URL(url).host} (CLICKHOUSE_URL): ${error.message.trim()} ${next}`);
 }

@@ -13,7 +13,7 @@ import type { Env } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
 import { newRunId, type Run } from "../../../shared/run.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
-import { clearGap, readCanary } from "../../../shared/sensors/canary.ts";
+import { readCanary } from "../../../shared/sensors/canary.ts";
 import * as clickhouse from "../../../shared/sensors/clickhouse.ts";
 import { namesOf, sourceTable } from "../../../shared/sensors/connector.ts";
 import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
@@ -33,7 +33,7 @@ const ARRIVAL_SECONDS = 120;
 export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Promise<void>): Promise<Comparison> {
   await readEpoch(run.etl, env.SENSORS_TOPIC, env.CLICKHOUSE_DATABASE);
   await using client = clickhouse.connectClickHouse(env);
-  await clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE);
+  await clickhouse.checkMigrations(client, env);
   const columns = await clickhouse.readingColumns(client);
   const at = (name: string): string => `verify_${run.id}_${name}`;
   // Without a match a join gives NULL.
@@ -66,7 +66,9 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
       found.push(...(await clickhouse.select<Found>(client, query)));
     }
     const compared = comparison(rows, found);
-    if (!found.length) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
+    // All that the source had then is in ClickHouse: that gap is none. One that came since stays.
+    if (canary?.gap && !found.length)
+      await run.etl`update etl.topics set canary_gap = null where topic = ${env.SENSORS_TOPIC} and canary_gap = ${canary.gap}`;
     return { ...compared, fresh: Math.max(0, candidates - total(compared)) };
   } finally {
     await dropTables(client, `startsWith(name, '${at("")}')`);
