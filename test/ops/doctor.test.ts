@@ -356,7 +356,7 @@ test("BigQuery: another table, a dataset that is not there, and permissions that
   proxy.fault(/^POST .+\/jobs$/, answer(403, { reason: "accessDenied" }));
   const grant =
     "answered 403 by the test\\. Grant the service account roles/bigquery\\.jobUser on the project and roles/bigquery\\.dataEditor";
-  const staging = "staging tables may be created and merged \\(dry run\\)";
+  const staging = "table is as .* \\(dry run\\)";
   await assertFails(
     undefined,
     { ...rest, BIGQUERY_ENDPOINT: proxy.url },

@@ -1,4 +1,4 @@
-/** Markup and charts of a page that holds all it needs. Whatever is put into it is text, unless it was made here. */
+/** Markup of a page that holds all it needs. Whatever is put into it is text, unless it was made here. */
 
 /** A piece of a page, as it is written. */
 export class Markup extends String {}
@@ -14,24 +14,29 @@ function write(value: unknown): string {
   return text.replaceAll(/[&<>"'`]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 }
 
-/** Rows under their names; numbers at the right. @param next the command that makes the first row. */
-export function table(names: string[], rows: unknown[][] | null, next = ""): Markup {
-  if (!rows) return html`<p>None yet. Next: ${next}</p>`;
+type Row = (string | number | null)[];
+/** A run, a day or a label: told apart by shape. */
+type Cell = { column: number; row: number; kind: "done" | "failed" | "gone" | "label"; share: number; title: string };
+
+/** What sql/report.sql returns; it says what each is. */
+export type Block = { kind: string; text: string; look?: string; names?: string[]; rows?: Row[] | null; cells?: Cell[] | null };
+
+export function render({ kind, text, look = "", names = [], rows, cells }: Block): Markup {
   const cell = (value: unknown): Markup =>
     typeof value === "number" ? html`<td class="number">${value.toLocaleString("en-US")}</td>` : html`<td>${value}</td>`;
-  const line = (row: unknown[]): Markup => html`<tr>${row.map(cell)}</tr>`;
-  return html`<div class="scroll"><table><tr>${names.map((name) => html`<th>${name}</th>`)}</tr>${rows.map(line)}</table></div>`;
-}
-
-/** A run, a day or a label, as sql/report.sql writes it: told apart by shape. */
-export type Cell = { column: number; row: number; kind: "done" | "failed" | "gone" | "label"; share: number; title: string };
-
-/** Cells at their places: bars, whose heights are their shares; or a calendar of squares, whose shades are. Words under them. */
-export function chart(words: string, cells: Cell[], look: "bars" | "calendar"): Markup {
-  const drawn = cells.map(({ column, row, kind, share, title }) => {
+  if (rows) {
+    const lines = [html`<tr>${names.map((name) => html`<th>${name}</th>`)}</tr>`, ...rows.map((row) => html`<tr>${row.map(cell)}</tr>`)];
+    const table = html`<div class="scroll"><table>${lines}</table></div>`;
+    return text ? html`<details><summary>${text}</summary>${table}</details>` : table;
+  }
+  // Bars, whose heights are their shares; or a calendar of squares, whose shades are.
+  const drawn = cells?.map(({ column, row, kind, share, title }) => {
     const place = `grid-area: ${row} / ${column}; --share: ${share}`;
     return kind === "label" ? html`<b style="${place}">${title}</b>` : html`<i class="${kind}" style="${place}" title="${title}"></i>`;
   });
-  return html`<figure class="scroll"><div class="${look}" role="img" aria-label="${words}">${drawn}</div>
-    <figcaption>${words}</figcaption></figure>`;
+  if (drawn)
+    return html`<figure class="scroll"><div class="${kind}" role="img" aria-label="${text}">${drawn}</div>
+      <figcaption>${text}</figcaption></figure>`;
+  const tag = new Markup(kind);
+  return text ? html`<${tag} class="${look}">${text}</${tag}>` : html``;
 }
