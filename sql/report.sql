@@ -149,4 +149,4 @@ select json_build_array(
   json_build_object('rows', (select json_agg(json_build_array('week of ' || week,
       coalesce(to_char(bytes / 1e6, 'FM999,999,990 "MB"'), 'no job'),
       repeat('█', ceil(30 * bytes / (select greatest(1, max(bytes)) from billed))::int)) order by week desc) from billed))
-) as report;
+)::text as report;

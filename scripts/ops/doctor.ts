@@ -9,11 +9,10 @@
  *   make doctor                    every pipeline that has its variables
  *   make doctor PIPELINE=orders    what this one needs
  */
-import type { Sql } from "postgres";
 import { type ApiError, type BigQueryEnv, bigqueryVariables, connectBigQuery, remedy } from "../../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../../shared/bigquery/contract.ts";
 import { mergeStatement, openDestination } from "../../shared/bigquery/load.ts";
-import { isSet, oneOf, optional, parsePostgresUrl, readEnv, redact } from "../../shared/env.ts";
+import { isSet, oneOf, optional, readEnv, redact } from "../../shared/env.ts";
 import { checkArchivable, eventsSource } from "../../shared/events/archive.ts";
 import { bucketVariables, checkBucket, connectS3, put, removeObjects } from "../../shared/events/s3.ts";
 import type { Fields } from "../../shared/log.ts";
@@ -96,28 +95,18 @@ await main(import.meta, async () => {
   process.exit(failures ? 1 : 0); // a client may still be asking a server that is away
 });
 
-/** Opens a session of the variable, where that can be done. */
-async function openChecked(check: Check, variable: string, url: string, settings = {}): Promise<Sql | undefined> {
-  const sql = openSession(url, { ...session, settings });
-  const { user, sslmode } = parsePostgresUrl(url);
-  const isOpen = await check("connection", () => checkSession(variable, sql).then(() => `as ${user}, sslmode=${sslmode}`));
-  return isOpen ? sql : undefined;
-}
-
 async function checkMetadata(check: Check): Promise<void> {
   const { ETL_DATABASE_URL: url } = readEnv({ ETL_DATABASE_URL });
-  const etl = await openChecked(check, "ETL_DATABASE_URL", url);
-  if (!etl) return;
-  const isDirect = await check("one session is one connection to Postgres", async () => {
+  const etl = openSession(url, session);
+  if (!(await check("connection", () => checkSession("ETL_DATABASE_URL", etl)))) return;
+  await check("one session is one connection to Postgres", async () => {
     // A transaction pooler gives another session the same connection, and with it the lock that is held there.
     const lock = `hashtextextended('etl:doctor ${newRunId()}', 0)`;
     await etl.unsafe(`select pg_advisory_lock(${lock})`);
     const [other] = await openSession(url, session).unsafe(`select pg_try_advisory_lock(${lock}) as taken`);
-    const next = "Point it at Postgres itself, or at a pool in session mode";
-    if (other?.taken)
-      throw new Error(`ETL_DATABASE_URL goes through a transaction pooler, where a run's lock would not be its own. ${next}`);
+    const pooled = "ETL_DATABASE_URL goes through a transaction pooler, where a run's lock would not be its own";
+    if (other?.taken) throw new Error(`${pooled}. Point it at Postgres itself, or at a pool in session mode`);
   });
-  if (!isDirect) return;
   await check("tables are those of sql/etl", async () => {
     const missing = pendingMigrations("sql/etl", await appliedInPostgres(etl)).map(({ file }) => file);
     if (missing.length) throw new Error(`not applied: ${missing.join(", ")}. Run: make migrate`);
@@ -128,8 +117,8 @@ async function checkMetadata(check: Check): Promise<void> {
 /** What a run checks in its steps 2 and 3, and sql/doctor.sql. */
 async function checkSourceDatabase(check: Check, tables: string[]): Promise<void> {
   const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL });
-  const source = await openChecked(check, "SOURCE_DATABASE_URL", env.SOURCE_DATABASE_URL, { "etl.lag_seconds": "0" });
-  if (!source) return;
+  const source = openSession(env.SOURCE_DATABASE_URL, { ...session, settings: { "etl.lag_seconds": "0" } });
+  if (!(await check("connection", () => checkSession("SOURCE_DATABASE_URL", source)))) return;
   const etl = openSession(env.ETL_DATABASE_URL, session);
   await check("open transactions can be seen", async () => (await readBound(source)).holder ?? "none holds a watermark");
   const named: string[] = [];
@@ -187,10 +176,10 @@ async function checkViews(check: Check): Promise<void> {
 
 async function checkS3(check: Check): Promise<void> {
   const bucket = connectS3(readEnv(bucketVariables));
-  if (!(await check("bucket", () => checkBucket(bucket)))) return;
   const key = `${bucket.prefix}events/doctor/${newRunId()}.json`;
+  const putNew = (): Promise<boolean> => put(bucket, key, "{}\n", undefined, { by: "make doctor" });
   await check("an object may be put and deleted", async () => {
-    const putNew = (): Promise<boolean> => put(bucket, key, "{}\n", undefined, { by: "make doctor" });
+    await checkBucket(bucket);
     const twice = (await putNew()) && (await putNew());
     await removeObjects(bucket, [key]);
     if (twice) throw new Error("the server ignores If-None-Match, so two runs could each put a day's manifest. Use one that heeds it");
@@ -227,11 +216,9 @@ async function checkKafka(check: Check): Promise<void> {
 async function checkClickHouse(check: Check): Promise<void> {
   const env = readEnv({ SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables });
   const client = clickhouse.connectClickHouse(env);
-  const migrations = () => clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => nameClickHouse(env, error));
-  if (!(await check("the files of schemas/clickhouse are applied", migrations))) return;
-  const nothing = Buffer.alloc(0);
-  await check("rows may be inserted", () => clickhouse.insertRowBinary(client, "sensor_landing", nothing, AbortSignal.timeout(30_000)));
-  await check("the source has its columns", async () => {
+  await check("tables, an insert, and the source's columns", async () => {
+    await clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => nameClickHouse(env, error));
+    await clickhouse.insertRowBinary(client, "sensor_landing", Buffer.alloc(0), AbortSignal.timeout(30_000));
     const unknown = await checkReadings(env, await clickhouse.readingColumns(client));
     return unknown.length ? `kept in _unknown: ${unknown}` : "";
   });

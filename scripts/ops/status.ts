@@ -3,7 +3,7 @@
  * status: where each pipeline is. Reads schema etl, the source, and, where they are configured, BigQuery, Kafka, Connect and ClickHouse; a
  * part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql judges, and says what each key means.
  *
- *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
+ *   make status          a table, and below it what is wrong
  *   make status JSON=1   the same for programs, on stdout: an array with an object for each pipeline, whose keys sql/status.sql explains;
  *                        times in UTC, ages in seconds, null where a pipeline has no such thing
  *
@@ -13,7 +13,6 @@
  *              new     never ran, or not configured
  *   exit code  1 where a pipeline is red, else 0
  */
-import { styleText } from "node:util";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { bigqueryVariables } from "../../shared/bigquery/client.ts";
@@ -66,8 +65,9 @@ await main(import.meta, async () => {
 
   // 3. Print.
   const statuses = rows.map(({ line, said, ...status }) => status);
-  if (env.JSON) process.stdout.write(`${JSON.stringify(statuses, null, 2)}\n`);
-  else print(rows);
+  const lines = rows.flatMap(({ pipeline, said }) => said?.map((words) => `${pipeline}: ${words}\n`) ?? []);
+  const shown = `${table(rows.map(({ line }) => line))}\n${lines.length ? "\n" : ""}${lines.join("")}`;
+  process.stdout.write(env.JSON ? `${JSON.stringify(statuses, null, 2)}\n` : shown);
   process.exit(rows.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
 
@@ -139,14 +139,4 @@ async function askSensors(fact: Fact, etl: Sql, source: Sql): Promise<void> {
   };
   const answers = await Promise.all(Object.entries(parts).map(([part, work]) => ask<object | undefined>(fact, part, work)));
   fact.sensors = Object.assign({ topic, slot }, ...answers);
-}
-
-function print(rows: Row[]): void {
-  const colours = { ok: "green", new: "gray", warn: "yellow", red: "red" } as const;
-  const [names = "", ...lines] = table(rows.map(({ line }) => line)).split("\n");
-  // styleText: on a terminal only, and not where NO_COLOR is set.
-  const shown = lines.map((line, at) => styleText(colours[rows[at]?.state ?? "ok"], line, { stream: process.stdout }));
-  process.stdout.write(`${[names, ...shown].join("\n")}\n`);
-  const below = rows.flatMap(({ pipeline, said }) => said?.map((words) => `${pipeline}: ${words}\n`) ?? []);
-  if (below.length) process.stdout.write(`\n${below.join("")}`);
 }

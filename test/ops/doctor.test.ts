@@ -132,12 +132,12 @@ suite("on servers of their own, or none, at the same time", { concurrency: true 
       /bigquery: orders: .*ECONNREFUSED.*Check BIGQUERY_ENDPOINT/,
       /bigquery: users: .*ECONNREFUSED.*Check BIGQUERY_ENDPOINT/,
       /views: models may be published .*ECONNREFUSED/,
-      /s3: bucket: .*ECONNREFUSED/,
+      /s3: an object .*ECONNREFUSED/,
       /sensors: connection: cannot connect to REPLICATION_DATABASE_URL .*Check the database's name/,
       /sensors: Debezium's version: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: /,
       /sensors: connector etl-.*: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: /,
       /kafka: topic .*: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers/,
-      /clickhouse: the files of .*: ClickHouse at 127\.0\.0\.1:1 \(CLICKHOUSE_URL\): .*ECONNREFUSED/,
+      /clickhouse: tables, .*: ClickHouse at 127\.0\.0\.1:1 \(CLICKHOUSE_URL\): .*ECONNREFUSED/,
       /pushgateway: takes a push: 127\.0\.0\.1:1 \(PUSHGATEWAY_URL\) does not answer: /,
     );
   });
@@ -253,7 +253,7 @@ test("a source that Debezium cannot read: table, publication and heartbeat, all 
     "sensors",
     {},
     /sensors: wal_level, role and publication: .*role etl_replicator may not update table public\.etl_heartbeat; .*publication etl_sensors does not exist, or lacks public\.sensor_readings; Run sql\/replication\.sql/,
-    /clickhouse: the source has its columns: .* replica identity full;/,
+    /clickhouse: tables, .* replica identity full;/,
   );
   const repair = () => admin.unsafe(readFileSync(join(root, "sql/replication.sql"), "utf8")).simple();
   await repair();
@@ -389,12 +389,12 @@ test("S3: another bucket, a wrong key, an object that may not be deleted", async
   await assertFails(
     "events",
     { S3_BUCKET: "nowhere-at-all" },
-    /s3: bucket: bucket nowhere-at-all \(S3_BUCKET\) does not exist\. Run: make migrate$/,
+    /s3: an object .*: bucket nowhere-at-all \(S3_BUCKET\) does not exist\. Run: make migrate$/,
   );
   await assertFails(
     "events",
     { AWS_SECRET_ACCESS_KEY: "wrong" },
-    /s3: bucket: .* may not be used: SignatureDoesNotMatch .*Check AWS_ACCESS_KEY_ID/,
+    /s3: an object .* may not be used: SignatureDoesNotMatch .*Check AWS_ACCESS_KEY_ID/,
   );
   await using proxy = await createS3Proxy(shop.env.S3_ENDPOINT);
   proxy.fault(
@@ -418,18 +418,18 @@ test("ClickHouse: a wrong password, a file that was not applied, a view that is 
   await assertFails(
     "sensors",
     { CLICKHOUSE_PASSWORD: "wrong" },
-    /clickhouse: the files of .*: .*Authentication failed.* Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD/,
+    /clickhouse: tables, .*Authentication failed.* Check CLICKHOUSE_USER and CLICKHOUSE_PASSWORD/,
   );
   await assertFails(
     "sensors",
     { CLICKHOUSE_DATABASE: "nowhere" },
-    /clickhouse: the files of schemas\/clickhouse .*001_sensor_readings\.sql and \d more files were not applied to .* nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
+    /clickhouse: tables, .*001_sensor_readings\.sql and \d more files were not applied to .* nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
   );
   await shop.clickhouse.command({ query: "DROP VIEW sensor_dead_letters_view" });
   await assertFails(
     "sensors",
     {},
-    /clickhouse: the files of schemas\/clickhouse .* has lost sensor_dead_letters_view, .* Run there: DROP TABLE etl_migrations, then: make migrate/,
+    /clickhouse: tables, .* has lost sensor_dead_letters_view, .* Run there: DROP TABLE etl_migrations, then: make migrate/,
   );
   await shop.clickhouse.command({ query: "DROP TABLE etl_migrations" });
   await shop.succeed("scripts/ops/migrate.ts");
@@ -441,7 +441,7 @@ test("ClickHouse: a wrong password, a file that was not applied, a view that is 
       "Code: 497. DB::Exception: etl: Not enough privileges. To execute this query, it's necessary to have the grant INSERT. (ACCESS_DENIED)";
     response.writeHead(403, { "x-clickhouse-exception-code": "497" }).end(message);
   });
-  await assertFails("sensors", { CLICKHOUSE_URL: proxy.url }, /clickhouse: rows may be inserted: .*Not enough privileges/);
+  await assertFails("sensors", { CLICKHOUSE_URL: proxy.url }, /clickhouse: tables, .*Not enough privileges/);
 });
 
 test("a topic that is not there, a connector that is gone", async () => {
