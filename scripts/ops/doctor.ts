@@ -65,9 +65,7 @@ await main(import.meta, async () => {
     ["bigquery", synced.length > 0, (check) => checkBigQuery(check, synced)],
     ["views", has("views"), checkViews],
     ["s3", has("events"), checkS3],
-    ["sensors", has("sensors"), checkCapture],
-    ["kafka", has("sensors"), checkKafka],
-    ["clickhouse", has("sensors"), checkClickHouse],
+    ["sensors", has("sensors"), checkSensors],
     ["pushgateway", true, checkPushgateway],
   ];
   let failures = 0;
@@ -148,11 +146,8 @@ async function checkSourceDatabase(check: Check, tables: string[]): Promise<void
 
 /** BigQuery checks the permissions of a dry run as those of the query itself. */
 async function dryRun(env: BigQueryEnv, query: string): Promise<void> {
-  const job = { query, dryRun: true, useLegacySql: false, location: env.BIGQUERY_LOCATION };
-  const created = connectBigQuery(env).createQueryJob(job);
-  await created.catch((error: ApiError) => {
-    throw new Error(`${error.message}. ${remedy(error)}`);
-  });
+  const created = connectBigQuery(env).createQueryJob({ query, dryRun: true });
+  await created.catch((error: ApiError) => Promise.reject(new Error(`${error.message}. ${remedy(error)}`)));
 }
 
 async function checkBigQuery(check: Check, synced: string[]): Promise<void> {
@@ -170,8 +165,12 @@ async function checkBigQuery(check: Check, synced: string[]): Promise<void> {
 
 async function checkViews(check: Check): Promise<void> {
   const env = readEnv(viewsVariables);
-  const statement = `CREATE TABLE \`${env.BIGQUERY_PROJECT}.${env.BIGQUERY_VIEWS_DATASET}.doctor\` AS SELECT 1 AS one`;
-  await check("models may be published (dry run)", () => dryRun(env, statement));
+  const dataset = env.BIGQUERY_VIEWS_DATASET;
+  await check("models may be published (dry run)", async () => {
+    const [exists] = await connectBigQuery(env).dataset(dataset).exists();
+    if (!exists) throw new Error(`dataset ${dataset} (BIGQUERY_VIEWS_DATASET) does not exist. Run: make migrate`);
+    await dryRun(env, `CREATE TABLE \`${env.BIGQUERY_PROJECT}.${dataset}.doctor\` AS SELECT 1 AS one`);
+  });
 }
 
 async function checkS3(check: Check): Promise<void> {
@@ -186,38 +185,31 @@ async function checkS3(check: Check): Promise<void> {
   });
 }
 
-async function checkCapture(check: Check): Promise<void> {
-  const env = readEnv({ ...connectorVariables, SENSORS_TOPIC: kafkaVariables.SENSORS_TOPIC });
+/** What make connector and a consumer check when they start, and an insert without rows. */
+async function checkSensors(check: Check): Promise<void> {
+  const servers = { ...connectorVariables, ...kafkaVariables, ...clickhouse.clickhouseVariables };
+  const env = readEnv({ ETL_DATABASE_URL, SOURCE_DATABASE_URL, ...servers });
+  const { SENSORS_TOPIC: topic, SENSORS_GROUP: group, CLICKHOUSE_DATABASE: database } = env;
   await check("connection", () => askReplication(env));
   await check("Debezium's version", () => checkDebezium(env));
   await check(`connector ${namesOf(env).connector}`, async () => {
     if (!(await isRunning(env))) throw new Error("it does not exist, or does not run. Run: make connector (says why)");
     return (await checkConfig(env)) ? "CONNECT_URL shows its database password in clear text: see REPLICATION_PASSWORD_REFERENCE" : "";
   });
-}
-
-async function checkKafka(check: Check): Promise<void> {
-  const env = readEnv({ ETL_DATABASE_URL, ...clickhouse.clickhouseVariables, ...kafkaVariables });
-  const { SENSORS_TOPIC: topic, SENSORS_GROUP: group } = env;
   const broker = connectKafka(env, "etl-doctor");
   const etl = openSession(env.ETL_DATABASE_URL, session);
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, group));
   await check(`topic ${topic} and group ${group}`, async () => {
     const partitions = await where();
     await withAdmin(broker, env, (admin) => checkTopicSettings(admin, topic));
-    if (await readEpoch(etl, topic)) await takeEpoch(etl, topic, env.CLICKHOUSE_DATABASE, where);
+    if (await readEpoch(etl, topic)) await takeEpoch(etl, topic, database, where);
     const gap = (await readCanary(etl, topic))?.gap;
     if (gap) throw new Error(`${gap}. Run: make verify PIPELINE=sensors`);
     return `${partitions.length} partitions, lag ${partitions.reduce((sum, { lag }) => sum + lag, 0)}`;
   });
-}
-
-/** What a consumer checks when it starts, and an insert without rows. */
-async function checkClickHouse(check: Check): Promise<void> {
-  const env = readEnv({ SOURCE_DATABASE_URL, ...clickhouse.clickhouseVariables });
   const client = clickhouse.connectClickHouse(env);
-  await check("tables, an insert, and the source's columns", async () => {
-    await clickhouse.checkMigrations(client, env.CLICKHOUSE_DATABASE).catch((error: Error) => nameClickHouse(env, error));
+  await check("ClickHouse's tables, an insert, and the source's columns", async () => {
+    await clickhouse.checkMigrations(client, database).catch((error: Error) => nameClickHouse(env, error));
     await clickhouse.insertRowBinary(client, "sensor_landing", Buffer.alloc(0), AbortSignal.timeout(30_000));
     const unknown = await checkReadings(env, await clickhouse.readingColumns(client));
     return unknown.length ? `kept in _unknown: ${unknown}` : "";

@@ -2,12 +2,11 @@
 /**
  * migrate: creates and evolves what the pipelines need, from the committed files. What it does is printed first.
  *
- *   schema etl       sql/etl/*.sql, each applied once, in order of its number; one that was applied may not be edited
- *   the bucket       S3_BUCKET, where that is set
- *   ClickHouse       schemas/clickhouse/*.sql, as sql/etl, where CLICKHOUSE_URL is set. A database that an older version made is taken over
- *   BigQuery         BIGQUERY_DATASET and BIGQUERY_VIEWS_DATASET. schemas/bigquery/*.json: created, or extended by what loses nothing
- *                    (a new column, REQUIRED that becomes NULLABLE, a description); any other difference is refused
- *   safe to re-run   yes: what exists is left as it is; a second migrate waits for the first
+ *   schema etl, ClickHouse   sql/etl and schemas/clickhouse: each file once, by its number; one that was applied may not be edited
+ *   BigQuery                 the datasets; schemas/bigquery: each table is created, or extended by what loses nothing (a new column,
+ *                            REQUIRED that becomes NULLABLE, a description); any other difference is refused
+ *   the bucket               is created. It and ClickHouse are left out where S3_BUCKET or CLICKHOUSE_URL is not set
+ *   safe to re-run           yes: what exists is left as it is; a second migrate waits for the first
  *
  *   make migrate DRY_RUN=1   says what would be done; without DRY_RUN=1 it does it
  */
@@ -77,7 +76,7 @@ await main(import.meta, async () => {
   for (const pipeline of pipelines())
     refused.push(...(await migrateTable(bigquery.dataset(env.BIGQUERY_DATASET), readContract(pipeline), apply)));
   const kept = "these differences could lose data or need a decision, and their tables were left as they are";
-  const next = "Change the table in BigQuery, or bring the contract back to it; then: make migrate";
+  const next = "Bring the contract back, or change the table (ALTER TABLE … ALTER COLUMN … SET DATA TYPE …); then: make migrate";
   if (refused.length) throw new UsageError(`${kept}:\n  ${refused.join("\n  ")}\n${next}`);
   log({ step: "done" });
 });

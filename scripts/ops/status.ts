@@ -4,13 +4,9 @@
  * part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql judges, and says what each key means.
  *
  *   make status          a table, and below it what is wrong
- *   make status JSON=1   the same for programs, on stdout: an array with an object for each pipeline, whose keys sql/status.sql explains;
- *                        times in UTC, ages in seconds, null where a pipeline has no such thing
+ *   make status JSON=1   the same for programs, on stdout: an array with an object for each pipeline
  *
- *   state      red     what an alert tells, or would: stale by two intervals, last run failed or abandoned, the watermark held for long
- *                      or not to be trusted, a part that does not answer, sensors that stopped or are far behind
- *              warn    what can wait: a shorter hold, a run by hand or a day that failed, dead letters
- *              new     never ran, or not configured
+ *   state      red (what an alert tells, or would), warn (what can wait), new (never ran, or not configured) or ok
  *   exit code  1 where a pipeline is red, else 0
  */
 import type { Sql } from "postgres";

@@ -20,10 +20,9 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { takeLock } from "../../shared/run.ts";
 import { beside, distrusted, eachPipeline, verifyVariables } from "./lib/verify.ts";
 
-const others = " (deleted readings come by the log; events are deleted only once they are archived)";
 const variables = {
   ...verifyVariables,
-  PIPELINE: optional(oneOf(pipelines(), others)),
+  PIPELINE: optional(oneOf(pipelines())),
   DRY_RUN: optional(flag, false),
   CONFIRM: optional(flag, false),
   SWEEP_MAX_SHARE: optional(number(0, 1, false), 0.05),

@@ -215,7 +215,7 @@ test("Kafka: the consumer reads with TLS and each mechanism of SASL; a wrong cer
       consume({ KAFKA_PASSWORD: "HUSH" }).then((result) => assertRefused(result, login)),
     ]);
     const wrong = await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors", ...given, KAFKA_PASSWORD: "HUSH" });
-    assert.match(wrong.stdout, new RegExp(`^FAIL {2}kafka: topic .*: ${login.source}`, "m"));
+    assert.match(wrong.stdout, new RegExp(`^FAIL {2}sensors: topic .*: ${login.source}`, "m"));
     assert.ok(!wrong.stdout.includes("HUSH"));
   } finally {
     await Promise.all([admin.disconnect(), producer.disconnect()]);

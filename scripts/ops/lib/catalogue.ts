@@ -34,21 +34,16 @@ export async function readTable(source: Sql, table: string, cursor = "", key = "
 /** In the order in which they are tried. */
 const types = "INTEGER NUMERIC BIGNUMERIC FLOAT BOOLEAN JSON DATE TIME DATETIME TIMESTAMP BYTES STRING".split(" ");
 
-/** BigQuery's names have letters, digits and _ only. */
-const isOdd = (name: string): boolean => /\W|^\d/.test(name);
-
 function fieldOf(column: SourceColumn): Field | undefined {
   const { name, array, notnull, comment } = column;
   const mode = array ? "REPEATED" : notnull ? "REQUIRED" : "NULLABLE";
   const fields = types.map((type): Field => ({ name, type, mode, ...(comment && { description: comment }) }));
-  return isOdd(name) ? undefined : fields.find((field) => !unmappable(column, field));
+  return fields.find((field) => /^[A-Za-z_]\w*$/.test(name) && !unmappable(column, field));
 }
 
 /** Of a column without a field: why, and how it is synced all the same. @param file the contract. */
-export function unfitness({ ident, name, declared }: SourceColumn, file: string): string {
-  const why = isOdd(name) ? "a field's name holds letters, digits and _ only" : `${declared} has no safe mapping`;
-  return `since ${why}. To sync it: ${ident}::text as ${name.replaceAll(/\W/g, "_")}, and a STRING in ${file}`;
-}
+export const unfitness = ({ ident, name, declared }: SourceColumn, file: string): string =>
+  `since no field has such a name and type, ${declared}. To sync it: ${ident}::text as ${name.replaceAll(/\W/g, "_")}, a STRING in ${file}`;
 
 /** An object of a contract's file, on one line. */
 export const inLine = (part: object): string => JSON.stringify(part, null, 1).replaceAll(/\n\s*/g, " ");
