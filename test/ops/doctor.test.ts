@@ -424,7 +424,7 @@ test("ClickHouse: a wrong password, a file that was not applied, a view that is 
   await assertFails(
     "sensors",
     { CLICKHOUSE_DATABASE: "nowhere" },
-    /sensors: ClickHouse's tables, .*001_sensor_readings\.sql and \d more files were not applied to .* nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
+    /sensors: ClickHouse's tables, .*000_migrations\.sql and \d more files were not applied to .* nowhere \(CLICKHOUSE_DATABASE\)\. Run: make migrate$/,
   );
   await shop.clickhouse.command({ query: "DROP VIEW sensor_dead_letters_view" });
   await assertFails(

@@ -1,6 +1,6 @@
 /** What Postgres's catalogue says: the checks of sql/doctor.sql; a table of the source, and the fields that it becomes. */
 import type { Sql } from "postgres";
-import { type Field, unmappable } from "../../../shared/bigquery/types.ts";
+import { type Field, mapped, unmappable } from "../../../shared/bigquery/types.ts";
 import { UsageError } from "../../../shared/env.ts";
 import { queryWith, type Settings } from "../../../shared/session.ts";
 import { type Column, readSelect } from "../../../shared/source.ts";
@@ -31,12 +31,10 @@ export async function readTable(source: Sql, table: string, cursor = "", key = "
   throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
 }
 
-/** In the order in which they are tried. */
-const types = "INTEGER NUMERIC BIGNUMERIC FLOAT BOOLEAN JSON DATE TIME DATETIME TIMESTAMP BYTES STRING".split(" ");
-
 function fieldOf(column: SourceColumn): Field | undefined {
   const { name, array, notnull, comment } = column;
   const mode = array ? "REPEATED" : notnull ? "REQUIRED" : "NULLABLE";
+  const types = mapped(column.type).flatMap(([, to]) => to.split(" "));
   const fields = types.map((type): Field => ({ name, type, mode, ...(comment && { description: comment }) }));
   return fields.find((field) => /^[A-Za-z_]\w*$/.test(name) && !unmappable(column, field));
 }
