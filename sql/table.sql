@@ -18,7 +18,9 @@ with relation as (
   join pg_type d on d.oid = atttypid join pg_type t on t.oid = case d.typtype when 'd' then d.typbasetype else d.oid end
   left join pg_type e on e.oid = t.typelem and t.typcategory = 'A'
 ), columns as (
-  select *, format('%s %s', ident, case type when 'enum' then 'text' else declared end) as declaration from described
+  select *, format('%s %s', ident, case type when 'enum' then 'text' else declared end) as declaration,
+    case when "array" then 'REPEATED' when described.notnull then 'REQUIRED' else 'NULLABLE' end as mode
+  from described
 ), keys as (
   select indexrelid, indisprimary, json_agg(attname order by position) as names
   from relation join pg_index on indrelid = oid

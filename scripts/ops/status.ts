@@ -29,13 +29,11 @@ import { table } from "../../shared/table.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
 
-type State = "ok" | "new" | "warn" | "red";
-
 /** A row of sql/status.sql: the row of the table, the lines below it, and what JSON=1 prints. */
-type Row = { pipeline: string; state: State; line: Record<string, string>; said: string[] | null };
+type Row = { state: string; line: Record<string, string>; said: string | null };
 
 /** What other servers say of a pipeline; `found` is what is wrong already. */
-type Fact = { pipeline: string; found: { state: State; reason: string }[]; [fact: string]: unknown };
+type Fact = { pipeline: string; found: { state: string; reason: string }[]; [fact: string]: unknown };
 
 /** Their thresholds are those of ops/alerts.yml. */
 const alerts = ["etl_watermark_hold_seconds", "etl_sensors_lag", "etl_sensors_canary_timestamp_seconds", "etl_sensors_slot_retained_bytes"];
@@ -61,9 +59,9 @@ await main(import.meta, async () => {
 
   // 3. Print.
   const statuses = rows.map(({ line, said, ...status }) => status);
-  const lines = rows.flatMap(({ pipeline, said }) => said?.map((words) => `${pipeline}: ${words}\n`) ?? []);
-  const shown = `${table(rows.map(({ line }) => line))}\n${lines.length ? "\n" : ""}${lines.join("")}`;
-  process.stdout.write(env.JSON ? `${JSON.stringify(statuses, null, 2)}\n` : shown);
+  const below = rows.map(({ said }) => said ?? "").join("");
+  const shown = env.JSON ? JSON.stringify(statuses, null, 2) : `${table(rows.map(({ line }) => line))}${below && `\n\n${below.trimEnd()}`}`;
+  process.stdout.write(`${shown}\n`);
   process.exit(rows.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
 

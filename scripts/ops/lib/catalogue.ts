@@ -13,7 +13,7 @@ export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replicatio
   queryWith(sql, { "etl.part": part, ...settings }, readSelect("doctor"));
 
 /** `field`: the one that holds every value of the column, if there is one. */
-type SourceColumn = Column & { ident: string; declaration: string; comment: string | null; field?: Field | undefined };
+type SourceColumn = Column & { ident: string; declaration: string; mode: string; comment: string | null; field?: Field | undefined };
 
 /** A row of sql/table.sql, which says what each is. */
 export interface SourceTable extends Record<"faults" | "grants" | "key", string[]> {
@@ -32,8 +32,7 @@ export async function readTable(source: Sql, table: string, cursor = "", key = "
 }
 
 function fieldOf(column: SourceColumn): Field | undefined {
-  const { name, array, notnull, comment } = column;
-  const mode = array ? "REPEATED" : notnull ? "REQUIRED" : "NULLABLE";
+  const { name, mode, comment } = column;
   const types = mapped(column.type).flatMap(([, to]) => to.split(" "));
   const fields = types.map((type): Field => ({ name, type, mode, ...(comment && { description: comment }) }));
   return fields.find((field) => /^[A-Za-z_]\w*$/.test(name) && !unmappable(column, field));

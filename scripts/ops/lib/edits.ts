@@ -20,8 +20,8 @@ export function applyEdits(edits: Edit[], dryRun: boolean): void {
   for (const { file, path, next } of planned) {
     if (next === undefined) log({ step: "kept", file });
     else if (dryRun) {
-      const labels = ["--label", `a/${file}`, "--label", `b/${file}`];
-      process.stdout.write(spawnSync("diff", ["-uN", ...labels, path, "-"], { input: next }).stdout);
+      const diff = ["-uN", `--label=a/${file}`, `--label=b/${file}`, path, "-"];
+      process.stdout.write(spawnSync("diff", diff, { input: next }).stdout);
     } else {
       writeFileSync(path, next, { mode: file.startsWith("scripts/") ? 0o755 : 0o644 });
       log({ step: "wrote", file });
