@@ -1,7 +1,7 @@
--- What make report shows, as one JSON document in words: etl.status, which is what make status JSON=1 printed, and what schema etl knows of
--- the past. A table is an array of rows; a chart is an array of cells, each with its column and row (from 1), its kind, its share (0 to 1:
--- how high, or how dark), and a title to hover on, of a label its word. Times are in UTC. etl.long_hold is from how many seconds on a held
--- watermark is an alert. In psql:
+-- What make report shows, as a JSON array of the page's blocks, or arrays of them: etl.status, which is what make status JSON=1 printed,
+-- and what schema etl knows of the past. A block with rows is a table, whose text folds it up; one with cells is a chart, each cell with
+-- its column and row (from 1), its kind, its share (0 to 1: how high, or how dark), and a title to hover on, of a label its word. Any other
+-- is a heading or a paragraph. Times are in UTC. etl.long_hold is from how many seconds on a held watermark is an alert. In psql:
 --   set etl.status = '[{"pipeline": "orders", "state": "ok", "reasons": []}]'; set etl.long_hold = '1800'; \i sql/report.sql
 with status as (
   select * from jsonb_to_recordset(current_setting('etl.status')::jsonb) as s (pipeline text, state text, reasons jsonb, watermark text,
@@ -103,28 +103,50 @@ with status as (
     select started_at as at, bytes_billed as bytes from etl.runs union all select verified_at, bytes_billed from etl.verifications
   ) jobs on date_trunc('week', at at time zone 'UTC') = week group by 1
 )
-select json_build_object(
-  'at', to_char(now() at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
-  'now', (select json_agg(json_build_array(of, what) order by part, of) from now_wrong),
-  'week', (select json_agg(json_build_array(of, what) order by part, of) from week_wrong),
-  'pipelines', (select json_agg(json_build_object('name', pipeline, 'state', state, 'reasons', reasons,
-      'facts', concat_ws(' · ',
+select json_build_array(
+  json_build_object('kind', 'p', 'look', 'soft', 'text',
+    to_char(now() at time zone 'UTC', 'YYYY-MM-DD HH24:MI "UTC, by make report. All times are UTC."')),
+  '{"kind": "h2", "text": "Needs a person"}'::json,
+  '{"kind": "h3", "text": "Now"}'::json,
+  json_build_object('rows', coalesce(
+    (select json_agg(json_build_array(of || ':', what) order by part, of) from now_wrong), '[["Nothing."]]')),
+  '{"kind": "h3", "text": "In the last seven days"}'::json,
+  json_build_object('rows', coalesce(
+    (select json_agg(json_build_array(of || ':', what) order by part, of) from week_wrong), '[["Nothing."]]')),
+  '{"kind": "h2", "text": "Pipelines"}'::json,
+  (select json_agg(json_build_array(
+      json_build_object('kind', 'h3', 'look', state, 'text', pipeline || ' ' || state),
+      json_build_object('kind', 'p', 'text', concat_ws(' · ',
         case when last_success is null then 'never succeeded'
           else format('last success %s, %s ago', last_success, etl.duration(last_success_age_seconds)) end,
         to_char(rows, 'FM999,999,999,990') || ' rows in it', 'watermark ' || watermark, 'expected every ' || etl.duration(interval_seconds),
         case when sensors is not null then format('lag %s, dead letters %s', coalesce(sensors ->> 'lag', 'unknown'),
-          coalesce(sensors ->> 'dead_letters', 'unknown')) end),
-      'label', label, 'cells', cells, 'runs', runs) order by pipeline)
+          coalesce(sensors ->> 'dead_letters', 'unknown')) end)),
+      (select json_agg(json_build_object('kind', 'p', 'look', state, 'text', reason)) from jsonb_array_elements_text(reasons) reason),
+      json_build_object('kind', 'bars', 'cells', cells, 'text',
+        label || '. Height: rows, logarithmic. A cross failed; dashes: abandoned (killed), or still running.'),
+      json_build_object('text', 'The runs as text', 'names', '["at", "state", "rows", "took", "billed", "watermark held", "error"]'::json,
+        'rows', runs)) order by pipeline)
     from status left join charts using (pipeline)),
-  'archive', (select format('%s to %s, %s rows. Failed: %s. Missing: %s.', min(day), max(day), to_char(sum(rows), 'FM999,999,999,990'),
-      coalesce((select days from stretches where state = 'failed'), 'none'),
+  '{"kind": "h2", "text": "Archive of events"}'::json,
+  json_build_object('kind', 'p', 'text', coalesce((select format('%s to %s, %s rows. Failed: %s. Missing: %s.', min(day), max(day),
+      to_char(sum(rows), 'FM999,999,999,990'), coalesce((select days from stretches where state = 'failed'), 'none'),
       coalesce((select days from stretches where state = 'missing'), 'none')) from days having count(*) > 0),
-  'years', (select json_agg(json_build_object('label', year, 'cells', cells) order by year) from years),
-  'models', (select json_agg(json_build_array(model, rows,
+    'None yet. Next: make events')),
+  (select json_agg(json_build_object('kind', 'calendar', 'cells', cells, 'text',
+      year || '. The stronger the colour, the more rows. A cross failed; dashes: missing, or being archived.') order by year) from years),
+  '{"kind": "h2", "text": "Models"}'::json,
+  json_build_object(
+    'names', '["model", "rows", "checks", "last published", "rows, run by run", "why it was not published"]'::json,
+    'rows', coalesce((select json_agg(json_build_array(model, rows,
       case when why is not null then 'failed' when checks = 0 then 'none' else checks || ' passed' end,
-      coalesce(published, 'never'), trend, why) order by model) from models),
-  'proofs', (select json_agg(json_build_array(pipeline, format('%s, %s ago', to_char(verified_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
-      etl.duration(age)), rows, differences, found) order by pipeline) from proofs),
-  'billed', (select json_agg(json_build_array('week of ' || week, coalesce(to_char(bytes / 1e6, 'FM999,999,990 "MB"'), 'no job'),
-      coalesce(bytes, 0) / (select greatest(1, max(bytes)) from billed)) order by week desc) from billed)
-) as report;
+      coalesce(published, 'never'), trend, why) order by model) from models), '[["None yet. Next: make views"]]')),
+  '{"kind": "h2", "text": "Proof that source and destination agree"}'::json,
+  json_build_object('names', '["pipeline", "verified", "rows compared", "differences", "found"]'::json, 'rows', coalesce(
+    (select json_agg(json_build_array(pipeline, format('%s, %s ago', to_char(verified_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI'),
+      etl.duration(age)), rows, differences, found) order by pipeline) from proofs), '[["None yet. Next: make verify"]]')),
+  '{"kind": "h2", "text": "Bytes billed by BigQuery"}'::json,
+  json_build_object('rows', (select json_agg(json_build_array('week of ' || week,
+      coalesce(to_char(bytes / 1e6, 'FM999,999,990 "MB"'), 'no job'),
+      repeat('█', ceil(30 * bytes / (select greatest(1, max(bytes)) from billed))::int)) order by week desc) from billed))
+)::text as report;

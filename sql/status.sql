@@ -113,7 +113,7 @@ select *,
     'every', coalesce(regexp_replace(etl.duration(interval_seconds), ' 0[hms]$', ''), '-'),
     'last run', coalesce(last_run_state || ' ' || etl.duration(last_run_age_seconds) || ' ago', 'never'),
     'rows', coalesce(to_char(rows, 'FM999,999,999,990'), '-'), 'lock held by', coalesce(lock, 'nobody'), 'state', state) as line,
-  (select json_agg(said) from (
+  (select string_agg(format(E'%s: %s\n', pipeline, said), '') from (
     select json_array_elements_text(reasons) as said
     union all select format('its lock is held by %s since %s', lock, lock_since) where lock is not null
     union all select format('%s days archived of %s to %s, %s failed%s', to_char((days ->> 'archived')::int, 'FM999,990'), days ->> 'first',

@@ -2,22 +2,20 @@
 /**
  * migrate: creates and evolves what the pipelines need, from the committed files. What it does is printed first.
  *
- *   schema etl       sql/etl/*.sql, each applied once, in order of its number; one that was applied may not be edited
- *   BigQuery         BIGQUERY_DATASET and BIGQUERY_VIEWS_DATASET. schemas/bigquery/*.json: created, or extended by what loses nothing
- *                    (a new column, REQUIRED that becomes NULLABLE, a description); any other difference is refused, with the SQL that a
- *                    person would run
- *   the bucket       S3_BUCKET, where that is set
- *   ClickHouse       schemas/clickhouse/*.sql, as sql/etl, where CLICKHOUSE_URL is set. A database that an older version made is taken over
- *   safe to re-run   yes: what exists is left as it is; a second migrate waits for the first
+ *   schema etl, ClickHouse   sql/etl and schemas/clickhouse: each file once, by its number; one that was applied may not be edited
+ *   BigQuery                 the datasets; schemas/bigquery: each table is created, or extended by what loses nothing (a new column,
+ *                            REQUIRED that becomes NULLABLE, a description); any other difference is refused
+ *   the bucket               is created. It and ClickHouse are left out where S3_BUCKET or CLICKHOUSE_URL is not set
+ *   safe to re-run           yes: what exists is left as it is; a second migrate waits for the first
  *
  *   make migrate DRY_RUN=1   says what would be done; without DRY_RUN=1 it does it
  */
 import { isDeepStrictEqual } from "node:util";
 import { CreateBucketCommand } from "@aws-sdk/client-s3";
-import type { TableField, TableMetadata } from "@google-cloud/bigquery";
+import type { Dataset, TableField } from "@google-cloud/bigquery";
 import { bigqueryVariables, connectBigQuery } from "../../shared/bigquery/client.ts";
 import { type Contract, differingColumns, optionFaults, readContract } from "../../shared/bigquery/contract.ts";
-import { type Env, flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
+import { flag, isSet, name, optional, postgresUrl, readEnv, required, UsageError } from "../../shared/env.ts";
 import { bucketExists, bucketVariables, connectS3 } from "../../shared/events/s3.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -42,12 +40,11 @@ await main(import.meta, async () => {
     log({ step: env.DRY_RUN ? "would-apply" : "apply", what });
     if (!env.DRY_RUN) await work();
   };
-  const leaveOut = (what: string, variable: string): void => log({ step: "left-out", what, because: `${variable} is not set` });
 
   // 1. One migrate at a time: a second one waits, and then finds nothing to do.
-  await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:migrate", timeoutSeconds: 300 });
+  const session = { application: "etl:migrate", timeoutSeconds: 300, settings: { lock_timeout: "0" } };
+  await using etl = openSession(env.ETL_DATABASE_URL, session);
   await checkSession("ETL_DATABASE_URL", etl);
-  await etl`select set_config('lock_timeout', '0', false)`;
   await etl`select pg_advisory_lock(hashtextextended('etl:migrate', 0))`;
 
   // 2. The etl tables.
@@ -56,92 +53,70 @@ await main(import.meta, async () => {
     throw new Error("schema etl does not exist. Run sql/roles.sql in that database as an administrator, then: make migrate");
   await migratePostgres(etl, apply);
 
-  // 3. The datasets, and the tables of the raw one.
-  const refused = await migrateBigQuery(env, apply);
-
-  // 4. The bucket.
+  // 3. The bucket.
   if (archives) {
     const bucket = connectS3(readEnv(bucketVariables));
     const create = new CreateBucketCommand({ Bucket: bucket.name });
     if (!(await bucketExists(bucket))) await apply(`create bucket ${bucket.name}`, () => bucket.client.send(create));
-  } else leaveOut("the bucket of events", "S3_BUCKET");
+  } else log({ step: "left-out", what: "the bucket of events", because: "S3_BUCKET is not set" });
 
-  // 5. ClickHouse.
+  // 4. ClickHouse.
   if (captures) {
     const clickhouse = readEnv(clickhouseVariables);
     await using server = connectClickHouse(clickhouse, "default");
-    // A dry run asks the server all the same, so that a wrong login is known.
-    const query = env.DRY_RUN ? "SELECT 1 FORMAT Null" : `CREATE DATABASE IF NOT EXISTS ${clickhouse.CLICKHOUSE_DATABASE}`;
-    await server.command({ query }).catch((error: Error) => nameClickHouse(clickhouse, error));
     await using client = connectClickHouse(clickhouse);
-    await migrateClickHouse(client, apply);
-  } else leaveOut("ClickHouse's tables of sensors", "CLICKHOUSE_URL");
+    const query = `CREATE DATABASE IF NOT EXISTS ${clickhouse.CLICKHOUSE_DATABASE}`;
+    const created = env.DRY_RUN ? Promise.resolve() : server.command({ query });
+    await created.then(() => migrateClickHouse(client, apply)).catch((error: Error) => nameClickHouse(clickhouse, error));
+  } else log({ step: "left-out", what: "ClickHouse's tables of sensors", because: "CLICKHOUSE_URL is not set" });
 
-  const kept = "these differences could lose data or need a decision, and were left as they are";
-  const next = "Run the SQL there, or bring the contract back to the table; then: make migrate";
-  if (refused.length) throw new UsageError(`${kept}:\n  ${refused.join("\n  ")}\n${next}`);
-  log({ step: "done" });
-});
-
-/** Creates the datasets and tables, and adds to these what loses nothing. @returns what else differs, with what a person would do. */
-async function migrateBigQuery(env: Env<typeof variables>, apply: Step): Promise<string[]> {
+  // 5. The datasets, and the tables of the raw one.
   const bigquery = connectBigQuery(env);
   for (const id of [env.BIGQUERY_DATASET, env.BIGQUERY_VIEWS_DATASET])
     if (!(await bigquery.dataset(id).exists())[0])
       await apply(`create dataset ${id}`, () => bigquery.createDataset(id, { location: env.BIGQUERY_LOCATION }));
   const refused: string[] = [];
-  for (const pipeline of pipelines()) {
-    const contract = readContract(pipeline);
-    const table = bigquery.dataset(env.BIGQUERY_DATASET).table(pipeline);
-    const name = `${env.BIGQUERY_DATASET}.${pipeline}`;
-    if (!(await table.exists())[0]) {
-      await apply(`create table ${name}`, async () => {
-        await table.create(contract.resource);
-        await table.setMetadata(noExpiry((await table.getMetadata())[0]));
-      });
-      continue;
-    }
-    const [actual] = await table.getMetadata();
-    const { additions, decisions } = compare(contract, name, actual);
-    refused.push(...decisions, ...optionFaults(name, actual));
-    if (decisions.length) continue;
-    const { description = "" } = contract.resource;
-    // The API takes what is left out for none: policy tags, collation, default values and rounding modes are the table's own.
-    const fields = contract.fields.map((field) => ({ ...columnOf(actual, field), ...field }));
-    for (const addition of additions) await apply(addition, async () => {});
-    if (additions.length && !env.DRY_RUN) await table.setMetadata({ description, schema: { fields } });
+  for (const pipeline of pipelines())
+    refused.push(...(await migrateTable(bigquery.dataset(env.BIGQUERY_DATASET), readContract(pipeline), apply)));
+  const kept = "these differences could lose data or need a decision, and their tables were left as they are";
+  const next = "Bring the contract back, or change the table (ALTER TABLE … ALTER COLUMN … SET DATA TYPE …); then: make migrate";
+  if (refused.length) throw new UsageError(`${kept}:\n  ${refused.join("\n  ")}\n${next}`);
+  log({ step: "done" });
+});
+
+/** Creates the contract's table, or adds to it what loses nothing. @returns what else differs: then nothing is added. */
+async function migrateTable(dataset: Dataset, contract: Contract, apply: Step): Promise<string[]> {
+  const { pipeline, file, fields, resource } = contract;
+  const [table, name] = [dataset.table(pipeline), `${dataset.id}.${pipeline}`];
+  if (!(await table.exists())[0]) {
+    await apply(`create table ${name}`, async () => {
+      await table.create(resource);
+      await table.setMetadata(noExpiry((await table.getMetadata())[0]));
+    });
+    return [];
   }
-  return refused;
-}
-
-function columnOf(table: TableMetadata, { name }: TableField): TableField | undefined {
-  return table.schema?.fields?.find((one: TableField) => one.name === name);
-}
-
-/** What the contract has and the table has not: additions, and what needs a person's decision, with what that person would do. */
-function compare(contract: Contract, name: string, actual: TableMetadata): { additions: string[]; decisions: string[] } {
-  const { file, fields, resource } = contract;
-  const [additions, decisions]: [string[], string[]] = [[], []];
+  const [actual] = await table.getMetadata();
+  const faults = optionFaults(name, actual);
+  const changes: string[] = [];
   for (const { column, expected, found, fault } of differingColumns(contract, name, actual)) {
-    const type = expected.replace(/ \w+$/, "").replace(/^FLOAT$/, "FLOAT64");
-    let remedy = `SQL: ALTER TABLE ${name} ALTER COLUMN ${column} SET DATA TYPE ${type};`;
-    if (!expected) remedy = `SQL: ALTER TABLE ${name} DROP COLUMN ${column};`;
-    if (!found) remedy = "Rows that exist have no value for it: add it as NULLABLE";
-    if (found.replace("NULLABLE", "REQUIRED") === expected) remedy = "BigQuery cannot make a column REQUIRED again: create the table again";
-    if (!found && !expected.endsWith("REQUIRED")) additions.push(`add column ${name}.${column} ${expected}`);
-    else if (found.replace("REQUIRED", "NULLABLE") === expected) additions.push(`relax ${name}.${column} from ${found} to ${expected}`);
-    else decisions.push(`${fault}. ${remedy}`);
+    const relaxes = found.replace("REQUIRED", "NULLABLE") === expected;
+    if (relaxes || (!found && !expected.endsWith("REQUIRED")))
+      changes.push(`${found ? "relax" : "add"} column ${name}.${column} ${expected}`);
+    else faults.push(expected ? fault : `${fault}. Run in BigQuery, to drop it: ALTER TABLE ${name} DROP COLUMN ${column}`);
   }
-  const textOf = ({ description = "" }: { description?: string }): string => description;
-  for (const field of fields)
-    if (textOf(field) !== textOf(columnOf(actual, field) ?? field)) additions.push(`describe ${name}.${field.name}`);
-  if (textOf(resource) !== textOf(actual)) additions.push(`describe ${name}`);
   for (const part of ["timePartitioning", "clustering", "tableConstraints"] as const) {
-    const [wanted, found] = [resource[part] ?? {}, actual[part] ?? {}] as [Record<string, unknown>, Record<string, unknown>];
-    // What the service adds itself, such as an expiry that is 0, is nobody's difference.
-    if (Object.entries(wanted).every(([key, value]) => isDeepStrictEqual(found[key], value))) continue;
+    const [wanted, found] = [resource[part] ?? {}, actual[part] ?? {}] as [object, object];
     const fault = `table ${name}: expected ${part} ${JSON.stringify(wanted)} (${file}), found ${JSON.stringify(found)}`;
-    decisions.push(`${fault}. A table keeps these for its life: create a new one, and copy its rows`);
+    // What the service adds itself, such as an expiry that is 0, is nobody's difference.
+    if (!isDeepStrictEqual({ ...found, ...wanted }, found)) faults.push(`${fault}. To change it, create a new table and copy its rows`);
   }
-  return { additions, decisions };
+  if (faults.length) return faults;
+  const there = new Map<string | undefined, TableField>(actual.schema.fields.map((field: TableField) => [field.name, field]));
+  const describes = (ours: TableField, theirs?: TableField) => theirs && ours.description && ours.description !== theirs.description;
+  if (describes(resource, actual) || fields.some((field) => describes(field, there.get(field.name)))) changes.push(`describe ${name}`);
+  // The API takes what is left out for none: policy tags, collation, default values and rounding modes are the table's own.
+  const merged = fields.map((field) => ({ ...there.get(field.name), ...field }));
+  const { description = actual.description } = resource;
+  if (changes.length) await apply(changes.join(", "), () => table.setMetadata({ description, schema: { fields: merged } }));
+  return [];
 }

@@ -11,36 +11,29 @@
  * Touches: reads the source's catalogue; writes files of the project.
  */
 import { readContract } from "../../shared/bigquery/contract.ts";
-import { flag, oneOf, optional, readEnv, required, text, UsageError } from "../../shared/env.ts";
+import { flag, oneOf, optional, postgresUrl, readEnv, required, text, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
-import { pipelineVariables } from "../../shared/run.ts";
 import { openSession } from "../../shared/session.ts";
-import { declare, formatContract, readTable, unfitness } from "./lib/catalogue.ts";
-import { after, applyEdits } from "./lib/edits.ts";
+import { inLine, readTable, unfitness } from "./lib/catalogue.ts";
+import { applyEdits, type Edit } from "./lib/edits.ts";
 
 await main(import.meta, async () => {
-  const { SOURCE_DATABASE_URL } = pipelineVariables;
   const own = { PIPELINE: required(oneOf(pipelines())), COLUMN: required(text), DRY_RUN: optional(flag, false) };
-  const env = readEnv({ SOURCE_DATABASE_URL, ...own });
+  const env = readEnv({ SOURCE_DATABASE_URL: required(postgresUrl), ...own });
   const { PIPELINE: pipeline, COLUMN: name } = env;
   const { file, source } = readContract(pipeline);
   await using session = openSession(env.SOURCE_DATABASE_URL, { application: "etl:new", timeoutSeconds: 30 });
   const { path, columns } = await readTable(session, source.table);
   const column = columns.find((one) => one.name === name);
   if (!column) throw new UsageError(`${path} has no column ${name}. It has: ${columns.map((one) => one.name).join(", ")}`);
-  const { field } = column;
-  if (!field) throw new UsageError(`column ${name} of ${path} cannot be synced, ${unfitness(column, file)}`);
-  const addField = (json: string): string => {
-    const contract = JSON.parse(json);
-    contract.schema.fields.push({ ...field, mode: field.mode.replace("REQUIRED", "NULLABLE") });
-    return formatContract(contract);
-  };
-  const added = `alter table ${path} add column if not exists ${declare(column)};`;
-  const edits = [
-    { file, has: `"name": "${name}"`, change: addField },
-    after(`sql/${pipeline}.sql`, ` ${column.ident},\n`, /^select\s+/im, () => `${column.ident},\n  `),
-    after("test/data/schema.sql", added, /$/, () => `\n${added}\n`),
+  if (!column.field) throw new UsageError(`column ${name} of ${path} cannot be synced, ${unfitness(column, file)}`);
+  const field = inLine({ ...column.field, mode: column.field.mode.replace("REQUIRED", "NULLABLE") });
+  const added = `alter table ${path} add column if not exists ${column.declaration};`;
+  const edits: Edit[] = [
+    [file, `"name": "${name}"`, /"fields": \[[\s\S]*?\}(?=\s*\]\s*\})/, () => `,\n      ${field}`],
+    [`sql/${pipeline}.sql`, ` ${column.ident},\n`, /^select\s+/im, () => `${column.ident},\n  `],
+    ["test/data/schema.sql", added, /$/, () => `\n${added}\n`],
   ];
   applyEdits(edits, env.DRY_RUN);
   const again = `make ${pipeline} FROM=2000-01-01 TO=2100-01-01`;

@@ -19,15 +19,13 @@ import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { checkSession, openSession } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
-import { type Cell, chart, html, Markup, table } from "./lib/html.ts";
 
 type Row = (string | number | null)[];
-type Chart = { label: string; cells: Cell[] };
-type Pipeline = Partial<Chart> & { name: string; state: string; reasons: string[]; facts: string; runs: Row[] };
+/** A run, a day or a label: told apart by shape. */
+type Cell = { column: number; row: number; kind: "done" | "failed" | "gone" | "label"; share: number; title: string };
 
-/** The document of sql/report.sql; a part that has nothing is null. */
-type Report = { at: string; pipelines: Pipeline[]; archive: string | null; years: Chart[] | null } & Tables;
-type Tables = Record<"now" | "week" | "models" | "proofs" | "billed", Row[] | null>;
+/** What sql/report.sql returns; it says what each is. */
+type Block = { kind: string; text: string; look?: string; names?: string[]; rows?: Row[] | null; cells?: Cell[] | null };
 
 await main(import.meta, async () => {
   const env = readEnv({ ETL_DATABASE_URL: required(postgresUrl), OUT: optional(text, "report.html") });
@@ -39,45 +37,47 @@ await main(import.meta, async () => {
   const settings = { "etl.status": String(status.stdout), "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")) };
   await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
   await checkSession("ETL_DATABASE_URL", etl);
-  const [row] = (await etl.unsafe(readSelect("report"))) as [{ report: Report }];
+  const [row] = (await etl.unsafe(readSelect("report"))) as [{ report: string }];
+  const blocks: (Block | null)[] = JSON.parse(row.report, asText).flat(3);
 
   // 3. The page.
-  const page = String(render(row.report, readFileSync(join(root, "ops/report.css"), "utf8")));
+  const page = `<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>ETL report</title><style>${readFileSync(join(root, "ops/report.css"), "utf8")}</style></head>
+<body><h1>ETL report</h1>${blocks.map((block) => (block ? render(block) : "")).join("\n")}</body></html>
+`;
   const file = resolve(env.OUT);
   writeFileSync(`${file}.tmp`, page);
   renameSync(`${file}.tmp`, file);
   log({ step: "done", file, bytes: page.length });
 });
 
-function list(rows: Row[] | null): Markup {
-  if (!rows) return html`<p>Nothing.</p>`;
-  return html`<ul>${rows.map(([of, what]) => html`<li><strong>${of}</strong>: ${what}</li>`)}</ul>`;
+/** Of the values of the JSON: what an error says, for example, is text, and cannot turn the direction of what follows. */
+function asText(_: string, value: unknown): unknown {
+  if (typeof value !== "string") return value;
+  const seen = value.replaceAll(/[^\P{Cc}\n]|[\u202a-\u202e\u2066-\u2069]/gu, "?");
+  return seen.replaceAll(/[&<>"'`]/g, (sign) => `&#${sign.charCodeAt(0)};`);
 }
 
-function render({ at, now, week, pipelines, archive, years, models, proofs, billed }: Report, css: string): Markup {
-  const meters = billed?.map(([of, words, share]) => [of, words, html`<meter value="${share}"></meter>`]) ?? [];
-  return html`<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>ETL report, ${at}</title><style>${new Markup(css)}</style></head>
-<body><h1>ETL report</h1><p class="soft">${at} UTC, by make report. All times are UTC.</p>
-<h2>Needs a person</h2><h3>Now</h3>${list(now)}<h3>In the last seven days</h3>${list(week)}
-<h2>Pipelines</h2>${pipelines.map(renderPipeline)}
-<h2>Archive of events</h2><p>${archive ?? "None yet. Next: make events"}</p>
-${years?.map(({ label, cells }) => chart(label, cells, "calendar"))}
-<p class="soft">The stronger the colour, the more rows. A cross failed; dashes: missing, or being archived.</p>
-<h2>Models</h2>${table(["model", "rows", "checks", "last published", "rows, run by run", "why it was not published"], models, "make views")}
-<h2>Proof that source and destination agree</h2>
-${table(["pipeline", "verified", "rows compared", "differences", "found"], proofs, "make verify")}
-<h2>Bytes billed by BigQuery</h2>${table(["", "billed", ""], meters)}
-</body></html>
-`;
-}
-
-function renderPipeline({ name, state, facts, reasons, label = "", cells, runs }: Pipeline): Markup {
-  const words = `${label}. Height: rows, logarithmic. A cross failed; dashes: abandoned (killed), or still running.`;
-  const names = ["at", "state", "rows", "took", "billed", "watermark held", "error"];
-  const past = html`<details><summary>The runs as text</summary>${table(names, runs)}</details>`;
-  return html`<article><h3>${name} <span class="${state}">${state}</span></h3><p>${facts}</p>
-    ${reasons.map((reason) => html`<p class="${state}">${reason}</p>`)}${cells && [chart(words, cells, "bars"), past]}</article>`;
+/** A block, whose texts are escaped. */
+function render({ kind, text, look = "", names = [], rows, cells }: Block): string {
+  if (rows === null || cells === null) return ""; // nothing ran yet
+  if (rows) {
+    const cell = (value: string | number | null): string =>
+      typeof value === "number" ? `<td class="number">${value.toLocaleString("en-US")}</td>` : `<td>${value ?? ""}</td>`;
+    const lines = [names.map((name) => `<th>${name}</th>`), ...rows.map((row) => row.map(cell))];
+    const table = `<div class="scroll"><table>${lines.map((line) => `<tr>${line.join("")}</tr>`).join("")}</table></div>`;
+    return text ? `<details><summary>${text}</summary>${table}</details>` : table;
+  }
+  if (cells) {
+    // Bars, whose heights are their shares; or a calendar of squares, whose shades are.
+    const drawn = cells.map(({ column, row, kind, share, title }) => {
+      const place = `grid-area: ${row} / ${column}; --share: ${share}`;
+      return kind === "label" ? `<b style="${place}">${title}</b>` : `<i class="${kind}" style="${place}" title="${title}"></i>`;
+    });
+    return `<figure class="scroll"><div class="${kind}" role="img" aria-label="${text}">${drawn.join("")}</div>
+<figcaption>${text}</figcaption></figure>`;
+  }
+  return `<${kind} class="${look}">${text}</${kind}>`;
 }

@@ -3,20 +3,12 @@
  * status: where each pipeline is. Reads schema etl, the source, and, where they are configured, BigQuery, Kafka, Connect and ClickHouse; a
  * part that does not answer within 5 s is shown as such. It changes nothing. sql/status.sql judges, and says what each key means.
  *
- *   make status          a table, with colours on a terminal (unless NO_COLOR is set)
- *   make status JSON=1   the same for programs, on stdout: an object for each pipeline, each with every key of sql/status.sql:
- *                        pipeline, state, reasons, watermark, watermark_age_seconds, interval_seconds, last_success,
- *                        last_success_age_seconds, last_run, last_run_age_seconds, last_run_state, last_run_id, last_run_by_hand,
- *                        last_error, rows, lock, lock_since, held_by, hold_seconds, days, sensors; times in UTC, ages in seconds,
- *                        null where a pipeline has no such thing
+ *   make status          a table, and below it what is wrong
+ *   make status JSON=1   the same for programs, on stdout: an array with an object for each pipeline
  *
- *   state      red     what an alert tells, or would: stale by two intervals, last run failed or abandoned, the watermark held for long
- *                      or not to be trusted, a part that does not answer, sensors that stopped or are far behind
- *              warn    what can wait: a shorter hold, a run by hand or a day that failed, dead letters
- *              new     never ran, or not configured
+ *   state      red (what an alert tells, or would), warn (what can wait), new (never ran, or not configured) or ok
  *   exit code  1 where a pipeline is red, else 0
  */
-import { styleText } from "node:util";
 import type { Sql } from "postgres";
 import { readIntervals, readThreshold } from "../../shared/alerts.ts";
 import { bigqueryVariables } from "../../shared/bigquery/client.ts";
@@ -37,13 +29,11 @@ import { table } from "../../shared/table.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
 
-type State = "ok" | "new" | "warn" | "red";
-
 /** A row of sql/status.sql: the row of the table, the lines below it, and what JSON=1 prints. */
-type Row = { pipeline: string; state: State; line: Record<string, string>; said: string[] | null };
+type Row = { state: string; line: Record<string, string>; said: string | null };
 
 /** What other servers say of a pipeline; `found` is what is wrong already. */
-type Fact = { pipeline: string; found: { state: State; reason: string }[]; [fact: string]: unknown };
+type Fact = { pipeline: string; found: { state: string; reason: string }[]; [fact: string]: unknown };
 
 /** Their thresholds are those of ops/alerts.yml. */
 const alerts = ["etl_watermark_hold_seconds", "etl_sensors_lag", "etl_sensors_canary_timestamp_seconds", "etl_sensors_slot_retained_bytes"];
@@ -69,19 +59,19 @@ await main(import.meta, async () => {
 
   // 3. Print.
   const statuses = rows.map(({ line, said, ...status }) => status);
-  if (env.JSON) process.stdout.write(`${JSON.stringify(statuses, null, 2)}\n`);
-  else print(rows);
+  const below = rows.map(({ said }) => said ?? "").join("");
+  const shown = env.JSON ? JSON.stringify(statuses, null, 2) : `${table(rows.map(({ line }) => line))}${below && `\n\n${below.trimEnd()}`}`;
+  process.stdout.write(`${shown}\n`);
   process.exit(rows.some(({ state }) => state === "red") ? 1 : 0); // a part that has not answered may still be waited for
 });
 
 async function readFacts(etl: Sql, source: Sql): Promise<Fact[]> {
   const intervals = readIntervals();
-  const names = new Set([...watermarked(), "sensors", "views", ...intervals.keys()]);
-  const asked = [...names].map(async (pipeline) => {
+  const asked = [...new Set([...watermarked(), "sensors", "views", ...intervals.keys()])].map(async (pipeline) => {
     const { holder: lock, since: lock_since } = await describeHolder(etl, pipeline);
     const fact: Fact = { pipeline, interval_seconds: intervals.get(pipeline), lock, lock_since, found: [] };
     if (pipeline === "sensors") await askSensors(fact, etl, source);
-    const stored = watermarked().includes(pipeline) ? await readWatermark(etl, pipeline) : undefined;
+    const stored = await readWatermark(etl, pipeline);
     const contract = stored && pipelines().includes(pipeline) ? readContract(pipeline) : undefined;
     // Without retries: the first error is said, and in time.
     const open = () => contract && openDestination(readEnv(bigqueryVariables), contract, { autoRetry: false });
@@ -89,18 +79,18 @@ async function readFacts(etl: Sql, source: Sql): Promise<Fact[]> {
   });
   const all = await Promise.all(asked);
   // After the watermarks, which a run beside this may move up to a later bound; and when no statement of ours is at work.
-  const bound = await answer(PART_SECONDS, () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)));
+  const { value: bound, error } = await answer(PART_SECONDS, () =>
+    checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)),
+  );
   // What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future.
   for (const { fact, stored, contract, target } of all) {
-    const { pipeline, found } = fact;
-    const { value, error } = bound;
-    if (!watermarked().includes(pipeline)) continue;
-    Object.assign(fact, { held_by: value ? value.holder : `unknown: ${error}`, hold_seconds: value?.hold_seconds });
-    let reason = `cannot tell which transaction holds its watermark: ${error}`;
-    if (value) reason = (stored && (await distrust({ pipeline, source }, stored, value, target))) ?? "";
-    if (reason) found.push({ state: "red", reason });
+    if (!stored) continue;
+    Object.assign(fact, { held_by: bound ? bound.holder : `unknown: ${error}`, hold_seconds: bound?.hold_seconds });
+    let reason: string | undefined = `cannot tell which transaction holds its watermark: ${error}`;
+    if (bound) reason = await distrust({ pipeline: fact.pipeline, source }, stored, bound, target);
+    if (reason) fact.found.push({ state: "red", reason });
     // A lock on the table may keep this one from being answered; nothing is wrong then.
-    const ahead = await answer(PART_SECONDS, () => value && contract && findUnreachable(source, contract.source, []));
+    const ahead = await answer(PART_SECONDS, () => bound && contract && findUnreachable(source, contract.source, []));
     fact.future_rows = ahead.value?.future;
   }
   return all.map(({ fact }) => fact);
@@ -122,33 +112,25 @@ async function askSensors(fact: Fact, etl: Sql, source: Sql): Promise<void> {
   const { slot } = namesOf(env);
   const broker = connectKafka(env, "etl-status");
   broker.logger().setLogLevel(0); // nothing: what it waits for is told in one line
-  const readSlot = () => source`
-    select wal_status as slot_wal, active as slot_active, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
-    from pg_replication_slots where slot_name = ${slot}`;
-  const [kafka, letters, connector_running, slots] = await Promise.all([
-    ask(fact, "Kafka", () =>
+  const parts = {
+    Kafka: () =>
       withAdmin(broker, env, async (admin) => {
         const lag = (await topicState(admin, topic, group)).reduce((sum, { lag }) => sum + lag, 0);
         return { lag, consumers: (await admin.describeGroups([group])).groups[0]?.members.length ?? 0 };
       }),
-    ),
-    ask(fact, "ClickHouse", async () => {
-      await using client = connectClickHouse(env);
+    ClickHouse: async () => {
       const query = "SELECT toUInt32(count()) AS dead_letters FROM sensor_dead_letters FINAL WHERE topic = {topic: String}";
-      return (await select<{ dead_letters: number }>(client, query, { topic }))[0];
-    }),
-    ask(fact, "Kafka Connect", () => isRunning(env)),
-    ask(fact, "the slot", readSlot),
-  ]);
-  fact.sensors = { topic, slot, slot_wal: slots && "none", ...kafka, ...letters, connector_running, ...slots?.[0] };
-}
-
-function print(rows: Row[]): void {
-  const colours = { ok: "green", new: "gray", warn: "yellow", red: "red" } as const;
-  const [names = "", ...lines] = table(rows.map(({ line }) => line)).split("\n");
-  // styleText: on a terminal only, and not where NO_COLOR is set.
-  const shown = lines.map((line, at) => styleText(colours[rows[at]?.state ?? "ok"], line, { stream: process.stdout }));
-  process.stdout.write(`${[names, ...shown].join("\n")}\n`);
-  const below = rows.flatMap(({ pipeline, said }) => said?.map((words) => `${pipeline}: ${words}\n`) ?? []);
-  if (below.length) process.stdout.write(`\n${below.join("")}`);
+      return (await select<object>(connectClickHouse(env), query, { topic }))[0];
+    },
+    "Kafka Connect": async () => ({ connector_running: await isRunning(env) }),
+    "the slot": async () => {
+      const [found] = await source`
+        select wal_status as slot_wal, active as slot_active,
+          pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as slot_retained_bytes
+        from pg_replication_slots where slot_name = ${slot}`;
+      return found ?? { slot_wal: "none" };
+    },
+  };
+  const answers = await Promise.all(Object.entries(parts).map(([part, work]) => ask<object | undefined>(fact, part, work)));
+  fact.sensors = Object.assign({ topic, slot }, ...answers);
 }

@@ -1,10 +1,8 @@
 #!/usr/bin/env -S npx tsx
 /**
- * sweep: removes from the destination the rows that were deleted at the source, which no cursor sees.
- *
- * Gone are the rows of the table whose key no row of the source has, and whose updated_at is before the watermark. They are deleted by the
- * same condition, in one statement. A row that is inserted again has an updated_at at or past the watermark (read before the keys): it
- * stays where a run has brought it already, else the next run brings it.
+ * sweep: removes from the destination the rows that were deleted at the source, which no cursor sees: those whose key no row of the source
+ * has, and whose updated_at is before the watermark. They are deleted by the same condition, in one statement. A row that is inserted again
+ * has an updated_at at or past the watermark (read before the keys): it stays where a run has brought it already, else the next brings it.
  *
  *   schedule         weekly, cron
  *   safe to re-run   yes, at any time, also after a kill. A row whose deletion has not been committed at the source stays
@@ -22,10 +20,9 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { takeLock } from "../../shared/run.ts";
 import { beside, distrusted, eachPipeline, verifyVariables } from "./lib/verify.ts";
 
-const others = " (deleted readings come by the log; events are deleted only once they are archived)";
 const variables = {
   ...verifyVariables,
-  PIPELINE: optional(oneOf(pipelines(), others)),
+  PIPELINE: optional(oneOf(pipelines())),
   DRY_RUN: optional(flag, false),
   CONFIRM: optional(flag, false),
   SWEEP_MAX_SHARE: optional(number(0, 1, false), 0.05),
@@ -34,7 +31,6 @@ const variables = {
 await main(import.meta, async () => {
   const env = readEnv(variables);
   const { SWEEP_MAX_SHARE: most } = env;
-  if (env.CONFIRM && !env.PIPELINE) throw new UsageError("CONFIRM=1 needs a pipeline. Run: make sweep PIPELINE=… CONFIRM=1");
   await eachPipeline("sweep", env, pipelines(), async (run) => {
     const { pipeline } = run;
     // 1. Lock: no run writes meanwhile.
@@ -44,17 +40,16 @@ await main(import.meta, async () => {
 
     await beside(run, env, "key", async (both) => {
       // 2. Find: the key of every row of the source is loaded into a staging table.
-      const found = await both.compare();
-      const gone = found.counts.extra;
-      const compared = found.rows + gone;
-      const keys = found.shown.filter(({ kind }) => kind === "extra").map(({ name }) => name);
+      const { rows, counts, shown } = await both.compare();
+      const [gone, compared] = [counts.extra, rows + counts.extra];
+      const keys = shown.filter(({ kind }) => kind === "extra").map(({ name }) => name);
       run.log(env.DRY_RUN ? "would-delete" : "found", { compared, gone, keys: keys.join() || undefined });
 
       // 3. Refuse: a source that lost its rows, or another database.
       const share = `${thousands(gone)} of ${thousands(compared)} rows of ${pipeline} are not at the source`;
-      const limit = `more than SWEEP_MAX_SHARE=${most} of them`;
       const next = `Is SOURCE_DATABASE_URL the right database, and whole? If they are to go: make sweep PIPELINE=${pipeline} CONFIRM=1`;
-      if (gone > most * compared && !env.CONFIRM) throw new UsageError(`nothing was deleted: ${share}, ${limit}. ${next}`);
+      if (gone > most * compared && !env.CONFIRM)
+        throw new UsageError(`nothing was deleted: ${share}, more than SWEEP_MAX_SHARE=${most} of them. ${next}`);
 
       // 4. Delete.
       if (env.DRY_RUN) return;

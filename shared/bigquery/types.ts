@@ -43,7 +43,7 @@ const types: [from: string, to: string, write: string, refuse?: string][] = [
 ];
 
 /** The rows of `types` of a Postgres type, and of a field's. */
-const mapped = (type: string, into?: string) =>
+export const mapped = (type: string, into?: string) =>
   types.filter(([from, to]) => from.split(" ").includes(type) && (!into || to.split(" ").includes(apiType(into))));
 
 /** BigQuery's API answers with the legacy names; a contract may use the SQL ones. */

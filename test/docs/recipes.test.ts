@@ -194,7 +194,7 @@ await test("the recipe for a pipeline: make new-pipeline, from a table made a mi
   // A dry run writes nothing; a repeated one adds nothing, and leaves what was edited.
   const dry = await run(`DRY_RUN=1 ${write}`);
   assert.match(dry, /^\+ {6}\{ "name": "name", "type": "STRING", "mode": "NULLABLE", "description": "Its name \\"on the sign\\"\." \},$/m);
-  assert.match(dry, /^\+ {2}-- Left out: place, since point has no safe mapping\. To sync it: place::text as place/m);
+  assert.match(dry, /^\+ {2}-- Left out: place, since no field has such a name and type, point\. To sync it: place::text as place/m);
   assert.ok(!existsSync(join(scratch.folder, "sql/stores.sql")));
   const written = await run(write);
   scratch.edit("sql/stores.sql", (text) => text.replace("  whole,", "  whole, -- edited"));

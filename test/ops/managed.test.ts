@@ -54,7 +54,7 @@ test("as RDS's master role: both files of roles, a first run, a connector, and d
   // The server's own part is missing still, and the connector with its topic: a member of rds_replication is no fault.
   const failed = (await lines()).filter((line) => line.startsWith("FAIL"));
   assert.match(failed[0] ?? "", /^FAIL {2}sensors: connector etl-\S+: it does not exist, or does not run/);
-  assert.match(failed[1] ?? "", /^FAIL {2}kafka: topic \S+ and group \S+: the topic takes messages of .+ Run: make connector/);
+  assert.match(failed[1] ?? "", /^FAIL {2}sensors: topic \S+ and group \S+: the topic takes messages of .+ Run: make connector/);
   assert.equal(failed.length, 2, failed.join("\n"));
   await cluster.admin`alter role etl_replicator replication`; // what Amazon's server does by the membership
   try {

@@ -124,11 +124,8 @@ await test("a new nullable column, a relaxed mode and a description are printed,
       .map((field) => (field.name === "created_at" ? { ...field, mode: "NULLABLE", description: "Changed." } : field))
       .concat({ name: "note", type: "STRING" }),
   );
-  await assertApplies([
-    `relax ${table}.created_at from TIMESTAMP REQUIRED to TIMESTAMP NULLABLE`,
-    `add column ${table}.note STRING NULLABLE`,
-    `describe ${table}.created_at`,
-  ]);
+  const changes = [`relax column ${table}.created_at TIMESTAMP NULLABLE`, `add column ${table}.note STRING NULLABLE`, `describe ${table}`];
+  await assertApplies([changes.join(", ")]);
   assert.deepEqual(
     await shop.query("SELECT id, note FROM orders ORDER BY id"),
     [1, 2, 3].map((id) => ({ id: String(id), note: null })),
@@ -137,12 +134,12 @@ await test("a new nullable column, a relaxed mode and a description are printed,
   // Everything else that the table now has, and the contract has not.
   writeFileSync(contract, committed);
   await assertRefused([
-    /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE\. .* create the table again/,
-    /column \S+\.note: expected no such field .*, found STRING NULLABLE\. SQL: ALTER TABLE \S+\.orders DROP COLUMN note;/,
+    /column \S+\.created_at: expected TIMESTAMP REQUIRED \(schemas\/bigquery\/orders\.json\), found TIMESTAMP NULLABLE$/m,
+    /column \S+\.note: expected no such field .*, found STRING NULLABLE\. Run in BigQuery, to drop it: ALTER TABLE \S+\.orders DROP COLUMN note$/m,
   ]);
 });
 
-await test("what could lose data or needs a decision is refused, all of it at once, with the SQL a person would run", async () => {
+await test("what could lose data or needs a decision is refused, all of it at once", async () => {
   scratch.edit("schemas/bigquery/orders.json", (text) => text.replace('"MONTH"', '"DAY"'));
   scratch.editFields("orders", (fields) =>
     fields
@@ -150,9 +147,9 @@ await test("what could lose data or needs a decision is refused, all of it at on
       .concat({ name: "must", type: "STRING", mode: "REQUIRED" }),
   );
   await assertRefused([
-    /column \S+\.item_count: expected NUMERIC NULLABLE .*, found INTEGER NULLABLE\. SQL: ALTER TABLE \S+\.orders ALTER COLUMN item_count SET DATA TYPE NUMERIC;/,
-    /column \S+\.must: expected STRING REQUIRED .*, found no such column\. Rows that exist .* add it as NULLABLE/,
-    /table \S+\.orders: expected timePartitioning {"type":"DAY","field":"created_at"} .* create a new one/,
+    /column \S+\.item_count: expected NUMERIC NULLABLE .*, found INTEGER NULLABLE$/m,
+    /column \S+\.must: expected STRING REQUIRED .*, found no such column$/m,
+    /table \S+\.orders: expected timePartitioning {"type":"DAY","field":"created_at"} .* create a new table/,
   ]);
 });
 

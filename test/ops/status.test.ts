@@ -68,12 +68,9 @@ suite("with one pipeline", () => {
   const age = (hours: number) =>
     shop.admin`update etl.runs set started_at = started_at - make_interval(hours => ${hours}), finished_at = finished_at - make_interval(hours => ${hours})`;
 
-  test("every pipeline has a line, and in JSON the keys that --help documents: never ran, or its watermark, last success, ages and rows", async () => {
+  test("every pipeline has a line: never ran, or its watermark, last success, ages and rows", async () => {
     const [{ cells, code }, { of }] = [await show(shop), await statusOf(shop)];
     assert.deepEqual(Object.keys(of), [...watermarked(), "sensors", "views"].sort());
-    const header = readFileSync(join(root, script), "utf8").replaceAll(/\n \* +/g, " ");
-    const documented = /sql\/status\.sql: (.*?); times/.exec(header)?.[1]?.split(", ").sort();
-    for (const one of Object.values(of)) assert.deepEqual(Object.keys(one).sort(), documented, one.pipeline);
     assert.deepEqual(cells.users, ["none", "-", "never", "1d", "never", "-", "nobody", "new"]);
     const { watermark: none, last_success: never, last_run: neither, rows: no, held_by, state, reasons } = of.users as Status;
     assert.deepEqual([none, never, neither, no, held_by, state, reasons], [null, null, null, null, null, "new", ["it never ran"]]);

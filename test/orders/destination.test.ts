@@ -124,7 +124,7 @@ stepsOfPipeline((pipeline) => {
     const described = fields.map((field) => (field.name === shop.text ? { ...field, ...own, description: "Another." } : field));
     await request("PATCH", table, { schema: { fields: described }, labels: { team: "shop" } });
     const { stderr } = await shop.succeed("scripts/ops/migrate.ts");
-    assert.match(stderr, new RegExp(`describe \\S+\\.${shop.text}`));
+    assert.match(stderr, new RegExp(`describe \\S+\\.${pipeline}`));
     const after: { labels: unknown; schema: { fields: Record<string, unknown>[] } } = await request("GET", table);
     const { description, ...field } = after.schema.fields.find(({ name }) => name === shop.text) ?? {};
     assert.notEqual(description, "Another.");

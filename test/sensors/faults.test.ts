@@ -398,7 +398,7 @@ suite("faults", { concurrency: 8 }, () => {
       await ends([new RegExp(taken, "m")], { METRICS_PORT: port }, 1);
       await stop(consumer);
       const none = `${shop.env.CLICKHOUSE_DATABASE}_none`;
-      const missing = `schemas/clickhouse/001_sensor_readings.sql and 8 more files were not applied to ClickHouse's database ${none}`;
+      const missing = `schemas/clickhouse/000_migrations.sql and 9 more files were not applied to ClickHouse's database ${none}`;
       await ends([`${missing} (CLICKHOUSE_DATABASE). Run: make migrate`], { CLICKHOUSE_DATABASE: none });
       await sensors.produce(created(1, 3));
       await shop.admin`alter table etl.topics rename to elsewhere`;

@@ -5,33 +5,25 @@ import { join } from "node:path";
 import { root, UsageError } from "../../../shared/env.ts";
 import { log } from "../../../shared/log.ts";
 
-/** Of a file, from the project's root. `has` tells that it has been edited: nothing for a new file, which is never written over another. */
-export type Edit = { file: string; has: string; change(text: string): string };
+/** Unless the file has `has`, `text` is put behind what `behind` finds, which it gets. A new file has nothing before it. */
+export type Edit = [file: string, has: string, behind: RegExp, text: (found: string) => string];
 
-/** Puts text behind what `found` finds. @param text gets that. @throws UsageError where it finds nothing. */
-export const after = (file: string, has: string, found: RegExp, text: (found: string) => string): Edit => ({
-  file,
-  has,
-  change: (whole) => {
-    if (whole.search(found) < 0) throw new UsageError(`${file} has no ${found} to add to. Run: git checkout ${file}`);
-    return whole.replace(found, (match) => match + text(match));
-  },
-});
-
-/** Writes what is missing, a log line for each file; in a dry run prints the differences instead. */
+/** Writes what is missing, a log line for each file; in a dry run prints the differences instead. @throws UsageError before it writes. */
 export function applyEdits(edits: Edit[], dryRun: boolean): void {
-  const planned = edits.map(({ file, has, change }) => {
+  const planned = edits.map(([file, has, behind, text]) => {
     const path = join(root, file);
     const now = existsSync(path) ? readFileSync(path, "utf8") : undefined;
-    return { file, path, next: now?.includes(has) ? undefined : change(now ?? "") };
+    if (now?.includes(has)) return { file, path };
+    if (now && !now.match(behind)) throw new UsageError(`${file} has no ${behind} to add to. Run: git checkout ${file}`);
+    return { file, path, next: (now ?? "").replace(behind, (found) => found + text(found)) };
   });
   for (const { file, path, next } of planned) {
     if (next === undefined) log({ step: "kept", file });
     else if (dryRun) {
-      const labels = ["--label", `a/${file}`, "--label", `b/${file}`];
-      process.stdout.write(spawnSync("diff", ["-uN", ...labels, path, "-"], { input: next }).stdout);
+      const diff = ["-uN", `--label=a/${file}`, `--label=b/${file}`, path, "-"];
+      process.stdout.write(spawnSync("diff", diff, { input: next }).stdout);
     } else {
-      writeFileSync(path, next, { mode: /^scripts\//.test(file) ? 0o755 : 0o644 });
+      writeFileSync(path, next, { mode: file.startsWith("scripts/") ? 0o755 : 0o644 });
       log({ step: "wrote", file });
     }
   }
