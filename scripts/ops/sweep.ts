@@ -42,7 +42,7 @@ await main(import.meta, async () => {
     const reason = await distrusted(run);
     if (reason) throw new UsageError(`nothing was deleted: ${reason}`);
 
-    await beside(run, env, "key", async (both) => {
+    await beside(run, env, "extra", async (both) => {
       // 2. Find: the key of every row of the source is loaded into a staging table.
       const found = await both.compare();
       const gone = found.counts.extra;
@@ -58,7 +58,7 @@ await main(import.meta, async () => {
 
       // 4. Delete.
       if (env.DRY_RUN) return;
-      run.totals.rows = await both.deleteExtra();
+      run.totals.rows = await both.write();
       run.log("swept", { deleted: run.totals.rows, kept: gone - run.totals.rows });
     });
   });

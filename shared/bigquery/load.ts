@@ -140,19 +140,16 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
 /**
  * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
  * slow, or a window read again, never puts an old version back.
- * @param staging a table, or a subquery in parentheses.
- * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
  */
-export function mergeStatement({ fields, key, source }: Contract, target: string, staging: string, compared?: string): string {
+export function mergeStatement({ fields, key, source }: Contract, target: string, staging: string): string {
   const [t, s] = ["etl__t", "etl__s"]; // no field has such a name
   const columns = fields.map(({ name }) => `\`${name}\``);
   const values = columns.filter((column) => !key.includes(column.slice(1, -1)));
   const version = `\`${source.cursor}\``; // says which of two versions of a row is newer
-  const replaced = compared ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\`` : `${s}.${version} >= ${t}.${version}`;
   return [
     `MERGE ${target} AS ${t} USING ${staging} AS ${s}`,
     `ON ${key.map((name) => `${t}.\`${name}\` = ${s}.\`${name}\``).join(" AND ")}`,
-    `WHEN MATCHED AND ${replaced} THEN UPDATE SET ${values.map((column) => `${column} = ${s}.${column}`).join(", ")}`,
+    `WHEN MATCHED AND ${s}.${version} >= ${t}.${version} THEN UPDATE SET ${values.map((column) => `${column} = ${s}.${column}`).join(", ")}`,
     `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `${s}.${column}`).join(", ")})`,
   ].join("\n");
 }

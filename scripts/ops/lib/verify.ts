@@ -2,20 +2,15 @@
  * Where a pipeline's table differs from its source: every row of the source is loaded into a staging table, as a run would load it,
  * and BigQuery compares it with the table. Nothing but counts and the rows that are printed comes back.
  *
- * Why no lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table.
- * - Every version of a row with a cursor before W was committed when W was computed: that is what makes the bound safe. What a
- *   transaction commits after the snapshot has a cursor at or past W.
- * - So a row that was changed or inserted at the source at any point, and may have been brought by a run at any later point, has on
- *   at least one side a cursor at or past W: it is `new`, the next run's. All others are settled on both sides.
- * - A row that was deleted after the snapshot is on both sides. One that was deleted before it is a true `extra`, unless its cursor
- *   at the table is past W; then the next verify says so.
- * - Only a sweep or a repair removes rows of the table. One that is at work beside it may remove what was deleted after the snapshot:
- *   make verify compares again where rows are missing.
+ * Why no lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table. Every
+ * version of a row with a cursor before W was committed when W was computed, and what a transaction commits after the snapshot has one at
+ * or past W. So a row that changed meanwhile, and may have been brought by a run, has a cursor at or past W on at least one side: it is
+ * `new`, the next run's. All others are settled, but for those that a sweep or a repair beside this removes.
  * A repair and a sweep compare again within the statement that writes, so they change only what differs at that moment.
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
 import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
-import { address, ask, change, createStaging, loadChunk, mergeStatement, openDestination } from "../../../shared/bigquery/load.ts";
+import { address, ask, change, createStaging, loadChunk, openDestination } from "../../../shared/bigquery/load.ts";
 import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress } from "../../../shared/log.ts";
@@ -28,15 +23,11 @@ import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts
 export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
 type Kind = (typeof kinds)[number];
 
-/**
- * A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas;
- * `newer` where the table has a later version than the source, which then went back.
- */
+/** A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas. */
 interface Difference {
   kind: Kind;
   name: string;
   columns: string;
-  newer: boolean;
 }
 
 /**
@@ -57,39 +48,33 @@ export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIM
 export type VerifyEnv = Env<typeof verifyVariables>;
 
 /**
- * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it. @param work adds what is wrong, in
- * words. @throws the error of the only one, or Error with all that failed.
+ * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it.
+ * @throws the error of the only one, or Error with all that failed.
  */
 export async function eachPipeline(
   command: string,
   env: VerifyEnv & { PIPELINE?: string | undefined },
   all: string[],
-  work: (run: Run, wrong: string[]) => Promise<void>,
+  work: (run: Run) => Promise<void>,
 ): Promise<void> {
-  let stopped = ""; // a run hears of a signal until it has ended
-  onSignal((signal) => {
-    stopped = `it was not begun: stopped by ${signal}. Next: make ${command}`;
-  });
   const failures: string[] = [];
+  let stopped = false;
+  onSignal(() => {
+    stopped = true;
+  });
   for (const pipeline of env.PIPELINE ? [env.PIPELINE] : all) {
-    const wrong: string[] = [];
+    if (stopped) break;
     const working = async (run: Run): Promise<void> => {
       run.next = `the same command begins again. Next: make ${command} PIPELINE=${pipeline}`;
-      await work(run, wrong);
+      await work(run);
     };
-    if (stopped) failures.push(`${pipeline}: ${stopped}`);
-    else
-      await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
-        if (env.PIPELINE && !wrong.length) throw error;
-        failures.push(`${pipeline}: ${error.message}`);
-      });
-    failures.push(...wrong);
+    await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
+      if (env.PIPELINE) throw error;
+      failures.push(`${pipeline}: ${error.message}`);
+    });
   }
   if (failures.length) throw new Error(failures.join("\n"));
 }
-
-/** What can be done with a table beside its source's rows. `deleteExtra` and `repair` return how many rows of the table they changed. */
-type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
 
 /** Why the watermark cannot be trusted, in words, if it cannot. @throws UsageError where there is none: nothing has been synced. */
 export async function distrusted(run: Run): Promise<string | undefined> {
@@ -99,14 +84,17 @@ export async function distrusted(run: Run): Promise<string | undefined> {
   throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
 }
 
+/** `write` makes the table's rows the source's, where they are of a kind that it may change. @returns how many it changed. */
+type Both = { compare(): Promise<Comparison>; write(): Promise<number> };
+
 /**
  * Checks the source and the table as a run does, and loads every row of the source, whatever its cursor, into a staging table.
- * @param columns which are compared; the key and the cursor are enough to find rows that the source no longer has.
+ * @param what is compared and written: all, or only which rows are extra, for which the key and the cursor are enough.
  */
-export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key", work: (both: Both) => Promise<T>): Promise<T> {
+export async function beside<T>(run: Run, env: VerifyEnv, what: "all" | "extra", work: (both: Both) => Promise<T>): Promise<T> {
   const contract = readContract(run.pipeline);
   const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
-  const fields = contract.fields.filter(({ name }) => columns === "all" || [...contract.key, contract.source.cursor].includes(name));
+  const fields = contract.fields.filter(({ name }) => what === "all" || [...contract.key, contract.source.cursor].includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
@@ -118,15 +106,13 @@ export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key"
     const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
     const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
-    const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
-    const job = (name: string): string => `etl_${staging.name}_${name}`;
+    const written = what === "all" ? kinds.slice(0, 4) : [what];
+    const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT, written });
+    let writes = 0;
     return await work({
       compare: async () => comparison(rows, await ask<Found>(run, to, sql.compare)),
-      deleteExtra: async () => (await change(run, to, job("delete"), sql.deleteExtra)).deleted,
-      repair: async () => {
-        const { deleted } = await change(run, to, job("delete"), sql.deleteWrong);
-        const { inserted, updated } = await change(run, to, job("merge"), sql.merge);
-        run.log("repaired", { written: inserted + updated, deleted });
+      write: async () => {
+        const { inserted, updated, deleted } = await change(run, to, `etl_${staging.name}_write_${++writes}`, sql.write);
         return inserted + updated + deleted;
       },
     });
@@ -144,68 +130,58 @@ export function comparison(rows: number, found: Found[]): Comparison {
 }
 
 /**
- * SQL: whether two values of a field are distinct; NULL equals NULL, and NaN NaN (documented of IS DISTINCT FROM). JSON, arrays and structs
+ * SQL: whether a field's two values are distinct; NULL equals NULL, and NaN NaN (documented of IS DISTINCT FROM). JSON, arrays and structs
  * are not comparable; TO_JSON_STRING writes both sides' by one rule.
  */
-function isDistinct({ type, mode }: Field, a: string, b: string): string {
+function isDistinct({ name, type, mode }: Field): string {
   const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
-  return opaque ? `TO_JSON_STRING(${a}) IS DISTINCT FROM TO_JSON_STRING(${b})` : `${a} IS DISTINCT FROM ${b}`;
+  const [s, t] = ["s", "t"].map((side) => (opaque ? `TO_JSON_STRING(etl__${side}.\`${name}\`)` : `etl__${side}.\`${name}\``));
+  return `${s} IS DISTINCT FROM ${t}`;
 }
 
 /**
- * The statements of a comparison, a repair and a sweep, for make check too. Their text grows with the columns, their nesting does not.
- * @param limits the watermark, a time of the source that no run reaches before the statements are done, and keys to show of each kind.
+ * The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__.
+ * @param limits the watermark, a time of the source that no run reaches before the statements are done, keys to show of each kind, and the
+ * kinds that are written: a key that is twice is deleted, and then missing.
  */
 export function verifyStatements(
   contract: Contract,
   { table, staging }: { table: string; staging: string },
-  { watermark, clock, shown }: { watermark: string; clock: string; shown: number },
+  { watermark, clock, shown, written }: { watermark: string; clock: string; shown: number; written: readonly string[] },
 ) {
   const { key, fields, source } = contract;
-  const [s, t, d, compared] = ["etl__s", "etl__t", "etl__d", "etl__compared"]; // no field has such a name
-  const at = (alias: string, name: string): string => `${alias}.\`${name}\``;
-  const [staged, version, first] = [at(s, source.cursor), at(t, source.cursor), key[0] ?? ""];
-  const keys = key.map((_, index) => `k${index}`).join(", ");
-  const same = (alias: string) => key.map((name, index) => `${at(alias, name)} = ${d}.k${index}`).join(" AND ");
-  const distinct = fields.flatMap((field) =>
-    key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${field.name}', NULL)`,
-  );
-  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ', '), '')`;
-  const each = (columns: string): string => `(SELECT *, CASE
-  WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable'
-  WHEN (staged >= TIMESTAMP '${watermark}' OR version >= TIMESTAMP '${watermark}')
-    AND NOT COALESCE(version > TIMESTAMP '${clock}', FALSE) THEN 'new'
-  WHEN copies > 1 THEN 'twice' WHEN NOT in_table THEN 'missing' WHEN NOT in_source THEN 'extra'
-  WHEN columns <> '' THEN 'different' ELSE 'same' END AS kind
+  const list = (names: string[], each = (name: string) => `\`${name}\``, separator = ", "): string => names.map(each).join(separator);
+  const [keys, [first = ""], cursor] = [list(key), key, `\`${source.cursor}\``];
+  const names = fields.map(({ name }) => name);
+  const values = fields.filter(({ name }) => !key.includes(name));
+  const each = `(SELECT *, CASE
+  WHEN etl__staged > TIMESTAMP '${clock}' THEN 'unreachable'
+  WHEN (etl__staged >= TIMESTAMP '${watermark}' OR etl__version >= TIMESTAMP '${watermark}')
+    AND NOT COALESCE(etl__version > TIMESTAMP '${clock}', FALSE) THEN 'new'
+  WHEN etl__copies > 1 THEN 'twice' WHEN NOT etl__in_table THEN 'missing' WHEN NOT etl__in_source THEN 'extra'
+  WHEN etl__columns <> '' THEN 'different' ELSE 'same' END AS etl__kind
 FROM (
-  SELECT ${keys}, COUNT(*) AS copies, LOGICAL_OR(in_source) AS in_source, LOGICAL_OR(in_table) AS in_table,
-    MAX(staged) AS staged, MAX(version) AS version, MAX(columns) AS columns
-  FROM (
-    SELECT ${key.map((name, index) => `COALESCE(${at(s, name)}, ${at(t, name)}) AS k${index}`).join(", ")},
-      ${at(s, first)} IS NOT NULL AS in_source, ${at(t, first)} IS NOT NULL AS in_table,
-      ${staged} AS staged, ${version} AS version, ${columns} AS columns
-    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t}
-    ON ${key.map((name) => `${at(s, name)} = ${at(t, name)}`).join(" AND ")}
-  ) AS pairs GROUP BY ${keys}
-) AS keys)`;
-  const deletes = (of: string): string => `DELETE FROM ${table} AS ${t} WHERE EXISTS (
-  SELECT 1 FROM ${each("''")} AS ${d} WHERE ${same(t)} AND ${d}.kind IN (${of}))`;
-  const rows = `(SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s}
-  JOIN ${each(columns)} AS ${d} ON ${same(s)} WHERE ${d}.kind IN ('missing', 'different'))`;
-  const order = keys.replaceAll("k", "found.k");
-  const bytes = (name: string): boolean => fields.some((field) => field.name === name && apiType(field.type) === "BYTES");
-  const texts = key.map((name, index) => `'${name}=' || ${bytes(name) ? `TO_HEX(k${index})` : `CAST(k${index} AS STRING)`}`);
+  SELECT ${keys}, COUNT(*) AS etl__copies, MAX(etl__s.${cursor}) AS etl__staged, MAX(etl__t.${cursor}) AS etl__version,
+    LOGICAL_OR(etl__s.\`${first}\` IS NOT NULL) AS etl__in_source, LOGICAL_OR(etl__t.\`${first}\` IS NOT NULL) AS etl__in_table,
+    MAX(COALESCE(ARRAY_TO_STRING([${values.map((field) => `IF(${isDistinct(field)}, '${field.name}', NULL)`).join(",\n")}], ', '), '')) AS etl__columns
+  FROM ${staging} AS etl__s FULL OUTER JOIN ${table} AS etl__t USING (${keys}) GROUP BY ${keys}
+) AS etl__keys)`;
+  const isBytes = (name: string): boolean => fields.some((field) => field.name === name && apiType(field.type) === "BYTES");
+  const text = (name: string): string => `'${name}=' || ${isBytes(name) ? `TO_HEX(\`${name}\`)` : `CAST(\`${name}\` AS STRING)`}`;
   return {
-    compare: `SELECT kind, ${texts.join(" || ', ' || ")} AS name, columns,
-  COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE) AS newer,
-  COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged
-FROM ${each(columns)} AS found
-WHERE kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY kind ORDER BY ${order}) <= ${shown}
-WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
-    deleteExtra: deletes("'extra'"),
-    deleteWrong: deletes("'extra', 'twice'"),
-    // After the DELETE the keys that were twice are missing.
-    merge: mergeStatement(contract, table, rows, compared),
+    compare: `SELECT etl__kind AS kind, ${list(key, text, " || ', ' || ")} AS name, etl__columns AS columns,
+  COUNT(*) OVER etl__kinds AS total, COUNTIF(etl__in_source) OVER etl__kinds AS staged
+FROM ${each} AS etl__found
+WHERE etl__kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY etl__kind ORDER BY ${keys}) <= ${shown}
+WINDOW etl__kinds AS (PARTITION BY etl__kind) ORDER BY ${keys}`,
+    write: `MERGE ${table} AS etl__t
+USING (
+  SELECT ${list(names)}, etl__kind FROM ${each} AS etl__found LEFT JOIN ${staging} AS etl__s USING (${keys})
+  WHERE etl__kind IN (${list([...written], (kind) => `'${kind}'`)})
+) AS etl__s ON ${list(key, (name) => `etl__t.\`${name}\` = etl__s.\`${name}\``, " AND ")}
+WHEN MATCHED AND etl__kind = 'different' THEN UPDATE SET ${values.map(({ name }) => `\`${name}\` = etl__s.\`${name}\``).join(", ")}
+WHEN MATCHED THEN DELETE
+WHEN NOT MATCHED THEN INSERT (${list(names)}) VALUES (${list(names, (name) => `etl__s.\`${name}\``)})`,
   };
 }
 
