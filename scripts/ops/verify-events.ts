@@ -6,7 +6,7 @@
  *   make verify-events FROM=2017-01-01 TO=2018-01-01     the days of [FROM, TO)
  *     CLEAN=1                                            deletes what killed runs left, where that is older than a day
  *
- * Decompresses, counts and hashes every part, and compares it with its manifest, and the day with the source's rows, read again. Names the
+ * Decompresses and hashes every part, and compares it with its manifest, and the day with the source's rows, read again. Names the
  * command for a day that differs, and lists what killed runs left.
  *
  *   schedule         nightly, cron
@@ -22,7 +22,7 @@ import { progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
-import { damaged, dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
+import { dayVariables, readBack, readDays, readPart } from "./lib/events.ts";
 import { recordVerified } from "./lib/verify.ts";
 
 await main(import.meta, async () => {
@@ -34,13 +34,20 @@ await main(import.meta, async () => {
     const [lines] = await Promise.all([archive.checkArchivable(run), checkBucket(bucket)]);
     const days = wanted || (await lastDays(run.etl));
     const failed = await readBack(run, "verify-events", days, async (day) => {
-      // 1. What killed runs left.
-      await findStrays(run, bucket, day, env.CLEAN);
+      // 1. The archive by itself: each part against its manifest. The list comes before it: what that names was not stray.
+      const objects = await Array.fromAsync(listObjects(bucket, archive.dayPrefix(bucket, day)));
+      const archived = await readArchived(bucket, day);
+      const named = new Set([archive.manifestKey(bucket, day), ...(archived.manifest?.parts ?? []).map(({ key }) => key)]);
+      // A manifest that cannot be read may name any of them.
+      if (archived.manifest || !archived.damage)
+        await listStrays(
+          run,
+          bucket,
+          objects.filter(({ key }) => !named.has(key)),
+          env.CLEAN,
+        );
 
-      // 2. The archive by itself: each part against its manifest.
-      const archived = await verifyParts(bucket, day);
-
-      // 3. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
+      // 2. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
       const hash = createHash("sha256");
       await using stream = run.copy(lines(), archive.rowsOf(day));
       const source = await archive.readSource(run.source, day);
@@ -69,14 +76,23 @@ async function lastDays(etl: Sql): Promise<string[]> {
   return archive.daysBetween(last.from, last.to);
 }
 
-/** Objects of the day that no manifest names: a killed run's, or those of a run that is under way. */
-async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: boolean): Promise<void> {
-  const objects = await Array.fromAsync(listObjects(bucket, archive.dayPrefix(bucket, day)));
-  // After the list: what it names was not stray. One that cannot be read may name any of them.
-  const found = objects.length ? await archive.readManifest(bucket, day).catch(() => null) : null;
-  if (found === null) return;
-  const named = new Set([archive.manifestKey(bucket, day), ...(found?.manifest.parts.map(({ key }) => key) ?? [])]);
-  for (const { key, modified } of objects.filter(({ key }) => !named.has(key))) {
+/** A day's manifest, the hash of its raw lines, and what is wrong with any of them. */
+async function readArchived(bucket: Bucket, day: string) {
+  const raw = createHash("sha256");
+  let [manifest, damage]: [archive.Manifest | undefined, string | undefined] = [undefined, undefined];
+  try {
+    manifest = (await archive.readManifest(bucket, day))?.manifest;
+    for (const part of manifest?.parts ?? []) for await (const piece of readPart(bucket, part)) raw.update(piece);
+  } catch (error) {
+    if ((error as Error).name !== "Damaged") throw error;
+    damage = (error as Error).message;
+  }
+  return { manifest, damage, sha256: raw.digest("hex") };
+}
+
+/** Objects that no manifest names: a killed run's, or those of a run that is under way. */
+async function listStrays({ log }: Run, bucket: Bucket, strays: { key: string; modified: Date }[], clean: boolean): Promise<void> {
+  for (const { key, modified } of strays) {
     const seconds = (Date.now() - modified.getTime()) / 1000;
     const removes = clean && seconds > 86_400;
     if (removes) await removeObjects(bucket, [key]);
@@ -85,49 +101,25 @@ async function findStrays({ log }: Run, bucket: Bucket, day: string, clean: bool
   }
 }
 
-/** A day's manifest, the hash of its raw lines, and what is wrong with them, if anything is. */
-async function verifyParts(bucket: Bucket, day: string) {
-  const archived: { manifest?: archive.Manifest; sha256?: string; damage?: string } = {};
-  const reading = readDay(bucket, day, async (manifest) => {
-    archived.manifest = manifest;
-    const hash = createHash("sha256");
-    for (const part of manifest.parts) for await (const piece of readPart(bucket, part)) hash.update(piece);
-    archived.sha256 = hash.digest("hex");
-    const rows = manifest.parts.reduce((sum, part) => sum + part.rows, 0);
-    if (rows !== manifest.rows)
-      throw damaged(bucket, archive.manifestKey(bucket, day), `it says ${manifest.rows} rows; its parts have ${rows}`);
-  });
-  await reading.catch((error: Error) => {
-    if (error.name !== "Damaged") throw error;
-    archived.damage = error.message;
-  });
-  return archived;
-}
-
-/** @throws Error that says what is wrong with the day, with the next command. */
+/** @returns the day's manifest. @throws Error that says what is wrong with the day, with the next command. */
 function compareDay(
   day: string,
-  { manifest, sha256, damage }: Awaited<ReturnType<typeof verifyParts>>,
-  source: Pick<archive.Manifest, "rows" | "min_id" | "max_id"> & { sha256: string },
+  { manifest, damage, sha256 }: Awaited<ReturnType<typeof readArchived>>,
+  source: { rows: number; sha256: string },
 ): archive.Manifest {
   const window = `FROM=${day} TO=${archive.addDays(day)}`;
   const again = `make backfill-events ${window}`;
   const { rows } = source;
-  const fail: (why: string) => never = (why) => {
-    throw new Error(why);
-  };
-  if (!manifest) return fail(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
+  if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
-  if (damage && rows < manifest.rows) fail(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
-  if (damage) fail(`${damage}. Next: ${again} FORCE=1`);
+  if (damage && rows < manifest.rows) throw new Error(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
+  if (damage) throw new Error(`${damage}. Next: ${again} FORCE=1`);
   if (!rows) return manifest; // the source has let the archive be the copy
   const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
-  if (rows > manifest.rows) fail(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
+  if (rows > manifest.rows) throw new Error(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
   const deleted = "rows were deleted at the source. If they are to go from the archive too";
-  if (rows < manifest.rows) fail(`${both}: ${deleted}: ${again} FORCE=1 ALLOW_SHRINK=1`);
+  if (rows < manifest.rows) throw new Error(`${both}: ${deleted}: ${again} FORCE=1 ALLOW_SHRINK=1`);
   const changed = "rows were changed there. If the archive is to have that too";
-  if (source.sha256 !== sha256) fail(`its ${rows} rows are not the source's: ${changed}: ${again} FORCE=1`);
-  const [is, says] = [source, manifest].map(({ min_id, max_id }) => `ids ${min_id} to ${max_id}`);
-  if (is !== says) fail(`its manifest says ${says}; its rows have ${is}. Next: ${again} FORCE=1`);
+  if (source.sha256 !== sha256) throw new Error(`its ${rows} rows are not the source's: ${changed}: ${again} FORCE=1`);
   return manifest;
 }
