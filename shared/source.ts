@@ -121,7 +121,7 @@ export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: 
   return found;
 }
 /** SQL that gives rows a time that a run reaches, up to the condition on the cursor. */
-export const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
+const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
 type Unreachable = { infinite: number; future: number; first: string | null };
 
 /** SQL: a row's key as text, for example id=17. */

@@ -19,7 +19,6 @@
  * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
-import { readContract } from "../../shared/bigquery/contract.ts";
 import { flag, isSet, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
@@ -27,8 +26,6 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
-import { correction } from "../../shared/source.ts";
-import { table } from "../../shared/table.ts";
 import * as verify from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
@@ -39,38 +36,25 @@ await main(import.meta, async () => {
     throw new UsageError("REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair. Next: make resnapshot");
   const captures = isSet("KAFKA_BROKERS") || env.PIPELINE === "sensors"; // a shop may have no sensors
   const sensors = captures && readEnv({ ...clickhouseVariables, ...kafkaVariables });
-  const results: Record<string, string>[] = [];
   const all = captures ? [...pipelines(), "sensors"] : pipelines();
-  const verifying = verify.eachPipeline("verify", env, all, async (run) => {
+  await verify.eachPipeline("verify", env, all, async (run) => {
     const { pipeline } = run;
-    const isTable = pipeline !== "sensors";
-    const found = await (sensors && !isTable ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env));
+    const found = await (sensors && pipeline === "sensors" ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env));
     const { rows, counts } = found;
+    run.log("compared", { rows, ...counts, repaired: env.REPAIR ? run.totals.rows : undefined, seconds: run.seconds() });
     const differences = verify.total(found);
-    results.push({
-      ...{ pipeline, rows: thousands(rows), new: thousands(found.fresh) },
-      ...Object.fromEntries(verify.kinds.map((kind) => [kind, thousands(counts[kind])])),
-      ...{ repaired: env.REPAIR && isTable ? thousands(run.totals.rows) : "-", seconds: run.seconds().toFixed(1) },
-    });
-    run.log("compared", { rows, differences });
-    const differing = verify.kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
+    const differing = verify.kinds.filter((kind) => kind !== "new" && counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
     await verify.recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
     if (differences) throw new Error(describe(pipeline, found));
   });
-  await verifying.finally(() => results.length && process.stdout.write(`${table(results)}\n`));
 });
 
 async function verifyTable(run: Run, env: verify.VerifyEnv & { REPAIR: boolean }): Promise<verify.Comparison> {
   // 1. With REPAIR=1 the lock: no run writes meanwhile.
   if (env.REPAIR) await takeLock(run);
 
-  // 2. Is it still the source that was synced?
-  const reason = await verify.distrusted(run);
-  if (reason && env.REPAIR) throw new UsageError(`nothing was repaired: ${reason}`);
-  if (reason) run.log("warning", { warning: reason });
-
-  // 3. Compare; with REPAIR=1 repair, and compare again. What is twice is missing after the first time.
-  const found = await verify.beside(run, env, "all", async ({ compare, write }) => {
+  // 2. Compare; with REPAIR=1 repair, and compare again. What is twice is missing after the first time.
+  const found = await verify.beside(run, env, env.REPAIR ? "repair" : "compare", async ({ compare, write }) => {
     let now = await compare();
     for (let writes = 0; env.REPAIR && writes < 2 && verify.total(now); writes++) {
       run.totals.rows += await write();
@@ -80,7 +64,7 @@ async function verifyTable(run: Run, env: verify.VerifyEnv & { REPAIR: boolean }
   });
   if (env.REPAIR || !found.counts.missing) return found;
   run.log("again", { because: "rows are missing, which a sweep or a repair beside this may have removed" });
-  return await verify.beside(run, env, "all", (both) => both.compare());
+  return await verify.beside(run, env, "compare", (both) => both.compare());
 }
 
 /** What differs, and what to do. */
@@ -89,13 +73,9 @@ function describe(pipeline: string, found: verify.Comparison): string {
   const all = verify.total(found);
   const lines = shown.map(({ kind, name, columns }) => `  ${kind.padEnd(11)}  ${name}${kind === "different" ? `: ${columns}` : ""}`);
   if (all > lines.length) lines.push(`  … and ${thousands(all - lines.length)} more (LIMIT=)`);
-  if (counts.unreachable) {
-    const correct = `${correction(readContract(pipeline).source)} > now();`;
-    lines.push(
-      `${thousands(counts.unreachable)} lie in the future, which no run reads. At the source run: ${correct} then make ${pipeline}`,
-    );
-  }
-  let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;
+  if (counts.unreachable) lines.push("Rows that lie in the future are read by no run: the warning above says how to correct them");
+  let next = `make verify PIPELINE=${pipeline} REPAIR=1`;
+  if (all === counts.unreachable) next = `make ${pipeline}`;
   if (all === counts.extra) next += `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}`;
   if (pipeline === "sensors") next = "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
   return `${thousands(all)} rows of ${pipeline} differ:\n${lines.join("\n")}\nNext: ${next}`;

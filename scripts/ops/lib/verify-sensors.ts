@@ -56,14 +56,15 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
       await create("still", `AS ${differing} ${settings}`);
       const query = `
         SELECT s.kind AS kind, 'id=' || toString(s.id) AS name, s.columns AS columns,
-          toUInt32(count() OVER (PARTITION BY s.kind)) AS total, 0 AS staged
+          toUInt32(count() OVER (PARTITION BY s.kind)) AS total
         FROM verify_still AS s LEFT JOIN verify_before AS b ON b.id = s.id LEFT JOIN (${versions}) AS a ON a.id = s.id
         WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} ORDER BY s.id LIMIT ${env.LIMIT} BY s.kind ${settings}`;
       found.push(...(await clickhouse.select<Found>(client, query)));
     }
     const compared = comparison(rows, found);
     if (!found.length) await clearGap(run.etl, env.SENSORS_TOPIC, canary);
-    return { ...compared, fresh: Math.max(0, candidates - total(compared)) };
+    compared.counts.new = Math.max(0, candidates - total(compared));
+    return compared;
   } finally {
     for (const table of ["before", "source", "still"]) await client.command({ query: `DROP TABLE IF EXISTS verify_${table}` });
   }
@@ -86,9 +87,7 @@ async function loadSource(run: Run, client: ClickHouseClient, columns: clickhous
     clickhouse_settings: { async_insert: 0, wait_end_of_query: 1, date_time_input_format: "best_effort" },
   });
   for await (const _ of stream); // an answer that is not read keeps its connection
-  const [loaded] = await clickhouse.select<{ n: number }>(client, "SELECT toUInt32(count()) AS n FROM verify_source");
-  if (loaded?.n === rows.sent.rows) return rows.sent.rows;
-  throw new Error(`${rows.sent.rows} readings were read, and ${loaded?.n} were loaded. Next: make verify PIPELINE=sensors`);
+  return rows.sent.rows;
 }
 
 /**

@@ -19,29 +19,30 @@ import { type Metrics, pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
-/** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
-export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
+/**
+ * It is the next run's, the source has it only, the table has it only, both and they differ, the table has it more than once, no run will
+ * read it. The first is no difference.
+ */
+export const kinds = ["new", "missing", "extra", "different", "twice", "unreachable"] as const;
 type Kind = (typeof kinds)[number];
 
-/** A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas. */
-interface Difference {
-  kind: Kind;
-  name: string;
-  columns: string;
-}
-
-/**
- * How many rows of the source were compared; how many keys are the next run's (`fresh`: at or past the watermark on either side), and of
- * each kind; the first LIMIT of each kind.
- */
+/** How many rows the source has, how many keys are of each kind, and the first LIMIT of each: its name, such as id=17, and what differs. */
 export interface Comparison {
   rows: number;
-  fresh: number;
   counts: Record<Kind, number>;
-  shown: Difference[];
+  shown: Found[];
+}
+/** `columns`: those that are different, with commas. `total`: how many keys there are of this kind. */
+export type Found = { kind: Kind; name: string; columns: string; total: number };
+
+export function comparison(rows: number, found: Found[]): Comparison {
+  const total = (kind: Kind): number => found.find((one) => one.kind === kind)?.total ?? 0;
+  const counts = Object.fromEntries(kinds.map((kind) => [kind, total(kind)])) as Comparison["counts"];
+  return { rows, counts, shown: found.filter(({ kind }) => kind !== "new") };
 }
 
-export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], 0);
+/** The differences. */
+export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], -counts.new);
 
 /** What make verify and make sweep read. */
 export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIMIT: optional(number(1, 100_000), 20) };
@@ -76,38 +77,39 @@ export async function eachPipeline(
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
-/** Why the watermark cannot be trusted, in words, if it cannot. @throws UsageError where there is none: nothing has been synced. */
-export async function distrusted(run: Run): Promise<string | undefined> {
-  const { pipeline, etl } = run;
-  const stored = await readWatermark(etl, pipeline);
-  if (stored) return await distrust(run, stored, await readBound(run.source));
-  throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
-}
+/** The kinds that are written. A key that is twice is deleted, and then missing. */
+const written = { compare: [], repair: ["missing", "extra", "different", "twice"], sweep: ["extra"] };
 
 /** `write` makes the table's rows the source's, where they are of a kind that it may change. @returns how many it changed. */
 type Both = { compare(): Promise<Comparison>; write(): Promise<number> };
 
 /**
  * Checks the source and the table as a run does, and loads every row of the source, whatever its cursor, into a staging table.
- * @param what is compared and written: all, or only which rows are extra, for which the key and the cursor are enough.
+ * @param purpose of a sweep the key and the cursor are enough.
+ * @throws UsageError where nothing is synced yet, or it would write from a source that is not the one that was synced.
  */
-export async function beside<T>(run: Run, env: VerifyEnv, what: "all" | "extra", work: (both: Both) => Promise<T>): Promise<T> {
-  const contract = readContract(run.pipeline);
+export async function beside<T>(run: Run, env: VerifyEnv, purpose: keyof typeof written, work: (both: Both) => Promise<T>): Promise<T> {
+  const { pipeline, etl } = run;
+  const stored = await readWatermark(etl, pipeline);
+  if (!stored) throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
+  const distrusted = await distrust(run, stored, await readBound(run.source));
+  if (distrusted && purpose !== "compare") throw new UsageError(`nothing was written or deleted: ${distrusted}`);
+  if (distrusted) run.log("warning", { warning: distrusted });
+  const contract = readContract(pipeline);
   const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
-  const fields = contract.fields.filter(({ name }) => what === "all" || [...contract.key, contract.source.cursor].includes(name));
+  const fields = contract.fields.filter(({ name }) => purpose !== "sweep" || [...contract.key, contract.source.cursor].includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
-    const watermark = (await readWatermark(run.etl, run.pipeline))?.watermark ?? "";
     // What a run at work beside this one may bring until this has ended is no row of the future.
     const [clock] = await run.source<{ at: string }[]>`
       select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     await using staging = await createStaging(run, to, attempt);
     const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
-    const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
-    const written = what === "all" ? kinds.slice(0, 4) : [what];
-    const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT, written });
+    const tables = { table: address(to, pipeline), staging: address(to, staging.name) };
+    const limits = { watermark: stored.watermark, clock: clock?.at ?? "", shown: env.LIMIT, written: written[purpose] };
+    const sql = verifyStatements(to.contract, tables, limits);
     let writes = 0;
     return await work({
       compare: async () => comparison(rows, await ask<Found>(run, to, sql.compare)),
@@ -117,16 +119,6 @@ export async function beside<T>(run: Run, env: VerifyEnv, what: "all" | "extra",
       },
     });
   });
-}
-
-/** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
-export type Found = (Difference | { kind: "new" }) & { total: number; staged: number };
-
-export function comparison(rows: number, found: Found[]): Comparison {
-  const of = (kind: string) => found.find((one) => one.kind === kind);
-  const counts = Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Comparison["counts"];
-  const shown = found.filter((one) => one.kind !== "new");
-  return { rows: rows - (of("new")?.staged ?? 0), fresh: of("new")?.total ?? 0, counts, shown };
 }
 
 /**
@@ -142,12 +134,12 @@ function isDistinct({ name, type, mode }: Field): string {
 /**
  * The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__.
  * @param limits the watermark, a time of the source that no run reaches before the statements are done, keys to show of each kind, and the
- * kinds that are written: a key that is twice is deleted, and then missing.
+ * kinds that are written.
  */
 export function verifyStatements(
   contract: Contract,
   { table, staging }: { table: string; staging: string },
-  { watermark, clock, shown, written }: { watermark: string; clock: string; shown: number; written: readonly string[] },
+  { watermark, clock, shown, written }: { watermark: string; clock: string; shown: number; written: string[] },
 ) {
   const { key, fields, source } = contract;
   const list = (names: string[], each = (name: string) => `\`${name}\``, separator = ", "): string => names.map(each).join(separator);
@@ -170,14 +162,13 @@ FROM (
   const text = (name: string): string => `'${name}=' || ${isBytes(name) ? `TO_HEX(\`${name}\`)` : `CAST(\`${name}\` AS STRING)`}`;
   return {
     compare: `SELECT etl__kind AS kind, ${list(key, text, " || ', ' || ")} AS name, etl__columns AS columns,
-  COUNT(*) OVER etl__kinds AS total, COUNTIF(etl__in_source) OVER etl__kinds AS staged
+  COUNT(*) OVER (PARTITION BY etl__kind) AS total
 FROM ${each} AS etl__found
-WHERE etl__kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY etl__kind ORDER BY ${keys}) <= ${shown}
-WINDOW etl__kinds AS (PARTITION BY etl__kind) ORDER BY ${keys}`,
+WHERE etl__kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY etl__kind ORDER BY ${keys}) <= ${shown} ORDER BY ${keys}`,
     write: `MERGE ${table} AS etl__t
 USING (
   SELECT ${list(names)}, etl__kind FROM ${each} AS etl__found LEFT JOIN ${staging} AS etl__s USING (${keys})
-  WHERE etl__kind IN (${list([...written], (kind) => `'${kind}'`)})
+  WHERE etl__kind IN (${list(written, (kind) => `'${kind}'`)})
 ) AS etl__s ON ${list(key, (name) => `etl__t.\`${name}\` = etl__s.\`${name}\``, " AND ")}
 WHEN MATCHED AND etl__kind = 'different' THEN UPDATE SET ${values.map(({ name }) => `\`${name}\` = etl__s.\`${name}\``).join(", ")}
 WHEN MATCHED THEN DELETE
