@@ -227,7 +227,7 @@ async function checkKafka(check: Check): Promise<void> {
       if (/authorized|group coordinator/.test(error.message)) error.message += ". KAFKA_USERNAME needs READ on topic and group";
       throw error;
     });
-    await withAdmin(broker, env, (admin) => checkTopicSettings(admin, topic));
+    await withAdmin(broker, env, (admin) => checkTopicSettings(admin, env));
     if (await readEpoch(etl, topic)) await takeEpoch(etl, topic, env.CLICKHOUSE_DATABASE, where);
     const gap = (await readCanary(etl, topic))?.gap;
     if (gap) throw new Error(`${gap}. Run: make verify PIPELINE=sensors`);

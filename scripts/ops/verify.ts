@@ -20,7 +20,6 @@
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
 import { flag, isSet, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
-import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, takeLock } from "../../shared/run.ts";
@@ -45,7 +44,7 @@ await main(import.meta, async () => {
     const differences = verify.total(found);
     const differing = verify.kinds.filter((kind) => kind !== "new" && counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
     await verify.recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
-    if (differences) throw new Error(describe(pipeline, found));
+    if (differences) throw new Error(`${verify.describe(pipeline, found)}\nNext: ${nextOf(pipeline, found)}`);
   });
 });
 
@@ -67,16 +66,12 @@ async function verifyTable(run: Run, env: verify.VerifyEnv & { REPAIR: boolean }
   return await verify.beside(run, env, "compare", (both) => both.compare());
 }
 
-/** What differs, and what to do. */
-function describe(pipeline: string, found: verify.Comparison): string {
-  const { counts, shown } = found;
+/** What to do. */
+function nextOf(pipeline: string, found: verify.Comparison): string {
+  const { extra, unreachable } = found.counts;
   const all = verify.total(found);
-  const lines = shown.map(({ kind, name, columns }) => `  ${kind.padEnd(11)}  ${name}${kind === "different" ? `: ${columns}` : ""}`);
-  if (all > lines.length) lines.push(`  … and ${thousands(all - lines.length)} more (LIMIT=)`);
-  if (counts.unreachable) lines.push("Rows that lie in the future are read by no run: the warning above says how to correct them");
-  let next = `make verify PIPELINE=${pipeline} REPAIR=1`;
-  if (all === counts.unreachable) next = `make ${pipeline}`;
-  if (all === counts.extra) next += `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}`;
-  if (pipeline === "sensors") next = "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
-  return `${thousands(all)} rows of ${pipeline} differ:\n${lines.join("\n")}\nNext: ${next}`;
+  if (pipeline === "sensors") return "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
+  if (all === unreachable) return `make ${pipeline} (rows of the future are read by no run: the warning above says how to correct them)`;
+  const sweep = all === extra ? `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}` : "";
+  return `make verify PIPELINE=${pipeline} REPAIR=1${sweep}`;
 }

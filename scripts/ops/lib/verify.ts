@@ -13,7 +13,7 @@ import { type Contract, checkSource, readContract } from "../../../shared/bigque
 import { address, ask, change, createStaging, loadChunk, openDestination } from "../../../shared/bigquery/load.ts";
 import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
-import { progress } from "../../../shared/log.ts";
+import { progress, thousands } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
 import { type Metrics, pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
@@ -43,6 +43,17 @@ export function comparison(rows: number, found: Found[]): Comparison {
 
 /** The differences. */
 export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], -counts.new);
+
+/** How many rows differ, with the first of each kind. */
+export function describe(where: string, found: Comparison): string {
+  const lines = found.shown.map(({ kind, name, columns }) => `  ${kind.padEnd(11)}  ${name}${kind === "different" ? `: ${columns}` : ""}`);
+  const more = total(found) - lines.length;
+  return [
+    `${thousands(total(found))} rows of ${where} differ:`,
+    ...lines,
+    ...(more ? [`  … and ${thousands(more)} more (LIMIT=)`] : []),
+  ].join("\n");
+}
 
 /** What make verify and make sweep read. */
 export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIMIT: optional(number(1, 100_000), 20) };
