@@ -18,7 +18,7 @@ import type { Sql } from "postgres";
 import { flag, optional, readEnv, UsageError } from "../../shared/env.ts";
 import * as archive from "../../shared/events/archive.ts";
 import { type Bucket, checkBucket, connectS3, listObjects, removeObjects } from "../../shared/events/s3.ts";
-import { progress, thousands } from "../../shared/log.ts";
+import { log, progress, thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { type Run, runPipeline } from "../../shared/run.ts";
 import { duration } from "../../shared/table.ts";
@@ -50,15 +50,11 @@ await main(import.meta, async () => {
       // 2. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
       const hash = createHash("sha256");
       await using stream = run.copy(lines(), archive.rowsOf(day));
-      const source = await archive.readSource(run.source, day);
       for await (const piece of stream.lines) {
         hash.update(piece);
-        progress(`${day}: ${thousands(stream.sent.rows)} of ${thousands(source.rows)} rows at the source`);
+        progress(`${day}: ${thousands(stream.sent.rows)} rows of the source, of ${thousands(archived.manifest?.rows ?? 0)} in the archive`);
       }
-      const manifest = compareDay(day, archived, { ...source, sha256: hash.digest("hex") });
-      const note = `the source has none of its ${manifest.rows} rows any more: the archive is the copy`;
-      if (!source.rows && manifest.rows) run.log("note", { day, note });
-      return manifest;
+      return compareDay(day, archived, stream.sent.rows, hash.digest("hex"));
     });
     const found = `${failed.size} of the days ${days[0]} to ${days.at(-1)}`;
     if (!wanted) await recordVerified(run, env.PUSHGATEWAY_URL, run.totals.rows, failed.size, found);
@@ -101,25 +97,23 @@ async function listStrays({ log }: Run, bucket: Bucket, strays: { key: string; m
   }
 }
 
-/** @returns the day's manifest. @throws Error that says what is wrong with the day, with the next command. */
-function compareDay(
-  day: string,
-  { manifest, damage, sha256 }: Awaited<ReturnType<typeof readArchived>>,
-  source: { rows: number; sha256: string },
-): archive.Manifest {
+/** @returns the day's manifest. @throws Error that says how the day differs from the source's rows and their hash, with the next command. */
+function compareDay(day: string, archived: Awaited<ReturnType<typeof readArchived>>, rows: number, sha256: string): archive.Manifest {
+  const { manifest, damage } = archived;
   const window = `FROM=${day} TO=${archive.addDays(day)}`;
   const again = `make backfill-events ${window}`;
-  const { rows } = source;
+  const differ = (how: string): Error => new Error(`${how}: ${again} FORCE=1`);
   if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
   if (damage && rows < manifest.rows) throw new Error(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
-  if (damage) throw new Error(`${damage}. Next: ${again} FORCE=1`);
-  if (!rows) return manifest; // the source has let the archive be the copy
+  if (damage) throw differ(`${damage}. Next`);
   const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
-  if (rows > manifest.rows) throw new Error(`${both}: rows were written later with an old created_at. Next: ${again} FORCE=1`);
-  const deleted = "rows were deleted at the source. If they are to go from the archive too";
-  if (rows < manifest.rows) throw new Error(`${both}: ${deleted}: ${again} FORCE=1 ALLOW_SHRINK=1`);
-  const changed = "rows were changed there. If the archive is to have that too";
-  if (source.sha256 !== sha256) throw new Error(`its ${rows} rows are not the source's: ${changed}: ${again} FORCE=1`);
+  if (rows > manifest.rows) throw differ(`${both}: rows were written later with an old created_at. Next`);
+  const note = `the source has none of its ${manifest.rows} rows any more: the archive is the copy`;
+  if (!rows && manifest.rows) log({ step: "note", day, note });
+  else if (rows < manifest.rows)
+    throw new Error(`${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`);
+  else if (sha256 !== archived.sha256)
+    throw differ(`its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too`);
   return manifest;
 }

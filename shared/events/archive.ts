@@ -154,7 +154,7 @@ export async function readManifest(bucket: Bucket, day: string): Promise<Stored 
 const startOf = (day: string): Position => ({ created_at: midnight(day), id: "-9223372036854775809" });
 
 /** What the source has of a day. */
-export async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
+async function readSource(source: Sql, day: string): Promise<Pick<Manifest, "rows" | "min_id" | "max_id">> {
   const [row] = await source<[Pick<Manifest, "rows" | "min_id" | "max_id">]>`
     select count(*)::float8 as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
     where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;

@@ -168,7 +168,6 @@ export async function forgetProgress(env: ConnectorEnv): Promise<void> {
   await connect.askConnect(env, "DELETE", "/offsets");
   const { slot } = connect.namesOf(env);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
-  await checkSession("REPLICATION_DATABASE_URL", source);
   // A task that was stopped while it started may hold the slot for seconds.
   await source`select pg_terminate_backend(active_pid, 20000) from pg_replication_slots where slot_name = ${slot} and active`;
   await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;

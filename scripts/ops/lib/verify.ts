@@ -15,7 +15,7 @@ import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress, thousands } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
-import { type Metrics, pushMetrics } from "../../../shared/metrics.ts";
+import { pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
@@ -112,14 +112,11 @@ export async function beside<T>(run: Run, env: VerifyEnv, purpose: keyof typeof 
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
-    // What a run at work beside this one may bring until this has ended is no row of the future.
-    const [clock] = await run.source<{ at: string }[]>`
-      select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     await using staging = await createStaging(run, to, attempt);
     const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
     const tables = { table: address(to, pipeline), staging: address(to, staging.name) };
-    const limits = { watermark: stored.watermark, clock: clock?.at ?? "", shown: env.LIMIT, written: written[purpose] };
+    const limits = { watermark: stored.watermark, seconds: env.RUN_TIMEOUT_SECONDS, shown: env.LIMIT, written: written[purpose] };
     const sql = verifyStatements(to.contract, tables, limits);
     let writes = 0;
     return await work({
@@ -144,23 +141,24 @@ function isDistinct({ name, type, mode }: Field): string {
 
 /**
  * The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__.
- * @param limits the watermark, a time of the source that no run reaches before the statements are done, keys to show of each kind, and the
- * kinds that are written.
+ * @param limits the watermark, how long a run may take (what one beside this brings is no row of the future), keys to show of each kind,
+ * and the kinds that are written.
  */
 export function verifyStatements(
   contract: Contract,
   { table, staging }: { table: string; staging: string },
-  { watermark, clock, shown, written }: { watermark: string; clock: string; shown: number; written: string[] },
+  { watermark, seconds, shown, written }: { watermark: string; seconds: number; shown: number; written: string[] },
 ) {
   const { key, fields, source } = contract;
   const list = (names: string[], each = (name: string) => `\`${name}\``, separator = ", "): string => names.map(each).join(separator);
   const [keys, [first = ""], cursor] = [list(key), key, `\`${source.cursor}\``];
   const names = fields.map(({ name }) => name);
   const values = fields.filter(({ name }) => !key.includes(name));
+  const future = `TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL ${Math.ceil(seconds)} SECOND)`;
   const each = `(SELECT *, CASE
-  WHEN etl__staged > TIMESTAMP '${clock}' THEN 'unreachable'
+  WHEN etl__staged > ${future} THEN 'unreachable'
   WHEN (etl__staged >= TIMESTAMP '${watermark}' OR etl__version >= TIMESTAMP '${watermark}')
-    AND NOT COALESCE(etl__version > TIMESTAMP '${clock}', FALSE) THEN 'new'
+    AND NOT COALESCE(etl__version > ${future}, FALSE) THEN 'new'
   WHEN etl__copies > 1 THEN 'twice' WHEN NOT etl__in_table THEN 'missing' WHEN NOT etl__in_source THEN 'extra'
   WHEN etl__columns <> '' THEN 'different' ELSE 'same' END AS etl__kind
 FROM (
@@ -182,8 +180,8 @@ USING (
   WHERE etl__kind IN (${list(written, (kind) => `'${kind}'`)})
 ) AS etl__s ON ${list(key, (name) => `etl__t.\`${name}\` = etl__s.\`${name}\``, " AND ")}
 WHEN MATCHED AND etl__kind = 'different' THEN UPDATE SET ${values.map(({ name }) => `\`${name}\` = etl__s.\`${name}\``).join(", ")}
-WHEN MATCHED THEN DELETE
-WHEN NOT MATCHED THEN INSERT (${list(names)}) VALUES (${list(names, (name) => `etl__s.\`${name}\``)})`,
+WHEN MATCHED AND etl__kind IN ('extra', 'twice') THEN DELETE
+WHEN NOT MATCHED AND etl__kind = 'missing' THEN INSERT (${list(names)}) VALUES (${list(names, (name) => `etl__s.\`${name}\``)})`,
   };
 }
 
@@ -193,9 +191,8 @@ WHEN NOT MATCHED THEN INSERT (${list(names)}) VALUES (${list(names, (name) => `e
  */
 export async function recordVerified(run: Run, url: string, rows: number, differences: number, found: string | null): Promise<void> {
   const { pipeline, etl, totals } = run;
-  const values: Metrics = { etl_verify_differences: differences };
-  if (!differences) values.etl_verify_last_success_timestamp_seconds = Date.now() / 1000;
-  await pushMetrics(url, pipeline, values, { command: "verify" }).catch(({ message }: Error) =>
+  const success = differences ? {} : { etl_verify_last_success_timestamp_seconds: Date.now() / 1000 };
+  await pushMetrics(url, pipeline, { etl_verify_differences: differences, ...success }, { command: "verify" }).catch(({ message }: Error) =>
     run.log("warning", { warning: "the metrics were not pushed", error: message }),
   );
   await etl`
