@@ -49,8 +49,7 @@ await main(import.meta, async () => {
   // 4. The snapshot.
   await connector.startConnector(env);
   await connector.awaitSnapshot(env);
-  const messages = (await where()).reduce((sum, { lag }) => sum + lag, 0);
   const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}; then make swap-readings`;
-  log({ step: "done", connector: namesOf(env).connector, epoch: number, messages, next });
+  log({ step: "done", connector: namesOf(env).connector, epoch: number, next });
   await etl.end();
 });

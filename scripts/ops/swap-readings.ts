@@ -3,9 +3,8 @@
  * swap-readings: lets readers see the sensor_readings that make resnapshot has begun and a consumer has filled, by EXCHANGE TABLES, at one
  * instant. The old table stays in the database …_rebuild until the next rebuild.
  *
- *   first            what the topic has and the rebuild has not is inserted, by a consumer that ends
- *   refused          while consumers run, without a rebuild, and where make verify's comparison finds that it differs from the source (a
- *                    change that was dead-lettered is no difference)
+ *   refused          while consumers run, without a rebuild, and where make verify's comparison finds that it differs from the source, once
+ *                    a consumer that ends has inserted what came since (a change that was dead-lettered is no difference)
  *   safe to re-run   yes, also after a kill
  */
 import { spawn } from "node:child_process";
@@ -14,9 +13,8 @@ import { join } from "node:path";
 import { readEnv, root, UsageError } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { pipelineVariables, type Run, runPipeline } from "../../shared/run.ts";
+import { pipelineVariables, runPipeline } from "../../shared/run.ts";
 import { connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
-import { awaitSnapshot } from "./lib/kafka-connect.ts";
 import { openRebuild } from "./lib/rebuild.ts";
 import { describe, total } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
@@ -24,11 +22,23 @@ import { compareReadings } from "./lib/verify-sensors.ts";
 await main(import.meta, async () => {
   const { env, topic, database, rebuild, etl, epoch, checkIsEmpty } = await openRebuild("swap-readings");
 
-  // 1. The rebuild is complete, and proven. From then on consumers are refused, until readers have the table that the epoch has filled.
+  // 1. The rebuild is proven to be the source's rows: a snapshot that was interrupted keeps rows that were deleted meanwhile. From then on
+  // consumers are refused, until readers have the table that the epoch has filled.
   if (epoch?.database === rebuild) {
-    await awaitSnapshot(env);
-    const all = { ...env, ...readEnv(pipelineVariables), CLICKHOUSE_DATABASE: rebuild, LIMIT: 10, DRY_RUN: true };
-    await runPipeline("sensors", all, (run) => prove(run, all));
+    const variables = { CLICKHOUSE_DATABASE: rebuild, UNTIL: "caught-up", METRICS_PORT: "0" };
+    const fill = async (): Promise<void> => {
+      const options = { stdio: "inherit", env: { ...process.env, ...variables } } as const;
+      const [code] = await once(spawn(process.execPath, [join(root, "scripts/sensors.ts")], options), "exit");
+      if (code !== 0) throw new Error(`make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild} failed`);
+    };
+    const all = { ...env, ...readEnv(pipelineVariables), ...variables, LIMIT: 10, DRY_RUN: true };
+    await runPipeline("sensors", all, async (run) => {
+      run.next = "nothing was swapped. Next: make swap-readings";
+      await fill();
+      const found = await compareReadings(run, all, fill);
+      if (total(found)) throw new Error(`${describe(`${rebuild}.sensor_readings`, found)}\nNothing was swapped. Next: make resnapshot`);
+      run.log("proven", { rows: found.rows });
+    });
     await etl`update etl.topics set database = ${database} where topic = ${topic} and epoch = ${epoch.number}`;
     await checkIsEmpty();
   }
@@ -48,21 +58,3 @@ await main(import.meta, async () => {
   log({ step: "done", ...names, next });
   await etl.end();
 });
-
-/** @throws Error where the rebuild differs from the source: a snapshot that was interrupted keeps rows that were deleted meanwhile. */
-async function prove(run: Run, env: Parameters<typeof compareReadings>[1]): Promise<void> {
-  const { CLICKHOUSE_DATABASE } = env;
-  // What changes at the source meanwhile comes by a consumer that ends.
-  const fill = async (): Promise<void> => {
-    const variables = { CLICKHOUSE_DATABASE, UNTIL: "caught-up", METRICS_PORT: "0" };
-    const options = { stdio: "inherit", env: { ...process.env, ...variables } } as const;
-    const [code] = await once(spawn(process.execPath, [join(root, "scripts/sensors.ts")], options), "exit");
-    if (code !== 0) throw new Error(`make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${CLICKHOUSE_DATABASE} failed`);
-  };
-  await fill();
-  run.next = "nothing was swapped. Next: make swap-readings";
-  const found = await compareReadings(run, env, fill);
-  if (total(found))
-    throw new Error(`${describe(`${CLICKHOUSE_DATABASE}.sensor_readings`, found)}\nNothing was swapped. Next: make resnapshot`);
-  run.log("proven", { rows: found.rows });
-}

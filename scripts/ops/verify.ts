@@ -1,22 +1,18 @@
 #!/usr/bin/env -S npx tsx
 /**
  * verify: proves that source and destination hold the same rows. Every row of the source is loaded beside the table, as a run would load
- * it, and the destination's engine compares the two, column by column.
+ * it, and the destination's engine compares the two, column by column. What is the next run's, or on its way to ClickHouse, is no
+ * difference; a row whose updated_at lies in the future, so that no run reads it, is one.
  *
- *   orders, users    Postgres and BigQuery. Rows at or past the watermark are the next run's; one whose updated_at lies in the future, so
- *                    that no run reads it, is a difference
- *   sensors          Postgres and ClickHouse: what differs is compared again once all messages are inserted, and is a difference if no
- *                    message has changed it meanwhile
- *
- *   make verify                            all of them
- *   make verify PIPELINE=orders REPAIR=1   repairs what differs, by primary key, under the pipeline's lock: writes the source's rows over
- *                                          whatever the table has, deletes what the source has not, and compares again
+ *   make verify                            orders, users and sensors
+ *   make verify PIPELINE=orders REPAIR=1   writes the source's rows over whatever the table has, by primary key and under the pipeline's
+ *                                          lock, deletes what the source has not, and compares again
  *
  *   schedule         nightly, cron
  *   safe to re-run   yes, also after a kill in mid-repair
  *   exit code        1 where anything differs: prints keys and columns (LIMIT of each kind, no values), and the command that repairs it
  *
- * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
+ * Touches: reads both sides; writes tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
 import { flag, isSet, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
@@ -35,7 +31,7 @@ await main(import.meta, async () => {
     throw new UsageError("REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair. Next: make resnapshot");
   const captures = isSet("KAFKA_BROKERS") || env.PIPELINE === "sensors"; // a shop may have no sensors
   const sensors = captures && readEnv({ ...clickhouseVariables, ...kafkaVariables });
-  const all = captures ? [...pipelines(), "sensors"] : pipelines();
+  const all = [...pipelines(), ...(sensors ? ["sensors"] : [])];
   await verify.eachPipeline("verify", env, all, async (run) => {
     const { pipeline } = run;
     const found = await (sensors && pipeline === "sensors" ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env));

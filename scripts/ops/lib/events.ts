@@ -16,13 +16,10 @@ export function readDays({ FROM, TO }: Pick<Env<typeof dayVariables>, "FROM" | "
   throw new UsageError(`make ${command} needs FROM and TO as dates, of UTC: the first day, and the day after the last. ${example}`);
 }
 
+type Read = (day: string) => Promise<Manifest>;
+
 /** Reads days back, past one that fails. @returns the days for which `read` has thrown, with what was wrong and the next command. */
-export async function readBack(
-  run: Run,
-  command: string,
-  days: string[],
-  read: (day: string) => Promise<Manifest>,
-): Promise<Map<string, string>> {
+export async function readBack(run: Run, command: string, days: string[], read: Read): Promise<Map<string, string>> {
   const failed = new Map<string, string>();
   await eachDay(run, days, failed, async (day) => addTotals(run, await read(day)));
   for (const [day, why] of failed)

@@ -79,9 +79,9 @@ export async function checkTopicSettings(admin: Admin, env: Env<typeof kafkaVari
   if (policy === "delete" && bytes >= sent) return;
   const add = `--entity-name ${name} --add-config cleanup.policy=delete,max.message.bytes=${sent}`;
   throw new Error(
-    `topic ${name} has cleanup.policy=${policy} and max.message.bytes=${bytes}. Compacted, it loses changes that no consumer has read ` +
-      `yet, and the connector may send ${thousands(sent)} bytes. Run Kafka's: kafka-configs.sh --bootstrap-server ${KAFKA_BROKERS} ` +
-      `--alter --entity-type topics ${add}; where the service does not allow it, lower the sizes in ${file}. Then: make connector`,
+    `topic ${name} has cleanup.policy=${policy} and max.message.bytes=${bytes}: it would lose changes that are not read yet, or refuse ` +
+      `large ones. Run: kafka-configs.sh --bootstrap-server ${KAFKA_BROKERS} --alter --entity-type topics ${add}; ` +
+      `where the service does not allow it, lower the sizes in ${file}. Then: make connector`,
   );
 }
 

@@ -7,7 +7,7 @@ import { type Admin, connectKafka, withAdmin } from "../../../shared/sensors/kaf
 import { checkSession, openSession } from "../../../shared/session.ts";
 import { connectorVariables } from "./kafka-connect.ts";
 
-/** The servers and names of a rebuild. @throws UsageError while the group has consumers. */
+/** The servers and names of a rebuild. @throws UsageError while the group has consumers, which a change of its offsets would not reach. */
 export async function openRebuild(application: string) {
   const variables = { ETL_DATABASE_URL: required(postgresUrl), ...clickhouseVariables, ...kafkaVariables };
   const env = readEnv({ ...variables, ...connectorVariables });
@@ -17,18 +17,16 @@ export async function openRebuild(application: string) {
   await etl`select pg_advisory_lock(hashtextextended('etl:rebuild', 0))`; // two swaps at once could exchange the tables twice
   const broker = connectKafka(env, "etl-resnapshot");
   const ask = <T>(question: (admin: Admin) => Promise<T>): Promise<T> => withAdmin(broker, env, question);
-  const checkIsEmpty = () => ask((admin) => checkHasNoConsumers(admin, groupId));
+  const checkIsEmpty = () =>
+    ask(async (admin) => {
+      const { groups } = await admin.describeGroups([groupId]);
+      const members = groups[0]?.members ?? [];
+      const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
+      const next = "Stop them first: systemctl stop etl-sensors (one that was killed is gone after 30 s)";
+      if (members.length) throw new UsageError(`the group ${groupId} has ${members.length} consumers (${who}). ${next}`);
+    });
   await checkIsEmpty();
   const where = () => ask((admin) => topicState(admin, topic, groupId));
   const epoch = await readEpoch(etl, topic);
   return { env, topic, groupId, database, rebuild: `${database}_rebuild`, etl, ask, where, checkIsEmpty, epoch };
-}
-
-/** @throws UsageError where the group has consumers, which a change of its offsets would not reach. One that was killed leaves it later. */
-async function checkHasNoConsumers(admin: Admin, groupId: string): Promise<void> {
-  const { groups } = await admin.describeGroups([groupId]);
-  const members = groups[0]?.members ?? [];
-  const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
-  const next = "Stop them first: systemctl stop etl-sensors (one that was killed is gone after 30 s)";
-  if (members.length) throw new UsageError(`the group ${groupId} has ${members.length} consumers (${who}). ${next}`);
 }

@@ -2,10 +2,9 @@
  * Where the readings of the source and of ClickHouse differ: the source's rows are loaded into a table beside the real one, and
  * ClickHouse compares the two.
  *
- * Changes are always on their way, so what differs at first may be one of them. In this order: each reading's _version, the source (L is
- * its log's position after that), and, where anything differs, a wait until all changes up to L are inserted, the comparison once more,
- * and each _version again. A reading whose version has not moved was not changed in ClickHouse meanwhile: all that it went through up to
- * L was inserted by then, and it has to be what the source had. One whose version moved was under way.
+ * What differs at first may be on its way. In this order: each reading's _version, the source (L is its log's position after that), and,
+ * where anything differs, a wait until all changes up to L are inserted, the comparison once more, and each _version again. A reading whose
+ * version has not moved has to be what the source had: all that it went through up to L was inserted by then. Another one was under way.
  */
 import { Readable } from "node:stream";
 import type { ClickHouseClient } from "@clickhouse/client";
@@ -23,9 +22,6 @@ import { type Comparison, comparison, type Found, total } from "./verify.ts";
 
 type SensorsEnv = clickhouse.ClickHouseEnv & Env<typeof kafkaVariables> & { LIMIT: number };
 
-/** How long what is on its way may take. */
-const ARRIVAL_SECONDS = 120;
-
 /**
  * Compares all readings. @param fill of a rebuild, which no consumer fills meanwhile: inserts what the topic has. Its dead letters are no
  * differences. @throws UsageError while the table is being rebuilt; Error where what the source had committed does not arrive.
@@ -42,6 +38,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
   const versions = "SELECT id, max(_version) AS version FROM sensor_readings GROUP BY id";
   const columns = await clickhouse.readingColumns(client);
   const differing = differingStatement(columns);
+  const isAlive = fill ? "s.id NOT IN (SELECT JSONExtractInt(ifNull(key, ''), 'id') FROM sensor_dead_letters)" : "1";
   const canary = await readCanary(run.etl, env.SENSORS_TOPIC);
   try {
     await create("before", `AS ${versions}`);
@@ -58,7 +55,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
         SELECT s.kind AS kind, 'id=' || toString(s.id) AS name, s.columns AS columns,
           toUInt32(count() OVER (PARTITION BY s.kind)) AS total
         FROM verify_still AS s LEFT JOIN verify_before AS b ON b.id = s.id LEFT JOIN (${versions}) AS a ON a.id = s.id
-        WHERE b.version <=> a.version${fill ? ` AND s.id NOT IN (${deadIds})` : ""} ORDER BY s.id LIMIT ${env.LIMIT} BY s.kind ${settings}`;
+        WHERE b.version <=> a.version AND ${isAlive} ORDER BY s.id LIMIT ${env.LIMIT} BY s.kind ${settings}`;
       found.push(...(await clickhouse.select<Found>(client, query)));
     }
     const compared = comparison(rows, found);
@@ -69,8 +66,6 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
     for (const table of ["before", "source", "still"]) await client.command({ query: `DROP TABLE IF EXISTS verify_${table}` });
   }
 }
-
-const deadIds = "SELECT JSONExtractInt(ifNull(key, ''), 'id') FROM sensor_dead_letters";
 
 /** Loads all readings of the source into verify_source, from one snapshot. A time that the views refuse comes as 1970. @returns how many. */
 async function loadSource(run: Run, client: ClickHouseClient, columns: clickhouse.Column[]): Promise<number> {
@@ -109,15 +104,16 @@ async function awaitArrival({ source }: Run, env: SensorsEnv, differences: numbe
   const broker = connectKafka(env, "etl-verify");
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, env.SENSORS_TOPIC, env.SENSORS_GROUP));
   const { slot } = namesOf(env);
-  const late = `${thousands(differences)} readings differ and may be on their way, but after ${ARRIVAL_SECONDS} s`;
+  const seconds = 120; // what is on its way may take
+  const late = `${thousands(differences)} readings differ and may be on their way, but after ${seconds} s`;
   const [now] = await source<{ lsn: string }[]>`select pg_current_wal_lsn()::text as lsn`;
   const passed = () => source`
     select from pg_replication_slots where slot_name = ${slot} and confirmed_flush_lsn >= ${now?.lsn ?? ""}::text::pg_lsn`;
   const undecoded = `${late} Debezium's slot ${slot} has not passed what the source had committed. Next: make connector`;
-  await waitUntil(async () => (await passed()).count > 0, ARRIVAL_SECONDS, undecoded);
+  await waitUntil(async () => (await passed()).count > 0, seconds, undecoded);
   await fill?.();
   const ends = await where();
   const inserted = async (): Promise<boolean> => (await where()).every(({ end, lag }, at) => BigInt(lag) <= end - (ends[at]?.end ?? end));
   const next = "Next: is a consumer running? systemctl status etl-sensors";
-  await waitUntil(inserted, ARRIVAL_SECONDS, `${late} its messages are not in ClickHouse. ${next}`);
+  await waitUntil(inserted, seconds, `${late} its messages are not in ClickHouse. ${next}`);
 }

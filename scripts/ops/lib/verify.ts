@@ -2,11 +2,10 @@
  * Where a pipeline's table differs from its source: every row of the source is loaded into a staging table, as a run would load it,
  * and BigQuery compares it with the table. Nothing but counts and the rows that are printed comes back.
  *
- * Why no lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table. Every
- * version of a row with a cursor before W was committed when W was computed, and what a transaction commits after the snapshot has one at
- * or past W. So a row that changed meanwhile, and may have been brought by a run, has a cursor at or past W on at least one side: it is
- * `new`, the next run's. All others are settled, but for those that a sweep or a repair beside this removes.
- * A repair and a sweep compare again within the statement that writes, so they change only what differs at that moment.
+ * No lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table. Every version
+ * of a row with a cursor before W was committed when W was computed; what is committed after the snapshot has one at or past W. So a row
+ * that changed meanwhile has one at or past W on at least one side: it is `new`. All others are settled, unless a sweep or a repair beside
+ * this removes them. Those two compare again in the statement that writes, so they change only what differs at that moment.
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
 import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
@@ -19,10 +18,7 @@ import { pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
-/**
- * It is the next run's, the source has it only, the table has it only, both and they differ, the table has it more than once, no run will
- * read it. The first is no difference.
- */
+/** The next run's, which is no difference; only at the source; only in the table; in both, but not the same; more than once; of the future. */
 export const kinds = ["new", "missing", "extra", "different", "twice", "unreachable"] as const;
 type Kind = (typeof kinds)[number];
 
@@ -57,18 +53,13 @@ export function describe(where: string, found: Comparison): string {
 
 /** What make verify and make sweep read. */
 export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIMIT: optional(number(1, 100_000), 20) };
-export type VerifyEnv = Env<typeof verifyVariables>;
+export type VerifyEnv = Env<typeof verifyVariables> & { PIPELINE?: string | undefined };
 
 /**
  * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it.
  * @throws the error of the only one, or Error with all that failed.
  */
-export async function eachPipeline(
-  command: string,
-  env: VerifyEnv & { PIPELINE?: string | undefined },
-  all: string[],
-  work: (run: Run) => Promise<void>,
-): Promise<void> {
+export async function eachPipeline(command: string, env: VerifyEnv, all: string[], work: (run: Run) => Promise<void>): Promise<void> {
   const failures: string[] = [];
   let stopped = false;
   onSignal(() => {
@@ -76,9 +67,9 @@ export async function eachPipeline(
   });
   for (const pipeline of env.PIPELINE ? [env.PIPELINE] : all) {
     if (stopped) break;
-    const working = async (run: Run): Promise<void> => {
+    const working = (run: Run): Promise<void> => {
       run.next = `the same command begins again. Next: make ${command} PIPELINE=${pipeline}`;
-      await work(run);
+      return work(run);
     };
     await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
       if (env.PIPELINE) throw error;
@@ -129,13 +120,10 @@ export async function beside<T>(run: Run, env: VerifyEnv, purpose: keyof typeof 
   });
 }
 
-/**
- * SQL: whether a field's two values are distinct; NULL equals NULL, and NaN NaN (documented of IS DISTINCT FROM). JSON, arrays and structs
- * are not comparable; TO_JSON_STRING writes both sides' by one rule.
- */
+/** NULL equals NULL, and NaN NaN. Of what is not comparable TO_JSON_STRING writes both sides' value by one rule. */
 function isDistinct({ name, type, mode }: Field): string {
-  const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
-  const [s, t] = ["s", "t"].map((side) => (opaque ? `TO_JSON_STRING(etl__${side}.\`${name}\`)` : `etl__${side}.\`${name}\``));
+  const isOpaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
+  const [s, t] = ["s", "t"].map((side) => (isOpaque ? `TO_JSON_STRING(etl__${side}.\`${name}\`)` : `etl__${side}.\`${name}\``));
   return `${s} IS DISTINCT FROM ${t}`;
 }
 
@@ -154,6 +142,7 @@ export function verifyStatements(
   const [keys, [first = ""], cursor] = [list(key), key, `\`${source.cursor}\``];
   const names = fields.map(({ name }) => name);
   const values = fields.filter(({ name }) => !key.includes(name));
+  const differ = values.map((field) => `IF(${isDistinct(field)}, '${field.name}', NULL)`);
   const future = `TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL ${Math.ceil(seconds)} SECOND)`;
   const each = `(SELECT *, CASE
   WHEN etl__staged > ${future} THEN 'unreachable'
@@ -164,11 +153,10 @@ export function verifyStatements(
 FROM (
   SELECT ${keys}, COUNT(*) AS etl__copies, MAX(etl__s.${cursor}) AS etl__staged, MAX(etl__t.${cursor}) AS etl__version,
     LOGICAL_OR(etl__s.\`${first}\` IS NOT NULL) AS etl__in_source, LOGICAL_OR(etl__t.\`${first}\` IS NOT NULL) AS etl__in_table,
-    MAX(COALESCE(ARRAY_TO_STRING([${values.map((field) => `IF(${isDistinct(field)}, '${field.name}', NULL)`).join(",\n")}], ', '), '')) AS etl__columns
+    MAX(COALESCE(ARRAY_TO_STRING([${differ.join(",\n")}], ', '), '')) AS etl__columns
   FROM ${staging} AS etl__s FULL OUTER JOIN ${table} AS etl__t USING (${keys}) GROUP BY ${keys}
 ) AS etl__keys)`;
-  const isBytes = (name: string): boolean => fields.some((field) => field.name === name && apiType(field.type) === "BYTES");
-  const text = (name: string): string => `'${name}=' || ${isBytes(name) ? `TO_HEX(\`${name}\`)` : `CAST(\`${name}\` AS STRING)`}`;
+  const text = (name: string): string => `'${name}=' || TO_JSON_STRING(\`${name}\`)`;
   return {
     compare: `SELECT etl__kind AS kind, ${list(key, text, " || ', ' || ")} AS name, etl__columns AS columns,
   COUNT(*) OVER (PARTITION BY etl__kind) AS total
