@@ -95,7 +95,7 @@ export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: 
   return found;
 }
 /** SQL that gives rows a time that a run reaches, up to the condition on the cursor. */
-export const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
+const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
 
 /** SQL: a row's key as text, for example id=17. */
 const rowName = (key: string[]): string => key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");

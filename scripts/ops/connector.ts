@@ -3,8 +3,7 @@
  * connector: puts schemas/debezium/sensor_readings.json to Kafka Connect, and waits until it runs.
  *
  *   the source       is looked at first (sql/doctor.sql); sql/replication.sql makes what is missing
- *   the topic        SENSORS_TOPIC, created as the file's topic.creation.default… say; of one that exists max.message.bytes is raised,
- *                    and cleanup.policy set
+ *   the topic        SENSORS_TOPIC, created as the file's topic.creation.default… say; one that exists must take what the connector sends
  *   the connector    named after the topic, as its slot, etl_PREFIX; the source's address and role are added to the file's settings
  *   safe to re-run   yes: a connector that is as the file says stays as it was
  */
@@ -17,11 +16,10 @@ import * as kafkaConnect from "./lib/kafka-connect.ts";
 
 await main(import.meta, async () => {
   const env = readEnv({ ...kafkaConnect.connectorVariables, ...kafkaVariables });
-  const config = kafkaConnect.connectorConfig(env);
   const debezium = await checkDebezium(env);
   await kafkaConnect.checkReplication(env);
-  await kafkaConnect.createReadingsTopic(env, config);
-  await kafkaConnect.startConnector(env, config);
+  await kafkaConnect.createReadingsTopic(env);
+  await kafkaConnect.startConnector(env);
   const { connector, slot } = namesOf(env);
   log({ step: "done", connector, slot, topic: env.SENSORS_TOPIC, state: "RUNNING", debezium });
 });

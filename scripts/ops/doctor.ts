@@ -202,7 +202,7 @@ async function checkSensors(check: Check): Promise<void> {
   const where = () => withAdmin(broker, env, (admin) => topicState(admin, topic, group));
   await check(`topic ${topic} and group ${group}`, async () => {
     const partitions = await where();
-    await withAdmin(broker, env, (admin) => checkTopicSettings(admin, topic));
+    await withAdmin(broker, env, (admin) => checkTopicSettings(admin, env));
     if (await readEpoch(etl, topic)) await takeEpoch(etl, topic, database, where);
     const gap = (await readCanary(etl, topic))?.gap;
     if (gap) throw new Error(`${gap}. Run: make verify PIPELINE=sensors`);

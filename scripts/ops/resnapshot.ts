@@ -11,23 +11,22 @@
  *
  *   safe to re-run   yes: step 2 begins the rebuild again; until step 4 readers see the old table, as it was
  */
-import { log, progress } from "../../shared/log.ts";
+import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { connectClickHouse } from "../../shared/sensors/clickhouse.ts";
 import { namesOf } from "../../shared/sensors/connector.ts";
 import { beginEpoch } from "../../shared/sensors/epoch.ts";
 import * as connector from "./lib/kafka-connect.ts";
 import { migrateClickHouse } from "./lib/migrations.ts";
-import { openRebuild, tables } from "./lib/rebuild.ts";
+import { openRebuild } from "./lib/rebuild.ts";
 
 await main(import.meta, async () => {
-  const { env, topic, groupId, database, rebuild, etl, ask, where, epoch } = await openRebuild("resnapshot");
+  const { env, topic, groupId, rebuild, etl, ask, where, epoch } = await openRebuild("resnapshot");
 
   // 1. Stop the connector, so that nothing of the old epoch comes after.
   await connector.checkReplication(env, false);
-  const config = connector.connectorConfig(env);
-  await connector.createReadingsTopic(env, config);
-  await connector.stopConnector(env, config);
+  await connector.createReadingsTopic(env);
+  await connector.stopConnector(env);
 
   // 2. The new epoch: its messages are those after what the topic has now. From here on the old table's consumers are refused, so
   // that what is forgotten next, and they have not read, cannot be missed there.
@@ -46,18 +45,11 @@ await main(import.meta, async () => {
   await server.command({ query: `CREATE DATABASE ${rebuild}` });
   await using client = connectClickHouse(env, rebuild);
   await migrateClickHouse(client);
-  for (const table of tables) {
-    await server.command({ query: `ALTER TABLE ${database}.${table} MODIFY COMMENT ''` }); // where schema etl was lost, the same number
-    await client.command({ query: `ALTER TABLE ${table} MODIFY COMMENT 'epoch ${number}'` });
-  }
 
   // 4. The snapshot.
-  await connector.startConnector(env, config);
-  const started = performance.now();
-  await connector.awaitSnapshot(env, () => progress(`the snapshot goes to Kafka: ${Math.round((performance.now() - started) / 1000)} s`));
-  progress("");
-  const messages = (await where()).reduce((sum, { lag }) => sum + lag, 0);
+  await connector.startConnector(env);
+  await connector.awaitSnapshot(env);
   const next = `make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild}; then make swap-readings`;
-  log({ step: "done", connector: namesOf(env).connector, epoch: number, messages, next });
+  log({ step: "done", connector: namesOf(env).connector, epoch: number, next });
   await etl.end();
 });

@@ -8,13 +8,13 @@
  */
 import { pipeline } from "node:stream/promises";
 import { readEnv } from "../../shared/env.ts";
-import { addDays, daysFailed, midnight } from "../../shared/events/archive.ts";
+import { addDays, daysFailed, midnight, readManifest } from "../../shared/events/archive.ts";
 import { checkBucket, connectS3 } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { runPipeline } from "../../shared/run.ts";
 import { queryWith } from "../../shared/session.ts";
 import { readSelect } from "../../shared/source.ts";
-import { dayVariables, readBack, readDay, readDays, readPart } from "./lib/events.ts";
+import { dayVariables, readBack, readDays, readPart } from "./lib/events.ts";
 
 await main(import.meta, async () => {
   const env = readEnv(dayVariables);
@@ -25,22 +25,21 @@ await main(import.meta, async () => {
     await checkBucket(bucket);
     const failed = await readBack(run, "restore-events", days, async (day) => {
       const window = `FROM=${day} TO=${addDays(day)}`;
-      const manifest = await readDay(bucket, day, async ({ parts }) => {
-        // 1. The day's lines into a table of this session: nothing is restored before all of them are checked.
-        await etl`drop table if exists lines`;
-        await etl`create temp table lines (line text)`;
-        for (const part of parts) {
-          const copy = await etl`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
-          await pipeline(readPart(bucket, part), copy);
-        }
-        // 2. Those in the place of the day's rows.
-        await queryWith(etl, { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) }, readSelect("restore_events"));
-      }).catch((error: Error) => {
-        if (error.name !== "Damaged") throw error;
-        throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);
-      });
-      if (!manifest) throw new Error(`is not archived. Next: make backfill-events ${window}`);
-      return manifest;
+      const found = await readManifest(bucket, day);
+      if (!found) throw new Error(`is not archived. Next: make backfill-events ${window}`);
+      // 1. The day's lines into a table of this session: nothing is restored before all of them are checked.
+      await etl`drop table if exists lines`;
+      await etl`create temp table lines (line text)`;
+      for (const part of found.manifest.parts) {
+        const copy = await etl`copy lines from stdin (format csv, quote e'\\x01', delimiter e'\\x02')`.writable();
+        await pipeline(readPart(bucket, part), copy).catch((error: Error) => {
+          if (error.name !== "Damaged") throw error;
+          throw new Error(`${error.message}. Nothing of ${day} was restored. Next: make verify-events ${window}`);
+        });
+      }
+      // 2. Those in the place of the day's rows.
+      await queryWith(etl, { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) }, readSelect("restore_events"));
+      return found.manifest;
     });
     if (failed.size) throw daysFailed(failed, days.length);
   });

@@ -3,73 +3,58 @@
  * swap-readings: lets readers see the sensor_readings that make resnapshot has begun and a consumer has filled, by EXCHANGE TABLES, at one
  * instant. The old table stays in the database …_rebuild until the next rebuild.
  *
- *   first            what the topic has and the rebuild has not is inserted, by a consumer that ends
- *   refused          while consumers run, without a rebuild, and where make verify's comparison finds that it differs from the source (a
- *                    change that was dead-lettered is no difference)
- *   safe to re-run   yes: killed between the tables, it exchanges the other one
+ *   refused          while consumers run, without a rebuild, and where make verify's comparison finds that it differs from the source, once
+ *                    a consumer that ends has inserted what came since (a change that was dead-lettered is no difference)
+ *   safe to re-run   yes, also after a kill
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { join } from "node:path";
 import { readEnv, root, UsageError } from "../../shared/env.ts";
-import { log, thousands } from "../../shared/log.ts";
+import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelineVariables, runPipeline } from "../../shared/run.ts";
 import { connectClickHouse, select } from "../../shared/sensors/clickhouse.ts";
-import { awaitSnapshot } from "./lib/kafka-connect.ts";
-import { openRebuild, tables } from "./lib/rebuild.ts";
-import { total } from "./lib/verify.ts";
+import { openRebuild } from "./lib/rebuild.ts";
+import { describe, total } from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
 await main(import.meta, async () => {
   const { env, topic, database, rebuild, etl, epoch, checkIsEmpty } = await openRebuild("swap-readings");
-  const proven = `${rebuild}_swap`;
-  if (epoch?.database !== rebuild && epoch?.database !== proven)
-    throw new UsageError(`there is no rebuild of ${topic} to swap in. Run: make resnapshot`);
-  const move = (to: string) => etl`update etl.topics set database = ${to} where topic = ${topic} and epoch = ${epoch.number}`;
 
-  // 1. The rebuild is complete, and proven. From then on a consumer is refused: after the first exchange the old table stands in its place.
-  if (epoch.database === rebuild) {
-    await awaitSnapshot(env, () => {});
-    await prove({ ...env, ...readEnv(pipelineVariables), CLICKHOUSE_DATABASE: rebuild, LIMIT: 10 });
-    await move(proven);
+  // 1. The rebuild is proven to be the source's rows: a snapshot that was interrupted keeps rows that were deleted meanwhile. From then on
+  // consumers are refused, until readers have the table that the epoch has filled.
+  if (epoch?.database === rebuild) {
+    const variables = { CLICKHOUSE_DATABASE: rebuild, UNTIL: "caught-up", METRICS_PORT: "0" };
+    const fill = async (): Promise<void> => {
+      const options = { stdio: "inherit", env: { ...process.env, ...variables } } as const;
+      const [code] = await once(spawn(process.execPath, [join(root, "scripts/sensors.ts")], options), "exit");
+      if (code !== 0) throw new Error(`make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${rebuild} failed`);
+    };
+    const all = { ...env, ...readEnv(pipelineVariables), ...variables, LIMIT: 10, DRY_RUN: true };
+    await runPipeline("sensors", all, async (run) => {
+      run.next = "nothing was swapped. Next: make swap-readings";
+      await fill();
+      const found = await compareReadings(run, all, fill);
+      if (total(found)) throw new Error(`${describe(`${rebuild}.sensor_readings`, found)}\nNothing was swapped. Next: make resnapshot`);
+      run.log("proven", { rows: found.rows });
+    });
+    await etl`update etl.topics set database = ${database} where topic = ${topic} and epoch = ${epoch.number}`;
     await checkIsEmpty();
   }
 
-  // 2. Exchange. A table's comment moves with it: one that was exchanged already, by a swap that was killed, is told by it.
-  await using server = connectClickHouse(env, "default");
-  for (const table of tables) {
-    const query = "SELECT comment FROM system.tables WHERE database = {database: String} AND name = {table: String}";
-    const [seen] = await select<{ comment: string }>(server, query, { database, table });
-    if (seen?.comment !== `epoch ${epoch.number}`)
-      await server.command({ query: `EXCHANGE TABLES ${database}.${table} AND ${rebuild}.${table}` });
-  }
-
-  // 3. From now on the epoch's rows belong into the database that readers see.
-  await move(database);
+  // 2. Copy its dead letters, and exchange the readings. A table keeps its UUID, by which the epoch knows the one that it has filled: a swap
+  // that was killed is resumed, and one that is done is not done back.
+  await using client = connectClickHouse(env);
+  const [filled] = await etl`select readings as uuid from etl.topics where topic = ${topic}`;
+  const query = "SELECT name FROM system.tables WHERE database = {rebuild: String} AND toString(uuid) = {uuid: String}";
+  if (!(await select(client, query, { rebuild, uuid: filled?.uuid ?? "" })).length)
+    throw new UsageError(`there is no rebuild of ${topic} to swap in. Run: make resnapshot`);
+  await client.command({ query: "TRUNCATE TABLE sensor_dead_letters" });
+  await client.command({ query: `INSERT INTO sensor_dead_letters SELECT * FROM ${rebuild}.sensor_dead_letters` });
+  await client.command({ query: `EXCHANGE TABLES sensor_readings AND ${rebuild}.sensor_readings` });
   const next = `start the consumers; DROP DATABASE ${rebuild} when nobody misses it`;
-  const names = { swapped: `${database}.sensor_readings`, epoch: epoch.number, before: `${rebuild}.sensor_readings` };
+  const names = { swapped: `${database}.sensor_readings`, epoch: epoch?.number, before: `${rebuild}.sensor_readings` };
   log({ step: "done", ...names, next });
   await etl.end();
 });
-
-/** @throws Error where the rebuild differs from the source: a snapshot that was interrupted keeps rows that were deleted meanwhile. */
-async function prove(env: Parameters<typeof compareReadings>[1] & Parameters<typeof runPipeline>[1]): Promise<void> {
-  const { CLICKHOUSE_DATABASE } = env;
-  // What changes at the source meanwhile comes by a consumer that ends.
-  const fill = async (): Promise<void> => {
-    const variables = { CLICKHOUSE_DATABASE, UNTIL: "caught-up", METRICS_PORT: "0" };
-    const options = { stdio: "inherit", env: { ...process.env, ...variables } } as const;
-    const [code] = await once(spawn(process.execPath, [join(root, "scripts/sensors.ts")], options), "exit");
-    if (code !== 0) throw new Error(`make sensors UNTIL=caught-up CLICKHOUSE_DATABASE=${CLICKHOUSE_DATABASE} failed`);
-  };
-  await runPipeline("sensors", { ...env, DRY_RUN: true }, async (run) => {
-    await fill();
-    run.next = "nothing was swapped. Next: make swap-readings";
-    const found = await compareReadings(run, env, fill);
-    const names = found.shown.map(({ kind, name }) => `${kind} ${name}`).join(", ");
-    const differ = `differs from the source in ${thousands(total(found))} of ${thousands(found.rows)} rows (${names})`;
-    if (total(found)) throw new Error(`${CLICKHOUSE_DATABASE}.sensor_readings ${differ}. Nothing was swapped. Next: make resnapshot`);
-    run.log("proven", { rows: found.rows });
-  });
-}

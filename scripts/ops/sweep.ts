@@ -18,7 +18,7 @@ import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { takeLock } from "../../shared/run.ts";
-import { beside, distrusted, eachPipeline, verifyVariables } from "./lib/verify.ts";
+import { beside, eachPipeline, verifyVariables } from "./lib/verify.ts";
 
 const variables = {
   ...verifyVariables,
@@ -35,10 +35,8 @@ await main(import.meta, async () => {
     const { pipeline } = run;
     // 1. Lock: no run writes meanwhile.
     if (!env.DRY_RUN) await takeLock(run);
-    const reason = await distrusted(run);
-    if (reason) throw new UsageError(`nothing was deleted: ${reason}`);
 
-    await beside(run, env, "key", async (both) => {
+    await beside(run, env, "sweep", async (both) => {
       // 2. Find: the key of every row of the source is loaded into a staging table.
       const { rows, counts, shown } = await both.compare();
       const [gone, compared] = [counts.extra, rows + counts.extra];
@@ -53,7 +51,7 @@ await main(import.meta, async () => {
 
       // 4. Delete.
       if (env.DRY_RUN) return;
-      run.totals.rows = await both.deleteExtra();
+      run.totals.rows = await both.write();
       run.log("swept", { deleted: run.totals.rows, kept: gone - run.totals.rows });
     });
   });

@@ -1,34 +1,26 @@
 #!/usr/bin/env -S npx tsx
 /**
  * verify: proves that source and destination hold the same rows. Every row of the source is loaded beside the table, as a run would load
- * it, and the destination's engine compares the two, column by column.
+ * it, and the destination's engine compares the two, column by column. What is the next run's, or on its way to ClickHouse, is no
+ * difference; a row whose updated_at lies in the future, so that no run reads it, is one.
  *
- *   orders, users    Postgres and BigQuery. Rows at or past the watermark are the next run's; one whose updated_at lies in the future, so
- *                    that no run reads it, is a difference
- *   sensors          Postgres and ClickHouse: what differs is compared again once all messages are inserted, and is a difference if no
- *                    message has changed it meanwhile
- *
- *   make verify                            all of them
- *   make verify PIPELINE=orders REPAIR=1   repairs what differs, by primary key, under the pipeline's lock: writes the source's rows over
- *                                          whatever the table has, deletes what the source has not, and compares again
+ *   make verify                            orders, users and sensors
+ *   make verify PIPELINE=orders REPAIR=1   writes the source's rows over whatever the table has, by primary key and under the pipeline's
+ *                                          lock, deletes what the source has not, and compares again
  *
  *   schedule         nightly, cron
  *   safe to re-run   yes, also after a kill in mid-repair
- *   exit code        1 where anything differs: prints keys and columns (LIMIT of them, no values), and the command that repairs it
+ *   exit code        1 where anything differs: prints keys and columns (LIMIT of each kind, no values), and the command that repairs it
  *
- * Touches: reads both sides; writes two tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
+ * Touches: reads both sides; writes tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
  * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
  */
-import { readContract } from "../../shared/bigquery/contract.ts";
 import { flag, isSet, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
-import { thousands } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
 import { pipelines } from "../../shared/pipelines.ts";
 import { type Run, takeLock } from "../../shared/run.ts";
 import { kafkaVariables } from "../../shared/sensors/broker.ts";
 import { clickhouseVariables } from "../../shared/sensors/clickhouse.ts";
-import { correction } from "../../shared/source.ts";
-import { table } from "../../shared/table.ts";
 import * as verify from "./lib/verify.ts";
 import { compareReadings } from "./lib/verify-sensors.ts";
 
@@ -39,66 +31,43 @@ await main(import.meta, async () => {
     throw new UsageError("REPAIR=1 is not available for sensors: a change in Kafka could overwrite the repair. Next: make resnapshot");
   const captures = isSet("KAFKA_BROKERS") || env.PIPELINE === "sensors"; // a shop may have no sensors
   const sensors = captures && readEnv({ ...clickhouseVariables, ...kafkaVariables });
-  const results: Record<string, string>[] = [];
-  const verifying = verify.eachPipeline("verify", env, captures ? [...pipelines(), "sensors"] : pipelines(), async (run, wrong) => {
+  const all = [...pipelines(), ...(sensors ? ["sensors"] : [])];
+  await verify.eachPipeline("verify", env, all, async (run) => {
     const { pipeline } = run;
-    const isTable = pipeline !== "sensors";
-    const found = await (sensors && !isTable ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env));
+    const found = await (sensors && pipeline === "sensors" ? compareReadings(run, { ...env, ...sensors }) : verifyTable(run, env));
     const { rows, counts } = found;
+    run.log("compared", { rows, ...counts, repaired: env.REPAIR ? run.totals.rows : undefined, seconds: run.seconds() });
     const differences = verify.total(found);
-    if (differences) wrong.push(describe(pipeline, found, env.LIMIT));
-    results.push({
-      ...{ pipeline, rows: thousands(rows), new: thousands(found.fresh) },
-      ...Object.fromEntries(verify.kinds.map((kind) => [kind, thousands(counts[kind])])),
-      ...{ repaired: env.REPAIR && isTable ? thousands(run.totals.rows) : "-", seconds: run.seconds().toFixed(1) },
-    });
-    run.log("compared", { rows, differences });
-    const differing = verify.kinds.filter((kind) => counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
+    const differing = verify.kinds.filter((kind) => kind !== "new" && counts[kind]).map((kind) => `${counts[kind]} ${kind}`);
     await verify.recordVerified(run, env.PUSHGATEWAY_URL, rows, differences, differing.join(", ") || null);
+    if (differences) throw new Error(`${verify.describe(pipeline, found)}\nNext: ${nextOf(pipeline, found)}`);
   });
-  await verifying.finally(() => results.length && process.stdout.write(`${table(results)}\n`));
 });
 
 async function verifyTable(run: Run, env: verify.VerifyEnv & { REPAIR: boolean }): Promise<verify.Comparison> {
   // 1. With REPAIR=1 the lock: no run writes meanwhile.
   if (env.REPAIR) await takeLock(run);
 
-  // 2. Is it still the source that was synced?
-  const reason = await verify.distrusted(run);
-  if (reason && env.REPAIR) throw new UsageError(`nothing was repaired: ${reason}`);
-  if (reason) run.log("warning", { warning: reason });
-
-  // 3. Compare; with REPAIR=1 repair, and compare again.
-  const found = await verify.beside(run, env, "all", async ({ compare, repair }) => {
-    const first = await compare();
-    if (!env.REPAIR || !verify.total(first)) return first;
-    run.totals.rows += await repair();
-    return await compare();
+  // 2. Compare; with REPAIR=1 repair, and compare again. What is twice is missing after the first time.
+  const found = await verify.beside(run, env, env.REPAIR ? "repair" : "compare", async ({ compare, write }) => {
+    let now = await compare();
+    for (let writes = 0; env.REPAIR && writes < 2 && verify.total(now); writes++) {
+      run.totals.rows += await write();
+      now = await compare();
+    }
+    return now;
   });
   if (env.REPAIR || !found.counts.missing) return found;
   run.log("again", { because: "rows are missing, which a sweep or a repair beside this may have removed" });
-  return await verify.beside(run, env, "all", (both) => both.compare());
+  return await verify.beside(run, env, "compare", (both) => both.compare());
 }
 
-/** What differs, and what to do. */
-function describe(pipeline: string, found: verify.Comparison, limit: number): string {
-  const { counts } = found;
+/** What to do. */
+function nextOf(pipeline: string, found: verify.Comparison): string {
+  const { extra, unreachable } = found.counts;
   const all = verify.total(found);
-  const lines = found.shown.slice(0, limit).map(({ kind, name, columns, newer }) => {
-    const what = kind === "different" ? `: ${columns}` : "";
-    return `  ${kind.padEnd(11)}  ${name}${what}${newer ? "  (newer at the destination)" : ""}`;
-  });
-  if (all > lines.length) lines.push(`  … and ${thousands(all - lines.length)} more (LIMIT=)`);
-  if (found.shown.some(({ newer }) => newer))
-    lines.push('Newer than anything at the source: was it restored? ops/runbook.md, "After a restore, a failover or a clock set back"');
-  if (counts.unreachable) {
-    const correct = `${correction(readContract(pipeline).source)} > now();`;
-    lines.push(
-      `${thousands(counts.unreachable)} lie in the future, which no run reads. At the source run: ${correct} then make ${pipeline}`,
-    );
-  }
-  let next = `make verify PIPELINE=${pipeline}${all > counts.unreachable ? " REPAIR=1" : ""}`;
-  if (all === counts.extra) next += `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}`;
-  if (pipeline === "sensors") next = "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
-  return `${pipeline}: ${thousands(all)} rows differ:\n${lines.join("\n")}\nNext: ${next}`;
+  if (pipeline === "sensors") return "make dead-letters (changes that were dead-lettered are missing), else make resnapshot";
+  if (all === unreachable) return `make ${pipeline} (rows of the future are read by no run: the warning above says how to correct them)`;
+  const sweep = all === extra ? `, or, for rows deleted at the source: make sweep PIPELINE=${pipeline}` : "";
+  return `make verify PIPELINE=${pipeline} REPAIR=1${sweep}`;
 }

@@ -110,17 +110,14 @@ export const address = ({ bigquery, dataset }: Destination, table: string): stri
 /**
  * The upsert: one MERGE on the primary key. A row at the destination that is newer than the staged one stays, so that a run that was
  * slow, or a window read again, never puts an old version back. A key that was staged twice would be inserted twice: the MERGE fails.
- * @param staging a table, or a subquery in parentheses.
- * @param compared a column of `staging` with the version that was compared: a row is replaced while it still has that one, newer or not.
  */
-export function mergeStatement(contract: Contract, target: string, staging: string, compared?: string): string {
+export function mergeStatement(contract: Contract, target: string, staging: string): string {
   const { pipeline, fields, key, source } = contract;
   const [t, s] = ["etl__t", "etl__s"]; // no field has such a name
   const columns = fields.map(({ name }) => `\`${name}\``);
   const keys = key.map((name) => `\`${name}\``);
   const values = columns.filter((column) => !keys.includes(column));
   const version = `\`${source.cursor}\``; // says which of two versions of a row is newer
-  const replaced = compared ? `${t}.${version} IS NOT DISTINCT FROM ${s}.\`${compared}\`` : `${s}.${version} >= ${t}.${version}`;
   const named = `TO_JSON_STRING(STRUCT(${keys.map((name) => `${name} AS ${name}`).join(", ")}))`;
   const twice = `CONCAT('sql/${pipeline}.sql returned the key ', ${named}, ' more than once; nothing of this chunk was merged. ' ||
     'Each row needs its own: check the primary key of the source, and joins in that file')`;
@@ -128,7 +125,7 @@ export function mergeStatement(contract: Contract, target: string, staging: stri
     `MERGE ${target} AS ${t}`,
     `USING (SELECT * FROM ${staging} WHERE TRUE QUALIFY IF(COUNT(*) OVER (PARTITION BY ${keys}) > 1, ERROR(${twice}), TRUE)) AS ${s}`,
     `ON ${keys.map((name) => `${t}.${name} = ${s}.${name}`).join(" AND ")}`,
-    `WHEN MATCHED AND ${replaced} THEN UPDATE SET ${values.map((column) => `${column} = ${s}.${column}`).join(", ")}`,
+    `WHEN MATCHED AND ${s}.${version} >= ${t}.${version} THEN UPDATE SET ${values.map((column) => `${column} = ${s}.${column}`).join(", ")}`,
     `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `${s}.${column}`).join(", ")})`,
   ].join("\n");
 }

@@ -124,7 +124,7 @@ export async function readManifest(bucket: Bucket, day: string): Promise<Stored 
 }
 
 /** What the source has of a day. */
-export async function readSource(source: Sql, day: string) {
+async function readSource(source: Sql, day: string) {
   const [row] = await source<[Pick<Manifest, "rows" | "min_id" | "max_id">]>`
     select count(*)::float8 as rows, min(id)::text as min_id, max(id)::text as max_id from public.events
     where created_at >= ${midnight(day)}::text::timestamptz and created_at < ${midnight(addDays(day))}::text::timestamptz`;

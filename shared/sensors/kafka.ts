@@ -11,7 +11,7 @@ import { brokerConfig, type KafkaEnv } from "./broker.ts";
 import { codecs } from "./codecs.ts";
 
 export type { Admin, Kafka };
-export const { ConfigResourceTypes, ConfigSource } = kafkajs;
+export const { ConfigResourceTypes } = kafkajs;
 
 type TopicEnv = KafkaEnv & { SENSORS_TOPIC: string };
 type GroupEnv = TopicEnv & { SENSORS_GROUP: string };

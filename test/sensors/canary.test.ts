@@ -92,7 +92,7 @@ suite("the canary", { concurrency: true }, () => {
     await showsGap(sensors, consumer, /never came|publication was changed or made again/);
     const { code, stderr } = await shop.run("scripts/ops/verify.ts", { PIPELINE: "sensors" });
     assert.equal(code, 1, stderr);
-    assert.match(stderr, /500 rows differ/);
+    assert.match(stderr, /500 rows of sensors differ/);
     assert.ok((await seen(sensors))?.gap);
     await rebuild(sensors, consumer);
     assert.deepEqual(await sensors.readings(), await sensors.source());

@@ -6,11 +6,11 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { type Env, like, optional, parsePostgresUrl, root, UsageError } from "../../../shared/env.ts";
-import { log, thousands } from "../../../shared/log.ts";
+import { log, progress, thousands } from "../../../shared/log.ts";
 import type { kafkaVariables } from "../../../shared/sensors/broker.ts";
 import { canaryVariables } from "../../../shared/sensors/canary.ts";
 import * as connect from "../../../shared/sensors/connector.ts";
-import { type Admin, ConfigResourceTypes, ConfigSource, connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
+import { type Admin, ConfigResourceTypes, connectKafka, createTopic, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../../shared/session.ts";
 import { waitUntil } from "./answer.ts";
 import { askCatalogue, type CatalogueCheck } from "./catalogue.ts";
@@ -51,55 +51,37 @@ export async function checkReplication(env: ConnectorEnv, slot = true): Promise<
   if (faults.length) throw new UsageError(faults.map(({ check, remedy }) => `${check}: ${remedy}`).join("\n"));
 }
 
-/** Creates the topic as the file's topic.creation.default… say; of one that exists raises max.message.bytes, and it is not compacted. */
-export async function createReadingsTopic(env: Env<typeof kafkaVariables>, config: Record<string, string>): Promise<void> {
+/** Creates the topic as the file's topic.creation.default… say. @throws Error where it exists and is not as the connector needs it. */
+export async function createReadingsTopic(env: Env<typeof kafkaVariables>): Promise<void> {
   const { SENSORS_TOPIC: topic } = env;
-  const settings = Object.entries(config).map(([name, value]) => [name.split("topic.creation.default.")[1], value]);
-  const { undefined: _, partitions, "replication.factor": replicas, ...wanted } = Object.fromEntries(settings);
-  const { "max.message.bytes": max_message_bytes } = wanted;
+  const [config, prefix] = [readConfig(), "topic.creation.default."];
+  const settings = Object.entries(config).filter(([name]) => name.startsWith(prefix) && !/partitions$|factor$/.test(name));
+  const configEntries = settings.map(([name, value]) => ({ name: name.slice(prefix.length), value }));
   await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
-    if (!(await admin.listTopics()).includes(topic)) {
-      const numbers = { numPartitions: Number(partitions), replicationFactor: Number(replicas) };
-      const configEntries = Object.entries<string>(wanted).map(([name, value]) => ({ name, value }));
-      if (await createTopic(admin, { topic, ...numbers, configEntries })) log({ step: "created", topic, max_message_bytes });
-      return;
-    }
-    const { own, messageBytes, policy } = await readTopicSettings(admin, topic);
-    const bytes = String(Math.max(messageBytes, Number(max_message_bytes)));
-    if (messageBytes === Number(bytes) && policy === "delete") return;
-    // kafkajs writes a topic's settings as a whole: those that are its own are written again as they are.
-    const changed = Object.entries({ "max.message.bytes": bytes, "cleanup.policy": "delete" }).map(([name, value]) => ({ name, value }));
-    await admin.alterConfigs({ validateOnly: false, resources: [{ ...resourceOf(topic), configEntries: [...own, ...changed] }] });
-    log({ step: "changed", topic, max_message_bytes: bytes });
+    if ((await admin.listTopics()).includes(topic)) return await checkTopicSettings(admin, env);
+    const numbers = {
+      numPartitions: Number(config[`${prefix}partitions`]),
+      replicationFactor: Number(config[`${prefix}replication.factor`]),
+    };
+    if (await createTopic(admin, { topic, ...numbers, configEntries })) log({ step: "created", topic });
   });
 }
 
 /** @throws Error where Kafka would delete changes before they are read, or the topic refuses what the connector may send. */
-export async function checkTopicSettings(admin: Admin, topic: string): Promise<void> {
-  const { messageBytes, policy } = await readTopicSettings(admin, topic);
-  if (policy !== "delete")
-    throw new Error(
-      `the topic's cleanup.policy is ${policy}: changes are lost that no consumer has read yet. Run: make connector (it sets delete)`,
-    );
+export async function checkTopicSettings(admin: Admin, env: Env<typeof kafkaVariables>): Promise<void> {
+  const { SENSORS_TOPIC: name, KAFKA_BROKERS } = env;
+  const resource = { type: ConfigResourceTypes.TOPIC, name, configNames: ["cleanup.policy", "max.message.bytes"] };
+  const { resources } = await admin.describeConfigs({ includeSynonyms: false, resources: [resource] });
+  const set = new Map(resources[0]?.configEntries.map(({ configName, configValue }) => [configName, configValue]));
+  const [policy, bytes] = [set.get("cleanup.policy"), Number(set.get("max.message.bytes"))];
   const sent = Number(readConfig()["producer.override.max.request.size"]);
-  const fault = `the topic takes messages of ${thousands(messageBytes)} bytes, and the connector may send ${thousands(sent)}`;
-  const next = `Run: make connector, which raises that; where the service does not allow it, lower the sizes in ${file} before`;
-  if (messageBytes < sent) throw new Error(`${fault}. ${next}`);
-}
-
-const resourceOf = (name: string) => ({ type: ConfigResourceTypes.TOPIC, name });
-
-/** How large a message of the topic may be, in bytes; its cleanup.policy; and what else is set for the topic itself. */
-async function readTopicSettings(admin: Admin, topic: string) {
-  const { resources } = await admin.describeConfigs({ includeSynonyms: false, resources: [resourceOf(topic)] });
-  const settings = resources[0]?.configEntries ?? [];
-  const [limit, policy] = ["max.message.bytes", "cleanup.policy"].map((name) => settings.find(({ configName }) => configName === name));
-  const own = settings.filter((one) => one !== limit && one !== policy && one.configSource === ConfigSource.TOPIC_CONFIG);
-  return {
-    messageBytes: Number(limit?.configValue),
-    policy: policy?.configValue,
-    own: own.map(({ configName: name, configValue: value }) => ({ name, value })),
-  };
+  if (policy === "delete" && bytes >= sent) return;
+  const add = `--entity-name ${name} --add-config cleanup.policy=delete,max.message.bytes=${sent}`;
+  throw new Error(
+    `topic ${name} has cleanup.policy=${policy} and max.message.bytes=${bytes}: it would lose changes that are not read yet, or refuse ` +
+      `large ones. Run: kafka-configs.sh --bootstrap-server ${KAFKA_BROKERS} --alter --entity-type topics ${add}; ` +
+      `where the service does not allow it, lower the sizes in ${file}. Then: make connector`,
+  );
 }
 
 /** Whether Connect shows the database's password to everybody. @throws Error where another setting is not what make connector puts. */
@@ -137,8 +119,8 @@ async function runs(env: ConnectorEnv): Promise<boolean> {
 }
 
 /** Creates or changes the connector, restarts what has failed, and waits until all runs. @throws Error with the trace of what failed. */
-export async function startConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  await connect.askConnect(env, "PUT", "/config", config).catch((error: Error) => {
+export async function startConnector(env: ConnectorEnv): Promise<void> {
+  await connect.askConnect(env, "PUT", "/config", connectorConfig(env)).catch((error: Error) => {
     // Of a reference that it cannot resolve, Connect says nothing useful.
     const resolve = 'Can its worker resolve REPLICATION_PASSWORD_REFERENCE? ops/README.md, "Kafka and ClickHouse"';
     throw env.REPLICATION_PASSWORD_REFERENCE ? new Error(`${error.message}. ${resolve}`) : error;
@@ -159,8 +141,8 @@ function awaitState(env: ConnectorEnv, wanted: string, done: () => Promise<boole
 }
 
 /** Stops the connector. One that does not exist is put first: Connect keeps the offsets even of one that was deleted. */
-export async function stopConnector(env: ConnectorEnv, config: Record<string, string>): Promise<void> {
-  if (!(await connect.askConnect(env, "GET", ""))) await connect.askConnect(env, "PUT", "/config", config);
+export async function stopConnector(env: ConnectorEnv): Promise<void> {
+  if (!(await connect.askConnect(env, "GET", ""))) await connect.askConnect(env, "PUT", "/config", connectorConfig(env));
   await connect.askConnect(env, "PUT", "/stop");
   await awaitState(env, "STOPPED", async () => {
     const status = await connect.connectorStatus(env);
@@ -169,14 +151,14 @@ export async function stopConnector(env: ConnectorEnv, config: Record<string, st
 }
 
 /** Waits until the snapshot is in Kafka as a whole: the connector's offsets are then no longer a snapshot's. */
-export async function awaitSnapshot(env: ConnectorEnv, progress: () => void): Promise<void> {
-  for (;;) {
+export async function awaitSnapshot(env: ConnectorEnv): Promise<void> {
+  for (let seconds = 0; ; seconds++, await delay(1000)) {
     await awaitState(env, "RUNNING", () => runs(env));
     const answer = await connect.askConnect<{ offsets: { offset: Record<string, unknown> }[] }>(env, "GET", "/offsets");
     const offset = answer?.offsets[0]?.offset;
-    if (offset && !offset.snapshot && !("snapshot_completed" in offset && !offset.snapshot_completed)) return;
-    progress();
-    await delay(500);
+    const isDone = offset && !offset.snapshot && !("snapshot_completed" in offset && !offset.snapshot_completed);
+    progress(isDone ? "" : `the snapshot goes to Kafka: ${seconds} s`);
+    if (isDone) return;
   }
 }
 
@@ -185,13 +167,7 @@ export async function forgetProgress(env: ConnectorEnv): Promise<void> {
   await connect.askConnect(env, "DELETE", "/offsets");
   const { slot } = connect.namesOf(env);
   await using source = openSession(env.REPLICATION_DATABASE_URL, { application: "etl:resnapshot", timeoutSeconds: 30 });
-  await checkSession("REPLICATION_DATABASE_URL", source);
-  const drop = async (): Promise<boolean> => {
-    // A task that was stopped while it started may hold the slot for seconds.
-    await source`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = ${slot} and active_pid is not null`;
-    await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot} and not active`;
-    return (await source`select from pg_replication_slots where slot_name = ${slot}`).count === 0;
-  };
-  const next = "End the session that holds it (pg_replication_slots.active_pid), then: make resnapshot";
-  await waitUntil(drop, 60, `slot ${slot} is still held after 60 s. ${next}`);
+  // A task that was stopped while it started may hold the slot for seconds.
+  await source`select pg_terminate_backend(active_pid, 20000) from pg_replication_slots where slot_name = ${slot} and active`;
+  await source`select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = ${slot}`;
 }

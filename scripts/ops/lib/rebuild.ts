@@ -5,13 +5,9 @@ import { clickhouseVariables } from "../../../shared/sensors/clickhouse.ts";
 import { readEpoch, topicState } from "../../../shared/sensors/epoch.ts";
 import { type Admin, connectKafka, withAdmin } from "../../../shared/sensors/kafka.ts";
 import { checkSession, openSession } from "../../../shared/session.ts";
-import { waitUntil } from "./answer.ts";
 import { connectorVariables } from "./kafka-connect.ts";
 
-/** What a rebuild fills, and a swap exchanges. */
-export const tables = ["sensor_readings", "sensor_dead_letters"];
-
-/** The servers and names of a rebuild. @throws UsageError while the group has consumers. */
+/** The servers and names of a rebuild. @throws UsageError while the group has consumers, which a change of its offsets would not reach. */
 export async function openRebuild(application: string) {
   const variables = { ETL_DATABASE_URL: required(postgresUrl), ...clickhouseVariables, ...kafkaVariables };
   const env = readEnv({ ...variables, ...connectorVariables });
@@ -21,21 +17,16 @@ export async function openRebuild(application: string) {
   await etl`select pg_advisory_lock(hashtextextended('etl:rebuild', 0))`; // two swaps at once could exchange the tables twice
   const broker = connectKafka(env, "etl-resnapshot");
   const ask = <T>(question: (admin: Admin) => Promise<T>): Promise<T> => withAdmin(broker, env, question);
-  // kafkajs sets offsets as a member for a moment: a resnapshot that was killed then is one for the 30 s of its session.
-  const busy = `another make resnapshot is at work on the group ${groupId}. Run this again when it has ended`;
-  const checkIsEmpty = () => ask((admin) => waitUntil(() => isEmpty(admin, groupId), 40, busy));
+  const checkIsEmpty = () =>
+    ask(async (admin) => {
+      const { groups } = await admin.describeGroups([groupId]);
+      const members = groups[0]?.members ?? [];
+      const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
+      const next = "Stop them first: systemctl stop etl-sensors (one that was killed is gone after 30 s)";
+      if (members.length) throw new UsageError(`the group ${groupId} has ${members.length} consumers (${who}). ${next}`);
+    });
   await checkIsEmpty();
   const where = () => ask((admin) => topicState(admin, topic, groupId));
   const epoch = await readEpoch(etl, topic);
   return { env, topic, groupId, database, rebuild: `${database}_rebuild`, etl, ask, where, checkIsEmpty, epoch };
-}
-
-/** @throws UsageError where the group has consumers, which a change of its offsets would not reach. */
-async function isEmpty(admin: Admin, groupId: string): Promise<boolean> {
-  const { groups } = await admin.describeGroups([groupId]);
-  const members = groups[0]?.members ?? [];
-  const who = members.map(({ clientId, clientHost }) => `${clientId} at ${clientHost}`).join(", ");
-  if (members.some(({ clientId }) => clientId !== "etl-resnapshot"))
-    throw new UsageError(`the group ${groupId} has ${members.length} consumers (${who}). Stop them first: systemctl stop etl-sensors`);
-  return !members.length;
 }

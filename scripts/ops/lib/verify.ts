@@ -2,216 +2,180 @@
  * Where a pipeline's table differs from its source: every row of the source is loaded into a staging table, as a run would load it,
  * and BigQuery compares it with the table. Nothing but counts and the rows that are printed comes back.
  *
- * Why no lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table.
- * - Every version of a row with a cursor before W was committed when W was computed: that is what makes the bound safe. What a
- *   transaction commits after the snapshot has a cursor at or past W.
- * - So a row that was changed or inserted at the source at any point, and may have been brought by a run at any later point, has on
- *   at least one side a cursor at or past W: it is `new`, the next run's. All others are settled on both sides.
- * - A row that was deleted after the snapshot is on both sides. One that was deleted before it is a true `extra`, unless its cursor
- *   at the table is past W; then the next verify says so.
- * - Only a sweep or a repair removes rows of the table. One that is at work beside it may remove what was deleted after the snapshot:
- *   make verify compares again where rows are missing.
- * A repair and a sweep compare again within the statement that writes, so they change only what differs at that moment.
+ * No lock is needed to compare. The watermark W is read first, then the source (one COPY, so one snapshot), then the table. Every version
+ * of a row with a cursor before W was committed when W was computed; what is committed after the snapshot has one at or past W. So a row
+ * that changed meanwhile has one at or past W on at least one side: it is `new`. All others are settled, unless a sweep or a repair beside
+ * this removes them. Those two compare again in the statement that writes, so they change only what differs at that moment.
  */
 import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
 import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
-import { address, createStaging, execute, loadChunk, mergeStatement, openDestination } from "../../../shared/bigquery/load.ts";
+import { address, createStaging, execute, loadChunk, openDestination } from "../../../shared/bigquery/load.ts";
 import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
-import { progress } from "../../../shared/log.ts";
+import { progress, thousands } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
-import { type Metrics, pushMetrics } from "../../../shared/metrics.ts";
+import { pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
-/** The source has it only, the table has it only, both and they differ, the table has it more than once, no run will read it. */
-export const kinds = ["missing", "extra", "different", "twice", "unreachable"] as const;
+/** The next run's, which is no difference; only at the source; only in the table; in both, but not the same; more than once; of the future. */
+export const kinds = ["new", "missing", "extra", "different", "twice", "unreachable"] as const;
 type Kind = (typeof kinds)[number];
 
-/**
- * A key whose rows are not the same on both sides. `name` is for people, such as id=17; `columns` those that are `different`, with commas;
- * `newer` where the table has a later version than the source, which then went back.
- */
-interface Difference {
-  kind: Kind;
-  name: string;
-  columns: string;
-  newer: boolean;
-}
-
-/**
- * How many rows of the source were compared; how many keys are the next run's (`fresh`: at or past the watermark on either side), and of
- * each kind; the first LIMIT of each kind.
- */
+/** How many rows the source has, how many keys are of each kind, and the first LIMIT of each: its name, such as id=17, and what differs. */
 export interface Comparison {
   rows: number;
-  fresh: number;
   counts: Record<Kind, number>;
-  shown: Difference[];
+  shown: Found[];
+}
+/** `columns`: those that are different, with commas. `total`: how many keys there are of this kind. */
+export type Found = { kind: Kind; name: string; columns: string; total: number };
+
+export function comparison(rows: number, found: Found[]): Comparison {
+  const total = (kind: Kind): number => found.find((one) => one.kind === kind)?.total ?? 0;
+  const counts = Object.fromEntries(kinds.map((kind) => [kind, total(kind)])) as Comparison["counts"];
+  return { rows, counts, shown: found.filter(({ kind }) => kind !== "new") };
 }
 
-export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], 0);
+/** The differences. */
+export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind) => sum + counts[kind], -counts.new);
+
+/** How many rows differ, with the first of each kind. */
+export function describe(where: string, found: Comparison): string {
+  const lines = found.shown.map(({ kind, name, columns }) => `  ${kind.padEnd(11)}  ${name}${kind === "different" ? `: ${columns}` : ""}`);
+  const more = total(found) - lines.length;
+  return [
+    `${thousands(total(found))} rows of ${where} differ:`,
+    ...lines,
+    ...(more ? [`  … and ${thousands(more)} more (LIMIT=)`] : []),
+  ].join("\n");
+}
 
 /** What make verify and make sweep read. */
 export const verifyVariables = { ...pipelineVariables, ...bigqueryVariables, LIMIT: optional(number(1, 100_000), 20) };
-export type VerifyEnv = Env<typeof verifyVariables>;
+export type VerifyEnv = Env<typeof verifyVariables> & { PIPELINE?: string | undefined };
 
 /**
- * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it. @param work adds what is wrong, in
- * words. @throws the error of the only one, or Error with all that failed.
+ * Does `work` as a run by hand of each of the pipelines, past one that fails, until a signal stops it.
+ * @throws the error of the only one, or Error with all that failed.
  */
-export async function eachPipeline(
-  command: string,
-  env: VerifyEnv & { PIPELINE?: string | undefined },
-  all: string[],
-  work: (run: Run, wrong: string[]) => Promise<void>,
-): Promise<void> {
-  let stopped = ""; // a run hears of a signal until it has ended
-  onSignal((signal) => {
-    stopped = `it was not begun: stopped by ${signal}. Next: make ${command}`;
-  });
+export async function eachPipeline(command: string, env: VerifyEnv, all: string[], work: (run: Run) => Promise<void>): Promise<void> {
   const failures: string[] = [];
+  let stopped = false;
+  onSignal(() => {
+    stopped = true;
+  });
   for (const pipeline of env.PIPELINE ? [env.PIPELINE] : all) {
-    const wrong: string[] = [];
-    const working = async (run: Run): Promise<void> => {
+    if (stopped) break;
+    const working = (run: Run): Promise<void> => {
       run.next = `the same command begins again. Next: make ${command} PIPELINE=${pipeline}`;
-      await work(run, wrong);
+      return work(run);
     };
-    if (stopped) failures.push(`${pipeline}: ${stopped}`);
-    else
-      await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
-        if (env.PIPELINE && !wrong.length) throw error;
-        failures.push(`${pipeline}: ${error.message}`);
-      });
-    failures.push(...wrong);
+    await runPipeline(pipeline, { ...env, DRY_RUN: true }, working).catch((error: Error) => {
+      if (env.PIPELINE) throw error;
+      failures.push(`${pipeline}: ${error.message}`);
+    });
   }
   if (failures.length) throw new Error(failures.join("\n"));
 }
 
-/** What can be done with a table beside its source's rows. `deleteExtra` and `repair` return how many rows of the table they changed. */
-type Both = { compare(): Promise<Comparison> } & Record<"deleteExtra" | "repair", () => Promise<number>>;
+/** The kinds that are written. A key that is twice is deleted, and then missing. */
+const written = { compare: [], repair: ["missing", "extra", "different", "twice"], sweep: ["extra"] };
 
-/** Why the watermark cannot be trusted, in words, if it cannot. @throws UsageError where there is none: nothing has been synced. */
-export async function distrusted(run: Run): Promise<string | undefined> {
-  const { pipeline, etl } = run;
-  const stored = await readWatermark(etl, pipeline);
-  if (stored) return await distrust(run, stored, await readBound(run.source));
-  throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
-}
+/** `write` makes the table's rows the source's, where they are of a kind that it may change. @returns how many it changed. */
+type Both = { compare(): Promise<Comparison>; write(): Promise<number> };
 
 /**
  * Checks the source and the table as a run does, and loads every row of the source, whatever its cursor, into a staging table.
- * @param columns which are compared; the key and the cursor are enough to find rows that the source no longer has.
+ * @param purpose of a sweep the key and the cursor are enough.
+ * @throws UsageError where nothing is synced yet, or it would write from a source that is not the one that was synced.
  */
-export async function beside<T>(run: Run, env: VerifyEnv, columns: "all" | "key", work: (both: Both) => Promise<T>): Promise<T> {
-  const contract = readContract(run.pipeline);
+export async function beside<T>(run: Run, env: VerifyEnv, purpose: keyof typeof written, work: (both: Both) => Promise<T>): Promise<T> {
+  const { pipeline, etl } = run;
+  const stored = await readWatermark(etl, pipeline);
+  if (!stored) throw new UsageError(`${pipeline} has no watermark: it has never run, and nothing of it is synced. Next: make ${pipeline}`);
+  const distrusted = await distrust(run, stored, await readBound(run.source));
+  if (distrusted && purpose !== "compare") throw new UsageError(`nothing was written or deleted: ${distrusted}`);
+  if (distrusted) run.log("warning", { warning: distrusted });
+  const contract = readContract(pipeline);
   const [from, table] = await Promise.all([checkSource(run, contract), openDestination(env, contract)]);
-  const fields = contract.fields.filter(({ name }) => columns === "all" || [...contract.key, contract.source.cursor].includes(name));
+  const fields = contract.fields.filter(({ name }) => purpose !== "sweep" || [...contract.key, contract.source.cursor].includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
   return await withRetry(run, isTransient, async (attempt) => {
-    const watermark = (await readWatermark(run.etl, run.pipeline))?.watermark ?? "";
-    // What a run at work beside this one may bring until this has ended is no row of the future.
-    const [clock] = await run.source<{ at: string }[]>`
-      select (clock_timestamp() + make_interval(secs => ${env.RUN_TIMEOUT_SECONDS}))::text as at`;
     await using staging = await createStaging(run, to, attempt);
     const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
-    const tables = { table: address(to, run.pipeline), staging: address(to, staging.name) };
-    const sql = verifyStatements(to.contract, tables, { watermark, clock: clock?.at ?? "", shown: env.LIMIT });
-    let comparisons = 0;
-    const job = (name: string): string => `etl_${staging.name}_${name}`;
+    const tables = { table: address(to, pipeline), staging: address(to, staging.name) };
+    const limits = { watermark: stored.watermark, seconds: env.RUN_TIMEOUT_SECONDS, shown: env.LIMIT, written: written[purpose] };
+    const sql = verifyStatements(to.contract, tables, limits);
+    let jobs = 0;
+    const job = (name: string): string => `etl_${staging.name}_${name}_${++jobs}`;
     return await work({
       compare: async () => {
-        const jobId = job(`compare_${++comparisons}`);
+        const jobId = job("compare");
         await execute(run, to, jobId, sql.compare);
         const [found] = await to.bigquery.job(jobId).getQueryResults();
         return comparison(rows, found);
       },
-      deleteExtra: async () => (await execute(run, to, job("delete"), sql.deleteExtra)).deleted,
-      repair: async () => {
-        const { deleted } = await execute(run, to, job("delete"), sql.deleteWrong);
-        const { inserted, updated } = await execute(run, to, job("merge"), sql.merge);
-        run.log("repaired", { written: inserted + updated, deleted });
+      write: async () => {
+        const { inserted, updated, deleted } = await execute(run, to, job("write"), sql.write);
         return inserted + updated + deleted;
       },
     });
   });
 }
 
-/** A row of the comparison: a key, and how many keys of its kind there are, of which `staged` are at the source. */
-export type Found = (Difference | { kind: "new" }) & { total: number; staged: number };
-
-export function comparison(rows: number, found: Found[]): Comparison {
-  const of = (kind: string) => found.find((one) => one.kind === kind);
-  const counts = Object.fromEntries(kinds.map((kind) => [kind, of(kind)?.total ?? 0])) as Comparison["counts"];
-  const shown = found.filter((one) => one.kind !== "new");
-  return { rows: rows - (of("new")?.staged ?? 0), fresh: of("new")?.total ?? 0, counts, shown };
+/** NULL equals NULL, and NaN NaN. Of what is not comparable TO_JSON_STRING writes both sides' value by one rule. */
+function isDistinct({ name, type, mode }: Field): string {
+  const isOpaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
+  const [s, t] = ["s", "t"].map((side) => (isOpaque ? `TO_JSON_STRING(etl__${side}.\`${name}\`)` : `etl__${side}.\`${name}\``));
+  return `${s} IS DISTINCT FROM ${t}`;
 }
 
 /**
- * SQL: whether two values of a field are distinct; NULL equals NULL, and NaN NaN (documented of IS DISTINCT FROM). JSON, arrays and structs
- * are not comparable; TO_JSON_STRING writes both sides' by one rule.
- */
-function isDistinct({ type, mode }: Field, a: string, b: string): string {
-  const opaque = /^(JSON|GEOGRAPHY|RECORD|STRUCT)$/.test(apiType(type)) || mode.toUpperCase() === "REPEATED";
-  return opaque ? `TO_JSON_STRING(${a}) IS DISTINCT FROM TO_JSON_STRING(${b})` : `${a} IS DISTINCT FROM ${b}`;
-}
-
-/**
- * The statements of a comparison, a repair and a sweep, for make check too. Their text grows with the columns, their nesting does not.
- * @param limits the watermark, a time of the source that no run reaches before the statements are done, and keys to show of each kind.
+ * The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__.
+ * @param limits the watermark, how long a run may take (what one beside this brings is no row of the future), keys to show of each kind,
+ * and the kinds that are written.
  */
 export function verifyStatements(
   contract: Contract,
   { table, staging }: { table: string; staging: string },
-  { watermark, clock, shown }: { watermark: string; clock: string; shown: number },
+  { watermark, seconds, shown, written }: { watermark: string; seconds: number; shown: number; written: string[] },
 ) {
   const { key, fields, source } = contract;
-  const [s, t, d, compared] = ["etl__s", "etl__t", "etl__d", "etl__compared"]; // no field has such a name
-  const at = (alias: string, name: string): string => `${alias}.\`${name}\``;
-  const [staged, version, first] = [at(s, source.cursor), at(t, source.cursor), key[0] ?? ""];
-  const keys = key.map((_, index) => `k${index}`).join(", ");
-  const same = (alias: string) => key.map((name, index) => `${at(alias, name)} = ${d}.k${index}`).join(" AND ");
-  const distinct = fields.flatMap((field) =>
-    key.includes(field.name) ? [] : `IF(${isDistinct(field, at(s, field.name), at(t, field.name))}, '${field.name}', NULL)`,
-  );
-  const columns = `COALESCE(ARRAY_TO_STRING([${distinct.join(",\n")}], ', '), '')`;
-  const each = (columns: string): string => `(SELECT *, CASE
-  WHEN staged > TIMESTAMP '${clock}' THEN 'unreachable'
-  WHEN (staged >= TIMESTAMP '${watermark}' OR version >= TIMESTAMP '${watermark}')
-    AND NOT COALESCE(version > TIMESTAMP '${clock}', FALSE) THEN 'new'
-  WHEN copies > 1 THEN 'twice' WHEN NOT in_table THEN 'missing' WHEN NOT in_source THEN 'extra'
-  WHEN columns <> '' THEN 'different' ELSE 'same' END AS kind
+  const list = (names: string[], each = (name: string) => `\`${name}\``, separator = ", "): string => names.map(each).join(separator);
+  const [keys, [first = ""], cursor] = [list(key), key, `\`${source.cursor}\``];
+  const names = fields.map(({ name }) => name);
+  const values = fields.filter(({ name }) => !key.includes(name));
+  const differ = values.map((field) => `IF(${isDistinct(field)}, '${field.name}', NULL)`);
+  const future = `TIMESTAMP_ADD(CURRENT_TIMESTAMP(), INTERVAL ${Math.ceil(seconds)} SECOND)`;
+  const each = `(SELECT *, CASE
+  WHEN etl__staged > ${future} THEN 'unreachable'
+  WHEN (etl__staged >= TIMESTAMP '${watermark}' OR etl__version >= TIMESTAMP '${watermark}')
+    AND NOT COALESCE(etl__version > ${future}, FALSE) THEN 'new'
+  WHEN etl__copies > 1 THEN 'twice' WHEN NOT etl__in_table THEN 'missing' WHEN NOT etl__in_source THEN 'extra'
+  WHEN etl__columns <> '' THEN 'different' ELSE 'same' END AS etl__kind
 FROM (
-  SELECT ${keys}, COUNT(*) AS copies, LOGICAL_OR(in_source) AS in_source, LOGICAL_OR(in_table) AS in_table,
-    MAX(staged) AS staged, MAX(version) AS version, MAX(columns) AS columns
-  FROM (
-    SELECT ${key.map((name, index) => `COALESCE(${at(s, name)}, ${at(t, name)}) AS k${index}`).join(", ")},
-      ${at(s, first)} IS NOT NULL AS in_source, ${at(t, first)} IS NOT NULL AS in_table,
-      ${staged} AS staged, ${version} AS version, ${columns} AS columns
-    FROM ${staging} AS ${s} FULL OUTER JOIN ${table} AS ${t}
-    ON ${key.map((name) => `${at(s, name)} = ${at(t, name)}`).join(" AND ")}
-  ) AS pairs GROUP BY ${keys}
-) AS keys)`;
-  const deletes = (of: string): string => `DELETE FROM ${table} AS ${t} WHERE EXISTS (
-  SELECT 1 FROM ${each("''")} AS ${d} WHERE ${same(t)} AND ${d}.kind IN (${of}))`;
-  const rows = `(SELECT ${s}.*, ${d}.version AS ${compared} FROM ${staging} AS ${s}
-  JOIN ${each(columns)} AS ${d} ON ${same(s)} WHERE ${d}.kind IN ('missing', 'different'))`;
-  const order = keys.replaceAll("k", "found.k");
-  const bytes = (name: string): boolean => fields.some((field) => field.name === name && apiType(field.type) === "BYTES");
-  const texts = key.map((name, index) => `'${name}=' || ${bytes(name) ? `TO_HEX(k${index})` : `CAST(k${index} AS STRING)`}`);
+  SELECT ${keys}, COUNT(*) AS etl__copies, MAX(etl__s.${cursor}) AS etl__staged, MAX(etl__t.${cursor}) AS etl__version,
+    LOGICAL_OR(etl__s.\`${first}\` IS NOT NULL) AS etl__in_source, LOGICAL_OR(etl__t.\`${first}\` IS NOT NULL) AS etl__in_table,
+    MAX(COALESCE(ARRAY_TO_STRING([${differ.join(",\n")}], ', '), '')) AS etl__columns
+  FROM ${staging} AS etl__s FULL OUTER JOIN ${table} AS etl__t USING (${keys}) GROUP BY ${keys}
+) AS etl__keys)`;
+  const text = (name: string): string => `'${name}=' || TO_JSON_STRING(\`${name}\`)`;
   return {
-    compare: `SELECT kind, ${texts.join(" || ', ' || ")} AS name, columns,
-  COALESCE(version > COALESCE(staged, (SELECT MAX(${staged}) FROM ${staging} AS ${s})), FALSE) AS newer,
-  COUNT(*) OVER kinds AS total, COUNTIF(in_source) OVER kinds AS staged
-FROM ${each(columns)} AS found
-WHERE kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY kind ORDER BY ${order}) <= ${shown}
-WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
-    deleteExtra: deletes("'extra'"),
-    deleteWrong: deletes("'extra', 'twice'"),
-    // After the DELETE the keys that were twice are missing.
-    merge: mergeStatement(contract, table, rows, compared),
+    compare: `SELECT etl__kind AS kind, ${list(key, text, " || ', ' || ")} AS name, etl__columns AS columns,
+  COUNT(*) OVER (PARTITION BY etl__kind) AS total
+FROM ${each} AS etl__found
+WHERE etl__kind <> 'same' QUALIFY ROW_NUMBER() OVER (PARTITION BY etl__kind ORDER BY ${keys}) <= ${shown} ORDER BY ${keys}`,
+    write: `MERGE ${table} AS etl__t
+USING (
+  SELECT ${list(names)}, etl__kind FROM ${each} AS etl__found LEFT JOIN ${staging} AS etl__s USING (${keys})
+  WHERE etl__kind IN (${list(written, (kind) => `'${kind}'`)})
+) AS etl__s ON ${list(key, (name) => `etl__t.\`${name}\` = etl__s.\`${name}\``, " AND ")}
+WHEN MATCHED AND etl__kind = 'different' THEN UPDATE SET ${values.map(({ name }) => `\`${name}\` = etl__s.\`${name}\``).join(", ")}
+WHEN MATCHED AND etl__kind IN ('extra', 'twice') THEN DELETE
+WHEN NOT MATCHED AND etl__kind = 'missing' THEN INSERT (${list(names)}) VALUES (${list(names, (name) => `etl__s.\`${name}\``)})`,
   };
 }
 
@@ -221,9 +185,8 @@ WINDOW kinds AS (PARTITION BY kind) ORDER BY ${order}`,
  */
 export async function recordVerified(run: Run, url: string, rows: number, differences: number, found: string | null): Promise<void> {
   const { pipeline, etl, totals } = run;
-  const values: Metrics = { etl_verify_differences: differences };
-  if (!differences) values.etl_verify_last_success_timestamp_seconds = Date.now() / 1000;
-  await pushMetrics(url, pipeline, values, { command: "verify" }).catch(({ message }: Error) =>
+  const success = differences ? {} : { etl_verify_last_success_timestamp_seconds: Date.now() / 1000 };
+  await pushMetrics(url, pipeline, { etl_verify_differences: differences, ...success }, { command: "verify" }).catch(({ message }: Error) =>
     run.log("warning", { warning: "the metrics were not pushed", error: message }),
   );
   await etl`
