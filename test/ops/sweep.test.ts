@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { pipelines } from "../../shared/pipelines.ts";
-import { createProxy, type Gate, type HttpProxy, hold, reach, steps } from "../lib/faults.ts";
+import { createProxy, type Gate, type HttpProxy, hold, pass, reach, steps } from "../lib/faults.ts";
 import { createShop, type Process, type Result, type Shop } from "../lib/shop.ts";
 
 const sweep = "scripts/ops/sweep.ts";
@@ -22,10 +22,11 @@ const swept = (variables: Variables = {}): Promise<Result> => shop.succeed(sweep
 const there = async (): Promise<string[]> => (await shop.destinationRows()).map(({ id }) => id ?? "");
 const remove = (...ids: number[]) => shop.admin`delete from orders where id = any(${`{${ids}}`}::text::bigint[])`;
 const insert = (id: number) => shop.insertRows(id, id);
-/** As it starts, with a proxy before BigQuery in which `gate` is at the first request of `step`. */
-const startHeld = async (step: RegExp, gate: Gate): Promise<[Process, HttpProxy]> => {
+/** As it starts, with a proxy before BigQuery in which `gate` is at its first statement, the comparison, or at its second, the deletion. */
+const startHeld = async (statement: 1 | 2, gate: Gate): Promise<[Process, HttpProxy]> => {
   const proxy = await createProxy(shop.env.BIGQUERY_ENDPOINT);
-  proxy.fault(step, gate, 1);
+  proxy.fault(steps.merge, pass, statement - 1);
+  proxy.fault(steps.merge, gate, 1);
   const run = shop.start(sweep, { ...orders, BIGQUERY_ENDPOINT: proxy.url });
   await reach(run, gate.reached);
   return [run, proxy];
@@ -74,7 +75,7 @@ test("a row whose deletion is not committed stays, and one that is inserted and 
 test("a row that is inserted again while it reads is there after the next run", async () => {
   await remove(20, 21);
   const gate = hold();
-  const [run, proxy] = await startHeld(/^POST .+\/(queries|jobs)$/, gate); // the keys of the source are read
+  const [run, proxy] = await startHeld(1, gate); // the keys of the source are read
   await using _proxy = proxy;
   await insert(20);
   await insert(21);
@@ -88,7 +89,7 @@ test("a row that is inserted again while it reads is there after the next run", 
 test("a row that another run brings back between the last look and the deletion stays, the lock lost", async () => {
   await remove(30, 31);
   const gate = hold();
-  const [run, proxy] = await startHeld(steps.merge, gate); // its only job that writes
+  const [run, proxy] = await startHeld(2, gate);
   await using _proxy = proxy;
   await insert(30);
   const lost = await shop.admin`
@@ -105,7 +106,7 @@ test("a row that another run brings back between the last look and the deletion 
 
 test("killed before the deletion, the same command goes on", async () => {
   await remove(40);
-  const [run, proxy] = await startHeld(steps.merge, hold());
+  const [run, proxy] = await startHeld(2, hold());
   await using _proxy = proxy;
   run.child.kill("SIGKILL");
   await run.ended;
