@@ -60,12 +60,12 @@ await main(import.meta, async () => {
   await consume(broker, env, stop.signal, {
     join,
     batch: async (batch) => {
-      const started = performance.now();
+      const [started, place] = [performance.now(), { topic, epoch, partition: batch.partition }];
       const canaries = batch.messages.filter(canary.isCanary);
       const messages = batch.messages.filter((one) => !canaries.includes(one));
       await canary.checkSnapshot(etl, topic, messages);
       // 3. Insert each batch's bytes as they are, by one insert; count its dead letters; stop where they are too many.
-      const insert = () => consumer.insertMessages(client, { topic, epoch, partition: batch.partition }, messages);
+      const insert = () => consumer.insertMessages(client, place, messages);
       const dead = await clickhouse.retryForAMinute(insert, report.waiting);
       limitPoison(messages.length, dead);
       // 4. Only then record how far this is, in schema etl and, when this has returned, in the group's offsets.

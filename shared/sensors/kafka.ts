@@ -82,6 +82,7 @@ const typeOf = (error: Error): string => (error as { type?: string }).type ?? ""
 /** The group is given out again, or no broker answers, or none coordinates the group for the moment. kafkajs wraps errors in others. */
 function isTransient(error: Error): boolean {
   const { name, message, cause } = error;
+  if (message.includes("certificate")) return false;
   const lost = /KafkaJS(Connection|NumberOfRetries|BrokerNot|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
   const moved = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
   return lost.test(`${name} ${message}`) || moved.test(typeOf(error)) || (cause instanceof Error && isTransient(cause));
@@ -93,10 +94,11 @@ function explained(error: Error, env: TopicEnv): Error {
   if (/UNKNOWN_TOPIC/.test(typeOf(error))) return new UsageError(`Kafka has no topic ${env.SENSORS_TOPIC}. Run: make connector`);
   const login = "Check KAFKA_SASL_MECHANISM, KAFKA_USERNAME and KAFKA_PASSWORD";
   if (name.includes("SASL")) return new Error(`KAFKA_BROKERS refused the login: ${message}. ${login}`);
+  const trust = "Use a host name that the certificate holds; name the file of your own authority in NODE_EXTRA_CA_CERTS";
+  if (message.includes("certificate")) return new Error(`cannot connect to KAFKA_BROKERS with KAFKA_TLS: ${message}. ${trust}`);
   if (!isTransient(error)) return error;
-  const certificate = "Its certificate must hold that host name (KAFKA_TLS); name the file of your own authority in NODE_EXTRA_CA_CERTS";
-  const next = env.KAFKA_TLS ? certificate : "For the local stack: make up";
-  return Object.assign(new Error(`no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. ${next}`), { name });
+  const away = `no broker of KAFKA_BROKERS (${env.KAFKA_BROKERS}) answers: ${message}. For the local stack: make up`;
+  return Object.assign(new Error(away), { name });
 }
 
 type Messages = Pick<Batch, "partition" | "messages" | "firstOffset" | "lastOffset">;
@@ -116,7 +118,7 @@ const away = "Kafka (KAFKA_BROKERS) has not answered for 60 s. The next start re
  * Reads the topic as a member of the group, from the beginning where the group has no offset, until `signal` aborts: the batch under
  * way is then finished and committed. One batch of a partition at a time, as the broker filled it; an offset is committed after
  * `batch` has resolved. Where it throws, reading ends without a commit.
- * @throws what ended the reading, if that was an error: also Kafka's absence at the start, or for a minute later.
+ * @throws what ended the reading, if that was an error: also Kafka's absence for a minute.
  */
 export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, work: Work): Promise<void> {
   const [consumer, admin] = [kafka.consumer({ groupId: env.SENSORS_GROUP, ...settings }), kafka.admin()];
@@ -149,7 +151,7 @@ export async function consume(kafka: Kafka, env: GroupEnv, signal: AbortSignal, 
   // By itself kafkajs would resume while this leaves, and not where a group's coordinator does not answer (its issue 1630).
   const again = (error: Error): unknown => (leaving || !isTransient(error) ? leave(error) : delay(1000).then(read).catch(again));
   consumer.on("consumer.crash", ({ payload: { error } }) => again(error));
-  read().catch(leave);
+  read().catch(again);
   await over.finally(async () => {
     clearTimeout(watch);
     // Waits for the batch under way, but not for a server that is away: the group then finds out by itself.

@@ -159,21 +159,13 @@ suite("faults", { concurrency: 8 }, () => {
     await Promise.all([stop(consumer), stop(late)]);
   });
 
-  for (const [server, variable, createLine, unreachable, away] of [
-    [
-      "ClickHouse",
-      "CLICKHOUSE_URL",
-      createLink,
-      /^error: ClickHouse at \S+ \(CLICKHOUSE_URL\): .*REFUSED/m,
-      "ClickHouse has not taken a batch",
-    ],
-    [
-      "Kafka",
-      "KAFKA_BROKERS",
-      createKafkaLink,
-      /^error: no broker of KAFKA_BROKERS \(\S+\) answers: /m,
-      "Kafka (KAFKA_BROKERS) has not answered",
-    ],
+  const gone = {
+    ClickHouse: ["ClickHouse has not taken a batch for 60 s", "(CLICKHOUSE_URL): connect ECONNREFUSED"], // while it runs, when it starts
+    Kafka: ["Kafka (KAFKA_BROKERS) has not answered for 60 s", "Kafka (KAFKA_BROKERS) has not answered for 60 s"],
+  } as const;
+  for (const [server, variable, createLine] of [
+    ["ClickHouse", "CLICKHOUSE_URL", createLink],
+    ["Kafka", "KAFKA_BROKERS", createKafkaLink],
   ] as const)
     test(`${server} away for longer than a minute, hanging or refusing: exit 1, nothing committed; started again, it ends exact`, async () => {
       await using sensors = await createSensors({ bigquery: false, connector: false });
@@ -188,15 +180,13 @@ suite("faults", { concurrency: 8 }, () => {
       hanging.hang();
       refusing.refuse();
       await sensors.produce(created(1001, 1000));
-      // At the start it is not waited for: whoever starts the consumer again does.
       const starting = shop.start(consumerScript, { [variable]: refusing.url });
       if (leaving) {
         const polite = shop.start(consumerScript, { [variable]: refusing.url });
         await polite.line(/step=kafka/);
         for (const one of [polite, leaving]) await stop(one, 20);
       }
-      await endsWith(starting, 1, [unreachable]);
-      await endsWith(consumer, 1, [away, /^error: .* for 60 s.* Next: make doctor/m]);
+      for (const [at, run] of [consumer, starting].entries()) await endsWith(run, 1, [gone[server][at] ?? ""]);
       assert.equal(await sensors.committed(), 1000);
       await hanging.pass();
       const unit = readFileSync(join(root, "ops/etl-sensors.service"), "utf8").split("\n");

@@ -56,7 +56,9 @@ suite("sensors killed", { concurrency: true }, () => {
       const at = writers.committed();
       if (victim === "consumer") {
         await kill(consumers[which] as Process);
-        consumers[which] = sensors.shop.start("scripts/sensors.ts"); // the group waits for the session of the killed one
+        const next = sensors.shop.start("scripts/sensors.ts"); // the group waits for the session of the killed one
+        await next.line(/step=serving/); // while it starts, it does not wait for ClickHouse: systemd starts it again
+        consumers[which] = next;
       } else {
         await servers.kill(victim satisfies SensorsServer);
         await delay(down);
