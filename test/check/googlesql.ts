@@ -54,7 +54,7 @@ function generated(contract: Contract, staging: string): Statement[] {
   const statements = {
     MERGE: mergeStatement(contract, tables.table, tables.staging),
     "key check": duplicateKeysStatement(contract, tables.staging),
-    ...verifyStatements(contract, tables, { watermark: time, seconds: 1800, shown: 20, written: ["extra"] }),
+    ...verifyStatements(contract, { ...tables, watermark: time, seconds: 1800, shown: 20, written: ["extra"] }),
   };
   return Object.entries(statements).map(([generated, sql]) => ({ file: contract.file, sql, generated }));
 }
