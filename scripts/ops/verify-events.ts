@@ -37,14 +37,8 @@ await main(import.meta, async () => {
       const objects = await Array.fromAsync(listObjects(bucket, archive.dayPrefix(bucket, day)));
       const archived = await readArchived(bucket, day);
       const named = new Set([archive.manifestKey(bucket, day), ...(archived.manifest?.parts ?? []).map(({ key }) => key)]);
-      // A manifest that cannot be read may name any of them.
-      if (archived.manifest || !archived.damage)
-        await listStrays(
-          run,
-          bucket,
-          objects.filter(({ key }) => !named.has(key)),
-          env.CLEAN,
-        );
+      const strays = objects.filter(({ key }) => !named.has(key));
+      if (archived.manifest || !archived.damage) await listStrays(run, bucket, strays, env.CLEAN); // one that cannot be read may name any
 
       // 2. The day's rows against the source's: by count, then by the hash of their lines, which are read as the archive reads them.
       const hash = createHash("sha256");
@@ -101,18 +95,16 @@ function compareDay(day: string, archived: Awaited<ReturnType<typeof readArchive
   const { manifest, damage } = archived;
   const window = `FROM=${day} TO=${archive.addDays(day)}`;
   const again = `make backfill-events ${window}`;
-  const differ = (how: string): Error => new Error(`${how}: ${again} FORCE=1`);
   if (!manifest) throw new Error(`${damage ?? `is not archived; the source has ${rows} rows of it`}. Next: ${again}`);
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
   if (damage && rows < manifest.rows) throw new Error(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
-  if (damage) throw differ(`${damage}. Next`);
-  const both = `${rows} rows at the source, ${manifest.rows} in the archive`;
-  if (rows > manifest.rows) throw differ(`${both}: rows were written later with an old created_at. Next`);
+  if (damage) throw new Error(`${damage}. Next: ${again} FORCE=1`);
   const note = `the source has none of its ${manifest.rows} rows any more: the archive is the copy`;
+  const changed = "rows were added with an old created_at, changed or deleted. If the archive is to have that too";
   if (!rows && manifest.rows) log({ step: "note", day, note });
-  else if (rows < manifest.rows)
-    throw new Error(`${both}: rows were deleted at the source. If they are to go from the archive too: ${again} FORCE=1 ALLOW_SHRINK=1`);
-  else if (sha256 !== archived.sha256)
-    throw differ(`its ${rows} rows are not the source's: rows were changed there. If the archive is to have that too`);
+  else if (rows !== manifest.rows || sha256 !== archived.sha256)
+    throw new Error(
+      `its ${manifest.rows} rows are not the source's ${rows}: ${changed}: ${again} FORCE=1${rows < manifest.rows ? " ALLOW_SHRINK=1" : ""}`,
+    );
   return manifest;
 }

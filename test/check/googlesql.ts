@@ -53,7 +53,7 @@ function generated(contract: Contract, staging: string): Statement[] {
   const time = "2017-01-01T00:00:00.000001+00";
   const statements = {
     MERGE: mergeStatement(contract, tables.table, tables.staging),
-    ...verifyStatements(contract, tables, { watermark: time, seconds: 1800, shown: 20, written: ["extra"] }),
+    ...verifyStatements(contract, { ...tables, watermark: time, seconds: 1800, shown: 20, written: ["extra"] }),
   };
   return Object.entries(statements).map(([generated, sql]) => ({ file: contract.file, sql, generated }));
 }

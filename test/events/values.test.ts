@@ -275,15 +275,15 @@ suite("archive", { concurrency: true }, () => {
       ],
       "a manifest without one of the parts": [
         lie(({ parts }) => parts.splice(1, 1)),
-        "its 7 rows are not the source's: rows were changed there",
+        "its 7 rows are not the source's 7: rows were added with an old created_at, changed or deleted",
       ],
       "a row written later with an old created_at": [
         source("insert into public.events (created_at) values (NOON)"),
-        "8 rows at the source, 7 in the archive: rows were written later with an old created_at",
+        "its 7 rows are not the source's 8: rows were added with an old created_at, changed or deleted",
       ],
       "a value changed at the source": [
         source(`update public.events set payload = '{"changed": true}' where DAY and id % 7 = 3`),
-        "its 7 rows are not the source's: rows were changed there",
+        "its 7 rows are not the source's 7: rows were added with an old created_at, changed or deleted",
       ],
     };
     /** Those that the same options of backfill-events repair stand together. */
@@ -298,7 +298,7 @@ suite("archive", { concurrency: true }, () => {
       {
         when: "some rows deleted at the source",
         damage: source("delete from public.events where DAY and created_at > NOON"),
-        text: "4 rows at the source, 7 in the archive: rows were deleted at the source",
+        text: "its 7 rows are not the source's 4: rows were added with an old created_at, changed or deleted",
         options: " FORCE=1 ALLOW_SHRINK=1",
       },
     ];

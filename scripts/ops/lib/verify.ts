@@ -61,12 +61,10 @@ export type VerifyEnv = Env<typeof verifyVariables> & { PIPELINE?: string | unde
  */
 export async function eachPipeline(command: string, env: VerifyEnv, all: string[], work: (run: Run) => Promise<void>): Promise<void> {
   const failures: string[] = [];
-  let stopped = false;
-  onSignal(() => {
-    stopped = true;
-  });
+  const stopped = new AbortController();
+  onSignal(() => stopped.abort());
   for (const pipeline of env.PIPELINE ? [env.PIPELINE] : all) {
-    if (stopped) break;
+    if (stopped.signal.aborted) break;
     const working = (run: Run): Promise<void> => {
       run.next = `the same command begins again. Next: make ${command} PIPELINE=${pipeline}`;
       return work(run);
@@ -108,7 +106,7 @@ export async function beside<T>(run: Run, env: VerifyEnv, purpose: keyof typeof 
     progress("");
     const tables = { table: address(to, pipeline), staging: address(to, staging.name) };
     const limits = { watermark: stored.watermark, seconds: env.RUN_TIMEOUT_SECONDS, shown: env.LIMIT, written: written[purpose] };
-    const sql = verifyStatements(to.contract, tables, limits);
+    const sql = verifyStatements(to.contract, { ...tables, ...limits });
     let jobs = 0;
     const job = (name: string): string => `etl_${staging.name}_${name}_${++jobs}`;
     return await work({
@@ -133,17 +131,12 @@ function isDistinct({ name, type, mode }: Field): string {
   return `${s} IS DISTINCT FROM ${t}`;
 }
 
-/**
- * The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__.
- * @param limits the watermark, how long a run may take (what one beside this brings is no row of the future), keys to show of each kind,
- * and the kinds that are written.
- */
-export function verifyStatements(
-  contract: Contract,
-  { table, staging }: { table: string; staging: string },
-  { watermark, seconds, shown, written }: { watermark: string; seconds: number; shown: number; written: string[] },
-) {
-  const { key, fields, source } = contract;
+/** `seconds` a run may take: what one beside this brings is no row of the future. `shown` keys of each kind. The kinds that are `written`. */
+type Limits = Record<"table" | "staging" | "watermark", string> & Record<"seconds" | "shown", number> & { written: string[] };
+
+/** The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__. */
+export function verifyStatements({ key, fields, source }: Contract, limits: Limits) {
+  const { table, staging, watermark, seconds, shown, written } = limits;
   const list = (names: string[], each = (name: string) => `\`${name}\``, separator = ", "): string => names.map(each).join(separator);
   const [keys, [first = ""], cursor] = [list(key), key, `\`${source.cursor}\``];
   const names = fields.map(({ name }) => name);
