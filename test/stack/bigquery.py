@@ -1,5 +1,5 @@
 """
-local-bigquery, with seven things of it made fast. What it does is the same, but that it forgets its jobs and their results when it ends.
+local-bigquery, with eight things of it made fast. What it does is the same, but that it forgets its jobs and their results when it ends.
 - A project is a DuckDB database, not a DuckLake: that reads its whole catalog again after each table that is made or dropped, which is
   30 ms of processor time for each.
 - A job and its result expire after three minutes. Google's result does after a day; here each is a table, and both stay for ever, while
@@ -8,6 +8,8 @@ local-bigquery, with seven things of it made fast. What it does is the same, but
 - What it knows of datasets and tables is read from its file once, and then kept; what is written goes to both.
 - It looks for a table in duckdb_tables() and for its columns in duckdb_columns(), which list all there are.
 - It asks each query's connection for its temporary tables, by a look through all tables. Only a session's has any.
+- Each statement asks the file for all row access policies, and each of its tables for a column that only a table partitioned by ingestion
+  time has, and none here is.
 - DuckDB looks for pandas on every folder of Python's path, for each statement anew.
 
 And four things done as Google's BigQuery does them:
@@ -31,7 +33,8 @@ from local_bigquery.cli import main
 from local_bigquery.engine import database, results
 from local_bigquery.errors import BigQueryError
 from local_bigquery.jobs import copy, query, runner, store
-from local_bigquery.models import Table
+from local_bigquery.models import RowAccessPolicy, Table
+from local_bigquery.sql.rules import partitions
 from sqlglot import exp
 
 SECONDS = 180
@@ -97,6 +100,8 @@ def delete_resources(model, *keys):
 
 
 metadata.list_, metadata.save, metadata.delete = list_resources, save_resource, delete_resources
+row_access.secured = lambda: frozenset(of[:3] for of in kept(RowAccessPolicy))
+partitions._hidden = lambda table: False
 
 COLUMNS = "duckdb_columns() WHERE database_name = ? AND schema_name = ? AND table_name = ?"
 
