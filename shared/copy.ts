@@ -42,8 +42,9 @@ export function copyJsonLines(url: string, select: string, options: SessionOptio
     } catch (cause) {
       const { message, detail } = cause as Error & { detail?: string };
       const value = /etl refuses (.*)"$/s.exec(message)?.[1];
-      const said = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
-      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${said}${detail ? `: ${detail}` : ""}`, { cause });
+      const why = value ? `${value}, which its field cannot hold. Correct the row at the source.` : message;
+      const said = [why, detail].filter(Boolean).join(": ");
+      throw new SourceError(`reading the source failed after ${sent.rows} rows: ${said}`, { cause });
     }
   }
   return { lines: lines(), sent, [Symbol.asyncDispose]: session[Symbol.asyncDispose] };
