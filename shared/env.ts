@@ -136,8 +136,8 @@ function parseUrl(value: string, protocol: RegExp, form: string): URL {
 /** @param ignored the parts that its client would ignore. */
 function url(...ignored: ("username" | "password" | "pathname" | "search")[]): Reader<string> {
   return (value) => {
-    const url = parseUrl(value, /^https?:/i, "http://HOST:PORT");
-    const part = ignored.find((part) => !/^\/?$/.test(url[part]));
+    const parsed = parseUrl(value, /^https?:/i, "http://HOST:PORT");
+    const part = ignored.find((name) => !/^\/?$/.test(parsed[name]));
     if (part) throw new Error(`has a ${part}, which does nothing here. Leave it out`);
     return value;
   };

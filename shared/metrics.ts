@@ -10,7 +10,7 @@ export const orWarn = (warning: string, told: Promise<unknown>): Promise<unknown
   told.catch(({ message }: Error) => log({ step: "warning", warning: `${warning}; the run itself is not affected`, error: message }));
 
 /** @throws Error where it is refused, or was not answered to the end within 5 s. */
-async function tell(variable: string, url: URL, init: RequestInit = {}): Promise<void> {
+async function send(variable: string, url: URL, init: RequestInit = {}): Promise<void> {
   const answer = await ask(variable, url, init, 5);
   const text = await answer.text();
   if (!answer.ok) throw new Error(`${variable} answered HTTP ${answer.status}: ${text.slice(0, 300)}`);
@@ -24,7 +24,7 @@ async function tell(variable: string, url: URL, init: RequestInit = {}): Promise
 export async function pushMetrics(url: string, pipeline: string, values: Metrics, within: Record<string, string> = {}): Promise<void> {
   const path = ["metrics", ...Object.entries({ job: "etl", pipeline, ...within }).flat()].map(encodeURIComponent).join("/");
   const lines = Object.entries(values).map(([name, value]) => `# TYPE ${name} gauge\n${name} ${value}\n`);
-  await tell("PUSHGATEWAY_URL", below(url, path), { method: "POST", body: lines.join("") });
+  await send("PUSHGATEWAY_URL", below(url, path), { method: "POST", body: lines.join("") });
 }
 
 /**
@@ -35,5 +35,5 @@ export async function tellHeartbeat(url: string, pipeline: string, event: "start
   if (!url) return;
   const target = new URL(url.replaceAll("{pipeline}", pipeline));
   if (event !== "success") target.pathname = `${target.pathname.replace(/\/$/, "")}/${event}`;
-  await orWarn(`HEARTBEAT_URL was not told of ${event}`, tell("HEARTBEAT_URL", target));
+  await orWarn(`HEARTBEAT_URL was not told of ${event}`, send("HEARTBEAT_URL", target));
 }

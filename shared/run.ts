@@ -56,7 +56,6 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
   } catch (error) {
     failure = error as Error;
     stop.abort(failure); // work of another day or model beside it must not publish what is undone here
-    progress("");
     const ends = [...undos].map((undo) => undo());
     // Of a scheduled one also before it has the lock: make status must know of it.
     if (run.state === "recorded" || !run.byHand) ends.push(record(run, "failed", redact(explain(failure))));

@@ -24,6 +24,7 @@ export interface SessionOptions {
  */
 export function openSession(url: string, options: SessionOptions): Sql & AsyncDisposable {
   const { sslmode, ...server } = parsePostgresUrl(url);
+  const connectSeconds = Math.min(10, options.timeoutSeconds);
   let socket: Socket | undefined;
   delete process.env.PGTARGETSESSIONATTRS; // libpq's: postgres.js would refuse our read-only role by it, without a word
   const session = postgres({
@@ -31,12 +32,12 @@ export function openSession(url: string, options: SessionOptions): Sql & AsyncDi
     host: [server.host], // as text ::1 would be a host and a port
     port: [server.port],
     socket: async () => {
-      socket = await openSocket(server, sslmode);
+      socket = await openSocket({ ...server, sslmode }, connectSeconds);
       return socket;
     },
     max: 1,
     max_lifetime: null,
-    connect_timeout: CONNECT_SECONDS,
+    connect_timeout: connectSeconds,
     fetch_types: false,
     onnotice: () => {},
     // Whatever the role, the database or the server default to: the same names and text, no row silently filtered, nothing that hangs
@@ -69,15 +70,15 @@ export function openSession(url: string, options: SessionOptions): Sql & AsyncDi
   return Object.assign(session, { [Symbol.asyncDispose]: close });
 }
 
-const CONNECT_SECONDS = 10;
+type Address = { host: string; port: number; sslmode: string };
 const SSL_REQUEST = Buffer.from([0, 0, 0, 8, 4, 210, 22, 47]);
 
 /**
  * Opens a session's connection. sslmode=require encrypts, as in libpq; verify-full (and verify-ca, here the same) also checks the
  * certificate and that it is the host's. Where the server ends the session, its words are the error: postgres.js would drop them.
  */
-async function openSocket({ host, port }: { host: string; port: number }, sslmode: string): Promise<Socket> {
-  const signal = AbortSignal.timeout(CONNECT_SECONDS * 1000);
+async function openSocket({ host, port, sslmode }: Address, seconds: number): Promise<Socket> {
+  const signal = AbortSignal.timeout(seconds * 1000);
   let socket = connectSocket({ host, port });
   try {
     await once(socket, "connect", { signal });
@@ -91,7 +92,7 @@ async function openSocket({ host, port }: { host: string; port: number }, sslmod
     }
   } catch (error) {
     socket.on("error", () => {}).destroy();
-    throw signal.aborted ? new Error(`no answer within ${CONNECT_SECONDS} s`) : error;
+    throw signal.aborted ? new Error(`no answer within ${seconds} s`) : error;
   }
   socket.on("end", () => socket.destroy(new Error("the server closed the connection")));
   return socket.on("data", (received: Buffer) => {
@@ -113,7 +114,7 @@ export async function checkSession(variable: string, session: Sql): Promise<void
   await prepareSession(session).catch(({ code, message }: Error & { code?: string }) => {
     const { host, port, database, user } = session.options;
     const where = `${variable} (host ${host[0]}, port ${port[0]}, database ${database}, role ${user})`;
-    const next = "Is all of that right, its password percent-encoded, and a private authority in NODE_EXTRA_CA_CERTS?";
+    const next = "Are these right, and its password (percent-encoded), sslmode and NODE_EXTRA_CA_CERTS?";
     throw new Error(`cannot connect to ${where}: ${message || code}. ${next} For the local stack: make up`);
   });
 }

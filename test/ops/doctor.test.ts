@@ -98,11 +98,11 @@ test("a shop without sensors, or without an archive, is not told to have them; h
       ...{ ...without(ofSensors), CLICKHOUSE_URL: shop.env.CLICKHOUSE_URL, S3_BUCKET: undefined },
       ...{ SOURCE_DATABASE_URL: "mysql://u:HUSH@db/shop", BIGQUERY_LOCATION: undefined },
     },
-    /^FAIL {2}source: variables: .*SOURCE_DATABASE_URL must start with postgres:\/\//,
+    /^FAIL {2}source: variables: .*SOURCE_DATABASE_URL is not postgres:\/\/USER:/,
     /^FAIL {2}bigquery: variables: .*BIGQUERY_LOCATION is missing/,
     /^FAIL {2}views: variables: .*BIGQUERY_LOCATION is missing/,
     new RegExp(
-      "sensors: variables: (?=.*SOURCE_DATABASE_URL must start)(?=.*CONNECT_URL is missing)(?=.*REPLICATION_DATABASE_URL is missing)" +
+      "sensors: variables: (?=.*SOURCE_DATABASE_URL is not postgres)(?=.*CONNECT_URL is missing)(?=.*REPLICATION_DATABASE_URL is missing)" +
         "(?=.*SENSORS_TOPIC is missing)(?=.*KAFKA_BROKERS is missing\\. .* Example: KAFKA_BROKERS=).*CLICKHOUSE_DATABASE is missing",
     ),
   );
@@ -134,7 +134,7 @@ suite("on servers of their own, or none, at the same time", { concurrency: true 
       /bigquery: users: .*ECONNREFUSED.*Check BIGQUERY_ENDPOINT/,
       /views: models may be published .*ECONNREFUSED/,
       /s3: an object .*ECONNREFUSED/,
-      /sensors: connection: cannot connect to REPLICATION_DATABASE_URL .*database \S+ does not exist. Is all of that right/,
+      /sensors: connection: cannot connect to REPLICATION_DATABASE_URL .*database \S+ does not exist. Are these right/,
       /sensors: Debezium's version: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: /,
       /sensors: connector etl-.*: 127\.0\.0\.1:1 \(CONNECT_URL\) does not answer: /,
       /sensors: topic .*: no broker of KAFKA_BROKERS \(127\.0\.0\.1:1\) answers/,

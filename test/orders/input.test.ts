@@ -122,10 +122,10 @@ stepsOfPipeline((pipeline) => {
   const at = (change: Partial<URL>, variable = "SOURCE_DATABASE_URL"): string =>
     Object.assign(new URL(shop.env[variable] ?? ""), change).href;
   const refusals: [change: Partial<URL>, ...says: string[]][] = [
-    [{ password: "wrong" }, "password authentication failed", "each special character of its password percent-encoded"],
+    [{ password: "wrong" }, "password authentication failed", "Are these right, and its password (percent-encoded)"],
     [{ port: "1" }, "port 1,", "connect ECONNREFUSED 127.0.0.1:1. ", "For the local stack: make up"],
-    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Is all of that right'],
-    [{ hostname: "no-such-host.invalid" }, "getaddrinfo ENOTFOUND no-such-host.invalid. Is all of that right"],
+    [{ pathname: "/nowhere" }, 'database "nowhere" does not exist. Are these right'],
+    [{ hostname: "no-such-host.invalid" }, "getaddrinfo ENOTFOUND no-such-host.invalid. Are these right"],
   ];
   test("a source that refuses or is not there is named by its variable, with what to check", async () => {
     for (const name of ["SOURCE_DATABASE_URL", "ETL_DATABASE_URL"]) {
