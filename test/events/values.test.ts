@@ -212,7 +212,10 @@ suite("archive", { concurrency: true }, () => {
     await shop.insertEvents(FROM, 40);
     await shop.admin`update public.events set type = 'caf' || chr(233) where id = 37`;
     const { code, stderr } = await shop.run(archiver, { FROM, TO, CHUNK_ROWS: "30" });
-    assert.match(stderr, /^ {2}2017-01-01: row id=37 of events is refused: .*invalid byte.* Correct it at the source, then: make events$/m);
+    assert.match(
+      stderr,
+      /^ {2}2017-01-01: row id=37, created_at=.+ of events is refused: .*invalid byte.* Correct it at the source, then: make events$/m,
+    );
     assert.equal(code, 1);
     assert.deepEqual(await objectKeys(shop), []);
     await shop.admin`update public.events set type = 'coffee' where id = 37`;
