@@ -352,7 +352,7 @@ suite("faults", { concurrency: 8 }, () => {
       ["compact", 67_108_864],
     ] as const) {
       await alter(`cleanup.policy=${policy},max.message.bytes=${bytes}`);
-      const told = `topic ${topic} has cleanup.policy=${policy} and max.message.bytes=${bytes}. `;
+      const told = `topic ${topic} has cleanup.policy=${policy} and max.message.bytes=${bytes}: `;
       assert.ok((await shop.run("scripts/ops/doctor.ts", { PIPELINE: "sensors" })).stdout.includes(told));
       const refused = await shop.run("scripts/ops/connector.ts");
       assert.ok(refused.code === 1 && refused.stderr.includes(told), refused.stderr);
