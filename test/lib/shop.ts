@@ -128,10 +128,13 @@ export async function createShop(options: ShopOptions = {}) {
   const { open, ...source } = sourceOf(env, pipeline);
   const { children, ...scripts } = scriptsOf(folder, env);
   const bigquery = bigqueryOf(env, pipeline);
-  // The bucket is all shops', and there already. There are more than a hundred shops: what migrate leaves out is worth it.
+  // There are more than a hundred shops, and each process that makes one less is worth it; the bucket is all shops'.
   const without = { S3_BUCKET: "", ...(options.clickhouse ? {} : { CLICKHOUSE_URL: "" }) };
-  if (options.bigquery ?? true) await scripts.succeed("scripts/ops/migrate.ts", without);
-  else if (options.clickhouse) await createReadings(env);
+  if (folder !== root && options.bigquery !== false) await scripts.succeed("scripts/ops/migrate.ts", without);
+  else {
+    if (options.bigquery !== false) await createDestination(env, bigquery.api);
+    if (options.clickhouse) await createReadings(env);
+  }
   const dispose = async (): Promise<void> => {
     for (const child of children) child.kill("SIGKILL");
     await gateway?.[Symbol.asyncDispose]();
@@ -370,6 +373,16 @@ async function migrateMetadata(url = ""): Promise<void> {
   const etl = postgres(url, { max: 1, onnotice: () => {} });
   await migratePostgres(etl);
   await etl.end();
+}
+
+/** The datasets and tables of an environment in BigQuery, as make migrate makes them, without a process. */
+async function createDestination(env: Env, api: (path: string, method: string, body: object) => Promise<unknown>): Promise<void> {
+  const { BIGQUERY_PROJECT: projectId, BIGQUERY_DATASET: raw = "", BIGQUERY_VIEWS_DATASET: views, BIGQUERY_LOCATION: location } = env;
+  for (const datasetId of [raw, views]) await api("/datasets", "POST", { datasetReference: { projectId, datasetId }, location });
+  for (const tableId of pipelines) {
+    const { resource } = readContract(tableId);
+    await api(`/datasets/${raw}/tables`, "POST", { ...resource, tableReference: { projectId, datasetId: raw, tableId } });
+  }
 }
 
 /** The database of an environment in ClickHouse, as make migrate makes it, without a process. */
