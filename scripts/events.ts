@@ -20,8 +20,7 @@ import { readEnv, UsageError } from "../shared/env.ts";
 import { addDays, archiveDays, archiveVariables, daysBetween, openArchive } from "../shared/events/archive.ts";
 import { main } from "../shared/main.ts";
 import { type Run, runPipeline, takeLock } from "../shared/run.ts";
-import { queryWith, type Window } from "../shared/session.ts";
-import { readSelect } from "../shared/source.ts";
+import { queryFile, type Window } from "../shared/session.ts";
 import { advance, takeWindow } from "../shared/watermark.ts";
 
 await main(import.meta, async () => {
@@ -51,7 +50,7 @@ async function dueDays(run: Run, { from, to }: Window): Promise<string[]> {
   const bound = to.slice(0, 10);
   if (from !== "-infinity") return daysBetween(from.slice(0, 10), bound);
   const yesterday = addDays(bound, -1);
-  const [older] = await queryWith<{ older_days: number; next: string }>(run.source, { "etl.to": yesterday }, readSelect("older_days"));
+  const [older] = await queryFile<{ older_days: number; next: string }>(run.source, "older_days", { "etl.to": yesterday });
   if (older?.next) run.log("first-run", { archives: yesterday, ...older });
   return [yesterday];
 }

@@ -15,12 +15,12 @@
  *
  * Touches: reads the source as a read-only role; writes the target, a staging table beside it, schema etl, and the Pushgateway.
  */
-import { bigqueryVariables, isTransient } from "../shared/bigquery/client.ts";
+import { bigqueryVariables, withRetry } from "../shared/bigquery/client.ts";
 import { checkSource, readContract } from "../shared/bigquery/contract.ts";
 import { createStaging, loadChunk, mergeStaging, openDestination } from "../shared/bigquery/load.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
-import { pipelineVariables, reportChunk, runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { pipelineVariables, reportChunk, runPipeline, takeLock } from "../shared/run.ts";
 import { advance, cutChunks, takeWindow } from "../shared/watermark.ts";
 
 const pipeline = "orders";
@@ -40,7 +40,7 @@ await main(import.meta, async () => {
 
     // 4. For each chunk: extract, load, count, upsert, advance.
     for await (const chunk of cutChunks(run, contract.source, window, env.CHUNK_ROWS)) {
-      const done = await withRetry(run, isTransient, async (attempt) => {
+      const done = await withRetry(run, async (attempt) => {
         if (chunk.rows === 0) return { rows: 0, bytes: 0, inserted: 0, updated: 0 };
         await using staging = await createStaging(run, destination, attempt);
         const loaded = await loadChunk(run, columns, staging, chunk); // extract, load, count

@@ -19,11 +19,11 @@
  * Touches: reads the raw tables; writes the targets, a build dataset BIGQUERY_VIEWS_DATASET_build_RUN that expires, schema etl,
  * and the Pushgateway.
  */
-import { isTransient } from "../shared/bigquery/client.ts";
+import { withRetry } from "../shared/bigquery/client.ts";
 import { readEnv } from "../shared/env.ts";
 import { main } from "../shared/main.ts";
 import { pipelines } from "../shared/pipelines.ts";
-import { runPipeline, takeLock, withRetry } from "../shared/run.ts";
+import { runPipeline, takeLock } from "../shared/run.ts";
 import * as views from "../shared/views/build.ts";
 import { readModels } from "../shared/views/models.ts";
 
@@ -48,7 +48,7 @@ await main(import.meta, async () => {
 
     // 5. For each model, after those that it needs: build, check, publish.
     const outcomes = await views.eachModel(build, models, async (model) => {
-      return await withRetry(run, isTransient, async (attempt) => {
+      return await withRetry(run, async (attempt) => {
         await views.buildModel(build, model, attempt);
         await views.runChecks(build, model, attempt);
         return await views.publishModel(build, model, attempt);

@@ -6,12 +6,8 @@ export class SourceError extends Error {
   override name = "SourceError";
 }
 
-export interface RowStream extends AsyncDisposable {
-  /** JSON lines, in pieces of whole lines. */
-  lines: AsyncIterable<Buffer>;
-  /** What has passed so far. */
-  sent: { rows: number; bytes: number };
-}
+/** JSON lines, in pieces of whole lines, and what of them has passed so far. */
+export type RowStream = AsyncDisposable & { lines: AsyncIterable<Buffer>; sent: { rows: number; bytes: number } };
 
 const NEWLINE = 10;
 

@@ -160,27 +160,6 @@ async function record(run: Run, state: "running" | "succeeded" | "failed", error
   await queryFile(run.etl, "record_run", { "etl.run": JSON.stringify(row) });
 }
 
-/**
- * Calls `attempt` up to seven times, waiting about 1, 2, 4, 8, 16 and 32 s in between (as BigQuery's SLA asks), as long as its errors are
- * transient. Each attempt gets its number, from 1: nothing of an earlier one is used again.
- */
-export async function withRetry<T>(
-  run: Run,
-  isTransient: (error: unknown) => boolean,
-  attempt: (number: number) => Promise<T>,
-): Promise<T> {
-  for (let number = 1; ; number++) {
-    try {
-      return await attempt(number);
-    } catch (error) {
-      if (number === 7 || run.signal.aborted || !isTransient(error)) throw error;
-      const seconds = 2 ** (number - 1) * (0.75 + Math.random() / 2);
-      run.log("retry", { attempt: number, in_seconds: Number(seconds.toFixed(1)), error: (error as Error).message });
-      await delay(seconds * 1000, undefined, { signal: run.signal });
-    }
-  }
-}
-
 /** The key of the pipeline's advisory lock, in SQL. */
 export const lockKey = (etl: Sql, pipeline: string) => etl`hashtextextended(${`etl:${pipeline}`}, 0)`;
 

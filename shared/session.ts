@@ -9,14 +9,8 @@ import { parsePostgresUrl, root } from "./env.ts";
 
 export type Settings = Record<string, string>;
 
-export interface SessionOptions {
-  /** Names the session in pg_stat_activity, so that whoever looks there finds the run. At most 63 bytes. */
-  application: string;
-  /** Deadline of each statement, in seconds. */
-  timeoutSeconds: number;
-  /** Further settings of the session, for example etl.from and etl.to. */
-  settings?: Settings;
-}
+/** Its name in pg_stat_activity, of at most 63 bytes; the deadline of each statement; further settings, such as etl.from and etl.to. */
+export type SessionOptions = { application: string; timeoutSeconds: number; settings?: Settings };
 
 /**
  * One session, opened at its first statement; `await session.end()` closes it. So does the end of its scope with `await using`, whatever it
@@ -120,10 +114,7 @@ export async function checkSession(variable: string, session: Sql): Promise<void
 }
 
 /** Timestamps as `utc` writes them: from inclusive, '-infinity' before the first run; to exclusive. */
-export interface Window {
-  from: string;
-  to: string;
-}
+export type Window = Record<"from" | "to", string>;
 
 /** Rows of a query that reads settings, such as etl.from. In autocommit: a ROLLBACK on a lost connection would hide why it was lost. */
 export async function queryWith<T extends object>(sql: Sql, settings: Settings, query: string): Promise<T[]> {

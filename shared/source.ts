@@ -8,19 +8,14 @@ import type { Sql } from "postgres";
 import { SourceError } from "./copy.ts";
 import { root, UsageError } from "./env.ts";
 import type { Run } from "./run.ts";
-import { ident, queryWith, quote, type Settings } from "./session.ts";
+import { ident, queryFile, queryWith, quote, type Settings } from "./session.ts";
 
-/** What a pipeline reads: a table, the column that says when a row last changed, and the SELECT of sql/NAME.sql. */
-export interface Source {
-  /** Schema-qualified, for example public.orders. */
-  table: string;
-  /** timestamptz, NOT NULL, indexed, set by the database to now() or clock_timestamp(). */
-  cursor: string;
-  /** Bounds the cursor by the settings etl.from (inclusive) and etl.to (exclusive). */
-  select: string;
-  /** What the SELECT calls the columns of a unique key of the table. */
-  key: string[];
-}
+/**
+ * What a pipeline reads: a table with its schema, as public.orders; its cursor, the timestamptz of a row's last change, which the database
+ * sets; the SELECT of sql/NAME.sql, whose settings etl.from (inclusive) and etl.to (exclusive) bound it; and what that calls the columns of
+ * a unique key.
+ */
+export type Source = Record<"table" | "cursor" | "select", string> & { key: string[] };
 
 /** The SELECT of sql/NAME.sql, such that it can stand in parentheses: psql needs the semicolon at its end. */
 export const readSelect = (name: string): string =>
@@ -60,7 +55,7 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
     "etl.source_fields": JSON.stringify(wanted),
     "etl.source_select": described ? JSON.stringify(described.columns) : "",
   };
-  const [{ faults, found, unknown, key_columns }] = (await queryWith(source, settings, readSelect("source_checks"))) as [Checked];
+  const [{ faults, found, unknown, key_columns }] = (await queryFile(source, "source_checks", settings)) as [Checked];
   for (const { name, expected, differs } of wanted) {
     const column = found.find((one) => one.name === name);
     const is = column && differs(column);
@@ -108,7 +103,7 @@ function isRefusal(error: unknown): boolean {
   return errors?.some(({ reason }) => reason === "invalid") ?? false;
 }
 
-type Load = (select: string) => Promise<unknown>;
+type Load = (select: string) => Promise<undefined>;
 
 /**
  * Where `error` says that a row was refused, loads them again in halves, in the order of their keys, until one is left: log2(n) steps.
@@ -124,10 +119,7 @@ export async function nameRefused(error: Error, run: Run, { key, select }: Sourc
   while (count > 0) {
     const half = Math.ceil(count / 2);
     const part = `select * from (${select}) q order by ${key.map(quote).join(", ")} offset ${first} limit ${half}`;
-    const refusal = await load(part).then(
-      () => undefined,
-      (error: Error) => error,
-    );
+    const refusal = await load(part).catch((error: Error) => error);
     if (refusal && !isRefusal(refusal)) return refusal;
     if (refusal && count === 1) {
       const why = `is refused: ${refusal.message}. Correct it at the source, then: make ${run.pipeline}`;
@@ -139,8 +131,7 @@ export async function nameRefused(error: Error, run: Run, { key, select }: Sourc
 }
 
 /** All differences of one side, in one error. */
-export function driftError(side: string, faults: string[], next: string): UsageError {
-  const listed = faults.join("\n  ");
-  const help = `${next}; schemas/README.md, "When the schema changes".`;
-  return new UsageError(`the ${side} differs from the contract, nothing was moved:\n  ${listed}\n${help}`);
-}
+export const driftError = (side: string, faults: string[], next: string): UsageError =>
+  new UsageError(
+    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; schemas/README.md, "When the schema changes".`,
+  );

@@ -6,8 +6,8 @@
  */
 import type { Sql } from "postgres";
 import type { Run } from "./run.ts";
-import { queryWith, quote, utc, type Window } from "./session.ts";
-import { readSelect, type Source } from "./source.ts";
+import { queryFile, queryWith, quote, utc, type Window } from "./session.ts";
+import type { Source } from "./source.ts";
 
 /**
  * What a watermark belongs to: after a restore, a failover, or at another table it may mean nothing. Server and WAL position (see
@@ -40,9 +40,9 @@ export async function readWatermark(etl: Sql, pipeline: string): Promise<Waterma
  * @throws Error where open transactions cannot be seen, so that no bound is safe.
  */
 export async function readBound(source: Sql): Promise<Bound> {
-  const [bound] = (await source.unsafe(readSelect("safe_bound"))) as [Bound];
+  const [bound] = (await queryFile(source, "safe_bound", {})) as [Bound];
   if (bound.refusal) throw new Error(`source database ${bound.database}: no bound is safe: ${bound.refusal}`);
-  const told = await source.unsafe(readSelect("history")).catch((error: Error & { code?: string }) => {
+  const told = await queryFile(source, "history", {}).catch((error: Error & { code?: string }) => {
     if (!/^(42501|42883|0A000|55000)$/.test(error.code ?? "")) throw error; // a managed server may refuse these functions, or lack them
     return [{ server: null, wal: null, unknown: error.message }];
   });

@@ -17,8 +17,7 @@ import { readThreshold } from "../../shared/alerts.ts";
 import { optional, postgresUrl, readEnv, required, root, text } from "../../shared/env.ts";
 import { log } from "../../shared/log.ts";
 import { main } from "../../shared/main.ts";
-import { checkSession, openSession } from "../../shared/session.ts";
-import { readSelect } from "../../shared/source.ts";
+import { checkSession, openSession, queryFile } from "../../shared/session.ts";
 
 type Row = (string | number | null)[];
 /** A run, a day or a label: told apart by shape. */
@@ -37,7 +36,7 @@ await main(import.meta, async () => {
   const settings = { "etl.status": String(status.stdout), "etl.long_hold": String(readThreshold("etl_watermark_hold_seconds")) };
   await using etl = openSession(env.ETL_DATABASE_URL, { application: "etl:report", timeoutSeconds: 60, settings });
   await checkSession("ETL_DATABASE_URL", etl);
-  const [row] = (await etl.unsafe(readSelect("report"))) as [{ report: string }];
+  const [row] = (await queryFile(etl, "report", {})) as [{ report: string }];
   const blocks: (Block | null)[] = JSON.parse(row.report, asText).flat(3);
 
   // 3. The page.

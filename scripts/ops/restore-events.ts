@@ -12,8 +12,7 @@ import { addDays, daysFailed, midnight, readManifest } from "../../shared/events
 import { checkBucket, connectS3 } from "../../shared/events/s3.ts";
 import { main } from "../../shared/main.ts";
 import { runPipeline } from "../../shared/run.ts";
-import { queryWith } from "../../shared/session.ts";
-import { readSelect } from "../../shared/source.ts";
+import { queryFile } from "../../shared/session.ts";
 import { dayVariables, readBack, readDays, readPart } from "./lib/events.ts";
 
 await main(import.meta, async () => {
@@ -38,7 +37,7 @@ await main(import.meta, async () => {
         });
       }
       // 2. Those in the place of the day's rows.
-      await queryWith(etl, { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) }, readSelect("restore_events"));
+      await queryFile(etl, "restore_events", { "etl.from": midnight(day), "etl.to": midnight(addDays(day)) });
       return found.manifest;
     });
     if (failed.size) throw daysFailed(failed, days.length);

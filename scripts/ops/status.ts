@@ -23,8 +23,8 @@ import { clickhouseVariables, connectClickHouse, select } from "../../shared/sen
 import { connectVariables, isRunning, namesOf } from "../../shared/sensors/connector.ts";
 import { readEpoch, topicState } from "../../shared/sensors/epoch.ts";
 import { connectKafka, withAdmin } from "../../shared/sensors/kafka.ts";
-import { checkSession, openSession, queryWith } from "../../shared/session.ts";
-import { findUnreachable, readSelect } from "../../shared/source.ts";
+import { checkSession, openSession, queryFile } from "../../shared/session.ts";
+import { findUnreachable } from "../../shared/source.ts";
 import { table } from "../../shared/table.ts";
 import { distrust, readBound, readWatermark } from "../../shared/watermark.ts";
 import { answer } from "./lib/answer.ts";
@@ -55,7 +55,7 @@ await main(import.meta, async () => {
   // 2. Judge.
   const limits = Object.fromEntries(alerts.map((metric) => [metric, readThreshold(metric)]));
   const judged = { "etl.facts": JSON.stringify(facts), "etl.limits": JSON.stringify(limits) };
-  const rows = await queryWith<Row>(etl, judged, readSelect("status"));
+  const rows = await queryFile<Row>(etl, "status", judged);
 
   // 3. Print.
   const statuses = rows.map(({ line, said, ...status }) => status);

@@ -1,4 +1,5 @@
 /** BigQuery: the client, and which of its errors are worth another attempt. */
+import { setTimeout as delay } from "node:timers/promises";
 import { BigQuery, type BigQueryOptions } from "@google-cloud/bigquery";
 import { OAuth2Client } from "google-auth-library";
 import { SourceError } from "../copy.ts";
@@ -49,6 +50,23 @@ const transient = new RegExp(
 export function isTransient(error: unknown): boolean {
   const { code, errors = [], message } = error as ApiError;
   return !(error instanceof SourceError) && transient.test([code, ...errors.map(({ reason }) => reason), message].join(" "));
+}
+
+/**
+ * Calls `attempt` up to seven times, waiting about 1, 2, 4, 8, 16 and 32 s in between (as BigQuery's SLA asks), as long as its errors are
+ * transient. Each attempt gets its number, from 1: nothing of an earlier one is used again.
+ */
+export async function withRetry<T>(run: Run, attempt: (number: number) => Promise<T>): Promise<T> {
+  for (let number = 1; ; number++) {
+    try {
+      return await attempt(number);
+    } catch (error) {
+      if (number === 7 || run.signal.aborted || !isTransient(error)) throw error;
+      const seconds = 2 ** (number - 1) * (0.75 + Math.random() / 2);
+      run.log("retry", { attempt: number, in_seconds: Number(seconds.toFixed(1)), error: (error as Error).message });
+      await delay(seconds * 1000, undefined, { signal: run.signal });
+    }
+  }
 }
 
 /** What to do about an error that trying again does not help. */

@@ -7,7 +7,7 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { TableField, TableMetadata } from "@google-cloud/bigquery";
 import { root, UsageError } from "../env.ts";
-import { type Column, checkColumns, driftError, readSelect, type SchemaCheck, type Source } from "../source.ts";
+import { type Column, checkColumns, readSelect, type SchemaCheck, type Source } from "../source.ts";
 import { apiType, type Field, unmappable } from "./types.ts";
 
 export type Contract = ReturnType<typeof readContract>;
@@ -58,13 +58,7 @@ export function differingColumns({ fields, file }: Contract, name: string, { sch
   });
 }
 
-/** Compares the table with the contract. @param hidden where a policy hides rows. @throws UsageError with all that differs, at once. */
-export function checkDestination(contract: Contract, name: string, actual: TableMetadata, hidden: boolean): void {
-  const faults = [...differingColumns(contract, name, actual).map(({ fault }) => fault), ...optionFaults(name, actual, hidden)];
-  if (faults.length) throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
-}
-
-/** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. */
+/** What else a table can be, or have set, that loses rows or lets no upsert pass, each with what to do. @param hidden: by a policy. */
 export function optionFaults(name: string, { type = "TABLE", expirationTime, ...table }: TableMetadata, hidden = false): string[] {
   const reset = (option: string): string => `Run in BigQuery: ALTER TABLE ${name} SET OPTIONS (${option})`;
   const at = new Date(Number(expirationTime ?? 0)).toISOString();

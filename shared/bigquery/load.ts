@@ -6,9 +6,9 @@ import { UsageError } from "../env.ts";
 import { progress, thousands } from "../log.ts";
 import type { Run } from "../run.ts";
 import type { Settings, Window } from "../session.ts";
-import { type Column, nameRefused } from "../source.ts";
+import { type Column, driftError, nameRefused } from "../source.ts";
 import { type ApiError, type BigQueryEnv, connectBigQuery, ignoreAlreadyThere, remedy, runJob } from "./client.ts";
-import { type Contract, checkDestination } from "./contract.ts";
+import { type Contract, differingColumns, optionFaults } from "./contract.ts";
 import { jsonLines } from "./types.ts";
 
 export type Destination = Awaited<ReturnType<typeof openDestination>>;
@@ -32,7 +32,9 @@ export async function openDestination(env: BigQueryEnv, contract: Contract, opti
   // ("Using row-level security with other BigQuery features", DML), so then BigQuery itself refuses it.
   const listed = table.request({ uri: "/rowAccessPolicies" });
   const [{ rowAccessPolicies = [] }] = await listed.catch((error: ApiError) => (error.code === 403 ? [{}] : Promise.reject(error)));
-  checkDestination(contract, `${dataset}.${pipeline}`, metadata, rowAccessPolicies.length > 0);
+  const columns = differingColumns(contract, `${dataset}.${pipeline}`, metadata).map(({ fault }) => fault);
+  const faults = [...columns, ...optionFaults(`${dataset}.${pipeline}`, metadata, rowAccessPolicies.length > 0)];
+  if (faults.length) throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
   const created = new Date(Number(metadata.creationTime)).toISOString();
   // `identity`: which table a watermark was written to.
   const identity = `${bigquery.projectId}.${dataset}.${pipeline}, created ${created}`;

@@ -6,8 +6,7 @@
  */
 import type { Sql } from "postgres";
 import { postgresUrl, required, UsageError } from "../env.ts";
-import { openSession, queryWith } from "../session.ts";
-import { readSelect } from "../source.ts";
+import { openSession, queryFile } from "../session.ts";
 
 export const canaryVariables = { REPLICATION_DATABASE_URL: required(postgresUrl) };
 
@@ -57,7 +56,7 @@ function sourceOf({ value }: Message): { op?: string; table?: string; lsn?: numb
 
 /** Records canaries in the order in which they came. One that comes again changes nothing. */
 export async function recordCanaries(etl: Sql, topic: string, canaries: Message[]): Promise<void> {
-  for (const { value } of canaries) await queryWith(etl, { "etl.topic": topic, "etl.canary": String(value) }, readSelect("canary"));
+  for (const { value } of canaries) await queryFile(etl, "canary", { "etl.topic": topic, "etl.canary": String(value) });
 }
 
 export interface CanaryState {

@@ -2,8 +2,7 @@
 import type { ClickHouseClient } from "@clickhouse/client";
 import { like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
-import { checkSession, openSession, queryWith } from "../session.ts";
-import { readSelect } from "../source.ts";
+import { checkSession, openSession, queryFile } from "../session.ts";
 import { type Column, insertRowBinary, landingRows, type Message, type Place, plainType, select } from "./clickhouse.ts";
 import { sourceTable } from "./connector.ts";
 
@@ -26,7 +25,7 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, column
   const wanted = columns.map((column) => ({ ...column, plain: plainType(column.type) }));
   const settings = { "etl.source": sourceTable, "etl.wanted": JSON.stringify(wanted) };
   type Checked = { faults: string[]; unknown: string[] };
-  const [{ faults, unknown }] = (await queryWith(source, settings, readSelect("readings_checks"))) as [Checked];
+  const [{ faults, unknown }] = (await queryFile(source, "readings_checks", settings)) as [Checked];
   if (!faults.length) return unknown;
   throw new UsageError(
     `the source differs from ClickHouse's sensor_readings:\n  ${faults.join("\n  ")}\nChange the source back, or sensor_readings ` +

@@ -4,8 +4,7 @@
  */
 import type { Sql, TransactionSql } from "postgres";
 import { UsageError } from "../env.ts";
-import { queryWith } from "../session.ts";
-import { readSelect } from "../source.ts";
+import { queryFile } from "../session.ts";
 import { type Admin, committedOffsets, topicOffsets } from "./kafka.ts";
 
 export interface PartitionState {
@@ -82,7 +81,7 @@ export async function takeEpoch(etl: Sql, topic: string, database: string, where
   const epoch = (await readEpoch(etl, topic, database)) as Epoch;
   const json = (value: unknown) => JSON.stringify(value, (_, part) => (typeof part === "bigint" ? String(part) : part));
   const settings = { "etl.topic": topic, "etl.readings": table, "etl.before": json(before), "etl.partitions": json(partitions) };
-  const [faulty] = await queryWith<{ fault: string }>(etl, settings, readSelect("epoch_faults"));
+  const [faulty] = await queryFile<{ fault: string }>(etl, "epoch_faults", settings);
   if (!faulty) return epoch.number;
   throw new UsageError(
     `${faulty.fault}. Nothing was inserted: rows could be missing, or lose to older ones. Stop all consumers, then run: make ` +

@@ -2,15 +2,15 @@
 import type { Sql } from "postgres";
 import { type Field, mapped, unmappable } from "../../../shared/bigquery/types.ts";
 import { UsageError } from "../../../shared/env.ts";
-import { queryWith, type Settings } from "../../../shared/session.ts";
-import { type Column, readSelect } from "../../../shared/source.ts";
+import { queryFile, type Settings } from "../../../shared/session.ts";
+import type { Column } from "../../../shared/source.ts";
 
 /** `remedy`: what to do where it is not ok, else what is worth knowing. */
 export type CatalogueCheck = { check: string; ok: boolean; remedy: string | null };
 
 /** @param part whose role asks. @param settings that the part reads. */
 export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replication", settings: Settings = {}): Promise<CatalogueCheck[]> =>
-  queryWith(sql, { "etl.part": part, ...settings }, readSelect("doctor"));
+  queryFile(sql, "doctor", { "etl.part": part, ...settings });
 
 /** `field`: the one that holds every value of the column, if there is one. */
 type SourceColumn = Column & { ident: string; declaration: string; mode: string; comment: string | null; field?: Field | undefined };
@@ -26,7 +26,7 @@ export interface SourceTable extends Record<"faults" | "grants" | "key", string[
 /** @throws UsageError where there is no such table. */
 export async function readTable(source: Sql, table: string, cursor = "", key = ""): Promise<SourceTable> {
   const settings = { "etl.source": table, "etl.cursor": cursor, "etl.key": key };
-  const [found] = await queryWith<SourceTable>(source, settings, readSelect("table"));
+  const [found] = await queryFile<SourceTable>(source, "table", settings);
   if (found) return { ...found, columns: found.columns.map((column) => ({ ...column, field: fieldOf(column) })) };
   throw new UsageError(`the source has no table ${table}. Is SOURCE_DATABASE_URL the right database? Next: make doctor`);
 }

@@ -26,7 +26,7 @@ const file = "schemas/debezium/sensor_readings.json";
 const readConfig = (): Record<string, string> => JSON.parse(readFileSync(join(root, file), "utf8"));
 
 /** schemas/debezium/sensor_readings.json, and what differs per installation. */
-export function connectorConfig({ REPLICATION_DATABASE_URL: url, ...env }: ConnectorEnv): Record<string, string> {
+function connectorConfig({ REPLICATION_DATABASE_URL: url, ...env }: ConnectorEnv): Record<string, string> {
   const { host, port, database, user, password, ...parsed } = parsePostgresUrl(url);
   const { prefix, slot } = connect.namesOf(env);
   const sslmode = url.includes("sslmode=") ? parsed.sslmode : "prefer"; // Debezium encrypts where it can

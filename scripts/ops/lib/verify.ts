@@ -7,7 +7,7 @@
  * that changed meanwhile has one at or past W on at least one side: it is `new`. All others are settled, unless a sweep or a repair beside
  * this removes them. Those two compare again in the statement that writes, so they change only what differs at that moment.
  */
-import { bigqueryVariables, isTransient } from "../../../shared/bigquery/client.ts";
+import { bigqueryVariables, withRetry } from "../../../shared/bigquery/client.ts";
 import { type Contract, checkSource, readContract } from "../../../shared/bigquery/contract.ts";
 import { address, createStaging, execute, loadChunk, openDestination } from "../../../shared/bigquery/load.ts";
 import { apiType, type Field } from "../../../shared/bigquery/types.ts";
@@ -15,7 +15,7 @@ import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress, thousands } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
 import { pushMetrics } from "../../../shared/metrics.ts";
-import { pipelineVariables, type Run, runPipeline, withRetry } from "../../../shared/run.ts";
+import { pipelineVariables, type Run, runPipeline } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
 /** The next run's, which is no difference; only at the source; only in the table; in both, but not the same; more than once; of the future. */
@@ -100,7 +100,7 @@ export async function beside<T>(run: Run, env: VerifyEnv, purpose: keyof typeof 
   const fields = contract.fields.filter(({ name }) => purpose !== "sweep" || [...contract.key, contract.source.cursor].includes(name));
   const to = { ...table, contract: { ...contract, fields } };
   run.totals.chunks += 1; // so that the tables and jobs of each comparison have their own names
-  return await withRetry(run, isTransient, async (attempt) => {
+  return await withRetry(run, async (attempt) => {
     await using staging = await createStaging(run, to, attempt);
     const { rows } = await loadChunk(run, from, staging, { from: "-infinity", to: "infinity" });
     progress("");
