@@ -1,7 +1,6 @@
 /**
- * Environment variables. Each module declares those that it reads beside its code; here are the readers. They come from the environment
- * and from the file named by ENV_FILE (default .env in the project's root); the environment wins. What a variable is for is said in
- * .env.example. Every fault is reported at once, and no value is echoed: any of them may hold a secret.
+ * Environment variables: the readers; each module declares those that it reads. They come from the environment, which wins, and from the
+ * file named by ENV_FILE (default .env in the project's root). Every fault is reported at once, and no value is echoed: it may be a secret.
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join, resolve } from "node:path";
@@ -52,7 +51,7 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
     throw new UsageError(`ENV_FILE: there is no file ${file}. Copy .env.example there, or unset ENV_FILE.`);
   const faults: string[] = [];
   const env: Record<string, unknown> = {};
-  for (const [name, read] of Object.entries({ ...variables, ...everywhere })) {
+  for (const [name, read] of Object.entries({ ...variables, LOG_FORMAT: optional(logFormat), NODE_EXTRA_CA_CERTS: optional(trust) })) {
     try {
       const text = process.env[name];
       if (text === values[name] && text !== whole[name]?.replaceAll("\0", "#"))
@@ -66,10 +65,8 @@ export function readEnv<V extends Variables>(variables: V): Env<V> {
   if ("FROM" in variables && !faults.length && (!FROM !== !TO || (FROM ?? "") > (TO ?? "")))
     faults.push("FROM and TO: a re-run needs both, FROM (inclusive) before TO (exclusive). Example: FROM=2017-01-01 TO=2017-02-01");
   if (!faults.length) return env as Env<V>;
-  throw new UsageError(
-    `wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\nSet them in ${file}, in the environment ` +
-      `or behind make (.env.example has them all).`,
-  );
+  const next = `Set them in ${file}, in the environment or behind make (.env.example has them all).`;
+  throw new UsageError(`wrong environment or arguments, nothing was done:\n  ${faults.join("\n  ")}\n${next}`);
 }
 
 /** What .env.example says of a variable: the comment above it, and its value. */
@@ -111,6 +108,7 @@ export function like(form: RegExp, otherwise: string): Reader<string> {
     return value;
   };
 }
+const logFormat = like(/^(text|json)$/, "must be text or json");
 export const name = like(/^[\w-]+$/, "may hold letters, digits, _ and - only");
 /** One of these names. @param besides what to say of a name that is none of them, and has another command. */
 export const oneOf = (names: string[], besides = ""): Reader<string> =>
@@ -133,20 +131,18 @@ function parseUrl(value: string, protocol: RegExp, form: string): URL {
   return url;
 }
 
-/** @param ignored the parts that its client would ignore. */
-function url(...ignored: ("username" | "password" | "pathname" | "search")[]): Reader<string> {
+/** Checks a text, and leaves it as it is. */
+function checked(parse: (value: string) => unknown): Reader<string> {
   return (value) => {
-    const parsed = parseUrl(value, /^https?:/i, "http://HOST:PORT");
-    const part = ignored.find((name) => !/^\/?$/.test(parsed[name]));
-    if (part) throw new Error(`has a ${part}, which does nothing here. Leave it out`);
+    parse(value);
     return value;
   };
 }
-/** The server of a client that takes an address only. */
-export const serverUrl = url("username", "password", "pathname", "search");
+/** The server of a client that takes an address only, and would ignore the rest. */
+export const serverUrl = checked((value) => parseUrl(value, /^https?:\/\/[^/@?]+\/?$/i, "http://HOST:PORT, and nothing else"));
 /** A server that may want a login, or be below a path: see shared/http.ts. */
-export const baseUrl = url("search");
-export const httpUrl = url();
+export const baseUrl = checked((value) => parseUrl(value, /^https?:[^?]+$/i, "http://HOST:PORT, and nothing behind its path"));
+export const httpUrl = checked((value) => parseUrl(value, /^https?:/i, "http://HOST"));
 
 /** The parts of postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=…, decoded. HOST is a name or an address: [::1]. */
 export function parsePostgresUrl(value: string) {
@@ -160,16 +156,7 @@ export function parsePostgresUrl(value: string) {
     throw new Error(`has ${other}, which does nothing here. Leave it out (an authority of your own: NODE_EXTRA_CA_CERTS)`);
   return { user, password, host, port: Number(url.port || 5432), database, sslmode };
 }
-export function postgresUrl(value: string): string {
-  parsePostgresUrl(value);
-  return value;
-}
-
-/** What every command heeds. */
-const everywhere = {
-  LOG_FORMAT: optional(like(/^(text|json)$/, "must be text or json"), "text"),
-  NODE_EXTRA_CA_CERTS: optional(trust),
-};
+export const postgresUrl = checked(parsePostgresUrl);
 
 /**
  * A point in time of UTC as a person types it: a date, or a date with a time to the microsecond. As text with six decimals, so that two of

@@ -4,8 +4,7 @@
 export const below = (base: string, path: string): URL => new URL(path, base.replace(/\/*$/, "/"));
 
 /**
- * A request. The URL's login goes as a header: fetch takes no URL with one.
- * @param variable that the URL comes from.
+ * A request to the URL of that variable. Its login goes as a header: fetch takes no URL with one.
  * @throws Error that names host and variable where the server does not answer in time, or refuses the login.
  */
 export async function ask(variable: string, { href }: URL, init: RequestInit, seconds: number): Promise<Response> {

@@ -3,10 +3,7 @@ import { redact } from "./env.ts";
 
 export type Fields = Record<string, string | number | boolean | null | undefined>;
 
-/** readEnv refuses any other value. */
 export const json = (): boolean => process.env.LOG_FORMAT === "json";
-/** Whether a person sees stderr as it comes. */
-const terminal = (): boolean => !json() && process.stderr.isTTY === true;
 let shown = "";
 let drawn = 0;
 
@@ -36,7 +33,7 @@ export function logError(error: string): void {
 
 /** On a terminal, draws `text` as the last line, at most ten times a second; elsewhere does nothing. `""` removes it. */
 export function progress(text: string): void {
-  if (!terminal() || (text && performance.now() - drawn < 100)) return;
+  if (json() || !process.stderr.isTTY || (text && performance.now() - drawn < 100)) return;
   clear();
   shown = text.slice(0, (process.stderr.columns ?? 80) - 1);
   process.stderr.write(shown);

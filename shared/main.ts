@@ -1,7 +1,7 @@
 /** The frame of every script: --help, signals, exit codes (0 done, 1 failed, 2 wrong arguments, environment or schema). */
 import { readFileSync } from "node:fs";
 import { UsageError } from "./env.ts";
-import { json, log, logError } from "./log.ts";
+import { json, logError } from "./log.ts";
 
 /** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
@@ -10,10 +10,6 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
     // Emitted where nobody listens: `make status | head`; a COPY that fails with its first rows, whose reader is told.
     const isHarmless = error.code === "EPIPE" || error.name === "PostgresError";
     if (origin === "unhandledRejection" || !isHarmless) fail(error);
-  });
-  process.removeAllListeners("warning").on("warning", ({ name, message }) => {
-    // kafkajs sets timers of a negative time, which does no harm.
-    if (name !== "TimeoutNegativeWarning") log({ step: "warning", warning: message });
   });
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {

@@ -27,10 +27,7 @@ export async function pushMetrics(url: string, pipeline: string, values: Metrics
   await send("PUSHGATEWAY_URL", below(url, path), { method: "POST", body: lines.join("") });
 }
 
-/**
- * For HEARTBEAT_URL: one GET at each event, for a service that alerts on silence and so needs neither Pushgateway nor Prometheus. Takes at
- * most 5 s, and never throws.
- */
+/** HEARTBEAT_URL: one GET at each event, for a service that alerts on silence, without Prometheus. At most 5 s; never throws. */
 export async function tellHeartbeat(url: string, pipeline: string, event: "start" | "success" | "fail"): Promise<void> {
   if (!url) return;
   const target = new URL(url.replaceAll("{pipeline}", pipeline));

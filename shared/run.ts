@@ -73,10 +73,8 @@ export async function runPipeline(pipeline: string, env: RunEnv, body: (run: Run
 }
 
 /** Sorts by time; lower case, digits and _ only, so that it can be a BigQuery label and part of a table's name. */
-export function newRunId(at: number = Date.now()): string {
-  const time = new Date(at).toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_");
-  return `${time}_${randomBytes(3).toString("hex")}`;
-}
+export const newRunId = (): string =>
+  `${new Date().toISOString().slice(0, 19).replaceAll(/[-:]/g, "").replace("T", "_")}_${randomBytes(3).toString("hex")}`;
 
 export type Run = ReturnType<typeof createRun>;
 
@@ -112,12 +110,10 @@ function createRun(pipeline: string, env: RunEnv, stop: AbortController, undos: 
       return { [Symbol.dispose]: () => undos.delete(undo) };
     },
     log: (step: string, fields: Fields = {}): void => log({ step, ...fields }),
-    /** Seconds since the run began. */
     seconds: (): number => Math.round(performance.now() - started) / 1000,
     state: "new" as "new" | "recorded" | "skipped",
     /** Sums over the chunks, and what BigQuery billed, for the report. */
     totals: { rows: 0, bytes: 0, chunks: 0, bytes_billed: 0 },
-    /** Tells HEARTBEAT_URL. Never throws; takes at most 5 s. */
     tell: (event: "start" | "success" | "fail"): Promise<void> => tellHeartbeat(env.HEARTBEAT_URL, pipeline, event),
     /** The window and the watermark, once known, for the record. */
     window: undefined as Window | undefined,

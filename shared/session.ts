@@ -13,8 +13,8 @@ export type Settings = Record<string, string>;
 export type SessionOptions = { application: string; timeoutSeconds: number; settings?: Settings };
 
 /**
- * One session, opened at its first statement; `await session.end()` closes it. So does the end of its scope with `await using`, whatever it
- * still does. It is never replaced (max_lifetime): that would quietly lose its advisory lock.
+ * One session, opened at its first statement. `await session.end()` closes it; so does the end of its scope with `await using`, whatever
+ * it still does. It is never replaced (max_lifetime): that would quietly lose its advisory lock.
  */
 export function openSession(url: string, options: SessionOptions): Sql & AsyncDisposable {
   const { sslmode, ...server } = parsePostgresUrl(url);

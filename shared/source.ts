@@ -62,15 +62,14 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
     if (is) faults.push(`column ${table}.${name}: expected ${expected} (${file}), found ${is}`);
   }
   if (!faults.length && refused) faults.push(refused);
-  const correct = correction(of);
-  const ahead = faults.length ? undefined : await findUnreachable(source, of, key_columns);
-  const finite = `column ${table}.${cursor}: expected finite times, since it is the cursor, found infinity. Run: ${correct}`;
-  if (ahead?.infinite) faults.push(`${finite} in ('infinity', '-infinity');`);
   if (faults.length) {
     if (unknown.length) faults.push(`not in the contract: ${unknown.join(", ")} (was a column renamed?)`);
     throw driftError("source", faults, `Bring the source, sql/${pipeline}.sql and ${file} together`);
   }
-  const { future = 0, first } = ahead ?? {};
+  const { infinite, future, first } = await findUnreachable(source, of, key_columns);
+  const correct = `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`; // a time that a run reaches
+  const finite = `column ${table}.${cursor}: expected finite times, since it is the cursor, found infinity. Run: ${correct}`;
+  if (infinite) throw new UsageError(`${finite} in ('infinity', '-infinity');`);
   Object.assign(run.metrics, { etl_unknown_source_columns: unknown.length, etl_future_rows: future });
   const warning = `${table} has columns that are not in ${file}, and are not synced`;
   if (unknown.length) run.log("warning", { warning, columns: unknown.join() });
@@ -83,14 +82,14 @@ export async function checkColumns(run: SchemaCheck, file: string, of: Source, w
 export async function findUnreachable(sql: Sql, { table, cursor }: Source, key: string[]) {
   const column = quote(cursor);
   // The clock in a sub-select: read once, so that the index is used, not for each row of the table.
-  const [found] = await sql.unsafe<{ infinite: number; future: number; first: string | null }[]>(`
+  const [found] = (await sql.unsafe(`
     select count(*) filter (where not isfinite(${column}))::int as infinite, count(*) filter (where isfinite(${column}))::int as future,
       min(${rowName(key.length ? key : [cursor])}) as first
-    from ${table} where ${column} > (select clock_timestamp()) or ${column} = '-infinity'`);
+    from ${table} where ${column} > (select clock_timestamp()) or ${column} = '-infinity'`)) as [
+    { infinite: number; future: number; first: string | null },
+  ];
   return found;
 }
-/** SQL that gives rows a time that a run reaches, up to the condition on the cursor. */
-const correction = ({ table, cursor }: Source): string => `update ${table} set ${ident(cursor)} = now() where ${ident(cursor)}`;
 
 /** SQL: a row's key as text, for example id=17. */
 const rowName = (key: string[]): string => key.map((name) => `'${name}=' || coalesce(${quote(name)}::text, 'NULL')`).join(" || ', ' || ");

@@ -30,8 +30,7 @@ export type Chunk = Window & { rows: number };
 
 /** The pipeline's watermark, or undefined before its first run. */
 export async function readWatermark(etl: Sql, pipeline: string): Promise<Watermark | undefined> {
-  const query = `select ${utc("watermark")} as watermark, server, database_oid, wal, destination
-    from etl.watermarks where pipeline = $1`;
+  const query = `select ${utc("watermark")} as watermark, server, database_oid, wal, destination from etl.watermarks where pipeline = $1`;
   return (await etl.unsafe<Watermark[]>(query, [pipeline]))[0];
 }
 
@@ -139,10 +138,8 @@ export async function advance(run: Run, { from, to }: Window, origin: Origin): P
       where w.watermark = ${from}::text::timestamptz`;
   if (moved.count !== 1) {
     const found = (await readWatermark(etl, pipeline))?.watermark ?? "none";
-    throw new Error(
-      `another run moved the watermark of ${pipeline} (expected ${from}, found ${found}): nothing is lost, the rows of this run ` +
-        `are upserted. Next: make status`,
-    );
+    const kept = "nothing is lost, the rows of this run are upserted. Next: make status";
+    throw new Error(`another run moved the watermark of ${pipeline} (expected ${from}, found ${found}): ${kept}`);
   }
   run.watermark = to;
   run.metrics.etl_watermark_timestamp_seconds = Date.parse(to.replace("+00", "Z")) / 1000;

@@ -1,7 +1,6 @@
 /**
- * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it, with the table and the cursor that
- * sql/NAME.sql reads as its `source`. Before a run moves a row, what that SELECT returns and what the destination has are compared with
- * it.
+ * The contract: schemas/bigquery/NAME.json, a BigQuery Table resource as the API takes it, with the table and cursor that sql/NAME.sql
+ * reads as its `source`. Before a run moves a row, what that SELECT returns and what the destination has are compared with it.
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";

@@ -13,10 +13,7 @@ import { jsonLines } from "./types.ts";
 
 export type Destination = Awaited<ReturnType<typeof openDestination>>;
 
-/**
- * The pipeline's table, compared with its contract.
- * @throws UsageError where it does not exist or differs, or hides rows.
- */
+/** The pipeline's table, compared with its contract. @throws UsageError where it does not exist or differs, or hides rows. */
 export async function openDestination(env: BigQueryEnv, contract: Contract, options: BigQueryOptions = {}) {
   const bigquery = connectBigQuery(env, options);
   const [dataset, { pipeline }] = [env.BIGQUERY_DATASET, contract];
@@ -35,18 +32,14 @@ export async function openDestination(env: BigQueryEnv, contract: Contract, opti
   const columns = differingColumns(contract, `${dataset}.${pipeline}`, metadata).map(({ fault }) => fault);
   const faults = [...columns, ...optionFaults(`${dataset}.${pipeline}`, metadata, rowAccessPolicies.length > 0)];
   if (faults.length) throw driftError("destination", faults, "For additions: make migrate. Anything else is your decision");
-  const created = new Date(Number(metadata.creationTime)).toISOString();
-  // `identity`: which table a watermark was written to.
-  const identity = `${bigquery.projectId}.${dataset}.${pipeline}, created ${created}`;
+  // Which table a watermark was written to.
+  const identity = `${bigquery.projectId}.${dataset}.${pipeline}, created ${new Date(Number(metadata.creationTime)).toISOString()}`;
   return { bigquery, contract, dataset, identity, rows: Number(metadata.numRows) };
 }
 
 export type Staging = Awaited<ReturnType<typeof createStaging>>;
 
-/**
- * Creates a table for the rows of one chunk, which is dropped when the attempt ends, well or not. @param attempt names it, with the run and
- * the chunk.
- */
+/** Creates a table for the rows of one chunk, which is dropped when the attempt ends, well or not. @param attempt is part of its name. */
 export async function createStaging(run: Run, to: Destination, attempt: number | string) {
   const { bigquery, dataset, contract } = to;
   const name = `${contract.pipeline}_staging_${run.id}_${run.totals.chunks + 1}_${attempt}`;

@@ -21,12 +21,12 @@ type Logged = { log: { message: string; error?: string } };
 const normal = /rebalanc|ListOffsets.* not the leader|KafkaJSPartialMessage/i;
 const logEntry = ({ log: { message, error } }: Logged) => normal.test(`${message} ${error}`) || log({ step: "kafka", message, error });
 
-/** @param application names the client in the broker's logs. */
 export function connectKafka(env: KafkaEnv, application: string): Kafka {
   Object.assign(kafkajs.CompressionCodecs, codecs);
+  process.removeAllListeners("warning"); // of its timers of a negative time, which do no harm
   return new kafkajs.Kafka({
     ...(brokerConfig(env) as { brokers: string[] }), // its type of a login is one for each mechanism
-    clientId: application,
+    clientId: application, // in the broker's logs
     connectionTimeout: 5000,
     retry: { initialRetryTime: 200, maxRetryTime: 5000, retries: 7 }, // some 20 s
     logLevel: kafkajs.logLevel.WARN,
