@@ -77,7 +77,7 @@ export async function takeEpoch(etl: Sql, topic: string, database: string, where
   const before = await etl`select partition, next_offset as next from etl.topic_offsets where topic = ${topic}`;
   const partitions = await where();
   const first = partitions.map(({ partition }) => ({ partition, next: 0n }));
-  await beginEpoch(etl, topic, 0, database, first); // where there is one already, this changes nothing
+  if (!(await readEpoch(etl, topic))) await beginEpoch(etl, topic, 0, database, first);
   const epoch = (await readEpoch(etl, topic, database)) as Epoch;
   const json = (value: unknown) => JSON.stringify(value, (_, part) => (typeof part === "bigint" ? String(part) : part));
   const settings = { "etl.topic": topic, "etl.readings": table, "etl.before": json(before), "etl.partitions": json(partitions) };

@@ -22,7 +22,7 @@ const STALE_SECONDS = 300;
 export async function createReport(env: ReportEnv, lag: Lag, canary: Canary) {
   const metrics = createMetrics();
   await serve(env.METRICS_PORT, canary, async () => {
-    await askOthers(metrics, env, lag, canary);
+    await askOthers(metrics, env, lag, canary).catch(() => {}); // a scrape ends nothing
     return await metrics.registry.metrics();
   });
   const started = performance.now();
@@ -114,8 +114,8 @@ async function askOthers(metrics: ReturnType<typeof createMetrics>, env: ReportE
   const askSlot = async () => {
     await using source = openSession(env.SOURCE_DATABASE_URL, { application: "etl:sensors", timeoutSeconds: 3 });
     return await source`
-      select pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 as bytes from pg_replication_slots
-      where slot_name = ${namesOf(env).slot}`;
+      select coalesce(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::float8 as bytes -- a lost slot keeps none
+      from pg_replication_slots where slot_name = ${namesOf(env).slot}`;
   };
   const asked = [answer(lag()), answer(isRunning(env)), answer(askSlot()), answer(canary())] as const;
   const [partitions, running, slots, last] = await Promise.all(asked);
