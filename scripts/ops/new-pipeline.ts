@@ -29,8 +29,8 @@ const variables = {
   TABLE: required(text),
   EVERY: required(oneOf(Object.keys(models))),
   NAME: optional(like(/^[a-z][a-z0-9_]*$/, "must begin with a letter, and may hold small letters, digits and _ only")),
-  CURSOR: optional(text, "updated_at"),
-  KEY: optional(text),
+  CURSOR: optional(like(/^[A-Za-z_]\w*$/, "may hold letters, digits and _ only"), "updated_at"),
+  KEY: optional(like(/^[A-Za-z_]\w*(,[A-Za-z_]\w*)*$/, "must be columns with commas between them")),
   DRY_RUN: optional(flag, false),
 };
 
