@@ -17,8 +17,7 @@ async function send(variable: string, url: URL, init: RequestInit = {}): Promise
 }
 
 /**
- * Adds the values to the pipeline's group (POST): what is not named stays as it was.
- * @param within a group of its own, such as one model's: a push replaces only what is in its own group.
+ * Adds the values to the pipeline's group, or to one `within` it, such as a model's (POST): what is not named stays as it was.
  * @throws Error where the Pushgateway refuses them, or has not answered within 5 s.
  */
 export async function pushMetrics(url: string, pipeline: string, values: Metrics, within: Record<string, string> = {}): Promise<void> {

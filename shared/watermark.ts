@@ -93,6 +93,8 @@ export async function takeWindow(run: Run, asked: { FROM?: string | undefined; T
   if (bound.unknown) run.log("warning", { warning: `${unknown}: ${bound.unknown}` });
   const { FROM: from = stored?.watermark ?? "-infinity", TO = bound.bound } = asked;
   const end = TO < bound.bound ? TO : bound.bound;
+  const early = `may not be read yet: the safe bound is ${bound.bound} (${bound.holder ?? "no transaction is open"})`;
+  if (asked.FROM && end < from) throw new Error(`what changed from ${from} on ${early}. Run this again once it is later`);
   const to = end < from ? from : end; // a bound behind the watermark without a holder is a lag that was raised: the clock will catch up
   if (bound.holder && to >= bound.bound) run.log("held", { by: bound.holder, hold_seconds: Math.round(bound.hold_seconds) });
   run.log("window", { from, to });

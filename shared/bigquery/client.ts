@@ -20,8 +20,7 @@ export type BigQueryEnv = Env<typeof bigqueryVariables>;
 export function connectBigQuery(env: BigQueryEnv, others: BigQueryOptions = {}): BigQuery {
   const options = { projectId: env.BIGQUERY_PROJECT, location: env.BIGQUERY_LOCATION, ...others };
   if (!env.BIGQUERY_ENDPOINT) return new BigQuery(options);
-  // Without a token the client sends no headers at all to a custom endpoint, and its upload then crashes; and it would
-  // look for a metadata server for 15 s first.
+  // Without a token it sends a custom endpoint no headers, on which its upload crashes; and looks for a metadata server for 15 s.
   process.env.METADATA_SERVER_DETECTION = "none";
   const authClient = new OAuth2Client();
   authClient.setCredentials({ access_token: "local", expiry_date: Number.MAX_SAFE_INTEGER });

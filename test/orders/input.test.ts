@@ -36,7 +36,7 @@ const malformed: Record<string, [value: string, says: string]> = {
   BIGQUERY_DATASET: ["raw`; DROP TABLE x; --", "may hold letters, digits, _ and - only"],
   BIGQUERY_LOCATION: ["U S", "may hold letters, digits, _ and - only"],
   BIGQUERY_ENDPOINT: ["127.0.0.1:19050", "is not http://HOST:PORT"],
-  PUSHGATEWAY_URL: ["ftp://gateway", "is not http://HOST:PORT ("],
+  PUSHGATEWAY_URL: ["ftp://gateway", "is not http://HOST:PORT, and nothing "],
   WATERMARK_LAG_SECONDS: ["-1", "must be a number from 0 to "],
   CHUNK_ROWS: ["0", "must be a whole number from 1 to "],
   RUN_TIMEOUT_SECONDS: ["1e3", "must be a number from 1 to "],

@@ -162,8 +162,7 @@ stepsOfPipeline((pipeline) => {
       const held = await shop.succeed(script);
       assert.equal(await shop.watermark(), start);
       assert.match(holder(held) ?? "", new RegExp(`^prepared transaction "${gid}" of role postgres, prepared [\\d:]+ ago$`));
-      const byHand = await shop.succeed(script, { FROM: "2017-01-01", TO: "9999-01-01" });
-      assert.equal(holder(byHand)?.slice(0, 20), holder(held)?.slice(0, 20));
+      await shop.refused(script, 1, /may not be read yet: .* -infinity \(prepared/, { FROM: "2017-01-01", TO: "9999-01-01" });
       assert.deepEqual(await shop.destinationRows(), arrived);
     } finally {
       await shop.admin.unsafe(`commit prepared '${gid}'`);
