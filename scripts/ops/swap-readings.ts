@@ -43,8 +43,8 @@ await main(import.meta, async () => {
     await checkIsEmpty();
   }
 
-  // 2. Copy its dead letters, and exchange the readings. A table keeps its UUID, by which the epoch knows the one that it has filled: a swap
-  // that was killed is resumed, and one that is done is not done back.
+  // 2. Copy its dead letters, and exchange the readings. A table keeps its UUID, by which the epoch knows the one that it has filled: a
+  // swap that was killed is resumed, and one that is done is not undone.
   await using client = connectClickHouse(env);
   const [filled] = await etl`select readings as uuid from etl.topics where topic = ${topic}`;
   const query = "SELECT name FROM system.tables WHERE database = {rebuild: String} AND toString(uuid) = {uuid: String}";

@@ -90,7 +90,7 @@ async function listStrays({ log }: Run, bucket: Bucket, strays: { key: string; m
   }
 }
 
-/** @returns the day's manifest. @throws Error that says how the day differs from the source's rows and their hash, with the next command. */
+/** @returns the day's manifest. @throws Error that says how the day differs from the source's rows or hash, with the next command. */
 function compareDay(day: string, archived: Awaited<ReturnType<typeof readArchived>>, rows: number, sha256: string): archive.Manifest {
   const { manifest, damage } = archived;
   const window = `FROM=${day} TO=${archive.addDays(day)}`;
@@ -101,10 +101,9 @@ function compareDay(day: string, archived: Awaited<ReturnType<typeof readArchive
   if (damage) throw new Error(`${damage}. Next: ${again} FORCE=1`);
   const note = `the source has none of its ${manifest.rows} rows any more: the archive is the copy`;
   const changed = "rows were added with an old created_at, changed or deleted. If the archive is to have that too";
+  const options = rows < manifest.rows ? "FORCE=1 ALLOW_SHRINK=1" : "FORCE=1";
   if (!rows && manifest.rows) log({ step: "note", day, note });
   else if (rows !== manifest.rows || sha256 !== archived.sha256)
-    throw new Error(
-      `its ${manifest.rows} rows are not the source's ${rows}: ${changed}: ${again} FORCE=1${rows < manifest.rows ? " ALLOW_SHRINK=1" : ""}`,
-    );
+    throw new Error(`its ${manifest.rows} rows are not the source's ${rows}: ${changed}: ${again} ${options}`);
   return manifest;
 }

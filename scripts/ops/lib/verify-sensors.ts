@@ -69,7 +69,7 @@ export async function compareReadings(run: Run, env: SensorsEnv, fill?: () => Pr
   }
 }
 
-/** Loads all readings of the source into verify_source, from one snapshot. A time that the views refuse comes as 1970. @returns how many. */
+/** Loads the source's readings into verify_source, from one snapshot. A time that the views refuse comes as 1970. @returns how many. */
 async function loadSource(run: Run, client: ClickHouseClient, columns: clickhouse.Column[]): Promise<number> {
   const selected = columns.map(({ name, type }) =>
     type.startsWith("DateTime64")

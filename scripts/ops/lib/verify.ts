@@ -18,7 +18,7 @@ import { pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
-/** The next run's, which is no difference; only at the source; only in the table; in both, but not the same; more than once; of the future. */
+/** The next run's, which is no difference; only at the source; only in the table; in both, not the same; more than once; of the future. */
 export const kinds = ["new", "missing", "extra", "different", "twice", "unreachable"] as const;
 type Kind = (typeof kinds)[number];
 
@@ -131,7 +131,7 @@ function isDistinct({ name, type, mode }: Field): string {
   return `${s} IS DISTINCT FROM ${t}`;
 }
 
-/** `seconds` a run may take: what one beside this brings is no row of the future. `shown` keys of each kind. The kinds that are `written`. */
+/** `seconds` a run may take: what one beside this brings is not of the future. `shown` keys of each kind. The kinds that are `written`. */
 type Limits = Record<"table" | "staging" | "watermark", string> & Record<"seconds" | "shown", number> & { written: string[] };
 
 /** The statements of a comparison, and of a repair or a sweep, for make check too. No field's name begins with etl__. */
