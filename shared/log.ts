@@ -4,8 +4,7 @@ import { redact } from "./env.ts";
 export type Fields = Record<string, string | number | boolean | null | undefined>;
 
 export const json = (): boolean => process.env.LOG_FORMAT === "json";
-let shown = "";
-let drawn = 0;
+let [shown, drawn] = ["", 0];
 
 const clear = (): void => void (shown && process.stderr.write("\r\x1b[K"));
 

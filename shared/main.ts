@@ -1,7 +1,7 @@
 /** The frame of every script: --help, signals, exit codes (0 done, 1 failed, 2 wrong arguments, environment or schema). */
 import { readFileSync } from "node:fs";
 import { UsageError } from "./env.ts";
-import { json, logError } from "./log.ts";
+import { json, log, logError } from "./log.ts";
 
 /** Runs a script: --help prints its header comment; an error is printed in one place and becomes the exit code. */
 export async function main(meta: ImportMeta, body: () => Promise<void>): Promise<void> {
@@ -11,6 +11,7 @@ export async function main(meta: ImportMeta, body: () => Promise<void>): Promise
     const isHarmless = error.code === "EPIPE" || error.name === "PostgresError";
     if (origin === "unhandledRejection" || !isHarmless) fail(error);
   });
+  process.removeAllListeners("warning").on("warning", ({ message }) => log({ step: "warning", warning: message }));
   const [argument] = process.argv.slice(2);
   if (argument === "--help" || argument === "-h") {
     const header = /^\/\*\*\n([\s\S]*?)\n \*\/$/m.exec(readFileSync(meta.filename, "utf8"))?.[1] ?? "";

@@ -339,7 +339,7 @@ stepsOfPipeline((pipeline) => {
       [3, to, -1],
       [4, to],
     ]);
-    const byHand = await shop.succeed(script, { FROM: "2020-06-01T12:00:00.000002+02:00", TO: "2020-06-02" });
+    const byHand = await shop.succeed(script, { FROM: "2020-06-01T10:00:00.000002Z", TO: "2020-06-02" });
     assert.deepEqual(chunks(byHand), [[from, "2020-06-02T00:00:00.000000+00", 2]]);
     assert.deepEqual(await syncedIds(), [2, 3]);
     assert.equal(await shop.watermark(), undefined);
