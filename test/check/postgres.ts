@@ -52,15 +52,10 @@ const as = (sql: Sql, role: string): Promise<unknown> => sql.unsafe(`set session
 const examples: Record<string, string> = {
   from: "2017-01-01",
   to: "2017-01-02",
-  facts: "[]",
   limits: "{}",
-  source_select: "[]",
-  wanted: "[]",
-  readings: "",
-  before: "[]",
-  partitions: "[]",
   canary: "{}",
-  status: "[]",
+  readings: "",
+  ...Object.fromEntries(["facts", "source_select", "status", "wanted", "before", "partitions"].map((name) => [name, "[]"])),
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
 const sql = postgres(servers.env.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
