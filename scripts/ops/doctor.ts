@@ -37,10 +37,7 @@ import { askCatalogue, type CatalogueCheck } from "./lib/catalogue.ts";
 import { askReplication, checkConfig, checkTopicSettings, connectorVariables } from "./lib/kafka-connect.ts";
 import { appliedInPostgres } from "./lib/migrations.ts";
 
-/**
- * Prints the check's line; of rows of sql/doctor.sql a line each. @returns whether it is ok. `work` returns what else is worth knowing, or
- * throws what to do.
- */
+/** Prints a line, of rows of sql/doctor.sql each one. `work` returns what is worth knowing, or throws what to do. @returns whether it is ok. */
 type Check = (name: string, work: () => unknown) => Promise<boolean>;
 
 const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVariables;

@@ -25,12 +25,8 @@ import { checkSession, openSession } from "../../shared/session.ts";
 import { noExpiry } from "../../shared/views/build.ts";
 import { migrateClickHouse, migratePostgres, type Step } from "./lib/migrations.ts";
 
-const variables = {
-  ETL_DATABASE_URL: required(postgresUrl),
-  ...bigqueryVariables,
-  BIGQUERY_VIEWS_DATASET: required(name),
-  DRY_RUN: optional(flag, false),
-};
+const own = { ETL_DATABASE_URL: required(postgresUrl), BIGQUERY_VIEWS_DATASET: required(name), DRY_RUN: optional(flag, false) };
+const variables = { ...bigqueryVariables, ...own };
 
 await main(import.meta, async () => {
   const [archives, captures] = [isSet("S3_BUCKET"), isSet("CLICKHOUSE_URL")];

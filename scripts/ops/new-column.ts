@@ -1,14 +1,10 @@
 #!/usr/bin/env -S npx tsx
 /**
- * new-column: adds a column that the source has and the contract has not, and prints what is left for a person.
+ * new-column: adds a column that the source has to the contract, NULLABLE, since rows that exist have no value for it; to the SELECT; and to
+ * the local stack. Prints what is left for a person.
  *
  *   make new-column PIPELINE=orders COLUMN=channel DRY_RUN=1      prints the differences; without DRY_RUN=1 it writes them
- *
- *   writes           its field in the contract, NULLABLE, since rows that exist have no value for it; its name in the SELECT; the column
- *                    of the local stack
  *   safe to re-run   yes: what exists stays as it is
- *
- * Touches: reads the source's catalogue; writes files of the project.
  */
 import { readContract } from "../../shared/bigquery/contract.ts";
 import { flag, oneOf, optional, postgresUrl, readEnv, required, text, UsageError } from "../../shared/env.ts";

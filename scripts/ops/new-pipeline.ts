@@ -1,7 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
- * new-pipeline: writes what a pipeline from a table of the source to BigQuery is: what orders or users have, by another name (listed in
- * schemas/README.md, "Adding a pipeline"); and prints what is left for a person.
+ * new-pipeline: writes what a pipeline from a table of the source to BigQuery is (schemas/README.md, "Adding a pipeline"), as orders or
+ * users have it, and prints what is left for a person.
  *
  *   make new-pipeline TABLE=crm.stores EVERY=1d      EVERY=1h, as orders; or 1d, as users
  *     NAME=stores          by default the table's: the pipeline, its target in Makefile, and the table in BigQuery
@@ -10,8 +10,6 @@
  *     DRY_RUN=1            prints the differences, and writes nothing
  *
  *   safe to re-run   yes: a file or line that exists is never written over
- *
- * Touches: reads the source's catalogue; writes files of the project.
  */
 import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";

@@ -6,9 +6,7 @@
  *   make report OUT=/srv/www/etl.html     without OUT, report.html
  *
  *   schedule         weekly, cron
- *   safe to re-run   yes: the page is replaced at once, by a rename
- *
- * Touches: reads what make status reads, and schema etl (sql/report.sql); writes OUT.
+ *   safe to re-run   yes: it only reads, and replaces the page by a rename
  */
 import { spawnSync } from "node:child_process";
 import { readFileSync, renameSync, writeFileSync } from "node:fs";

@@ -1,8 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
  * sweep: removes from the destination the rows that were deleted at the source, which no cursor sees: those whose key no row of the source
- * has, and whose updated_at is before the watermark. They are deleted by the same condition, in one statement. A row that is inserted again
- * has an updated_at at or past the watermark (read before the keys): it stays where a run has brought it already, else the next brings it.
+ * has, and whose updated_at is before the watermark. One that is inserted again is past the watermark, which is read before the keys.
  *
  *   schedule         weekly, cron
  *   safe to re-run   yes, at any time, also after a kill. A row whose deletion has not been committed at the source stays

@@ -1,13 +1,11 @@
 #!/usr/bin/env -S npx tsx
 /**
- * verify-events: reads the archive of events back.
+ * verify-events: reads the archive of events back. It compares every part with its manifest, and each day with the source's rows, read
+ * again; it names the command for a day that differs, and lists what killed runs left.
  *
  *   make verify-events                                   the last eight days before the watermark; pushes how many differ
  *   make verify-events FROM=2017-01-01 TO=2018-01-01     the days of [FROM, TO)
  *     CLEAN=1                                            deletes what killed runs left, where that is older than a day
- *
- * Decompresses and hashes every part, and compares it with its manifest, and the day with the source's rows, read again. Names the
- * command for a day that differs, and lists what killed runs left.
  *
  *   schedule         nightly, cron
  *   safe to re-run   yes: it changes nothing that a manifest names

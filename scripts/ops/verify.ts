@@ -1,8 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
- * verify: proves that source and destination hold the same rows. Every row of the source is loaded beside the table, as a run would load
- * it, and the destination's engine compares the two, column by column. What is the next run's, or on its way to ClickHouse, is no
- * difference; a row whose updated_at lies in the future, so that no run reads it, is one.
+ * verify: proves that source and destination hold the same rows. Every row of the source is loaded beside the table, and the destination's
+ * engine compares the two. What is the next run's, or on its way, is no difference; a row of the future, which no run reads, is one.
  *
  *   make verify                            orders, users and sensors
  *   make verify PIPELINE=orders REPAIR=1   writes the source's rows over whatever the table has, by primary key and under the pipeline's
@@ -12,8 +11,7 @@
  *   safe to re-run   yes, also after a kill in mid-repair
  *   exit code        1 where anything differs: prints keys and columns (LIMIT of each kind, no values), and the command that repairs it
  *
- * Touches: reads both sides; writes tables beside the target, which it drops; with REPAIR=1 the target, and a row of etl.runs. Pushes
- * etl_verify_differences, and where there are none etl_verify_last_success_timestamp_seconds.
+ * Touches: reads both sides; writes tables beside the target, which it drops; with REPAIR=1 the target. Pushes how much differs.
  */
 import { flag, isSet, oneOf, optional, readEnv, UsageError } from "../../shared/env.ts";
 import { main } from "../../shared/main.ts";

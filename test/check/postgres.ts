@@ -52,17 +52,12 @@ const as = (sql: Sql, role: string): Promise<unknown> => sql.unsafe(`set session
 const examples: Record<string, string> = {
   from: "2017-01-01",
   to: "2017-01-02",
-  facts: "[]",
   limits: "{}",
   run: '{"run_id": "a", "pipeline": "orders", "state": "running", "host": "b", "pid": 1, "by_hand": false, "rows": 0, "bytes": 0, "bytes_billed": 0, "hold_seconds": 0}',
   source_fields: "[]",
-  source_select: "[]",
-  wanted: "[]",
-  readings: "",
-  before: "[]",
-  partitions: "[]",
   canary: "{}",
-  status: "[]",
+  readings: "",
+  ...Object.fromEntries(["facts", "source_select", "status", "wanted", "before", "partitions"].map((name) => [name, "[]"])),
 };
 const files = (pattern: string): string[] => globSync(pattern, { cwd: root }).sort();
 const sql = postgres(servers.env.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });

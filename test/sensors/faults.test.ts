@@ -159,10 +159,6 @@ suite("faults", { concurrency: 8 }, () => {
     await Promise.all([stop(consumer), stop(late)]);
   });
 
-  const gone = {
-    ClickHouse: ["ClickHouse has not taken a batch for 60 s", "(CLICKHOUSE_URL): connect ECONNREFUSED"], // while it runs, when it starts
-    Kafka: ["Kafka (KAFKA_BROKERS) has not answered for 60 s", "Kafka (KAFKA_BROKERS) has not answered for 60 s"],
-  } as const;
   for (const [server, variable, createLine] of [
     ["ClickHouse", "CLICKHOUSE_URL", createLink],
     ["Kafka", "KAFKA_BROKERS", createKafkaLink],
@@ -186,7 +182,9 @@ suite("faults", { concurrency: 8 }, () => {
         await polite.line(/step=kafka/);
         for (const one of [polite, leaving]) await stop(one, 20);
       }
-      for (const [at, run] of [consumer, starting].entries()) await endsWith(run, 1, [gone[server][at] ?? ""]);
+      const away =
+        /^error: (ClickHouse at \S+ \(CLICKHOUSE_URL\): |ClickHouse has not taken a batch for 60 s|Kafka .* has not answered for 60 s)/m;
+      for (const run of [consumer, starting]) await endsWith(run, 1, [away]);
       assert.equal(await sensors.committed(), 1000);
       await hanging.pass();
       const unit = readFileSync(join(root, "ops/etl-sensors.service"), "utf8").split("\n");

@@ -56,9 +56,8 @@ suite("sensors killed", { concurrency: true }, () => {
       const at = writers.committed();
       if (victim === "consumer") {
         await kill(consumers[which] as Process);
-        const next = sensors.shop.start("scripts/sensors.ts"); // the group waits for the session of the killed one
-        await next.line(/step=serving/); // while it starts, it does not wait for ClickHouse: systemd starts it again
-        consumers[which] = next;
+        consumers[which] = sensors.shop.start("scripts/sensors.ts"); // the group waits for the session of the killed one
+        await consumers[which]?.line(/step=serving/); // until then it does not wait for ClickHouse: systemd starts it again
       } else {
         await servers.kill(victim satisfies SensorsServer);
         await delay(down);

@@ -16,12 +16,8 @@ export const askCatalogue = (sql: Sql, part: "source" | "metadata" | "replicatio
 type SourceColumn = Column & { ident: string; declaration: string; mode: string; comment: string | null; field?: Field | undefined };
 
 /** A row of sql/table.sql, which says what each is. */
-export interface SourceTable extends Record<"faults" | "grants" | "key", string[]> {
-  path: string;
-  created: string;
-  comment: string | null;
-  columns: SourceColumn[];
-}
+export type SourceTable = Record<"path" | "created", string> &
+  Record<"faults" | "grants" | "key", string[]> & { comment: string | null; columns: SourceColumn[] };
 
 /** @throws UsageError where there is no such table. */
 export async function readTable(source: Sql, table: string, cursor = "", key = ""): Promise<SourceTable> {

@@ -59,11 +59,8 @@ export async function createReadingsTopic(env: Env<typeof kafkaVariables>): Prom
   const configEntries = settings.map(([name, value]) => ({ name: name.slice(prefix.length), value }));
   await withAdmin(connectKafka(env, "etl-connector"), env, async (admin) => {
     if ((await admin.listTopics()).includes(topic)) return await checkTopicSettings(admin, env);
-    const numbers = {
-      numPartitions: Number(config[`${prefix}partitions`]),
-      replicationFactor: Number(config[`${prefix}replication.factor`]),
-    };
-    if (await createTopic(admin, { topic, ...numbers, configEntries })) log({ step: "created", topic });
+    const [numPartitions = 0, replicationFactor = 0] = ["partitions", "replication.factor"].map((name) => Number(config[prefix + name]));
+    if (await createTopic(admin, { topic, numPartitions, replicationFactor, configEntries })) log({ step: "created", topic });
   });
 }
 

@@ -14,7 +14,7 @@ import { apiType, type Field } from "../../../shared/bigquery/types.ts";
 import { type Env, number, optional, UsageError } from "../../../shared/env.ts";
 import { progress, thousands } from "../../../shared/log.ts";
 import { onSignal } from "../../../shared/main.ts";
-import { pushMetrics } from "../../../shared/metrics.ts";
+import { orWarn, pushMetrics } from "../../../shared/metrics.ts";
 import { pipelineVariables, type Run, runPipeline } from "../../../shared/run.ts";
 import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts";
 
@@ -22,13 +22,9 @@ import { distrust, readBound, readWatermark } from "../../../shared/watermark.ts
 export const kinds = ["new", "missing", "extra", "different", "twice", "unreachable"] as const;
 type Kind = (typeof kinds)[number];
 
-/** How many rows the source has, how many keys are of each kind, and the first LIMIT of each: its name, such as id=17, and what differs. */
-export interface Comparison {
-  rows: number;
-  counts: Record<Kind, number>;
-  shown: Found[];
-}
-/** `columns`: those that are different, with commas. `total`: how many keys there are of this kind. */
+/** How many rows the source has, how many keys are of each kind, and the first LIMIT of each. */
+export type Comparison = { rows: number; counts: Record<Kind, number>; shown: Found[] };
+/** `name`: such as id=17. `columns`: those that are different, with commas. `total`: how many keys there are of this kind. */
 export type Found = { kind: Kind; name: string; columns: string; total: number };
 
 export function comparison(rows: number, found: Found[]): Comparison {
@@ -44,11 +40,8 @@ export const total = ({ counts }: Comparison): number => kinds.reduce((sum, kind
 export function describe(where: string, found: Comparison): string {
   const lines = found.shown.map(({ kind, name, columns }) => `  ${kind.padEnd(11)}  ${name}${kind === "different" ? `: ${columns}` : ""}`);
   const more = total(found) - lines.length;
-  return [
-    `${thousands(total(found))} rows of ${where} differ:`,
-    ...lines,
-    ...(more ? [`  … and ${thousands(more)} more (LIMIT=)`] : []),
-  ].join("\n");
+  if (more) lines.push(`  … and ${thousands(more)} more (LIMIT=)`);
+  return [`${thousands(total(found))} rows of ${where} differ:`, ...lines].join("\n");
 }
 
 /** What make verify and make sweep read. */
@@ -172,16 +165,12 @@ WHEN NOT MATCHED AND etl__kind = 'missing' THEN INSERT (${list(names)}) VALUES (
   };
 }
 
-/**
- * Pushes how much differs, and where nothing does the time; a Pushgateway that is away costs a warning. Records the proof for make report.
- * @param rows that were compared. @param differences rows, of events days, that differ. @param found the same in words.
- */
+/** Pushes and records how many rows, of events days, differ, and the time where none does. @param found the same in words. */
 export async function recordVerified(run: Run, url: string, rows: number, differences: number, found: string | null): Promise<void> {
   const { pipeline, etl, totals } = run;
   const success = differences ? {} : { etl_verify_last_success_timestamp_seconds: Date.now() / 1000 };
-  await pushMetrics(url, pipeline, { etl_verify_differences: differences, ...success }, { command: "verify" }).catch(({ message }: Error) =>
-    run.log("warning", { warning: "the metrics were not pushed", error: message }),
-  );
+  const pushed = pushMetrics(url, pipeline, { etl_verify_differences: differences, ...success }, { command: "verify" });
+  await orWarn("the metrics were not pushed", pushed);
   await etl`
     insert into etl.verifications (pipeline, rows, differences, found, bytes_billed)
     values (${pipeline}, ${rows}, ${differences}, ${found}, ${totals.bytes_billed})`;
