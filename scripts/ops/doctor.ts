@@ -208,7 +208,7 @@ async function checkSensors(check: Check): Promise<void> {
   const client = clickhouse.connectClickHouse(env);
   await check("ClickHouse's tables, an insert, and the source's columns", async () => {
     await clickhouse.checkMigrations(client, env);
-    await clickhouse.insertRowBinary(client, "sensor_landing", Buffer.alloc(0));
+    await clickhouse.insertRows(client, "sensor_landing FORMAT RowBinary", []);
     const unknown = await checkReadings(env, await clickhouse.readingColumns(client));
     return unknown.length ? `kept in _unknown: ${unknown}` : "";
   });

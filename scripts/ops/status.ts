@@ -35,9 +35,7 @@ type Row = { state: string; line: Record<string, string>; said: string | null };
 /** What other servers say of a pipeline; `found` is what is wrong already. */
 type Fact = { pipeline: string; found: { state: string; reason: string }[]; [fact: string]: unknown };
 
-/** Their thresholds are those of ops/alerts.yml. */
 const alerts = ["etl_watermark_hold_seconds", "etl_sensors_lag", "etl_sensors_canary_timestamp_seconds", "etl_sensors_slot_retained_bytes"];
-/** A part that has not answered by then is shown as such. */
 const PART_SECONDS = 5;
 
 await main(import.meta, async () => {
@@ -79,9 +77,8 @@ async function readFacts(etl: Sql, source: Sql): Promise<Fact[]> {
   });
   const all = await Promise.all(asked);
   // After the watermarks, which a run beside this may move up to a later bound; and when no statement of ours is at work.
-  const { value: bound, error } = await answer(PART_SECONDS, () =>
-    checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source)),
-  );
+  const open = () => checkSession("SOURCE_DATABASE_URL", source).then(() => readBound(source));
+  const { value: bound, error } = await answer(PART_SECONDS, open);
   // What a run would stop at, or warn of: a hold, another history or table than the watermark's, and rows of the future.
   for (const { fact, stored, contract, target } of all) {
     if (!stored) continue;

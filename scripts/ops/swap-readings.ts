@@ -54,7 +54,6 @@ await main(import.meta, async () => {
   await client.command({ query: `INSERT INTO sensor_dead_letters SELECT * FROM ${rebuild}.sensor_dead_letters` });
   await client.command({ query: `EXCHANGE TABLES sensor_readings AND ${rebuild}.sensor_readings` });
   const next = `start the consumers; DROP DATABASE ${rebuild} when nobody misses it`;
-  const names = { swapped: `${database}.sensor_readings`, epoch: epoch?.number, before: `${rebuild}.sensor_readings` };
-  log({ step: "done", ...names, next });
+  log({ step: "done", swapped: `${database}.sensor_readings`, epoch: epoch?.number, before: `${rebuild}.sensor_readings`, next });
   await etl.end();
 });

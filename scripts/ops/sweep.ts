@@ -19,16 +19,10 @@ import { pipelines } from "../../shared/pipelines.ts";
 import { takeLock } from "../../shared/run.ts";
 import { beside, eachPipeline, verifyVariables } from "./lib/verify.ts";
 
-const variables = {
-  ...verifyVariables,
-  PIPELINE: optional(oneOf(pipelines())),
-  DRY_RUN: optional(flag, false),
-  CONFIRM: optional(flag, false),
-  SWEEP_MAX_SHARE: optional(number(0, 1, false), 0.05),
-};
+const options = { DRY_RUN: optional(flag, false), CONFIRM: optional(flag, false), SWEEP_MAX_SHARE: optional(number(0, 1, false), 0.05) };
 
 await main(import.meta, async () => {
-  const env = readEnv(variables);
+  const env = readEnv({ ...verifyVariables, PIPELINE: optional(oneOf(pipelines())), ...options });
   const { SWEEP_MAX_SHARE: most } = env;
   await eachPipeline("sweep", env, pipelines(), async (run) => {
     const { pipeline } = run;

@@ -97,10 +97,9 @@ function compareDay(day: string, archived: Awaited<ReturnType<typeof readArchive
   const restore = `restore the object from the bucket's versions or a copy, then: make verify-events ${window}`;
   if (damage && rows < manifest.rows) throw new Error(`${damage}. The source has only ${rows} of its ${manifest.rows} rows: ${restore}`);
   if (damage) throw new Error(`${damage}. Next: ${again} FORCE=1`);
-  const note = `the source has none of its ${manifest.rows} rows any more: the archive is the copy`;
   const changed = "rows were added with an old created_at, changed or deleted. If the archive is to have that too";
   const options = rows < manifest.rows ? "FORCE=1 ALLOW_SHRINK=1" : "FORCE=1";
-  if (!rows && manifest.rows) log({ step: "note", day, note });
+  if (!rows && manifest.rows) log({ step: "note", day, note: `the source has none of its ${manifest.rows} rows any more` });
   else if (rows !== manifest.rows || sha256 !== archived.sha256)
     throw new Error(`its ${manifest.rows} rows are not the source's ${rows}: ${changed}: ${again} ${options}`);
   return manifest;

@@ -153,13 +153,18 @@ export function landingRows({ topic, epoch, partition }: Place, messages: Messag
   return rows.subarray(0, at);
 }
 
-/** Inserts RowBinary rows by one insert, which is complete when this resolves. */
-export async function insertRowBinary(client: ClickHouseClient, table: string, rows: Buffer): Promise<void> {
+/** Inserts rows by one insert, which is complete when this resolves. @param into the table, and the format of the rows. */
+export async function insertRows(client: ClickHouseClient, into: string, rows: Iterable<Buffer> | AsyncIterable<Buffer>): Promise<void> {
   const { stream } = await client.exec({
-    query: `INSERT INTO ${table} FORMAT RowBinary`,
-    values: Readable.from([rows], { objectMode: false }),
+    query: `INSERT INTO ${into}`,
+    values: Readable.from(rows, { objectMode: false }),
     // A server's profile may have inserts answered before they are done, or a view's error swallowed.
-    clickhouse_settings: { async_insert: 0, wait_end_of_query: 1, materialized_views_ignore_errors: 0 },
+    clickhouse_settings: {
+      async_insert: 0,
+      wait_end_of_query: 1,
+      materialized_views_ignore_errors: 0,
+      date_time_input_format: "best_effort",
+    },
   });
   for await (const _ of stream); // an answer that is not read keeps its connection
 }

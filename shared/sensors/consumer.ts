@@ -3,7 +3,7 @@ import type { ClickHouseClient } from "@clickhouse/client";
 import { like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";
 import { checkSession, openSession, queryFile } from "../session.ts";
-import { type Column, insertRowBinary, landingRows, type Message, type Place, plainType, select } from "./clickhouse.ts";
+import { type Column, insertRows, landingRows, type Message, type Place, plainType, select } from "./clickhouse.ts";
 import { sourceTable } from "./connector.ts";
 
 export const consumerVariables = {
@@ -36,7 +36,7 @@ export async function checkReadings(env: { SOURCE_DATABASE_URL: string }, column
 /** Inserts messages of one partition, in their order, by one insert. @returns how many of them are dead letters. */
 export async function insertMessages(client: ClickHouseClient, place: Place, messages: Message[]): Promise<number> {
   if (!messages.length) return 0;
-  await insertRowBinary(client, "sensor_landing", landingRows(place, messages));
+  await insertRows(client, "sensor_landing FORMAT RowBinary", [landingRows(place, messages)]);
   const [letters] = await select<{ dead: number }>(
     client,
     `SELECT toUInt32(uniqExact(offset)) AS dead FROM sensor_dead_letters WHERE topic = {topic: String} AND epoch = {epoch: UInt16}

@@ -352,7 +352,7 @@ suite("archive", { concurrency: true }, () => {
     });
 
     test("a day whose rows are gone from the source is a note; damaged, its object is to be restored", async () => {
-      const note = `step=note day=${purged} note="the source has none of its 7 rows any more: the archive is the copy"`;
+      const note = `step=note day=${purged} note="the source has none of its 7 rows any more"`;
       assert.ok(found.stderr.includes(note), found.stderr);
       assert.doesNotMatch(found.stderr, new RegExp(`^  ${purged}`, "m"));
       const key = await partKey(lost);

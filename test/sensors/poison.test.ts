@@ -7,7 +7,7 @@ import { suite, test } from "node:test";
 import fc from "fast-check";
 import type { Message } from "kafkajs";
 import { statementsOf } from "../../scripts/ops/lib/migrations.ts";
-import { insertRowBinary, landingRows } from "../../shared/sensors/clickhouse.ts";
+import { insertRows, landingRows } from "../../shared/sensors/clickhouse.ts";
 import { createProxy, stop } from "../lib/faults.ts";
 import { type Consumer, createSensors, endsWith, type Sensors } from "../lib/sensors.ts";
 import { until } from "../lib/shop.ts";
@@ -285,7 +285,7 @@ suite("poison", { concurrency: true }, () => {
         next += mutations.length;
         const sent = mutations.map((one, index) => render(one, first + index));
         const rows = landingRows({ topic: sensors.topic, epoch: 1, partition: 0 }, sent);
-        if (rows.length) await insertRowBinary(clickhouse, "sensor_landing", rows);
+        if (rows.length) await insertRows(clickhouse, "sensor_landing FORMAT RowBinary", [rows]);
         await assertAccounted(sensors, sent);
       }),
       { numRuns: soak ? 500 : 15 },

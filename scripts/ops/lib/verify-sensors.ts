@@ -6,7 +6,6 @@
  * where anything differs, a wait until all changes up to L are inserted, the comparison once more, and each _version again. A reading whose
  * version has not moved has to be what the source had: all that it went through up to L was inserted by then. Another one was under way.
  */
-import { Readable } from "node:stream";
 import type { ClickHouseClient } from "@clickhouse/client";
 import type { Env } from "../../../shared/env.ts";
 import { thousands } from "../../../shared/log.ts";
@@ -77,13 +76,7 @@ async function loadSource(run: Run, client: ClickHouseClient, columns: clickhous
       : `"${name}"`,
   );
   await using rows = run.copy(`select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`, {});
-  const { stream } = await client.exec({
-    query: "INSERT INTO verify_source FORMAT JSONEachRow",
-    values: Readable.from(rows.lines, { objectMode: false }),
-    abort_signal: run.signal,
-    clickhouse_settings: { async_insert: 0, wait_end_of_query: 1, date_time_input_format: "best_effort" },
-  });
-  for await (const _ of stream); // an answer that is not read keeps its connection
+  await clickhouse.insertRows(client, "verify_source FORMAT JSONEachRow", rows.lines);
   return rows.sent.rows;
 }
 
