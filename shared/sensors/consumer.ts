@@ -1,4 +1,4 @@
-/** What the consumer of sensors does with a batch and beside: it checks the source's columns, inserts, and stops at a mass of dead letters. */
+/** What the consumer of sensors does: it checks the source's columns, inserts messages, and stops at a mass of dead letters. */
 import type { ClickHouseClient } from "@clickhouse/client";
 import { like, number, optional, postgresUrl, required, UsageError } from "../env.ts";
 import { thousands } from "../log.ts";

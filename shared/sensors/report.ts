@@ -108,7 +108,7 @@ function createMetrics() {
   };
 }
 
-/** Others are asked at each scrape. What they do not answer within 3 s stays as it was known; a connector that is not known does not run. */
+/** Others are asked at each scrape. What they do not answer within 3 s stays as it was; a connector that is not known does not run. */
 async function askOthers(metrics: ReturnType<typeof createMetrics>, env: ReportEnv, lag: Lag, canary: Canary): Promise<void> {
   const answer = <T>(asked: Promise<T>) => Promise.race([asked.catch(() => {}), delay(3000, undefined, { ref: false })]);
   const askSlot = async () => {
