@@ -1,7 +1,7 @@
 /** ClickHouse: a client, the record of schemas/clickhouse, retries while it is away or overloaded, and inserts of raw messages. */
 import { Readable } from "node:stream";
 import { setTimeout as delay } from "node:timers/promises";
-import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, createClient } from "@clickhouse/client";
+import { type ClickHouseClient, ClickHouseError, ClickHouseLogLevel, type ClickHouseSettings, createClient } from "@clickhouse/client";
 import { type Env, like, name, optional, required, secret, serverUrl, UsageError } from "../env.ts";
 import { type Applied, pendingMigrations } from "../migrations.ts";
 
@@ -153,18 +153,15 @@ export function landingRows({ topic, epoch, partition }: Place, messages: Messag
   return rows.subarray(0, at);
 }
 
+type Rows = Iterable<Buffer> | AsyncIterable<Buffer>;
+
 /** Inserts rows by one insert, which is complete when this resolves. @param into the table, and the format of the rows. */
-export async function insertRows(client: ClickHouseClient, into: string, rows: Iterable<Buffer> | AsyncIterable<Buffer>): Promise<void> {
+export async function insertRows(client: ClickHouseClient, into: string, rows: Rows, settings: ClickHouseSettings = {}): Promise<void> {
   const { stream } = await client.exec({
     query: `INSERT INTO ${into}`,
     values: Readable.from(rows, { objectMode: false }),
     // A server's profile may have inserts answered before they are done, or a view's error swallowed.
-    clickhouse_settings: {
-      async_insert: 0,
-      wait_end_of_query: 1,
-      materialized_views_ignore_errors: 0,
-      date_time_input_format: "best_effort",
-    },
+    clickhouse_settings: { ...settings, async_insert: 0, wait_end_of_query: 1, materialized_views_ignore_errors: 0 },
   });
   for await (const _ of stream); // an answer that is not read keeps its connection
 }

@@ -76,7 +76,7 @@ async function loadSource(run: Run, client: ClickHouseClient, columns: clickhous
       : `"${name}"`,
   );
   await using rows = run.copy(`select row_to_json(reading) from (select ${selected.join(", ")} from ${sourceTable}) reading`, {});
-  await clickhouse.insertRows(client, "verify_source FORMAT JSONEachRow", rows.lines);
+  await clickhouse.insertRows(client, "verify_source FORMAT JSONEachRow", rows.lines, { date_time_input_format: "best_effort" });
   return rows.sent.rows;
 }
 
