@@ -114,7 +114,7 @@ export async function createSensors(options: SensorsOptions = {}) {
         topic,
         numPartitions: partitions,
         replicationFactor: 1,
-        configEntries: [{ name: "max.message.bytes", value: "10485760" }],
+        configEntries: [{ name: "max.message.bytes", value: "67108864" }],
       });
   } catch (error) {
     await admin.disconnect(); // it would keep the test's process
