@@ -84,7 +84,7 @@ test("up starts every part from nothing but .env.example, two at once do not dis
   env = localEnv(path(".env"));
   const status = await command("status.ts");
   for (const name of names) {
-    const row = `^${name} +running, pid ${pid(name)} +127\\.0\\.0\\.1:\\d+ +\\d+s +\\S+/log/${name}\\.log$`;
+    const row = `^${name} +running, pid ${pid(name)} +127\\.0\\.0\\.1:\\d+ +\\d+ min +\\S+/log/${name}\\.log$`;
     assert.match(status, new RegExp(row, "m"));
   }
 });
