@@ -275,15 +275,16 @@ function createFaults(
     await wait(after);
     return [...(running.get(job) ?? [])][0];
   };
-  /** Kills it in the middle of what it sends: that arrives later, by itself. */
+  /** Kills a job in the middle of what it sends: that arrives later, by itself. */
   const killSending = async (job: Job, { after, writes, seconds }: Fault, what = /^(POST|PUT|DELETE) /): Promise<void> => {
-    const sending = await victim(job, after);
+    await victim(job, after);
     const link = links[destination(job)];
     link.after(writes, what, () => {
-      if (sending?.child.exitCode !== null || sending.child.signalCode) return;
+      const sending = running.get(job) ?? new Set(); // one of them; two may run
+      if (!sending.size) return;
       link.stall(wait(5 + seconds)); // until another run has been there
       tell(`killed ${job} in mid-request`);
-      sending.child.kill("SIGKILL");
+      for (const { child } of sending) child.kill("SIGKILL");
     });
   };
   return async (fault) => {
