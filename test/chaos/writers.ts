@@ -73,7 +73,7 @@ const rollback = new Error("rolled back");
  */
 async function change(sql: TransactionSql, below: (n: number) => number, next: () => number): Promise<unknown> {
   const [key, value] = [1 + below(2000), below(100_000)];
-  const often = (rows: number): number => 1 + ((10 * Math.floor(performance.now() / 1000) + below(60)) % rows);
+  const often = (rows: number): number => 1 + ((3 * Math.floor(performance.now() / 1000) + below(20)) % rows);
   const band = `${value % 12}K`;
   const day = sql`timestamptz '2017-01-02' + ${below(140 * 1440)}::int * interval '1 minute'`;
   const hour = sql`timestamptz '2024-01-01' + ${below(50)}::int * interval '1 hour'`;
