@@ -12,7 +12,8 @@ local-bigquery, with eight things of it made fast. What it does is the same, but
   time has, and none here is.
 - DuckDB looks for pandas on every folder of Python's path, for each statement anew.
 
-And four things done as Google's BigQuery does them:
+And five things done as Google's BigQuery does them:
+- A connection stays open for longer than five seconds without a request.
 - A copy brings descriptions, policy tags, partitioning and clustering, and removes the row access policies of what it replaces.
 - A query with WRITE_TRUNCATE_DATA replaces the rows only, and with ALLOW_FIELD_ADDITION adds columns.
 - A query counts what it is billed: the size of the tables that it names, at least 10 MiB each. One that would be billed more than its
@@ -21,6 +22,7 @@ And four things done as Google's BigQuery does them:
 """
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -28,6 +30,7 @@ import time
 sys.modules["pandas"] = None
 
 import duckdb
+import uvicorn
 from local_bigquery.catalog import metadata, names, row_access, tables
 from local_bigquery.cli import main
 from local_bigquery.engine import database, results
@@ -251,4 +254,5 @@ def expire_jobs():
 
 
 threading.Thread(target=expire_jobs, daemon=True).start()
+uvicorn.run = functools.partial(uvicorn.run, timeout_keep_alive=60)
 main()
