@@ -130,7 +130,7 @@ export async function nameRefused(error: Error, run: Run, { key, select }: Sourc
 }
 
 /** All differences of one side, in one error. */
-export const driftError = (side: string, faults: string[], next: string): UsageError =>
-  new UsageError(
-    `the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${next}; schemas/README.md, "When the schema changes".`,
-  );
+export function driftError(side: string, faults: string[], next: string): UsageError {
+  const help = `${next}; schemas/README.md, "When the schema changes".`;
+  return new UsageError(`the ${side} differs from the contract, nothing was moved:\n  ${faults.join("\n  ")}\n${help}`);
+}

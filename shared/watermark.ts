@@ -56,8 +56,8 @@ export async function readBound(source: Sql): Promise<Bound> {
 export async function distrust({ pipeline, source }: Pick<Run, "pipeline" | "source">, stored: Watermark, bound: Bound, target?: Target) {
   const [where, at] = [`source database ${bound.database}`, `the watermark ${stored.watermark}`];
   const rewind = `make rewind PIPELINE=${pipeline} TO=`;
-  const runbook = `ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}…`;
-  const restored = `it was restored or failed over, and rows that were synced since may be gone there. Next: ${runbook}`;
+  const guide = `ops/runbook.md, "After a restore, a failover or a clock set back", with ${rewind}…`;
+  const restored = `it was restored or failed over, and rows that were synced since may be gone there. Next: ${guide}`;
   const [expected, found] = [stored, bound].map(({ server, database_oid }) => `server ${server}, oid ${database_oid}`);
   const other = (a: string | null, b: string | null): boolean => Boolean(a && b && a !== b);
   if (other(stored.server, bound.server) || other(stored.database_oid, bound.database_oid))
@@ -65,7 +65,7 @@ export async function distrust({ pipeline, source }: Pick<Run, "pipeline" | "sou
   if (stored.wal && bound.wal && stored.wal > bound.wal)
     return `${where} went back: its WAL ends at ${bound.wal}, and was at ${stored.wal} when ${at} was set: ${restored}`;
   if (stored.watermark > bound.now)
-    return `the clock of ${where} says ${bound.now}, which is before ${at}: it was set back, or that ahead. Next: correct it, or ${runbook}`;
+    return `the clock of ${where} says ${bound.now}, which is before ${at}: it was set back, or that ahead. Next: correct it, or ${guide}`;
   const late = `once it has ended, ${rewind}${bound.bound}; and raise WATERMARK_LAG_SECONDS`;
   if (stored.watermark > bound.bound && bound.holder && bound.bound !== "-infinity")
     return `an open transaction of ${where} began before ${at} and was not seen then, at ${bound.bound} (${bound.holder}). Next: ${late}`;

@@ -37,7 +37,7 @@ import { askCatalogue, type CatalogueCheck } from "./lib/catalogue.ts";
 import { askReplication, checkConfig, checkTopicSettings, connectorVariables } from "./lib/kafka-connect.ts";
 import { appliedInPostgres } from "./lib/migrations.ts";
 
-/** Prints a line, of rows of sql/doctor.sql each one. `work` returns what is worth knowing, or throws what to do. @returns whether it is ok. */
+/** Prints a line, of rows of sql/doctor.sql each. `work` returns what is worth knowing, or throws what to do. @returns whether it is ok. */
 type Check = (name: string, work: () => unknown) => Promise<boolean>;
 
 const { ETL_DATABASE_URL, SOURCE_DATABASE_URL, PUSHGATEWAY_URL } = pipelineVariables;

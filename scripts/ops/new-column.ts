@@ -1,7 +1,7 @@
 #!/usr/bin/env -S npx tsx
 /**
- * new-column: adds a column that the source has to the contract, NULLABLE, since rows that exist have no value for it; to the SELECT; and to
- * the local stack. Prints what is left for a person.
+ * new-column: adds a column that the source has to the contract, NULLABLE, since rows that exist have no value for it; to the SELECT; and
+ * to the local stack. Prints what is left for a person.
  *
  *   make new-column PIPELINE=orders COLUMN=channel DRY_RUN=1      prints the differences; without DRY_RUN=1 it writes them
  *   safe to re-run   yes: what exists stays as it is

@@ -120,7 +120,7 @@ export function mergeStatement(contract: Contract, target: string, staging: stri
     `MERGE ${target} AS ${t}`,
     `USING (SELECT * FROM ${staging} WHERE TRUE QUALIFY IF(COUNT(*) OVER (PARTITION BY ${keys}) > 1, ERROR(${twice}), TRUE)) AS ${s}`,
     `ON ${keys.map((name) => `${t}.${name} = ${s}.${name}`).join(" AND ")}`,
-    `WHEN MATCHED AND ${s}.${version} >= ${t}.${version} THEN UPDATE SET ${values.map((column) => `${column} = ${s}.${column}`).join(", ")}`,
+    `WHEN MATCHED AND ${s}.${version} >= ${t}.${version} THEN UPDATE SET ${values.map((name) => `${name} = ${s}.${name}`).join(", ")}`,
     `WHEN NOT MATCHED THEN INSERT (${columns.join(", ")}) VALUES (${columns.map((column) => `${s}.${column}`).join(", ")})`,
   ].join("\n");
 }

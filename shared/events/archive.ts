@@ -226,9 +226,10 @@ async function countDay({ run, env }: Archive, day: string, parts: Part[], befor
   const were = before?.manifest.rows ?? 0;
   if (rows !== source.rows)
     throw new Error(`the counts differ: ${rows} rows were read, and the source has ${source.rows}; no manifest was written`);
-  const both = `${day} has ${rows} rows at the source and ${were} in the archive, which may be the only copy of the others: it stays as it is`;
+  const both = `${day} has ${rows} rows at the source and ${were} in the archive`;
+  const why = "which may be the only copy of the others: it stays as it is";
   const allowed = `make backfill-events FROM=${day} TO=${addDays(day)} FORCE=1 ALLOW_SHRINK=1`;
-  if (rows < were && !env.ALLOW_SHRINK) throw new Error(`${both}. If they are to go: ${allowed}`);
+  if (rows < were && !env.ALLOW_SHRINK) throw new Error(`${both}, ${why}. If they are to go: ${allowed}`);
   return { day, ...source, run_id: run.id, created_at: new Date().toISOString(), parts };
 }
 

@@ -53,8 +53,8 @@ const copy = (projectId: string, from: string, to: string, tableId: string): obj
 type Build = Awaited<ReturnType<typeof createBuild>>;
 
 /**
- * Creates the dataset in which the models of this run are built, and copies the raw tables into it (which costs nothing), so that all models
- * see the same rows. Its tables expire after a day, and the next run drops it.
+ * Creates the dataset in which the models of this run are built, and copies the raw tables into it (which costs nothing), so that all
+ * models see the same rows. Its tables expire after a day, and the next run drops it.
  * @throws UsageError where the dataset of the published tables does not exist.
  */
 export async function createBuild(run: Run, env: Env<typeof viewsVariables>, raw: string[]) {

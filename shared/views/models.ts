@@ -1,7 +1,7 @@
 /**
  * The weekly models. views/NAME.sql is one CREATE OR REPLACE TABLE NAME … AS SELECT with unqualified names, run as it stands (paste it
- * into the console). views/checks/*.sql return the rows that are wrong. Which tables a file reads is found behind its FROM and JOIN. `make check`
- * compares that with Google's analyser, and build.ts with BigQuery's own list of the finished job.
+ * into the console). views/checks/*.sql return the rows that are wrong. Which tables a file reads is found behind its FROM and JOIN. `make
+ * check` compares that with Google's analyser, and build.ts with BigQuery's own list of the finished job.
  */
 import { globSync, readFileSync } from "node:fs";
 import { basename, join } from "node:path";
