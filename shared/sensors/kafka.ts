@@ -4,11 +4,11 @@
  */
 import { addAbortListener } from "node:events";
 import { setTimeout as delay } from "node:timers/promises";
-import kafkajs, { type Admin, type Batch, type Consumer, type EachBatchPayload, type ITopicConfig, type Kafka } from "kafkajs";
+import type { Admin, Batch, Consumer, EachBatchPayload, ITopicConfig, Kafka } from "kafkajs";
 import { UsageError } from "../env.ts";
 import { log } from "../log.ts";
 import { brokerConfig, type KafkaEnv } from "./broker.ts";
-import { codecs } from "./codecs.ts";
+import kafkajs from "./kafkajs.ts";
 
 export type { Admin, Kafka };
 export const { ConfigResourceTypes } = kafkajs;
@@ -22,8 +22,6 @@ const normal = /rebalanc|ListOffsets.* not the leader|KafkaJSPartialMessage/i;
 const logEntry = ({ log: { message, error } }: Logged) => normal.test(`${message} ${error}`) || log({ step: "kafka", message, error });
 
 export function connectKafka(env: KafkaEnv, application: string): Kafka {
-  Object.assign(kafkajs.CompressionCodecs, codecs);
-  process.removeAllListeners("warning"); // of its timers of a negative time, which do no harm
   return new kafkajs.Kafka({
     ...(brokerConfig(env) as { brokers: string[] }), // its type of a login is one for each mechanism
     clientId: application, // in the broker's logs

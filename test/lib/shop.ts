@@ -118,7 +118,8 @@ export async function createShop(options: ShopOptions = {}) {
   Object.assign(env, gateway?.env);
   const bucket = connectBucket(env);
   const server = postgres(base.STACK_ADMIN_DATABASE_URL ?? "", { max: 1, onnotice: () => {} });
-  if (encoding === "UTF8") await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)}`);
+  if (encoding === "UTF8")
+    await server.unsafe(`create database ${name} template ${await templateDatabase(server, base)} strategy file_copy`);
   else {
     await server.unsafe(`create database ${name} template template0 encoding ${encoding} locale 'C'`);
     await createSource(env.STACK_ADMIN_DATABASE_URL ?? "", []);
@@ -419,7 +420,7 @@ export async function until<T>(what: string, condition: () => Promise<T> | T, se
     if (value) return value;
     const now = performance.now();
     if (now > deadline) throw new Error(`not within ${seconds} s: ${what}`);
-    await new Promise((resolve) => setTimeout(resolve, Math.min(500, Math.max(20, 4 * (now - from)))));
+    await new Promise((resolve) => setTimeout(resolve, Math.min(500, Math.max(20, 10 * (now - from)))));
   }
 }
 

@@ -1,6 +1,8 @@
-/** The codecs of compressed topics that kafkajs does not have: snappy, lz4, zstd. Nothing here is ever compressed. */
+/** kafkajs, with what it lacks: the codecs of compressed topics (nothing here is ever compressed), and rest for an idle connection. */
+import { createRequire } from "node:module";
 import { promisify } from "node:util";
 import { zstdDecompress } from "node:zlib";
+import kafkajs from "kafkajs";
 import { decompressFrame } from "lz4-napi";
 import { uncompressSync } from "snappy";
 
@@ -16,4 +18,14 @@ async function unsnappy(data: Buffer): Promise<Buffer> {
 const compress = () => Promise.reject(new Error("not used"));
 const reads = (decompress: (data: Buffer) => Promise<Buffer>) => () => ({ compress, decompress });
 /** By Kafka's numbers for them. */
-export const codecs = { 2: reads(unsnappy), 3: reads(decompressFrame), 4: reads(promisify(zstdDecompress)) };
+const codecs = { 2: reads(unsnappy), 3: reads(decompressFrame), 4: reads(promisify(zstdDecompress)) };
+
+// A connection without requests in its queue looks at it again and again, each millisecond (kafkajs's issue 1704).
+const { prototype: queue } = createRequire(import.meta.url)("kafkajs/src/network/requestQueue");
+const { scheduleCheckPendingRequests: lookAgain } = queue;
+queue.scheduleCheckPendingRequests = function (): void {
+  if (this.pending.length) lookAgain.call(this);
+};
+
+Object.assign(kafkajs.CompressionCodecs, codecs);
+export default kafkajs;
