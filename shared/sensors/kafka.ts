@@ -81,7 +81,7 @@ const typeOf = (error: Error): string => (error as { type?: string }).type ?? ""
 function isTransient(error: Error): boolean {
   const { name, message, cause } = error;
   if (message.includes("certificate")) return false;
-  const lost = /KafkaJS(Connection|NumberOfRetries|BrokerNot|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
+  const lost = /KafkaJS(Connection|NumberOfRetries|BrokerNot|NoBroker|GroupCoordinatorNot|RequestTimeout)|Broker not connected/;
   const moved = /REBALANCE_IN_PROGRESS|UNKNOWN_MEMBER_ID|ILLEGAL_GENERATION|COORDINATOR|GROUP_LOAD_IN_PROGRESS/;
   return lost.test(`${name} ${message}`) || moved.test(typeOf(error)) || (cause instanceof Error && isTransient(cause));
 }
