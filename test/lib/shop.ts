@@ -184,14 +184,11 @@ export async function createShop(options: ShopOptions = {}) {
   };
 }
 
-/** A start takes a tenth less processor time where the young generation begins with 4 MB, and not with one. */
-const quick = "--min-semi-space-size=4";
-
 /** The scripts of a folder, as real processes. */
 function scriptsOf(folder: string, env: Env) {
   const children = new Set<ChildProcess>();
   const start = (script: string, variables: Env = {}): Process => {
-    const child = spawn(process.execPath, [quick, join(folder, script)], {
+    const child = spawn(process.execPath, [join(folder, script)], {
       cwd: folder,
       env: { ...env, ...variables } as NodeJS.ProcessEnv,
       stdio: ["ignore", "pipe", "pipe"],
