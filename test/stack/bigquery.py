@@ -232,7 +232,9 @@ def merge_at_once(cur, tree, context):
     merged = parse_one(sql, dialect=DuckDBDialect)
     target, source, on = (part.sql(dialect=DuckDBDialect) for part in (merged.this, merged.args["using"], merged.args["on"]))
     rows = f"{merged.this.alias_or_name}.rowid"
-    if cur.execute(f"SELECT 1 FROM {target} JOIN {source} ON {on} GROUP BY {rows} HAVING count(*) > 1 LIMIT 1", bound).fetchone():
+    twice = f"SELECT 1 FROM {target} JOIN {source} ON {on} GROUP BY {rows} HAVING count(*) > 1 LIMIT 1"
+    changes = any(when.args.get("matched") for when in tree.args["whens"].expressions)
+    if changes and cur.execute(twice, bound).fetchone():
         raise BigQueryError("invalidQuery", "UPDATE/MERGE must match at most one source row for each target row")
     actions = cur.execute(f"{sql} RETURNING merge_action", bound).to_arrow_table().column(0).to_pylist()
     kinds = {"insertedRowCount": "INSERT", "updatedRowCount": "UPDATE", "deletedRowCount": "DELETE"}

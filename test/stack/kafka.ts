@@ -75,7 +75,7 @@ export const properties = (settings: Record<string, string | number>): string =>
 function classArchive(main: string): string {
   const [archive = "", options = ""] = ["jsa", "options"].map((ending) => join(archives, `${main}.${ending}`));
   mkdirSync(archives, { recursive: true });
-  writeFileSync(options, `-XX:${existsSync(archive) ? "SharedArchiveFile" : "ArchiveClassesAtExit"}=${archive}\n`);
+  writeFileSync(options, `-XX:${existsSync(archive) ? "SharedArchiveFile" : "ArchiveClassesAtExit"}="${archive}"\n`);
   return `-XX:VMOptionsFile=${options}`;
 }
 
@@ -83,9 +83,9 @@ function classArchive(main: string): string {
 export const java = (main: string, args: string[], settings: string, options: string[] = []): Command => ({
   command: "java",
   args: [
+    classArchive(main),
     // Its default is a quarter of the machine's memory, and as many threads for garbage as there are processors; and to compile what it
     // runs for hours takes a quarter of the processor time of what runs for minutes.
-    classArchive(main),
     ...["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", `-Dsettings=${digest(settings)}`],
     ...["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true"],
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS'Z'",
