@@ -1,6 +1,17 @@
 // Kafka: one broker that is its own controller (KRaft). The jars of this part and of connect.ts are those of kafka/pom.xml.
 import { createHash, randomBytes } from "node:crypto";
-import { accessSync, constants, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
+import {
+  accessSync,
+  constants,
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  realpathSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { connect } from "node:net";
 import { homedir } from "node:os";
 import { join } from "node:path";
@@ -73,8 +84,8 @@ export const properties = (settings: Record<string, string | number>): string =>
  * or has other jars or another Java, Java starts without. The file of options is there because arguments that change restart a part.
  */
 function classArchive(main: string): string {
-  const [archive = "", options = ""] = ["jsa", "options"].map((ending) => join(archives, `${main}.${ending}`));
   mkdirSync(archives, { recursive: true });
+  const [archive = "", options = ""] = ["jsa", "options"].map((ending) => join(realpathSync(archives), `${main}.${ending}`));
   writeFileSync(options, `-XX:${existsSync(archive) ? "SharedArchiveFile" : "ArchiveClassesAtExit"}="${archive}"\n`);
   return `-XX:VMOptionsFile=${options}`;
 }
@@ -89,7 +100,7 @@ export const java = (main: string, args: string[], settings: string, options: st
     ...["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", `-Dsettings=${digest(settings)}`],
     ...["-Dorg.slf4j.simpleLogger.defaultLogLevel=warn", "-Dorg.slf4j.simpleLogger.showDateTime=true"],
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS'Z'",
-    ...[...options, "-cp", `${libs}/*`, main, ...args],
+    ...[...options, "-cp", `${realpathSync(libs)}/*`, main, ...args],
   ],
   grace: 30,
 });

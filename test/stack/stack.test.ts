@@ -56,7 +56,7 @@ before(async () => {
   const step = (name: string, needs: string) => `{ name: "${name}", needs: ["${needs}"], run: async () => {} }`;
   const steps = `export const afterStart = [${step("a step", "postgres")}, ${step("a mainframe's step", "mainframe")}];`;
   writeFileSync(path("test/stack/after-start.ts"), steps);
-  for (const name of [".stack/python", ".stack/kafka/libs", ".stack/debian", "node_modules/chdb"])
+  for (const name of [".stack/python", ".stack/kafka/libs", ".stack/kafka/archives", ".stack/debian", "node_modules/chdb"])
     symlinkSync(join(root, name), path(name));
   let example = readFileSync(join(root, ".env.example"), "utf8");
   for (const [found] of example.matchAll(/(?<=127\.0\.0\.1:)\d+/g)) example = example.replaceAll(`:${found}`, `:${await freePort()}`);
