@@ -134,6 +134,7 @@ function settings(env: Env, data: string): string {
     // After a SIGKILL the broker is let in again only when the session of its former life has ended (the default is 9 s).
     "broker.session.timeout.ms": 2000,
     "broker.heartbeat.interval.ms": 500,
+    "metadata.max.idle.interval.ms": 0, // no record twice a second that says that there is none
     // And it reads again what was not yet flushed: small segments, flushed as they fill, keep that short.
     "log.segment.bytes": 67_108_864,
     "log.flush.offset.checkpoint.interval.ms": 5000,
