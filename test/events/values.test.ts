@@ -103,8 +103,8 @@ suite("archive", { concurrency: true }, () => {
       const microsecond = fc.integer({ min: 0, max: 3 * 86_400_000_000 - 1 });
       const row = fc.record({
         user_id: fc.option(fc.bigInt({ min: -(2n ** 63n), max: 2n ** 63n - 1n }).map(String)),
-        type: fc.option(anyText),
-        payload: fc.option(anyJson, { freq: 10 }),
+        type: fc.option(anyText()),
+        payload: fc.option(anyJson(), { freq: 10 }),
         // Many of one time, too.
         created_at: fc.oneof(microsecond, microsecond, fc.constant(86_400_000_000)).map((at) => {
           const date = new Date(Date.UTC(2017, 1, 1) + Math.floor(at / 1000)).toISOString().slice(0, -1);

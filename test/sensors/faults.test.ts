@@ -323,8 +323,12 @@ suite("faults", { concurrency: 8 }, () => {
     const config = await fetch(`${url}/config`).then((answer) => answer.json());
     const body = JSON.stringify({ ...(config as object), "producer.override.max.request.size": "1000000" });
     const put = { method: "PUT", headers: { "content-type": "application/json" }, body };
+    await fetch(`${url}/stop`, { method: "PUT" }); // a task of the former configuration would take the row
+    const readers = () => shop.admin`select from pg_replication_slots where active and database = current_database()`;
+    await until("nobody reads the slot", async () => (await readers()).length === 0);
     await until("it is put", async () => (await fetch(`${url}/config`, put)).ok);
     await shop.admin`insert into sensor_readings (id, metric, recorded_at) values (2, repeat('y', 12000000), '2024-01-01Z')`;
+    await fetch(`${url}/resume`, { method: "PUT" });
     const failed = async (): Promise<boolean> => (await (await fetch(`${url}/status`)).text()).includes("RecordTooLarge");
     await until("the task has failed", failed, 90);
     await using proxy = await createProxy(shop.env.CONNECT_URL);
