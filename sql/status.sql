@@ -87,8 +87,7 @@ with facts as (
         ('warn', f.future_rows > 0, to_char(f.future_rows, 'FM999,999,999,999') || ' rows of its source lie in the future'),
         -- Sensors are always on, so that lag, connector, slot and canary tell what an interval would.
         ('red', s.lag > etl_sensors_lag, format('ClickHouse is %s messages behind Kafka', to_char(s.lag, 'FM999,999,999,999'))),
-        (case when s.lag > 0 then 'red' else 'warn' end, consumers = 0,
-          'no consumer runs. Next: systemctl status etl-sensors (local stack: make sensors)'),
+        ('red', consumers = 0, 'no consumer runs. Next: systemctl status etl-sensors (local stack: make sensors)'),
         ('red', not connector_running, 'Debezium''s connector does not run. Next: make connector'),
         ('red', slot_wal = 'none', format('the source has no slot %s (any more): %s', f.sensors ->> 'slot', lost)),
         ('red', slot_wal = 'lost', format('the source has removed WAL that slot %s needs: %s', f.sensors ->> 'slot', lost)),
